@@ -1,0 +1,19 @@
+"""Attention over paged key-value caches for JAX: one call, three backends that agree."""
+
+from ejk._backend_report import backend_report as backend_report
+from ejk._check_page_attention_inputs import (
+    check_page_attention_inputs as check_page_attention_inputs,
+)
+from ejk._dispatch import Backend as Backend
+from ejk._dispatch import register_backend as register_backend
+from ejk._errors import UnsupportedError as UnsupportedError
+from ejk._export import export_disabled_checks as export_disabled_checks
+from ejk._merge_attention_states import merge_attention_states as merge_attention_states
+from ejk._page_attention import page_attention as page_attention
+from ejk._version import __version__ as __version__
+from ejk.backends.page_attention import PageAttentionBackend as PageAttentionBackend
+from ejk.backends.page_attention import PageAttentionOperands as PageAttentionOperands
+from ejk.backends.page_attention import PageAttentionProblem as PageAttentionProblem
+from ejk.backends.pallas.page_attention import PallasPageAttention as PallasPageAttention
+from ejk.backends.triton.page_attention import TritonPageAttention as TritonPageAttention
+from ejk.backends.xla.page_attention import XlaPageAttention as XlaPageAttention

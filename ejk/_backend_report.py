@@ -1,0 +1,99 @@
+"""`ejk.backend_report`: which backends can run a call, and why the others cannot."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ejk import _dispatch
+from ejk._page_attention import page_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendReport:
+    """What each backend says of one call on one platform.
+
+    Attributes:
+        platform: the platform that was asked about.
+        chosen: the backend that runs the call: the first that does not refuse; None if all do.
+        refusals: by backend, best first, every reason why it cannot run the call; none if it can.
+            Empty where static facts answer the call: no sequences, no pages or an empty table.
+    """
+
+    platform: str
+    chosen: str | None
+    refusals: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        if not self.refusals:
+            return "no sequence can see a token: the call is answered without a backend"
+        lines = [f"on {self.platform}: {self.chosen or 'no backend'}"]
+        for name, refusals in self.refusals.items():
+            lines += [f"  {name}: {reason}" for reason in refusals or ("can run the call",)]
+        return "\n".join(lines)
+
+
+def backend_report(
+    *args: Any,
+    operation: Callable[..., Any] = page_attention,
+    platform: str | None = None,
+    **kwargs: Any,
+) -> BackendReport:
+    """Ask which backends can run a call, without running it.
+
+    Args:
+        *args: the call's arguments; `jax.ShapeDtypeStruct` may stand for arrays.
+        operation: the function that would be called.
+        platform: `"cpu"`, `"cuda"`, `"rocm"` or `"tpu"`; the default device's if None.
+        **kwargs: the call's keyword arguments.
+
+    Returns:
+        A report that prints as a few lines.
+
+    Raises:
+        TypeError, ValueError: what the call itself would raise.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, ejk
+        >>> pool = jax.ShapeDtypeStruct((8, 2, 16, 64), jnp.float32)
+        >>> args = (jnp.ones((1, 4, 64)), pool, pool, jnp.array([20]), jnp.array([[3, 5]]))
+        >>> ejk.backend_report(*args, platform="cpu").chosen
+        'xla'
+    """
+    if platform is None:
+        platform = _default_platform()
+    if platform not in _dispatch.PLATFORMS:
+        raise ValueError(f"platform={platform!r} must be one of {', '.join(_dispatch.PLATFORMS)}")
+    jaxpr = jax.make_jaxpr(functools.partial(_call, operation, args, kwargs))(_arrays(args, kwargs))
+    for problem, choice in _dispatch.calls(jaxpr.jaxpr):
+        refusals = {b.name: choice.refusals(b, problem, platform) for b in choice.backends}
+        chosen = next((name for name, reasons in refusals.items() if not reasons), None)
+        return BackendReport(platform, chosen, refusals)
+    return BackendReport(platform, None, {})
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+
+
+def _arrays(args, kwargs) -> list[jax.ShapeDtypeStruct]:
+    return [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*args, *kwargs.values()) if _is_array(x)
+    ]
+
+
+def _call(operation, args, kwargs, arrays):
+    """Call with the arrays replaced, and everything else static as it would be."""
+    rest = iter(arrays)
+    args = [next(rest) if _is_array(x) else x for x in args]
+    return operation(*args, **{k: next(rest) if _is_array(x) else x for k, x in kwargs.items()})
+
+
+def _default_platform() -> str:
+    """The default device's, as lowering spells it: JAX's "gpu" is CUDA's or ROCm's."""
+    client = jax.devices()[0].client
+    if client.platform != "gpu":
+        return client.platform
+    return "rocm" if "rocm" in client.platform_version else "cuda"

@@ -1,0 +1,86 @@
+"""`ejk.check_page_attention_inputs`: the rules that only the device's values can break."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ejk._indices import as_int32
+from ejk._typing import Cache, Lengths, Query, ScalarInt, Tables, typed
+from ejk.backends.page_attention import LAYOUTS, CacheLayout
+
+
+@typed
+def check_page_attention_inputs(
+    query: Query,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    *,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+) -> None:
+    """Check the lengths, page ids and window that `ejk.page_attention` takes as they come.
+
+    `ejk.page_attention` never reads outside its arrays: it clips a length and hides the tokens of
+    a bad entry. Nearly always those are a caller's mistakes, and this finds them. The arguments
+    are those of `ejk.page_attention`; of query and pools only the shapes are used.
+
+    With concrete arrays this waits for the device and raises. Under `jit` it adds checks of
+    `jax.experimental.checkify`: transform the function with `checkify.checkify`.
+
+    Raises:
+        ValueError: with concrete arrays, naming the sequence, the entry, its value and the rule.
+
+    Example:
+        >>> import jax.numpy as jnp, ejk
+        >>> pool = jnp.ones((8, 2, 16, 64))
+        >>> args = (jnp.ones((1, 4, 64)), pool, pool, jnp.array([20]), jnp.array([[3, 8]]))
+        >>> ejk.check_page_attention_inputs(*args)
+        Traceback (most recent call last):
+        ValueError: block_tables[0, 1]=8 must be in [0, 8): sequence 0 sees tokens of that page
+    """
+    if cache_layout not in LAYOUTS:
+        raise ValueError(f"cache_layout={cache_layout!r} must be one of {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[cache_layout]
+    num_pages, page_size = key_cache.shape[layout.pages], key_cache.shape[layout.slots]
+    capacity = block_tables.shape[1] * page_size
+    arrays = (context_lens, block_tables, 2**31 - 1 if sliding_window is None else sliding_window)
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        from jax.experimental import checkify
+
+        lens, tables, window = map(as_int32, arrays, (capacity + 1, num_pages, 2**31 - 1))
+        for bad, values, message in _rules(jnp, lens, tables, window, num_pages, page_size):
+            worst = jnp.unravel_index(jnp.argmax(bad), bad.shape)
+            facts = {f"i{axis}": index for axis, index in enumerate(worst)}
+            checkify.check(~bad.any(), message, value=values[worst], **facts)
+        return
+    host = (np.asarray(x).astype(np.int64) for x in arrays)
+    for bad, values, message in _rules(np, *host, num_pages, page_size):
+        if bad.any():
+            worst = tuple(np.argwhere(bad)[0])
+            facts = {f"i{axis}": index for axis, index in enumerate(worst)}
+            raise ValueError(message.format(value=values[worst], **facts))
+
+
+def _rules(xp, lens, tables, window, num_pages, page_size) -> Iterator[tuple]:
+    """Yield where each rule is broken, the values, and what to say of one of them."""
+    capacity = tables.shape[1] * page_size
+    yield window < 1, window, "sliding_window={value} must be at least 1"
+    yield (
+        (lens < 0) | (lens > capacity),
+        lens,
+        f"context_lens[{{i0}}]={{value}} must be in [0, {capacity}], the tokens that a row of "
+        "block_tables can name",
+    )
+    lens = xp.clip(lens, 0, capacity)[:, None]
+    begins = xp.arange(tables.shape[1], dtype=lens.dtype)[None] * page_size
+    needed = (begins < lens) & (begins + page_size > lens - xp.maximum(window, 0))
+    yield (
+        needed & ((tables < 0) | (tables >= num_pages)),
+        tables,
+        f"block_tables[{{i0}}, {{i1}}]={{value}} must be in [0, {num_pages}): sequence {{i0}} sees "
+        "tokens of that page",
+    )

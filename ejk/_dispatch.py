@@ -1,0 +1,224 @@
+"""Which backend runs a call, decided for the platform that the computation is lowered for.
+
+One primitive stands for every operation. It carries the problem (the static facts of the call)
+and the backends that may run it, best first; each platform's lowering rule takes the first that
+does not refuse. So CPU arrays in a GPU process, ahead-of-time compilation for a TPU and one
+`jax.export` for several platforms each get the right kernel. Nothing here knows an operation.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir, xla
+
+from ejk._errors import UnsupportedError
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class Problem(abc.ABC):
+    """The static facts of one call: hashable, so that it is a parameter of the primitive."""
+
+    operation: ClassVar[str]
+
+    @property
+    @abc.abstractmethod
+    def features(self) -> frozenset[str]:
+        """The optional features that the call uses, each named after its argument."""
+
+    @property
+    @abc.abstractmethod
+    def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and dtype of each result."""
+
+    @abc.abstractmethod
+    def fold(self, size: int, operands: Any, axes: Any) -> tuple[Self, Any] | None:
+        """Fold a `vmap` axis of `size` into the problem.
+
+        `axes` holds the batched axis of each operand, or -1. The folded problem's results lead
+        with an axis of `size` times their own first one. None where this cannot be done: the
+        call is then mapped over the axis.
+        """
+
+
+class Backend(abc.ABC):
+    """A way to run one operation. Its fields are its tuning; it is hashable and immutable.
+
+    A subclass names its `problem_type`, the `platforms` it runs on and the `features` it
+    honours. What it does not declare, it refuses.
+    """
+
+    name: ClassVar[str]
+    problem_type: ClassVar[type[Problem]]
+    features: ClassVar[frozenset[str]]
+
+    @property
+    @abc.abstractmethod
+    def platforms(self) -> tuple[str, ...]:
+        """The platforms this object runs on, of `cpu`, `cuda`, `rocm` and `tpu`."""
+
+    @property
+    def only_if_asked(self) -> tuple[str, ...]:
+        """The platforms for which automatic choice passes this object over: nobody has run it."""
+        return ()
+
+    @abc.abstractmethod
+    def limits(self, problem: Any, platform: str) -> Sequence[str]:
+        """Say why this problem's sizes or dtypes cannot run on `platform`; empty if they can."""
+
+    @abc.abstractmethod
+    def run(self, problem: Any, operands: Any, platform: str) -> Sequence[jax.Array]:
+        """Run the problem: traced once for each lowering, for one of `platforms`."""
+
+    def refusals(self, problem: Problem, platform: str) -> tuple[str, ...]:
+        """Every reason why this backend does not run `problem` on `platform`."""
+        if not isinstance(problem, self.problem_type):
+            return (f"is a backend of {self.problem_type.operation}, not of {problem.operation}",)
+        if platform not in self.platforms:
+            return (f"runs on {' and '.join(self.platforms)}, not on {platform}",)
+        missing = sorted(problem.features - self.features)
+        return (*(f"does not support {feature}" for feature in missing),
+                *self.limits(problem, platform))  # fmt: skip
+
+
+_registered: list[Backend] = []
+
+
+def register_backend(backend: Backend) -> None:
+    """Offer `backend` for automatic choice, ahead of all others of its operation.
+
+    A backend of the same name and operation is replaced: registering
+    `ejk.TritonPageAttention(compute_capability=90, num_sms=132)` is how a machine without a GPU
+    lowers for one. Calls that were already traced keep their choice.
+    """
+    _registered[:] = [backend, *(other for other in _registered if not _same(other, backend))]
+
+
+def _same(a: Backend, b: Backend) -> bool:
+    return (a.name, a.problem_type) == (b.name, b.problem_type)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The backends that may run a call, best first, and whether the caller left it to us."""
+
+    backends: tuple[Backend, ...]
+    automatic: bool
+
+    def select(self, problem: Problem, platform: str | None) -> Backend:
+        """Return the first backend that runs `problem` on `platform`, or raise every reason.
+
+        With no platform, on any of its own.
+        """
+        reasons = []
+        for backend in self.backends:
+            for target in (platform,) if platform else backend.platforms:
+                refusals = self.refusals(backend, problem, target)
+                if not refusals:
+                    return backend
+                reasons += [f"{backend.name}: {refusal}" for refusal in refusals]
+        raise UnsupportedError(
+            f"no backend that was asked for can run this {problem.operation} call:\n  "
+            + "\n  ".join(dict.fromkeys(reasons))
+        )
+
+    def refusals(self, backend: Backend, problem: Problem, platform: str) -> tuple[str, ...]:
+        refusals = backend.refusals(problem, platform)
+        if self.automatic and not refusals and platform in backend.only_if_asked:
+            return (f"on {platform} has to be asked for by name: nobody has run it there",)
+        return refusals
+
+
+def choose(
+    choice: str | Backend | None, problem_type: type[Problem], own: Sequence[Backend]
+) -> Choice:
+    """Return the backends that may run a call.
+
+    Args:
+        choice: what the caller passed as `backend=`.
+        problem_type: the operation's.
+        own: the operation's own backends, best first.
+    """
+    if isinstance(choice, Backend):
+        return Choice((choice,), automatic=False)
+    registered = [b for b in _registered if issubclass(problem_type, b.problem_type)]
+    backends = (*registered, *(b for b in own if not any(_same(b, other) for other in registered)))
+    if choice is None:
+        return Choice(backends, automatic=True)
+    named = tuple(backend for backend in backends if backend.name == choice)
+    if not named:
+        names = ", ".join(repr(backend.name) for backend in backends)
+        raise ValueError(f"backend={choice!r} must be one of {names}, a backend object or None")
+    return Choice(named, automatic=False)
+
+
+def call(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ...]:
+    """Run `problem` on the first backend that can, once the platform is known."""
+    if not choice.automatic:
+        # What was asked for and can run nowhere is refused while the caller's line is still on
+        # the stack, not when the computation is lowered.
+        choice.select(problem, platform=None)
+    leaves, treedef = jax.tree.flatten(operands)
+    return tuple(call_p.bind(*leaves, problem=problem, choice=choice, treedef=treedef))
+
+
+def calls(jaxpr: Any) -> Iterator[tuple[Problem, Choice]]:
+    """Yield the problem and the choice of each call that a jaxpr holds, at any depth."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is call_p:
+            yield equation.params["problem"], equation.params["choice"]
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from calls(getattr(inner, "jaxpr", inner))
+
+
+call_p = Primitive("ejk")
+call_p.multiple_results = True
+call_p.def_impl(functools.partial(xla.apply_primitive, call_p))
+
+
+@call_p.def_abstract_eval
+def _abstract_eval(*avals, problem, choice, treedef):
+    return [jax.core.ShapedArray(result.shape, result.dtype) for result in problem.results]
+
+
+def _lowering(platform: str) -> Callable[..., Any]:
+    def run(*leaves, problem, choice, treedef):
+        backend = choice.select(problem, platform)
+        return list(backend.run(problem, jax.tree.unflatten(treedef, leaves), platform))
+
+    return mlir.lower_fun(run, multiple_results=True)
+
+
+for _platform in PLATFORMS:
+    mlir.register_lowering(call_p, _lowering(_platform), platform=_platform)
+
+
+def _batch(leaves, axes, *, problem, choice, treedef):
+    size = next(x.shape[a] for x, a in zip(leaves, axes) if a is not None)
+    axes = [-1 if a is None else a for a in axes]
+    operands = jax.tree.unflatten(treedef, leaves)
+    folded = problem.fold(size, operands, jax.tree.unflatten(treedef, axes))
+    if folded is None:
+        results = _map(leaves, axes, problem=problem, choice=choice, treedef=treedef)
+    else:
+        results = [x.reshape(size, -1, *x.shape[1:]) for x in call(folded[0], choice, folded[1])]
+    return results, [0] * len(results)
+
+
+def _map(leaves, axes, **params):
+    mapped = [jax.numpy.moveaxis(x, a, 0) for x, a in zip(leaves, axes) if a >= 0]
+
+    def one(slices):
+        rest = iter(slices)
+        return call_p.bind(*(x if a < 0 else next(rest) for x, a in zip(leaves, axes)), **params)
+
+    return jax.lax.map(one, mapped)
+
+
+batching.primitive_batchers[call_p] = _batch

@@ -1,0 +1,285 @@
+"""`ejk.page_attention`: the signature, its checks and its prose, once for every backend."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ejk import _dispatch
+from ejk._dispatch import Backend
+from ejk._indices import as_int32
+from ejk._typing import Cache, Lengths, PerHead, Query, Scalar, ScalarInt, Tables, typed
+from ejk.backends.page_attention import (
+    LAYOUTS,
+    CacheLayout,
+    PageAttentionOperands,
+    PageAttentionProblem,
+)
+from ejk.backends.pallas.page_attention import PallasPageAttention
+from ejk.backends.triton.page_attention import TritonPageAttention
+from ejk.backends.xla.page_attention import XlaPageAttention
+from ejk.backends.xla.page_attention_backward import differentiable
+
+BACKENDS = (TritonPageAttention(), PallasPageAttention(), XlaPageAttention())
+"""Best first: each platform's own kernel, then XLA, which runs everything."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@typed
+def page_attention(
+    query: Query,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    attn_scale: Scalar | None = None,
+    max_context_len: int | None = None,
+    num_splits: int = 0,
+    *,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: float | int | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: int | None = None,
+    return_lse: bool = False,
+    backend: str | Backend | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attend from one query token a sequence to keys and values that lie in pages.
+
+    With `n = clip(context_lens[s], 0, max_blocks * page_size)`, KV head `h // group`, and
+    `k_j`, `v_j` the token in slot `j % page_size` of page `block_tables[s, j // page_size]`:
+
+        l_j = attn_scale * (q . k_j)                                    for 0 <= j < n
+        l_j = attn_logits_soft_cap * tanh(l_j / attn_logits_soft_cap)   if given
+        l_j = l_j + alibi_slopes[h] * (j - (n - 1))                     if given
+        j is visible if n - sliding_window <= j and its table entry is in [0, num_pages)
+        lse = log(sum over visible j of exp(l_j)  +  exp(sinks[h]))
+        out = sum over visible j of exp(l_j - lse) * v_j
+
+    A row that sees no token is exactly 0, its LSE the sink or -inf. A table entry outside
+    `[0, num_pages)` hides its tokens: it neither wraps nor clamps. Memory that no visible token
+    owns may hold anything, NaN included, and changes no bit of the result. Products and sums
+    accumulate in float32. Differentiable once in every float argument (reverse mode); batches
+    under `vmap`.
+
+    Args:
+        query: one token a sequence, at position `n - 1`. float32, bfloat16 or float16.
+        key_cache: the pool of pages in the query's dtype, its axes as `cache_layout` says.
+        value_cache: the same; its last axis may differ and is then the output's. None for latent
+            attention: the values are the first `value_head_dim` entries of the keys.
+        context_lens: tokens of each sequence, the current one included. Any integer dtype.
+        block_tables: the page that holds tokens `[p * page_size, (p + 1) * page_size)`. Any
+            integer dtype. Entries that no visible token needs may be anything.
+        attn_scale: multiplies the logits; `head_dim ** -0.5` if None. May be traced.
+        max_context_len: a bound on the lengths, used to size work; the table's width if None. Too
+            small a bound may be slow, never wrong.
+        num_splits: cut each sequence's visible range in this many parts of whole blocks that are
+            computed apart, then combined. 0: automatic. With 1 or more, the kernels' result for a
+            sequence has the same bits whatever else is in the batch.
+        cache_layout: `"HND"` `[num_pages, num_kv_heads, page_size, head_dim]`, `"NHD"`
+            `[num_pages, page_size, num_kv_heads, head_dim]` or `"KV_HEADS_FIRST"`
+            `[num_kv_heads, num_pages, page_size, head_dim]`. Read in place, never transposed.
+        sliding_window: only the last so many positions are visible, the current one included. At
+            least 1. May be traced: one that exceeds every length is no window.
+        attn_logits_soft_cap: above 0.
+        sinks: float32, one more logit a head in the denominator, neither scaled nor capped; -inf
+            is none.
+        alibi_slopes: float32, a slope a head.
+        value_head_dim: for latent attention only.
+        return_lse: also return the natural-log LSE, float32 `[num_seqs, num_heads]`.
+        backend: None for the best backend of the platform that the computation is lowered for;
+            `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.
+
+    Returns:
+        `[num_seqs, num_heads, value_head_dim]` in the query's dtype; with `return_lse`, a pair.
+
+    Raises:
+        TypeError: an argument of the wrong rank or dtype kind.
+        ValueError: arguments that do not fit each other, or a value out of range.
+        UnsupportedError: no backend that was asked for can run the call; every reason is named.
+
+    Example:
+        >>> import jax.numpy as jnp, ejk
+        >>> pool = jnp.ones((8, 2, 16, 64))  # 8 pages of 16 tokens, 2 KV heads
+        >>> tables = jnp.array([[3, 5], [1, 0]])
+        >>> ejk.page_attention(jnp.ones((2, 4, 64)), pool, pool, jnp.array([20, 1]), tables).shape
+        (2, 4, 64)
+
+    Source:
+        vLLM's PagedAttention (Kwon et al., 2023, arXiv:2309.06180); splits after Flash-Decoding
+        (Dao et al., 2023); argument order of ejkernel's `page_attention`.
+    """
+    problem = _problem(
+        query,
+        key_cache,
+        value_cache,
+        context_lens,
+        block_tables,
+        max_context_len=max_context_len,
+        num_splits=num_splits,
+        cache_layout=cache_layout,
+        sliding_window=sliding_window,
+        soft_cap=attn_logits_soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        value_head_dim=value_head_dim,
+        return_lse=return_lse,
+    )
+    choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
+    if 0 in (problem.num_seqs, problem.capacity, problem.num_pages):
+        results = _nothing_visible(problem, sinks)
+    else:
+        scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
+        operands = PageAttentionOperands(
+            query=jnp.asarray(query),
+            key_cache=jnp.asarray(key_cache),
+            value_cache=None if value_cache is None else jnp.asarray(value_cache),
+            context_lens=as_int32(context_lens, problem.capacity),
+            block_tables=as_int32(block_tables, problem.num_pages),
+            attn_scale=jnp.asarray(scale).astype(jnp.float32),
+            sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
+            sinks=None if sinks is None else jnp.asarray(sinks),
+            alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
+        )
+        results = differentiable(problem, choice, operands)
+    return results if return_lse else results[0]
+
+
+def _problem(
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    block_tables,
+    *,
+    max_context_len,
+    num_splits,
+    cache_layout,
+    sliding_window,
+    soft_cap,
+    sinks,
+    alibi_slopes,
+    value_head_dim,
+    return_lse,
+) -> PageAttentionProblem:
+    """Check the arguments and collect the static facts of the call."""
+    if cache_layout not in LAYOUTS:
+        _fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
+    layout = LAYOUTS[cache_layout]
+    num_seqs, num_heads, head_dim = query.shape
+    num_pages, num_kv_heads, page_size = (key_cache.shape[axis] for axis in layout)
+    capacity = block_tables.shape[1] * page_size
+
+    if query.dtype.name not in DTYPES:
+        raise TypeError(f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}")
+    if key_cache.dtype != query.dtype:
+        _fail(f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}")
+    for name, size in (
+        ("num_heads", num_heads),
+        ("head_dim", head_dim),
+        ("num_kv_heads", num_kv_heads),
+        ("page_size", page_size),
+    ):
+        if size < 1:
+            _fail(f"{name}={size} must be at least 1 (cache_layout={cache_layout!r})")
+    if num_heads % num_kv_heads:
+        _fail(
+            f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
+            f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
+        )
+    if key_cache.shape[3] != head_dim:
+        _fail(f"key_cache.shape[3]={key_cache.shape[3]} must be the query's head_dim={head_dim}")
+    if context_lens.shape[0] != num_seqs:
+        _fail(f"context_lens.shape[0]={context_lens.shape[0]} must be num_seqs={num_seqs}")
+    if block_tables.shape[0] != num_seqs:
+        _fail(f"block_tables.shape[0]={block_tables.shape[0]} must be num_seqs={num_seqs}")
+    if capacity >= 2**31:
+        _fail(
+            f"max_blocks * page_size={capacity} must be below 2**31: positions are 32-bit "
+            f"(block_tables{list(block_tables.shape)}, page_size={page_size})"
+        )
+    for name, value in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if value is None:
+            continue
+        if value.dtype != jnp.float32:
+            _fail(f"{name}.dtype={value.dtype} must be float32")
+        if value.shape[0] != num_heads:
+            _fail(f"{name}.shape[0]={value.shape[0]} must be num_heads={num_heads}")
+
+    bounds = [capacity]
+    if max_context_len is not None:
+        bounds.append(_static_int("max_context_len", max_context_len, at_least=0))
+    if isinstance(sliding_window, (int, np.integer, np.ndarray)):
+        bounds.append(_static_int("sliding_window", sliding_window, at_least=1))
+    if soft_cap is not None and not (0 < soft_cap < math.inf):
+        _fail(f"attn_logits_soft_cap={soft_cap} must be above 0 and finite")
+    return PageAttentionProblem(
+        num_seqs=num_seqs,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_head_dim=_value_head_dim(key_cache, value_cache, value_head_dim),
+        num_pages=num_pages,
+        page_size=page_size,
+        max_blocks=block_tables.shape[1],
+        dtype=query.dtype,
+        cache_layout=cache_layout,
+        latent=value_cache is None,
+        has_window=sliding_window is not None,
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        has_sinks=sinks is not None,
+        has_alibi=alibi_slopes is not None,
+        return_lse=bool(return_lse),
+        num_splits=_static_int("num_splits", num_splits, at_least=0),
+        visible_bound=max(1, min(bounds)),
+    )
+
+
+def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
+    """Check the values, or the request to read them out of the keys, and return their width."""
+    head_dim = key_cache.shape[3]
+    if value_cache is None:
+        if value_head_dim is None:
+            _fail(
+                "value_cache=None must come with value_head_dim: latent attention reads the "
+                "values from the first value_head_dim entries of the keys"
+            )
+        width = _static_int("value_head_dim", value_head_dim, at_least=1)
+        if width > head_dim:
+            _fail(f"value_head_dim={width} must be at most head_dim={head_dim}")
+        return width
+    if value_head_dim is not None:
+        _fail(f"value_head_dim={value_head_dim} must be None where a value_cache is given")
+    if value_cache.dtype != key_cache.dtype:
+        _fail(f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}")
+    if value_cache.shape[:3] != key_cache.shape[:3]:
+        _fail(
+            f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} "
+            "but for the last axis"
+        )
+    if value_cache.shape[3] < 1:
+        _fail(f"value_cache.shape[3]={value_cache.shape[3]} must be at least 1")
+    return value_cache.shape[3]
+
+
+def _static_int(name: str, value, *, at_least: int) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value} must be an int")
+    if value < at_least:
+        _fail(f"{name}={value} must be at least {at_least}")
+    return int(value)
+
+
+def _fail(message: str):
+    raise ValueError(message)
+
+
+def _nothing_visible(problem: PageAttentionProblem, sinks) -> tuple[jax.Array, jax.Array]:
+    """Answer a call whose static facts leave no token to see."""
+    rows = (problem.num_seqs, problem.num_heads)
+    out = jnp.zeros((*rows, problem.value_head_dim), problem.dtype)
+    sink = jnp.full((problem.num_heads,), -jnp.inf, jnp.float32) if sinks is None else sinks
+    return out, jnp.broadcast_to(sink[None], rows)

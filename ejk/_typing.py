@@ -1,0 +1,71 @@
+"""Array types for annotations, and the decorator that checks them."""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+from beartype.door import is_bearable
+from jaxtyping import Float, Integer, Num
+
+Array = jax.Array | np.ndarray
+
+Query = Float[Array, "num_seqs num_heads head_dim"]
+Cache = Num[Array, "four axes of cache_layout"]
+Lengths = Integer[Array, " num_seqs"]
+Tables = Integer[Array, "num_seqs max_blocks"]
+PerHead = Float[Array, " num_heads"]
+Scalar = float | int | np.floating | np.integer | Num[Array, ""]
+ScalarInt = int | np.integer | Integer[Array, ""]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def typed(function: F) -> F:
+    """Check rank and dtype kind of every argument against the function's annotations.
+
+    How axes of several arguments fit each other is left to the function, which says so in a
+    `ValueError`: the names of axes in annotations are documentation here.
+
+    Raises:
+        TypeError: naming the argument, what it is and what it must be.
+    """
+    signature = inspect.signature(function)
+    hints = {
+        name: hint
+        for name, hint in typing.get_type_hints(function, include_extras=True).items()
+        if typing.get_origin(hint) is not Literal  # a wrong choice is a ValueError
+    }
+    # jaxtyping's import hook would bind the names of axes across arguments.
+    function.__no_type_check__ = True  # type: ignore[attr-defined]
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if not is_bearable(value, hints.get(name, Any)):
+                raise TypeError(f"{name}={_describe(value)} must be {_spell(hints[name])}")
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def _describe(value: object) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{np.dtype(value.dtype).name}[{', '.join(map(str, value.shape))}]"
+    return repr(value)
+
+
+def _spell(hint: Any) -> str:
+    alternatives = typing.get_args(hint)
+    if alternatives and not hasattr(hint, "dims"):
+        return " or ".join(dict.fromkeys(map(_spell, alternatives)))
+    if hint is type(None):
+        return "None"
+    if hasattr(hint, "dim_str"):
+        kind = {"Float": "floating-point", "Integer": "integer"}.get(hint.__name__.split("[")[0])
+        axes = ", ".join(hint.dim_str.split()) or "no axes"
+        return f"{kind or 'numeric'} array [{axes}]"
+    return getattr(hint, "__name__", str(hint))

@@ -1,0 +1,149 @@
+"""What every backend of `ejk.page_attention` is given: the problem, the operands, the layouts."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ejk._dispatch import Backend, Problem
+
+CacheLayout = Literal["HND", "NHD", "KV_HEADS_FIRST"]
+
+
+class Layout(NamedTuple):
+    """Where a pool's axes are."""
+
+    pages: int
+    kv_heads: int
+    slots: int
+
+
+LAYOUTS: dict[str, Layout] = {
+    "HND": Layout(pages=0, kv_heads=1, slots=2),
+    "NHD": Layout(pages=0, slots=1, kv_heads=2),
+    "KV_HEADS_FIRST": Layout(kv_heads=0, pages=1, slots=2),
+}
+
+ALL_FEATURES = frozenset(
+    {
+        "attn_logits_soft_cap",
+        "sliding_window",
+        "sinks",
+        "alibi_slopes",
+        "value_head_dim",
+        "return_lse",
+        'cache_layout="HND"',
+        'cache_layout="NHD"',
+        'cache_layout="KV_HEADS_FIRST"',
+    }
+)
+
+
+class PageAttentionOperands(NamedTuple):
+    """The arrays of one call. Absent ones are None.
+
+    Lengths and table entries are the caller's own values: a backend clips lengths to
+    `[0, capacity]` and takes an entry outside `[0, num_pages)` for invalid.
+    """
+
+    query: Any  # [num_seqs, num_heads, head_dim]
+    key_cache: Any  # four axes, see LAYOUTS
+    value_cache: Any  # the same, its last axis value_head_dim; None: the keys' first entries
+    context_lens: Any  # int32 [num_seqs]
+    block_tables: Any  # int32 [num_seqs, max_blocks]
+    attn_scale: Any  # float32 []
+    sliding_window: Any  # int32 [], or None
+    sinks: Any  # float32 [num_heads], or None
+    alibi_slopes: Any  # float32 [num_heads], or None
+
+
+@dataclasses.dataclass(frozen=True)
+class PageAttentionProblem(Problem):
+    """The static facts of one `ejk.page_attention` call. No axis is empty."""
+
+    operation: ClassVar[str] = "page_attention"
+
+    num_seqs: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    num_pages: int
+    page_size: int
+    max_blocks: int
+    dtype: np.dtype
+    cache_layout: str
+    latent: bool
+    has_window: bool
+    soft_cap: float | None
+    has_sinks: bool
+    has_alibi: bool
+    return_lse: bool
+    num_splits: int
+    visible_bound: int
+    """No sequence is expected to see more tokens than this: for sizing work, nothing else."""
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row of the block table can name."""
+        return self.max_blocks * self.page_size
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUTS[self.cache_layout]
+
+    @property
+    def features(self) -> frozenset[str]:
+        used = {
+            "attn_logits_soft_cap": self.soft_cap is not None,
+            "sliding_window": self.has_window,
+            "sinks": self.has_sinks,
+            "alibi_slopes": self.has_alibi,
+            "value_head_dim": self.latent,
+            "return_lse": self.return_lse,
+            f'cache_layout="{self.cache_layout}"': True,
+        }
+        return frozenset(feature for feature, is_used in used.items() if is_used)
+
+    @property
+    def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        rows = (self.num_seqs, self.num_heads)
+        out = jax.ShapeDtypeStruct((*rows, self.value_head_dim), self.dtype)
+        lse = jax.ShapeDtypeStruct(rows, jnp.float32)
+        return (out, lse) if self.return_lse else (out,)
+
+    def fold(
+        self, size: int, operands: PageAttentionOperands, axes: PageAttentionOperands
+    ) -> tuple[Self, PageAttentionOperands] | None:
+        """Make a `vmap` axis over sequences alone part of `num_seqs`."""
+        per_seq = ("query", "context_lens", "block_tables")
+        shared = (axis for name, axis in axes._asdict().items() if name not in per_seq)
+        if any(axis is not None and axis >= 0 for axis in shared):
+            return None
+
+        def rows(name):
+            x, axis = getattr(operands, name), getattr(axes, name)
+            lead = jnp.moveaxis(x, axis, 0) if axis >= 0 else jnp.stack([x] * size)
+            return lead.reshape(size * self.num_seqs, *lead.shape[2:])
+
+        folded = dataclasses.replace(self, num_seqs=size * self.num_seqs)
+        return folded, operands._replace(**{name: rows(name) for name in per_seq})
+
+
+class PageAttentionBackend(Backend):
+    """A way to run `ejk.page_attention`: subclass it to add your own.
+
+    `run(problem, operands, platform)` is given a `PageAttentionProblem` and
+    `PageAttentionOperands`, is traced under the lowering for `platform`, and returns arrays of
+    the shapes and dtypes of `problem.results`. It computes what `docs/mathematics.md` defines for
+    the `features` that it declares.
+    """
+
+    problem_type = PageAttentionProblem

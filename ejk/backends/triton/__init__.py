@@ -1,0 +1,1 @@
+"""The Triton backends: NVIDIA and AMD GPUs."""

@@ -1,0 +1,220 @@
+"""Launches Triton kernels from JAX: the one file that knows the two lines of jax-triton.
+
+| | 0.3 | 0.4 |
+|---|---|---|
+| result types | `out_shape=` | `out_type=` |
+| compiler options | `enable_fp_fusion=` | `backend_options=` |
+| custom call | `triton_kernel_call` | `triton_kernel_call_ffi` |
+| importing it | needs a GPU plugin of JAX | works anywhere |
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+_CUSTOM_CALL_TARGETS = ("triton_kernel_call", "triton_kernel_call_ffi")
+
+# CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 of the CUDA driver API.
+_TMA_TF32 = 11
+
+
+def call(
+    kernel: Any,
+    inputs: Mapping[str, jax.Array | None],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    constants: Mapping[str, int | float | bool | str | None],
+    *,
+    grid: int,
+    num_warps: int,
+    num_stages: int,
+    compute_capability: int | None,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """Runs a Triton kernel on every index of a one-axis grid.
+
+    The kernel's parameters are pointers to the inputs, then pointers to the outputs, then its
+    compile-time constants. There are no runtime scalars: jax-triton tells the compiler nothing
+    about the divisibility of one, and a stride of unknown divisibility costs every wide load.
+
+    Args:
+      kernel: a function decorated with `triton.jit`.
+      inputs: the kernel's leading parameters, in order. None is an input that is absent: the
+        kernel gets a pointer that it must not touch, and a constant must tell it so.
+      outputs: the parameters that follow, in order. Their memory is not initialised.
+      constants: every `tl.constexpr` parameter without a default.
+      grid: number of programs, from 1 to 2**31 - 1.
+      num_warps: warps a program runs on.
+      num_stages: depth of the software pipeline.
+      compute_capability: 90 for sm_90; the capability of the machine's GPU if None.
+      interpret: runs the kernel on the CPU with Triton's interpreter.
+
+    Returns:
+      One array for each entry of `outputs`, in order.
+
+    Raises:
+      TypeError: if the names do not match the kernel's signature.
+    """
+    _check_signature(kernel.fn, (*inputs, *outputs), tuple(constants))
+    assert 1 <= grid < 2**31, f"{grid=} must be in [1, 2**31)"
+    if interpret:
+        from ejk.backends.triton import _interpret
+
+        return _interpret.call(kernel, inputs, outputs, constants, grid=grid)
+
+    present = [value for value in inputs.values() if value is not None]
+    operands = [present[0] if value is None else value for value in inputs.values()]
+    result_types = tuple(outputs.values())
+    jax_triton, is_ffi_line = _import_jax_triton()
+    # Fusing a product and a sum into one instruction changes rounding, so the choice is written
+    # out here instead of following a default that may differ between the lines.
+    if is_ffi_line:
+        options = {"out_type": result_types, "backend_options": {"enable_fp_fusion": True}}
+    else:
+        options = {"out_shape": result_types, "enable_fp_fusion": True}
+    results = jax_triton.triton_call(
+        *operands,
+        kernel=kernel,
+        grid=(grid,),
+        name=kernel.fn.__name__,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        compute_capability=compute_capability,
+        **options,
+        **constants,
+    )
+    return tuple(results)
+
+
+@functools.cache
+def available(*, interpret: bool = False) -> str | None:
+    """Says in one line why kernels cannot be launched here, or returns None if they can.
+
+    Args:
+      interpret: asks about the interpreter, which needs Triton and NumPy alone.
+    """
+    try:
+        importlib.import_module("triton")
+        if not interpret:
+            _import_jax_triton()
+    except Exception as error:  # What a broken installation raises cannot be listed.
+        if isinstance(error, ModuleNotFoundError) and error.name in ("triton", "jax_triton"):
+            return f"{error.name.replace('_', '-')} is not installed"
+        missing = "triton" if interpret else "jax-triton"
+        reason = " ".join(str(error).split())
+        return f"{missing} cannot be imported: {type(error).__name__}: {reason}"
+    return None
+
+
+def export_custom_call_targets() -> tuple[str, ...]:
+    """Names of the custom calls that `jax.export` must be told to accept, of both lines."""
+    return _CUSTOM_CALL_TARGETS
+
+
+@functools.cache
+def _check_signature(
+    function: Any, pointer_names: tuple[str, ...], constant_names: tuple[str, ...]
+) -> None:
+    """Refuses names that the kernel does not have in this order: jax-triton checks none of it."""
+    parameters = inspect.signature(function).parameters
+    names = tuple(parameters)
+    pointers, rest = names[: len(pointer_names)], names[len(pointer_names) :]
+    if pointers != pointer_names:
+        raise TypeError(
+            f"the pointers of {function.__name__} are {pointers}, but {pointer_names} were given"
+        )
+    if not_constant := [n for n in rest if "constexpr" not in str(parameters[n].annotation)]:
+        raise TypeError(f"{function.__name__} needs {not_constant} to be tl.constexpr")
+    unknown = sorted(set(constant_names) - set(rest))
+    required = {n for n in rest if parameters[n].default is inspect.Parameter.empty}
+    missing = sorted(required - set(constant_names))
+    if unknown or missing:
+        raise TypeError(f"constants of {function.__name__}: {missing=}, {unknown=}")
+
+
+@functools.cache
+def _import_jax_triton() -> tuple[Any, bool]:
+    """Imports jax-triton with its known faults mended; says whether it is the 0.4 line."""
+    with _environment_variable_kept("TRITON_CACHE_DIR"), _tma_constant():
+        jax_triton = importlib.import_module("jax_triton")
+        triton_lib = importlib.import_module("jax_triton.triton_lib")
+    _mend_dead_code_rule(triton_lib.triton_kernel_call_p)
+    _keep_compiler_and_interpreter_apart(triton_lib)
+    is_ffi_line = "out_type" in inspect.signature(jax_triton.triton_call).parameters
+    return jax_triton, is_ffi_line
+
+
+@contextlib.contextmanager
+def _environment_variable_kept(name: str) -> Iterator[None]:
+    """jax-triton deletes or empties a variable of Triton's; importing must change nothing."""
+    value = os.environ.get(name)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+        else:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _tma_constant() -> Iterator[None]:
+    """Lends Triton's driver a name that jax-triton 0.4 imports from it.
+
+    Triton 3.6 has not got it, and jax-triton takes the ImportError for a machine without NVIDIA's
+    backend: every call then fails.
+    """
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    is_old_line = importlib.metadata.version("jax-triton").startswith("0.3.")
+    if is_old_line or hasattr(driver, "TMA_TF32"):
+        yield
+        return
+    driver.TMA_TF32 = _TMA_TF32  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        del driver.TMA_TF32  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _mend_dead_code_rule(primitive: Any) -> None:
+    """Drops jax-triton's dead-code rule where JAX would call it with more than it accepts.
+
+    JAX 0.12 passes a third argument, which jax-triton 0.4.1 does not take. The default rule does
+    what a pure kernel needs: it drops the call when nobody uses a result.
+    """
+    partial_eval = importlib.import_module("jax.interpreters.partial_eval")
+    rule = partial_eval.dce_rules.get(primitive)
+    if rule is None:
+        return
+    passed = inspect.signature(partial_eval.dce_jaxpr_closed_call_rule).parameters
+    accepted = inspect.signature(rule).parameters
+    if len(passed) != len(accepted):
+        del partial_eval.dce_rules[primitive]
+
+
+def _keep_compiler_and_interpreter_apart(triton_lib: Any) -> None:
+    """Makes a compilation wait for kernels that another thread interprets.
+
+    For the length of a launch the interpreter replaces the functions of `triton.language`, which
+    the compiler reads.
+    """
+    from ejk.backends.triton import _interpret
+
+    if hasattr(triton_lib, "TritonFunction"):
+        owner, name = triton_lib.TritonFunction, "get_or_create_kernel"
+    else:
+        owner, name = triton_lib, "get_or_create_triton_kernel"
+    compile_kernel = getattr(owner, name)
+
+    @functools.wraps(compile_kernel)
+    def compile_alone(*args: Any, **kwargs: Any) -> Any:
+        with _interpret.triton_language_lock:
+            return compile_kernel(*args, **kwargs)
+
+    setattr(owner, name, compile_alone)

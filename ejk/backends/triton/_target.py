@@ -1,0 +1,58 @@
+"""The GPU that a kernel is compiled for: what its launch may count on."""
+
+import dataclasses
+
+import jax
+
+# Shared memory that one block of threads may use, in bytes, by compute capability (CUDA C
+# programming guide, table of technical specifications).
+SHARED_MEMORY = {
+    75: 64 * 1024,
+    80: 163 * 1024,
+    86: 99 * 1024,
+    87: 163 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    103: 227 * 1024,
+    110: 227 * 1024,
+    120: 99 * 1024,
+    121: 99 * 1024,
+}
+SHARED_MEMORY_ROCM = 64 * 1024  # gfx942, and no less on its successors (AMD CDNA 3 ISA)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU's facts."""
+
+    compute_capability: int | None  # None on ROCm, where the compiler asks the device itself
+    num_sms: int
+    shared_memory: int  # bytes a program
+
+    @classmethod
+    def of(
+        cls, platform: str, compute_capability: int | None, num_sms: int | None
+    ) -> "Target | None":
+        """Return the target; what is not given comes from the first device, if there is one."""
+        if platform == "cpu":  # The interpreter takes any size; as large as the largest GPU.
+            return cls(None, num_sms or 4, max(SHARED_MEMORY.values()))
+        if platform == "cuda" and compute_capability and num_sms:
+            return cls(compute_capability, num_sms, _shared_memory(compute_capability))
+        try:
+            device = jax.local_devices(backend=platform)[0]
+        except RuntimeError:
+            return None
+        num_sms = num_sms or device.core_count
+        if platform == "rocm":
+            return cls(None, num_sms, SHARED_MEMORY_ROCM)
+        if compute_capability is None:
+            major, minor = str(device.compute_capability).split(".")
+            compute_capability = int(major) * 10 + int(minor)
+        return cls(compute_capability, num_sms, _shared_memory(compute_capability))
+
+
+def _shared_memory(compute_capability: int) -> int:
+    """Return what the newest known generation up to `compute_capability` has."""
+    known = [capability for capability in SHARED_MEMORY if capability <= compute_capability]
+    return SHARED_MEMORY[max(known)] if known else 48 * 1024

@@ -1,0 +1,287 @@
+"""Attention of one query token a sequence over paged keys and values.
+
+Grid of `page_attention_kernel`, one axis, fastest first: KV head, block of the group's query
+heads, split, sequence. In registers: the queries of one group `[BLOCK_GROUP, head_dim]`, the
+running maximum `m`, the sum `l` and the weighted values `acc`; keys and values stream through
+shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a block's logits:
+
+    m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
+    l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
+
+A head dimension that is no power of two is taken in two parts, `BLOCK_D` and `BLOCK_D_REST`
+(576 as 512 + 64, 80 as 64 + 16), so that little of a block is padding.
+
+Source: online softmax (Milakov and Gimelshein, 2018, arXiv:1805.02867); FlashAttention (Dao et
+al., 2022, arXiv:2205.14135); splits after Flash-Decoding (Dao et al., 2023).
+"""
+
+import typing
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+@typing.no_type_check
+def page_attention_kernel(
+    # inputs
+    query_ptr,  # [num_seqs, num_heads, head_dim]
+    key_ptr,  # pool of pages, four axes in any order
+    value_ptr,  # the same
+    context_lens_ptr,  # int32 [num_seqs]
+    block_tables_ptr,  # int32 [num_seqs, max_blocks]
+    attn_scale_ptr,  # float32 []
+    sliding_window_ptr,  # int32 []
+    sinks_ptr,  # float32 [num_heads]
+    alibi_slopes_ptr,  # float32 [num_heads]
+    # outputs
+    out_ptr,  # [num_seqs, num_heads, value_head_dim]; splits: float32, [.., num_splits, ..]
+    lse_ptr,  # float32 [num_seqs, num_heads]; splits: log2, [num_seqs, num_heads, num_splits]
+    # sizes
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_HEAD_DIM: tl.constexpr,
+    NUM_PAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    MAX_BLOCKS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr,  # blocks in each split, 0 for equal splits
+    # strides: constants, or no load is wider than one element
+    stride_k_page: tl.constexpr,
+    stride_k_head: tl.constexpr,
+    stride_k_slot: tl.constexpr,
+    stride_v_page: tl.constexpr,
+    stride_v_head: tl.constexpr,
+    stride_v_slot: tl.constexpr,
+    # features
+    SOFT_CAP: tl.constexpr,  # 0 for none
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    # blocks
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_D_REST: tl.constexpr,  # 0 for none
+    BLOCK_DV: tl.constexpr,
+    BLOCK_DV_REST: tl.constexpr,  # 0 for none
+):
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    tl.static_assert(NUM_HEADS % NUM_KV_HEADS == 0)
+    tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
+    tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
+
+    # Which work is mine: a KV head, a block of its query heads, a run of blocks of a sequence.
+    pid = tl.program_id(0)
+    kv_head = (pid % NUM_KV_HEADS).to(tl.int64)
+    pid = pid // NUM_KV_HEADS
+    group_block = pid % tl.cdiv(GROUP, BLOCK_GROUP)
+    pid = pid // tl.cdiv(GROUP, BLOCK_GROUP)
+    split = pid % NUM_SPLITS
+    seq = (pid // NUM_SPLITS).to(tl.int64)
+
+    length = tl.load(context_lens_ptr + seq)
+    length = tl.minimum(tl.maximum(length, 0), MAX_BLOCKS * PAGE_SIZE)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(length - tl.maximum(tl.load(sliding_window_ptr), 0), 0)
+    first_block = first // BLOCK_KV
+    num_blocks = tl.cdiv(length, BLOCK_KV) - first_block
+    split_blocks = tl.maximum(tl.cdiv(num_blocks, NUM_SPLITS), SPLIT_BLOCKS)
+    begin = (first_block + split * split_blocks) * BLOCK_KV
+    end = tl.minimum(begin + split_blocks * BLOCK_KV, length)
+
+    # Load once: queries, scale, slopes, the first block's page ids.
+    offs_group = group_block * BLOCK_GROUP + tl.arange(0, BLOCK_GROUP)
+    mask_group = offs_group < GROUP
+    offs_head = kv_head * GROUP + offs_group
+    offs_kv = tl.arange(0, BLOCK_KV)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    mask_d = offs_d < HEAD_DIM
+    mask_dv = offs_dv < VALUE_HEAD_DIM
+    query_row_ptrs = query_ptr + (seq * NUM_HEADS + offs_head[:, None]) * HEAD_DIM
+    q = tl.load(query_row_ptrs + offs_d, mask=mask_group[:, None] & mask_d, other=0.0)
+    # q: [BLOCK_GROUP, BLOCK_D]
+    if BLOCK_D_REST > 0:
+        offs_d_rest = BLOCK_D + tl.arange(0, BLOCK_D_REST)
+        mask_d_rest = offs_d_rest < HEAD_DIM
+        q_rest = tl.load(
+            query_row_ptrs + offs_d_rest, mask=mask_group[:, None] & mask_d_rest, other=0.0
+        )
+    if BLOCK_DV_REST > 0:
+        offs_dv_rest = BLOCK_DV + tl.arange(0, BLOCK_DV_REST)
+        mask_dv_rest = offs_dv_rest < VALUE_HEAD_DIM
+        acc_rest = tl.zeros([BLOCK_GROUP, BLOCK_DV_REST], tl.float32)
+    scale = tl.load(attn_scale_ptr)
+    if HAS_ALIBI:
+        slopes = tl.load(alibi_slopes_ptr + offs_head, mask=mask_group, other=0.0)
+    m = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_GROUP], tl.float32)
+    acc = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
+    table_ptr = block_tables_ptr + seq * MAX_BLOCKS
+    positions = begin + offs_kv
+    pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=positions < end, other=-1)
+
+    # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
+    # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
+    for start in range(begin, end, BLOCK_KV):
+        positions = start + offs_kv
+        visible = (pages >= 0) & (pages < NUM_PAGES) & (positions >= first)  # [BLOCK_KV]
+        offs_page = pages.to(tl.int64)
+        offs_slot = positions % PAGE_SIZE
+        k_ptrs = key_ptr + kv_head * stride_k_head
+        k_ptrs += (offs_page * stride_k_page + offs_slot * stride_k_slot)[:, None]
+        v_ptrs = value_ptr + kv_head * stride_v_head
+        v_ptrs += (offs_page * stride_v_page + offs_slot * stride_v_slot)[:, None]
+        ahead = positions + BLOCK_KV
+        pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
+
+        k = _load_visible(k_ptrs, offs_d, visible, mask_d, BLOCK_D == HEAD_DIM)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_GROUP, BLOCK_KV]
+        if BLOCK_D_REST > 0:
+            k_rest = _load_visible(
+                k_ptrs, offs_d_rest, visible, mask_d_rest, BLOCK_D + BLOCK_D_REST == HEAD_DIM
+            )
+            s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision="ieee")
+        if SOFT_CAP > 0:
+            s = SOFT_CAP * _tanh(s * (scale / SOFT_CAP)) * LOG2E
+        else:
+            s = s * (scale * LOG2E)
+        if HAS_ALIBI:
+            behind = (positions - (length - 1)).to(tl.float32)
+            s += (slopes * LOG2E)[:, None] * behind[None, :]
+        s = tl.where(visible[None, :], s, float("-inf"))
+
+        m_new = tl.maximum(m, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - m_safe[:, None])
+        alpha = tl.exp2(m - m_safe)
+        m = m_new
+        l = l * alpha + tl.sum(p, 1)
+        v = _load_visible(v_ptrs, offs_dv, visible, mask_dv, BLOCK_DV == VALUE_HEAD_DIM)
+        p = p.to(v.dtype)
+        acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
+        if BLOCK_DV_REST > 0:
+            v_rest = _load_visible(
+                v_ptrs, offs_dv_rest, visible, mask_dv_rest,
+                BLOCK_DV + BLOCK_DV_REST == VALUE_HEAD_DIM,
+            )  # fmt: skip
+            acc_rest = tl.dot(p, v_rest, acc_rest * alpha[:, None], input_precision="ieee")
+
+    # Write the result, or this split's part of it.
+    if HAS_SINKS and NUM_SPLITS == 1:
+        sinks = tl.load(sinks_ptr + offs_head, mask=mask_group, other=float("-inf")) * LOG2E
+        m, l, alpha = _add_sink(m, l, sinks)
+        acc *= alpha[:, None]
+        if BLOCK_DV_REST > 0:
+            acc_rest *= alpha[:, None]
+    lse = tl.where(l == 0, float("-inf"), m + tl.log2(l))
+    if NUM_SPLITS == 1:
+        lse *= LN2
+    row = (seq * NUM_HEADS + offs_head) * NUM_SPLITS + split
+    tl.store(lse_ptr + row, lse, mask=mask_group)
+    l = tl.where(l == 0, 1.0, l)
+    out_row_ptrs = out_ptr + row[:, None] * VALUE_HEAD_DIM
+    out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_row_ptrs + offs_dv, out, mask=mask_group[:, None] & mask_dv)
+    if BLOCK_DV_REST > 0:
+        out = (acc_rest / l[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_row_ptrs + offs_dv_rest, out, mask=mask_group[:, None] & mask_dv_rest)
+
+
+@triton.jit
+@typing.no_type_check
+def combine_splits_kernel(
+    # inputs
+    partial_out_ptr,  # float32 [rows, num_splits, value_head_dim]
+    partial_lse_ptr,  # float32, log2 [rows, num_splits]
+    sinks_ptr,  # float32 [num_heads]
+    # outputs
+    out_ptr,  # [rows, value_head_dim]
+    lse_ptr,  # float32 [rows]
+    # sizes
+    NUM_HEADS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    VALUE_HEAD_DIM: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    # blocks
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Merge the splits of one query head of one sequence; the grid is the rows.
+
+    A split that saw nothing has LSE -inf: its values are not read, and blocks of such splits
+    leave every bit as it is.
+    """
+    # Which work is mine.
+    row = tl.program_id(0).to(tl.int64)
+
+    # Load once.
+    offs_dv = tl.arange(0, BLOCK_DV)
+    mask_dv = offs_dv < VALUE_HEAD_DIM
+    m = tl.full([1], float("-inf"), tl.float32)
+    l = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+
+    # Loop over the splits.
+    for start in range(0, NUM_SPLITS, BLOCK_SPLITS):
+        splits = start + tl.arange(0, BLOCK_SPLITS)
+        part = row * NUM_SPLITS + splits
+        lse = tl.load(partial_lse_ptr + part, mask=splits < NUM_SPLITS, other=float("-inf"))
+        saw = lse != float("-inf")
+        out_ptrs = partial_out_ptr + part[:, None] * VALUE_HEAD_DIM + offs_dv
+        out = tl.load(out_ptrs, mask=saw[:, None] & mask_dv, other=0.0)
+        m_new = tl.maximum(m, tl.max(lse, 0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2(lse - m_safe)  # [BLOCK_SPLITS]
+        alpha = tl.exp2(m - m_safe)
+        m = m_new
+        l = l * alpha + tl.sum(weight, 0)
+        acc = acc * alpha + tl.sum(weight[:, None] * out, 0)
+
+    # Write.
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + row % NUM_HEADS) * LOG2E
+        m, l, alpha = _add_sink(m, l, sink)
+        acc *= alpha
+    lse = tl.where(l == 0, float("-inf"), m + tl.log2(l)) * LN2
+    tl.store(lse_ptr + row + tl.arange(0, 1), lse)
+    out = acc / tl.where(l == 0, 1.0, l)
+    tl.store(out_ptr + row * VALUE_HEAD_DIM + offs_dv, out.to(out_ptr.dtype.element_ty), mask_dv)
+
+
+@triton.jit
+@typing.no_type_check
+def _load_visible(row_ptrs, offs_d, visible, mask_d, EVEN: tl.constexpr):
+    """Load `[BLOCK_KV, BLOCK_D]`, zero where a token is not visible: its slot may hold NaN."""
+    mask = visible[:, None]
+    if not EVEN:
+        mask = mask & mask_d
+    return tl.load(row_ptrs + offs_d, mask=mask, other=0.0)
+
+
+@triton.jit
+@typing.no_type_check
+def _add_sink(m, l, sink):
+    """Count one more logit in the denominator; `alpha` rescales the weighted values."""
+    m_new = tl.maximum(m, sink)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - m_safe)
+    return m_new, l * alpha + tl.exp2(sink - m_safe), alpha
+
+
+@triton.jit
+@typing.no_type_check
+def _tanh(x):
+    """Tanh to a few float32 ulp: the device library's is not there on every target.
+
+    Below 1/4 its Taylor series to x^9, whose remainder is under 1e-8 of the result.
+    """
+    x2 = x * x
+    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1))

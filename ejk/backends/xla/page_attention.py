@@ -1,0 +1,188 @@
+"""`ejk.page_attention` as an XLA program: runs everything, anywhere.
+
+An online softmax over blocks of tokens, from the first block that any sequence sees to the last.
+Temporary memory is two blocks, of keys and of values: at most `BLOCK_BYTES` each, or one page a
+sequence where that is more. It does not grow with the width of the table.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ejk import _dispatch
+from ejk.backends.page_attention import (
+    ALL_FEATURES,
+    PageAttentionBackend,
+    PageAttentionOperands,
+    PageAttentionProblem,
+)
+
+BLOCK_BYTES = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaPageAttention(PageAttentionBackend):
+    """Run `ejk.page_attention` as an XLA program.
+
+    Attributes:
+        block_kv: tokens of each sequence that a step of the loop takes, in whole pages. None: as
+            many as 32 MiB of keys hold, at most 512.
+    """
+
+    block_kv: int | None = None
+
+    name = "xla"
+    features = ALL_FEATURES
+
+    @property
+    def platforms(self):
+        return _dispatch.PLATFORMS
+
+    def limits(self, problem, platform):
+        return ()
+
+    def run(self, problem, operands, platform):
+        context = Context.of(problem, operands)
+        blocks = Blocks.of(problem, self.block_kv)
+        out, lse = _attend(problem, operands, context, blocks)
+        return (out, lse) if problem.return_lse else (out,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What each sequence sees: positions `[first, length)`."""
+
+    length: jax.Array  # int32 [num_seqs]
+    first: jax.Array  # int32 [num_seqs]
+
+    @classmethod
+    def of(cls, problem: PageAttentionProblem, operands: PageAttentionOperands) -> "Context":
+        length = jnp.clip(operands.context_lens, 0, problem.capacity)
+        if not problem.has_window:
+            return cls(length, jnp.zeros_like(length))
+        return cls(length, jnp.maximum(length - jnp.maximum(operands.sliding_window, 0), 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the context is cut: `pages` of every sequence a step."""
+
+    pages: int
+    tokens: int
+
+    @classmethod
+    def of(cls, problem: PageAttentionProblem, tokens: int | None) -> "Blocks":
+        if tokens is None:
+            # All sequences' keys of one token, in the type that the products are taken in.
+            token_bytes = 4 * problem.num_seqs * problem.num_kv_heads * problem.head_dim
+            tokens = min(512, BLOCK_BYTES // token_bytes)
+        pages = min(max(tokens // problem.page_size, 1), problem.max_blocks)
+        return cls(pages, pages * problem.page_size)
+
+    def span(self, context: Context) -> tuple[jax.Array, jax.Array]:
+        """The blocks `[begin, end)` that some sequence sees a token of."""
+        sees = context.first < context.length
+        begin = jnp.min(jnp.where(sees, context.first, jnp.iinfo(jnp.int32).max))
+        return begin // self.tokens, -(-jnp.max(context.length) // self.tokens)
+
+    def load(self, problem, operands, context, tables, block):
+        """Load one block: page ids, positions, which of them are visible, keys and values."""
+        pages = lax.dynamic_slice_in_dim(tables, block * self.pages, self.pages, axis=1)
+        valid = (pages >= 0) & (pages < problem.num_pages)
+        positions = block * self.tokens + jnp.arange(self.tokens, dtype=jnp.int32)
+        visible = (
+            (positions[None] >= context.first[:, None])
+            & (positions[None] < context.length[:, None])
+            & jnp.repeat(valid, problem.page_size, axis=1)
+        )  # [num_seqs, tokens]
+        pages = jnp.where(valid, pages, 0)
+        keys = _gather(problem, operands.key_cache, pages, visible)
+        if operands.value_cache is None:
+            values = keys[..., : problem.value_head_dim]
+        else:
+            values = _gather(problem, operands.value_cache, pages, visible)
+        return pages, positions, visible, keys, values
+
+    def pad(self, tables: jax.Array) -> jax.Array:
+        """Widen the tables to whole blocks with invalid entries."""
+        short = -tables.shape[1] % self.pages
+        return jnp.pad(tables, ((0, 0), (0, short)), constant_values=-1)
+
+
+def _gather(problem, cache, pages, visible):
+    """Read pages, with zeros for every slot that is not visible: it may hold NaN."""
+    layout = problem.layout
+    gathered = cache.at[(slice(None),) * layout.pages + (pages,)].get(mode="promise_in_bounds")
+    # The two axes of `pages` stand where the pool's page axis was.
+    batch, page = layout.pages, layout.pages + 1
+    kv_heads, slots = (a + (a > layout.pages) for a in (layout.kv_heads, layout.slots))
+    blocks = gathered.transpose(batch, kv_heads, page, slots, 4)
+    blocks = blocks.reshape(*blocks.shape[:2], -1, blocks.shape[4])
+    # [num_seqs, num_kv_heads, tokens, head_dim]
+    return jnp.where(visible[:, None, :, None], blocks, jnp.zeros((), blocks.dtype))
+
+
+def logits(problem, operands, context, query, keys, positions):
+    """Return every logit of a block, `[num_seqs, num_kv_heads, group, tokens]`, in float32."""
+    scores = operands.attn_scale * product("skgd,sktd->skgt", query, keys)
+    if problem.soft_cap is not None:
+        scores = problem.soft_cap * jnp.tanh(scores / problem.soft_cap)
+    if problem.has_alibi:
+        slopes = operands.alibi_slopes.reshape(1, problem.num_kv_heads, problem.group, 1)
+        behind = positions[None] - (context.length[:, None] - 1)
+        scores = scores + slopes * behind[:, None, None].astype(jnp.float32)
+    return scores
+
+
+def product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply with float32 accumulation, and IEEE products for float32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def group_heads(problem, x: jax.Array) -> jax.Array:
+    """Split axis 1 of `x`, query heads, in KV heads and the group that reads each."""
+    return x.reshape(x.shape[0], problem.num_kv_heads, problem.group, *x.shape[2:])
+
+
+def _attend(problem, operands, context, blocks):
+    query = group_heads(problem, operands.query)
+    tables = blocks.pad(operands.block_tables)
+
+    def step(block, state):
+        m, l, acc = state
+        _, positions, visible, keys, values = blocks.load(problem, operands, context, tables, block)
+        scores = logits(problem, operands, context, query, keys, positions)
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        m_new = jnp.maximum(m, scores.max(-1))
+        m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+        p = jnp.exp(scores - m_safe[..., None])
+        alpha = jnp.exp(m - m_safe)
+        acc = acc * alpha[..., None] + product("skgt,sktd->skgd", p.astype(values.dtype), values)
+        return m_new, l * alpha + p.sum(-1), acc
+
+    rows = query.shape[:3]
+    begin, end = blocks.span(context)
+    m, l, acc = lax.fori_loop(
+        begin,
+        end,
+        step,
+        (
+            jnp.full(rows, -jnp.inf, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+            jnp.zeros((*rows, problem.value_head_dim), jnp.float32),
+        ),
+    )
+    if problem.has_sinks:
+        sinks = group_heads(problem, operands.sinks[None])
+        m_new = jnp.maximum(m, sinks)
+        m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+        alpha = jnp.exp(m - m_safe)
+        m, l, acc = m_new, l * alpha + jnp.exp(sinks - m_safe), acc * alpha[..., None]
+    empty = l == 0
+    out = jnp.where(empty[..., None], 0.0, acc / jnp.where(empty, 1.0, l)[..., None])
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1.0, l)))
+    heads = (problem.num_seqs, problem.num_heads)
+    return out.reshape(*heads, -1).astype(problem.dtype), lse.reshape(heads)
