@@ -6,14 +6,17 @@ from ejk._check_page_attention_inputs import (
 )
 from ejk._dispatch import Backend as Backend
 from ejk._dispatch import register_backend as register_backend
+from ejk._dispatch import unregister_backend as unregister_backend
 from ejk._errors import UnsupportedError as UnsupportedError
 from ejk._export import export_disabled_checks as export_disabled_checks
 from ejk._merge_attention_states import merge_attention_states as merge_attention_states
 from ejk._page_attention import page_attention as page_attention
+from ejk._plan_page_attention import plan_page_attention as plan_page_attention
 from ejk._version import __version__ as __version__
 from ejk.backends.page_attention import PageAttentionBackend as PageAttentionBackend
 from ejk.backends.page_attention import PageAttentionOperands as PageAttentionOperands
 from ejk.backends.page_attention import PageAttentionProblem as PageAttentionProblem
+from ejk.backends.page_attention_plan import PageAttentionPlan as PageAttentionPlan
 from ejk.backends.pallas.page_attention import PallasPageAttention as PallasPageAttention
 from ejk.backends.triton.page_attention import TritonPageAttention as TritonPageAttention
 from ejk.backends.xla.page_attention import XlaPageAttention as XlaPageAttention

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from ejk import _dispatch
+from ejk._dispatch import Backend
 from ejk._page_attention import page_attention
 
 
@@ -39,6 +40,7 @@ def backend_report(
     *args: Any,
     operation: Callable[..., Any] = page_attention,
     platform: str | None = None,
+    backend: str | Backend | None = None,
     **kwargs: Any,
 ) -> BackendReport:
     """Ask which backends can run a call, without running it.
@@ -47,6 +49,7 @@ def backend_report(
         *args: the call's arguments; `jax.ShapeDtypeStruct` may stand for arrays.
         operation: the function that would be called.
         platform: `"cpu"`, `"cuda"`, `"rocm"` or `"tpu"`; the default device's if None.
+        backend: the call's; the report is then about that one alone.
         **kwargs: the call's keyword arguments.
 
     Returns:
@@ -68,6 +71,8 @@ def backend_report(
         raise ValueError(f"platform={platform!r} must be one of {', '.join(_dispatch.PLATFORMS)}")
     jaxpr = jax.make_jaxpr(functools.partial(_call, operation, args, kwargs))(_arrays(args, kwargs))
     for problem, choice in _dispatch.calls(jaxpr.jaxpr):
+        if backend is not None:
+            choice = _dispatch.choose(backend, type(problem), choice.backends)
         refusals = {b.name: choice.refusals(b, problem, platform) for b in choice.backends}
         chosen = next((name for name, reasons in refusals.items() if not reasons), None)
         return BackendReport(platform, chosen, refusals)

@@ -1,10 +1,11 @@
 """`ejk.check_page_attention_inputs`: the rules that only the device's values can break."""
 
 from collections.abc import Iterator
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ejk._indices import as_int32
 from ejk._typing import Cache, Lengths, Query, ScalarInt, Tables, typed
@@ -48,30 +49,38 @@ def check_page_attention_inputs(
     num_pages, page_size = key_cache.shape[layout.pages], key_cache.shape[layout.slots]
     capacity = block_tables.shape[1] * page_size
     arrays = (context_lens, block_tables, 2**31 - 1 if sliding_window is None else sliding_window)
-    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+    if any(isinstance(x, Tracer) for x in arrays):
         from jax.experimental import checkify
 
         lens, tables, window = map(as_int32, arrays, (capacity + 1, num_pages, 2**31 - 1))
-        for bad, values, message in _rules(jnp, lens, tables, window, num_pages, page_size):
+        given = (lens, tables, window)
+        for bad, which, message in _rules(jnp, *given, num_pages, page_size):
             worst = jnp.unravel_index(jnp.argmax(bad), bad.shape)
-            facts = {f"i{axis}": index for axis, index in enumerate(worst)}
-            checkify.check(~bad.any(), message, value=values[worst], **facts)
+            facts: Any = {f"i{axis}": index for axis, index in enumerate(worst)}
+            checkify.check(~bad.any(), message, value=given[which][worst], **facts)
         return
-    host = (np.asarray(x).astype(np.int64) for x in arrays)
-    for bad, values, message in _rules(np, *host, num_pages, page_size):
+    lens, tables, window = map(_as_int64, arrays)
+    for bad, which, message in _rules(np, lens, tables, window, num_pages, page_size):
         if bad.any():
             worst = tuple(np.argwhere(bad)[0])
             facts = {f"i{axis}": index for axis, index in enumerate(worst)}
-            raise ValueError(message.format(value=values[worst], **facts))
+            value = np.asarray(arrays[which])[worst]
+            raise ValueError(message.format(value=value, **facts))
+
+
+def _as_int64(x: Any) -> Any:
+    """Widen on the host. What only uint64 holds becomes the largest int64: too large for all."""
+    x = np.asarray(x)
+    return np.minimum(x, min(np.iinfo(x.dtype).max, np.iinfo(np.int64).max)).astype(np.int64)
 
 
 def _rules(xp, lens, tables, window, num_pages, page_size) -> Iterator[tuple]:
-    """Yield where each rule is broken, the values, and what to say of one of them."""
+    """Yield where each rule is broken, by which of the three arrays, and what to say of it."""
     capacity = tables.shape[1] * page_size
-    yield window < 1, window, "sliding_window={value} must be at least 1"
+    yield window < 1, 2, "sliding_window={value} must be at least 1"
     yield (
         (lens < 0) | (lens > capacity),
-        lens,
+        0,
         f"context_lens[{{i0}}]={{value}} must be in [0, {capacity}], the tokens that a row of "
         "block_tables can name",
     )
@@ -80,7 +89,7 @@ def _rules(xp, lens, tables, window, num_pages, page_size) -> Iterator[tuple]:
     needed = (begins < lens) & (begins + page_size > lens - xp.maximum(window, 0))
     yield (
         needed & ((tables < 0) | (tables >= num_pages)),
-        tables,
+        1,
         f"block_tables[{{i0}}, {{i1}}]={{value}} must be in [0, {num_pages}): sequence {{i0}} sees "
         "tokens of that page",
     )

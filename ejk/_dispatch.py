@@ -10,13 +10,16 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir, xla
+from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ejk._errors import UnsupportedError
+from ejk._typing import typed
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -37,7 +40,7 @@ class Problem(abc.ABC):
         """Shape and dtype of each result."""
 
     @abc.abstractmethod
-    def fold(self, size: int, operands: Any, axes: Any) -> tuple[Self, Any] | None:
+    def fold(self, size: int, operands: Any, axes: Any) -> "tuple[Problem, Any] | None":
         """Fold a `vmap` axis of `size` into the problem.
 
         `axes` holds the batched axis of each operand, or -1. The folded problem's results lead
@@ -67,6 +70,11 @@ class Backend(abc.ABC):
         """The platforms for which automatic choice passes this object over: nobody has run it."""
         return ()
 
+    @property
+    def effects(self) -> frozenset[Any]:
+        """The JAX effects of running: none, but for interpreters that call back into Python."""
+        return frozenset()
+
     @abc.abstractmethod
     def limits(self, problem: Any, platform: str) -> Sequence[str]:
         """Say why this problem's sizes or dtypes cannot run on `platform`; empty if they can."""
@@ -89,14 +97,25 @@ class Backend(abc.ABC):
 _registered: list[Backend] = []
 
 
+@typed
 def register_backend(backend: Backend) -> None:
     """Offer `backend` for automatic choice, ahead of all others of its operation.
 
     A backend of the same name and operation is replaced: registering
     `ejk.TritonPageAttention(compute_capability=90, num_sms=132)` is how a machine without a GPU
-    lowers for one. Calls that were already traced keep their choice.
+    lowers for one. Calls that were already traced keep their choice. `unregister_backend` undoes
+    it.
+
+    Raises:
+        TypeError: `backend` is not an object of a subclass of `ejk.Backend`.
     """
     _registered[:] = [backend, *(other for other in _registered if not _same(other, backend))]
+
+
+@typed
+def unregister_backend(backend: Backend) -> None:
+    """Take back what `register_backend` did with a backend of this name and operation."""
+    _registered[:] = [other for other in _registered if not _same(other, backend)]
 
 
 def _same(a: Backend, b: Backend) -> bool:
@@ -163,8 +182,22 @@ def call(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ..
         # What was asked for and can run nowhere is refused while the caller's line is still on
         # the stack, not when the computation is lowered.
         choice.select(problem, platform=None)
-    leaves, treedef = jax.tree.flatten(operands)
+    leaves, treedef = jax.tree.flatten(vary_together(operands))
     return tuple(call_p.bind(*leaves, problem=problem, choice=choice, treedef=treedef))
+
+
+def vary_together(operands: Any) -> Any:
+    """Make every operand vary over all mesh axes of `shard_map` that any of them varies over.
+
+    Then the results do too, and a gradient is summed over the axes that its operand lacks.
+    """
+    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(operands)))
+
+    def vary(x):
+        missing = axes - jax.typeof(x).mat.varying
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(vary, operands)
 
 
 def calls(jaxpr: Any) -> Iterator[tuple[Problem, Choice]]:
@@ -182,9 +215,20 @@ call_p.multiple_results = True
 call_p.def_impl(functools.partial(xla.apply_primitive, call_p))
 
 
-@call_p.def_abstract_eval
+@call_p.def_effectful_abstract_eval
 def _abstract_eval(*avals, problem, choice, treedef):
-    return [jax.core.ShapedArray(result.shape, result.dtype) for result in problem.results]
+    effects = frozenset().union(*(backend.effects for backend in choice.backends))
+    mesh, varying = avals[0].sharding.mesh, avals[0].mat
+    results = [
+        ShapedArray(
+            result.shape,
+            result.dtype,
+            sharding=NamedSharding(mesh, PartitionSpec(*(None for _ in result.shape))),
+            manual_axis_type=varying,
+        )
+        for result in problem.results
+    ]
+    return results, effects
 
 
 def _lowering(platform: str) -> Callable[..., Any]:
@@ -192,7 +236,18 @@ def _lowering(platform: str) -> Callable[..., Any]:
         backend = choice.select(problem, platform)
         return list(backend.run(problem, jax.tree.unflatten(treedef, leaves), platform))
 
-    return mlir.lower_fun(run, multiple_results=True)
+    lower = mlir.lower_fun(run, multiple_results=True)
+
+    def rule(ctx, *args, **params):
+        # What a backend runs is one device's own; over which mesh axes its arrays vary is settled.
+        local = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        inner = ctx.replace(avals_in=local)
+        results = lower(inner, *args, **params)
+        if inner.tokens_out is not None:  # they order the effects of an interpreter
+            ctx.set_tokens_out(inner.tokens_out)
+        return results
+
+    return rule
 
 
 for _platform in PLATFORMS:
@@ -201,6 +256,10 @@ for _platform in PLATFORMS:
 
 def _batch(leaves, axes, *, problem, choice, treedef):
     size = next(x.shape[a] for x, a in zip(leaves, axes) if a is not None)
+    if size == 0:
+        return [jax.numpy.zeros((0, *r.shape), r.dtype) for r in problem.results], [0] * len(
+            problem.results
+        )
     axes = [-1 if a is None else a for a in axes]
     operands = jax.tree.unflatten(treedef, leaves)
     folded = problem.fold(size, operands, jax.tree.unflatten(treedef, axes))
@@ -222,3 +281,10 @@ def _map(leaves, axes, **params):
 
 
 batching.primitive_batchers[call_p] = _batch
+
+
+def _differentiate(*args, problem, **params):
+    raise NotImplementedError(f"{problem.operation} has first derivatives in reverse mode alone")
+
+
+ad.primitive_jvps[call_p] = _differentiate

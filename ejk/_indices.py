@@ -1,17 +1,18 @@
 """Integers from callers: lengths, page ids, slots."""
 
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
-def as_int32(x: int | np.integer | np.ndarray | jax.Array, bound: int) -> jax.Array:
-    """Narrow to int32: values outside `[0, bound]` become -1 or `bound`, never another index.
+def as_int32(x: Any, bound: int) -> jax.Array:
+    """Narrow an integer, or an array of them, to int32.
 
-    In the array's own dtype and, for NumPy, before JAX narrows it: 2**32 is not 0. int32 arrays
-    are returned as they are.
+    Values outside `[0, bound]` become -1 or `bound`, never another index: in the array's own dtype
+    and, for NumPy, before JAX narrows it, where 2**32 would be 0. int32 arrays are returned as they
+    are.
     """
     if isinstance(x, numbers.Integral):
         return jnp.int32(min(max(int(x), -1), bound))

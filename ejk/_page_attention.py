@@ -1,6 +1,7 @@
 """`ejk.page_attention`: the signature, its checks and its prose, once for every backend."""
 
 import math
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from ejk.backends.page_attention import (
     PageAttentionOperands,
     PageAttentionProblem,
 )
+from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts, window_fact
 from ejk.backends.pallas.page_attention import PallasPageAttention
 from ejk.backends.triton.page_attention import TritonPageAttention
 from ejk.backends.xla.page_attention import XlaPageAttention
@@ -27,6 +29,31 @@ BACKENDS = (TritonPageAttention(), PallasPageAttention(), XlaPageAttention())
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+@overload
+def page_attention(
+    *args: Any, return_lse: Literal[True], **kwargs: Any
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def page_attention(
+    query: Query,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    attn_scale: Scalar | None = None,
+    max_context_len: int | None = None,
+    num_splits: int = 0,
+    *,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: float | int | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: int | None = None,
+    plan: PageAttentionPlan | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | Backend | None = None,
+) -> jax.Array: ...
 @typed
 def page_attention(
     query: Query,
@@ -44,6 +71,7 @@ def page_attention(
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
     value_head_dim: int | None = None,
+    plan: PageAttentionPlan | None = None,
     return_lse: bool = False,
     backend: str | Backend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -89,6 +117,8 @@ def page_attention(
             is none.
         alibi_slopes: float32, a slope a head.
         value_head_dim: for latent attention only.
+        plan: from `ejk.plan_page_attention` for the same lengths: how to deal out the work. Saves
+            each of a model's layers the making of its own.
         return_lse: also return the natural-log LSE, float32 `[num_seqs, num_heads]`.
         backend: None for the best backend of the platform that the computation is lowered for;
             `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.
@@ -126,6 +156,7 @@ def page_attention(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         value_head_dim=value_head_dim,
+        plan=plan,
         return_lse=return_lse,
     )
     choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
@@ -143,8 +174,9 @@ def page_attention(
             sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
             sinks=None if sinks is None else jnp.asarray(sinks),
             alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
+            plan=None if plan is None else plan.work,
         )
-        results = differentiable(problem, choice, operands)
+        results = differentiable(problem, choice, _dispatch.vary_together(operands))
     return results if return_lse else results[0]
 
 
@@ -163,6 +195,7 @@ def _problem(
     sinks,
     alibi_slopes,
     value_head_dim,
+    plan,
     return_lse,
 ) -> PageAttentionProblem:
     """Check the arguments and collect the static facts of the call."""
@@ -176,7 +209,10 @@ def _problem(
     if query.dtype.name not in DTYPES:
         raise TypeError(f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}")
     if key_cache.dtype != query.dtype:
-        _fail(f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}")
+        _fail(
+            f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}; "
+            "quantised caches are not supported yet"
+        )
     for name, size in (
         ("num_heads", num_heads),
         ("head_dim", head_dim),
@@ -216,6 +252,18 @@ def _problem(
         bounds.append(_static_int("sliding_window", sliding_window, at_least=1))
     if soft_cap is not None and not (0 < soft_cap < math.inf):
         _fail(f"attn_logits_soft_cap={soft_cap} must be above 0 and finite")
+    if plan is not None:
+        plan.check(
+            PlanFacts(
+                num_seqs=num_seqs,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                page_size=page_size,
+                max_blocks=block_tables.shape[1],
+                sliding_window=window_fact(sliding_window),
+            )
+        )
     return PageAttentionProblem(
         num_seqs=num_seqs,
         num_heads=num_heads,
@@ -234,6 +282,7 @@ def _problem(
         has_alibi=alibi_slopes is not None,
         return_lse=bool(return_lse),
         num_splits=_static_int("num_splits", num_splits, at_least=0),
+        plan=None if plan is None else plan.problem,
         visible_bound=max(1, min(bounds)),
     )
 

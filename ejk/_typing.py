@@ -4,7 +4,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -14,12 +14,14 @@ from jaxtyping import Float, Integer, Num
 Array = jax.Array | np.ndarray
 
 Query = Float[Array, "num_seqs num_heads head_dim"]
-Cache = Num[Array, "four axes of cache_layout"]
+Cache = Annotated[Num[Array, "_ _ _ _"], "a numeric array of four axes, as cache_layout says"]
 Lengths = Integer[Array, " num_seqs"]
 Tables = Integer[Array, "num_seqs max_blocks"]
 PerHead = Float[Array, " num_heads"]
-Scalar = float | int | np.floating | np.integer | Num[Array, ""]
-ScalarInt = int | np.integer | Integer[Array, ""]
+Scalar = Annotated[
+    float | int | np.floating | np.integer | Num[Array, ""], "a number or a 0-d array"
+]
+ScalarInt = Annotated[int | np.integer | Integer[Array, ""], "an int or a 0-d integer array"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,7 +46,11 @@ def typed(function: F) -> F:
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
+        for name, value in arguments.items():
             if not is_bearable(value, hints.get(name, Any)):
                 raise TypeError(f"{name}={_describe(value)} must be {_spell(hints[name])}")
         return function(*args, **kwargs)
@@ -52,20 +58,24 @@ def typed(function: F) -> F:
     return checked  # type: ignore[return-value]
 
 
-def _describe(value: object) -> str:
+def _describe(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{np.dtype(value.dtype).name}[{', '.join(map(str, value.shape))}]"
-    return repr(value)
+    return f"{value!r} (call the class)" if isinstance(value, type) else repr(value)
 
 
 def _spell(hint: Any) -> str:
+    if typing.get_origin(hint) is Annotated:
+        return hint.__metadata__[0]
     alternatives = typing.get_args(hint)
     if alternatives and not hasattr(hint, "dims"):
         return " or ".join(dict.fromkeys(map(_spell, alternatives)))
     if hint is type(None):
         return "None"
     if hasattr(hint, "dim_str"):
-        kind = {"Float": "floating-point", "Integer": "integer"}.get(hint.__name__.split("[")[0])
+        kind = {"Float": "a floating-point", "Integer": "an integer"}.get(
+            hint.__name__.split("[")[0]
+        )
         axes = ", ".join(hint.dim_str.split()) or "no axes"
-        return f"{kind or 'numeric'} array [{axes}]"
+        return f"{kind or 'a numeric'} array [{axes}]"
     return getattr(hint, "__name__", str(hint))

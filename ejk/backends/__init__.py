@@ -1,1 +1,21 @@
-"""One folder a backend, one file an operation."""
+"""The backends: ways to run an operation. To add one is to write one class.
+
+In a package of your own, subclass the operation's abstract backend,
+`ejk.PageAttentionBackend`, as a frozen dataclass whose fields are its tuning, and give it
+
+    name        a short word for `backend="..."` and for error messages
+    features    the optional features that it honours; what is not named here is refused for it
+    platforms   the platforms that it runs on: "cpu", "cuda", "rocm", "tpu"
+    limits      the reasons why sizes or dtypes of a problem cannot run; none if they can
+    run         the results of a problem, from its operands; traced at lowering, for one platform
+
+and, if nobody has run it on some of its platforms, `only_if_asked`. An object of the class is
+accepted as `backend=` at once; `ejk.register_backend` offers it for automatic choice. It needs no
+rule for gradients or `vmap`: those stand above every backend. `docs/backends.md` has a complete
+example.
+
+In this package, a backend of an operation is one module, `<backend>/<operation>.py`, which says
+what is supported, chooses sizes and launches; kernels lie beside it in `<operation>_kernel.py`. A
+second operation adds `<operation>.py` here, with its problem and its abstract backend, and such a
+module for each backend. Add the new object to `tests/backends.py`: every property then runs on it.
+"""

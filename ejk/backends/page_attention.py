@@ -1,13 +1,14 @@
 """What every backend of `ejk.page_attention` is given: the problem, the operands, the layouts."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ejk._dispatch import Backend, Problem
+from ejk.backends.page_attention_plan import PlanProblem
 
 CacheLayout = Literal["HND", "NHD", "KV_HEADS_FIRST"]
 
@@ -57,6 +58,7 @@ class PageAttentionOperands(NamedTuple):
     sliding_window: Any  # int32 [], or None
     sinks: Any  # float32 [num_heads], or None
     alibi_slopes: Any  # float32 [num_heads], or None
+    plan: Any  # int32 [rows, 4], see PlanProblem, or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class PageAttentionProblem(Problem):
     has_alibi: bool
     return_lse: bool
     num_splits: int
+    plan: PlanProblem | None
     visible_bound: int
     """No sequence is expected to see more tokens than this: for sizing work, nothing else."""
 
@@ -121,10 +124,10 @@ class PageAttentionProblem(Problem):
 
     def fold(
         self, size: int, operands: PageAttentionOperands, axes: PageAttentionOperands
-    ) -> tuple[Self, PageAttentionOperands] | None:
+    ) -> "tuple[PageAttentionProblem, PageAttentionOperands] | None":
         """Make a `vmap` axis over sequences alone part of `num_seqs`."""
         per_seq = ("query", "context_lens", "block_tables")
-        shared = (axis for name, axis in axes._asdict().items() if name not in per_seq)
+        shared = (axis for name, axis in axes._asdict().items() if name not in (*per_seq, "plan"))
         if any(axis is not None and axis >= 0 for axis in shared):
             return None
 
@@ -133,8 +136,9 @@ class PageAttentionProblem(Problem):
             lead = jnp.moveaxis(x, axis, 0) if axis >= 0 else jnp.stack([x] * size)
             return lead.reshape(size * self.num_seqs, *lead.shape[2:])
 
-        folded = dataclasses.replace(self, num_seqs=size * self.num_seqs)
-        return folded, operands._replace(**{name: rows(name) for name in per_seq})
+        # A plan is for one batch; the folded one makes its own.
+        folded = dataclasses.replace(self, num_seqs=size * self.num_seqs, plan=None)
+        return folded, operands._replace(plan=None, **{name: rows(name) for name in per_seq})
 
 
 class PageAttentionBackend(Backend):

@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,15 +29,16 @@ _TMA_TF32 = 11
 def call(
     kernel: Any,
     inputs: Mapping[str, jax.Array | None],
-    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    outputs: Mapping[str, jax.ShapeDtypeStruct | None],
     constants: Mapping[str, int | float | bool | str | None],
     *,
+    in_place: Mapping[str, jax.Array] | None = None,
     grid: int,
     num_warps: int,
     num_stages: int,
     compute_capability: int | None,
     interpret: bool,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
     """Runs a Triton kernel on every index of a one-axis grid.
 
     The kernel's parameters are pointers to the inputs, then pointers to the outputs, then its
@@ -47,8 +49,11 @@ def call(
       kernel: a function decorated with `triton.jit`.
       inputs: the kernel's leading parameters, in order. None is an input that is absent: the
         kernel gets a pointer that it must not touch, and a constant must tell it so.
-      outputs: the parameters that follow, in order. Their memory is not initialised.
+      outputs: the parameters that follow, in order. Their memory is not initialised. None is an
+        output that is absent.
       constants: every `tl.constexpr` parameter without a default.
+      in_place: parameters between inputs and outputs that the kernel reads and writes; only where
+        `can_run_in_place`.
       grid: number of programs, from 1 to 2**31 - 1.
       num_warps: warps a program runs on.
       num_stages: depth of the software pipeline.
@@ -56,40 +61,58 @@ def call(
       interpret: runs the kernel on the CPU with Triton's interpreter.
 
     Returns:
-      One array for each entry of `outputs`, in order.
+      One array for each entry of `outputs`, in order, then one for each of `in_place`.
 
     Raises:
       TypeError: if the names do not match the kernel's signature.
     """
-    _check_signature(kernel.fn, (*inputs, *outputs), tuple(constants))
+    in_place = in_place or {}
+    _check_signature(kernel.fn, (*inputs, *in_place, *outputs), tuple(constants))
     assert 1 <= grid < 2**31, f"{grid=} must be in [1, 2**31)"
     if interpret:
         from ejk.backends.triton import _interpret
 
-        return _interpret.call(kernel, inputs, outputs, constants, grid=grid)
+        return _interpret.call(kernel, inputs, outputs, constants, in_place=in_place, grid=grid)
 
     present = [value for value in inputs.values() if value is not None]
     operands = [present[0] if value is None else value for value in inputs.values()]
-    result_types = tuple(outputs.values())
+    # An output that is absent still has its place among the results: an input's pointer there
+    # would come after those of outputs, and jaxlib hands buffers out inputs first.
+    absent = jax.ShapeDtypeStruct((1,), "float32")
+    result_types = [absent if value is None else value for value in outputs.values()]
+    result_types += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in in_place.values()]
+    aliases = {len(inputs) + i: len(outputs) + i for i in range(len(in_place))}
     jax_triton, is_ffi_line = _import_jax_triton()
+    assert is_ffi_line or not aliases, "see can_run_in_place"
     # Fusing a product and a sum into one instruction changes rounding, so the choice is written
     # out here instead of following a default that may differ between the lines.
     if is_ffi_line:
         options = {"out_type": result_types, "backend_options": {"enable_fp_fusion": True}}
     else:
         options = {"out_shape": result_types, "enable_fp_fusion": True}
-    results = jax_triton.triton_call(
-        *operands,
-        kernel=kernel,
-        grid=(grid,),
-        name=kernel.fn.__name__,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        compute_capability=compute_capability,
-        **options,
-        **constants,
-    )
-    return tuple(results)
+    with warnings.catch_warnings():
+        # jax-triton would rather have a mutable reference, which a lowering rule has not got.
+        warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
+        results = jax_triton.triton_call(
+            *operands,
+            *in_place.values(),
+            kernel=kernel,
+            grid=(grid,),
+            name=kernel.fn.__name__,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            compute_capability=compute_capability,
+            input_output_aliases=aliases,
+            **options,
+            **constants,
+        )
+    kept = [*outputs.values(), *in_place.values()]
+    return tuple(None if k is None else result for k, result in zip(kept, results))
+
+
+def can_run_in_place() -> bool:
+    """Say whether a kernel may write to an input: jax-triton 0.3 wants a second pointer for it."""
+    return available() is not None or _import_jax_triton()[1]
 
 
 @functools.cache

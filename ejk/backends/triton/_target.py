@@ -29,6 +29,7 @@ class Target:
     compute_capability: int | None  # None on ROCm, where the compiler asks the device itself
     num_sms: int
     shared_memory: int  # bytes a program
+    stages_queries: bool = True  # the product reads its queries from shared memory, too
 
     @classmethod
     def of(
@@ -45,7 +46,7 @@ class Target:
             return None
         num_sms = num_sms or device.core_count
         if platform == "rocm":
-            return cls(None, num_sms, SHARED_MEMORY_ROCM)
+            return cls(None, num_sms, SHARED_MEMORY_ROCM, stages_queries=False)
         if compute_capability is None:
             major, minor = str(device.compute_capability).split(".")
             compute_capability = int(major) * 10 + int(minor)

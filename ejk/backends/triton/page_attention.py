@@ -2,22 +2,23 @@
 
 import dataclasses
 import functools
-import math
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from ejk.backends._fields import at_least
 from ejk.backends.page_attention import (
     ALL_FEATURES,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
 )
+from ejk.backends.page_attention_plan import PlanOperands
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target
+from ejk.backends.triton.page_attention_launch import Launch
+from ejk.backends.triton.page_attention_plan import run_plan
 
-COMBINE_BLOCK_SPLITS = 16
 MAX_GRID = 2**31 - 1
+MAX_CAPACITY = 2**31 - 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +49,12 @@ class TritonPageAttention(PageAttentionBackend):
     features = ALL_FEATURES
 
     def __post_init__(self):
-        for field, least in (("block_kv", 16), ("num_warps", 1)):
+        at_least(self, block_kv=16, num_warps=1, num_stages=1, split_tokens=1)
+        at_least(self, compute_capability=75, num_sms=1)
+        for field in ("block_kv", "num_warps"):
             value = getattr(self, field)
-            if value is not None and (value < least or value & (value - 1)):
-                raise ValueError(f"{field}={value} must be a power of two, at least {least}")
-        for field in ("num_stages", "split_tokens", "num_sms"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field}={value} must be at least 1")
+            if value is not None and value & (value - 1):
+                raise ValueError(f"{field}={value} must be a power of two")
 
     @property
     def platforms(self):
@@ -68,211 +67,99 @@ class TritonPageAttention(PageAttentionBackend):
     def limits(self, problem: PageAttentionProblem, platform: str):
         if missing := _launch.available(interpret=self.interpret):
             return (missing,)
-        target = self._target(platform)
+        target = self.target(platform)
         if target is None:
             return (
-                f"no {platform} device is here to ask for its compute capability: register "
-                "ejk.TritonPageAttention(compute_capability=90, num_sms=132), or the like",
+                f"no {platform} device is here to compile for"
+                + "; compute_capability and num_sms (90 and 132 for an H100) say for which to, "
+                "interpret=True runs on the CPU" * (platform == "cuda"),
             )
         reasons = []
         launch = Launch.of(problem, self, target)
         if launch.grid(problem) > MAX_GRID:
             reasons.append(f"its grid of {launch.grid(problem)} programs exceeds {MAX_GRID}")
-        if launch.shared_memory(problem) > target.shared_memory:
+        if launch.shared_memory(problem, target) > target.shared_memory:
             reasons.append(
                 f"block_kv={launch.block_kv} with head_dim={problem.head_dim} takes "
-                f"{launch.shared_memory(problem)} bytes of shared memory; the target has "
+                f"{launch.shared_memory(problem, target)} bytes of shared memory; the target has "
                 f"{target.shared_memory}"
             )
-        if problem.page_size * problem.num_kv_heads * problem.head_dim >= 2**31:
+        if launch.combine_grid(problem) > MAX_GRID:
+            reasons.append(f"{launch.combine_grid(problem)} programs to combine exceed {MAX_GRID}")
+        if problem.capacity > MAX_CAPACITY:
+            reasons.append(
+                f"max_blocks * page_size={problem.capacity} must be at most {MAX_CAPACITY}: "
+                "positions past the last token are 32-bit, too"
+            )
+        head_dim = max(problem.head_dim, problem.value_head_dim)
+        if problem.page_size * problem.num_kv_heads * head_dim >= 2**31:
             reasons.append(f"a page of page_size={problem.page_size} has 2**31 elements or more")
         return reasons
 
     def run(self, problem, operands, platform):
-        from ejk.backends.triton import page_attention_kernel as kernels
+        from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
+        from ejk.backends.triton.page_attention_kernel import page_attention_kernel
 
-        target = self._target(platform)
+        target = self.target(platform)
+        assert target is not None  # or `limits` would have refused
         launch = Launch.of(problem, self, target)
-        split = launch.num_splits > 1
-        rows = (problem.num_seqs, problem.num_heads)
-        parts = (*rows, launch.num_splits) if split else rows
         call = functools.partial(
             _launch.call,
             compute_capability=target.compute_capability,
             interpret=self.interpret,
         )
-        out, lse = call(
-            kernels.page_attention_kernel,
-            _inputs(operands),
-            {
-                "out_ptr": jax.ShapeDtypeStruct(
-                    (*parts, problem.value_head_dim), jnp.float32 if split else problem.dtype
-                ),
-                "lse_ptr": jax.ShapeDtypeStruct(parts, jnp.float32),
-            },
+        work = operands.plan
+        if launch.plan and work is None:
+            [work] = run_plan(
+                launch.plan, PlanOperands(operands.context_lens, operands.sliding_window), call
+            )
+        out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
+        part_out, part_lse, out, lse = call(
+            page_attention_kernel,
+            _inputs(operands, work),
+            {**launch.part_types(problem), "out_ptr": out_type, "lse_ptr": lse_type},
             launch.constants(problem),
             grid=launch.grid(problem),
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
-        if split:
+        if part_out is not None:
+            # With a plan, contexts in one piece are written already: the rest goes between them.
+            in_place = {"out_ptr": out, "lse_ptr": lse} if launch.plan else {}
             out, lse = call(
-                kernels.combine_splits_kernel,
-                {"partial_out_ptr": out, "partial_lse_ptr": lse, "sinks_ptr": operands.sinks},
+                combine_parts_kernel,
                 {
-                    "out_ptr": jax.ShapeDtypeStruct((*rows, problem.value_head_dim), problem.dtype),
-                    "lse_ptr": jax.ShapeDtypeStruct(rows, jnp.float32),
+                    "part_out_ptr": part_out,
+                    "part_lse_ptr": part_lse,
+                    "sinks_ptr": operands.sinks,
+                    "work_ptr": work,
                 },
-                {
-                    "NUM_HEADS": problem.num_heads,
-                    "NUM_SPLITS": launch.num_splits,
-                    "VALUE_HEAD_DIM": problem.value_head_dim,
-                    "HAS_SINKS": problem.has_sinks,
-                    "BLOCK_SPLITS": COMBINE_BLOCK_SPLITS,
-                    "BLOCK_DV": _power_of_two(problem.value_head_dim),
-                },
-                grid=math.prod(rows),
+                {} if launch.plan else {"out_ptr": out_type, "lse_ptr": lse_type},
+                launch.combine_constants(problem),
+                in_place=in_place,
+                grid=launch.combine_grid(problem),
                 num_warps=4,
                 num_stages=2,
             )
         return (out, lse) if problem.return_lse else (out,)
 
-    def _target(self, platform: str) -> Target | None:
+    def target(self, platform: str) -> Target | None:
+        """Return the GPU to compile for, None where none is known."""
         return Target.of(platform, self.compute_capability, self.num_sms)
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """How one problem is cut and run.
-
-    Whatever enters rounding (`block_group`, `block_kv`, the parts of the head dimensions)
-    follows from head dimensions, group, dtype and the target alone.
-    """
-
-    block_group: int
-    block_kv: int
-    block_d: tuple[int, int]
-    block_dv: tuple[int, int]
-    num_warps: int
-    num_stages: int
-    num_splits: int
-    split_blocks: int
-
-    @classmethod
-    def of(
-        cls, problem: PageAttentionProblem, backend: TritonPageAttention, target: Target
-    ) -> "Launch":
-        block_d, block_dv = _two_parts(problem.head_dim), _two_parts(problem.value_head_dim)
-        # A row of the product costs registers for its weighted values: 16 rows of 512 floats are
-        # 64 registers a thread on four warps.
-        most_rows = max(16, 16 * 512 // _power_of_two(sum(block_dv)))
-        launch = cls(
-            block_group=min(max(16, _power_of_two(problem.group)), most_rows),
-            block_kv=backend.block_kv or 128,
-            block_d=block_d,
-            block_dv=block_dv,
-            num_warps=backend.num_warps or (8 if sum(block_dv) > 256 else 4),
-            num_stages=backend.num_stages or 3,
-            num_splits=1,
-            split_blocks=0,
-        )
-        while (
-            backend.block_kv is None
-            and launch.block_kv > 16
-            and launch.shared_memory(problem) > target.shared_memory
-        ):
-            launch = dataclasses.replace(launch, block_kv=launch.block_kv // 2)
-        return launch._split(problem, backend, target)
-
-    def _split(self, problem, backend, target) -> "Launch":
-        """Choose how many parts each context is cut in."""
-        if problem.num_splits:
-            return dataclasses.replace(self, num_splits=problem.num_splits)
-        if backend.split_tokens:
-            blocks = -(-backend.split_tokens // self.block_kv)
-            splits = -(-problem.capacity // (blocks * self.block_kv))
-            return dataclasses.replace(self, num_splits=splits, split_blocks=blocks)
-        # As few as fill the machine: two to three programs for each multiprocessor, none of
-        # them with less than two blocks to do.
-        wanted = int(2.5 * target.num_sms / self.grid(problem))
-        most = problem.visible_bound // (2 * self.block_kv)
-        return dataclasses.replace(self, num_splits=max(1, min(wanted, most)))
-
-    def grid(self, problem: PageAttentionProblem) -> int:
-        group_blocks = -(-problem.group // self.block_group)
-        return problem.num_seqs * self.num_splits * group_blocks * problem.num_kv_heads
-
-    def shared_memory(self, problem: PageAttentionProblem) -> int:
-        """Bound the shared memory of a program, in bytes."""
-        itemsize = problem.dtype.itemsize
-        buffers = max(self.num_stages - 1, 1)
-        keys_and_values = buffers * self.block_kv * (sum(self.block_d) + sum(self.block_dv))
-        queries = self.block_group * sum(self.block_d)
-        weights = self.block_group * self.block_kv
-        return itemsize * (keys_and_values + queries + weights) + 4 * weights
-
-    def constants(self, problem: PageAttentionProblem) -> dict[str, int | float | bool | str]:
-        k_strides = _strides(problem, problem.head_dim)
-        v_strides = k_strides if problem.latent else _strides(problem, problem.value_head_dim)
-        return {
-            "NUM_HEADS": problem.num_heads,
-            "NUM_KV_HEADS": problem.num_kv_heads,
-            "HEAD_DIM": problem.head_dim,
-            "VALUE_HEAD_DIM": problem.value_head_dim,
-            "NUM_PAGES": problem.num_pages,
-            "PAGE_SIZE": problem.page_size,
-            "MAX_BLOCKS": problem.max_blocks,
-            "NUM_SPLITS": self.num_splits,
-            "SPLIT_BLOCKS": self.split_blocks,
-            **{f"stride_k_{axis}": stride for axis, stride in k_strides.items()},
-            **{f"stride_v_{axis}": stride for axis, stride in v_strides.items()},
-            "SOFT_CAP": problem.soft_cap or 0.0,
-            "HAS_WINDOW": problem.has_window,
-            "HAS_SINKS": problem.has_sinks,
-            "HAS_ALIBI": problem.has_alibi,
-            "BLOCK_GROUP": self.block_group,
-            "BLOCK_KV": self.block_kv,
-            "BLOCK_D": self.block_d[0],
-            "BLOCK_D_REST": self.block_d[1],
-            "BLOCK_DV": self.block_dv[0],
-            "BLOCK_DV_REST": self.block_dv[1],
-        }
-
-
-def _inputs(operands: PageAttentionOperands) -> dict[str, jax.Array | None]:
-    inputs = {f"{name}_ptr": value for name, value in operands._asdict().items()}
-    inputs["key_ptr"] = inputs.pop("key_cache_ptr")
-    inputs["value_ptr"] = inputs.pop("value_cache_ptr")
-    if inputs["value_ptr"] is None:
-        inputs["value_ptr"] = inputs["key_ptr"]
-    names = ("query", "key", "value", "context_lens", "block_tables", "attn_scale",
-             "sliding_window", "sinks", "alibi_slopes")  # fmt: skip
-    return {f"{name}_ptr": inputs[f"{name}_ptr"] for name in names}
-
-
-def _strides(problem: PageAttentionProblem, head_dim: int) -> dict[str, int]:
-    """Elements from one page, KV head and slot of a pool to the next."""
-    layout = problem.layout
-    sizes = {
-        layout.pages: problem.num_pages,
-        layout.kv_heads: problem.num_kv_heads,
-        layout.slots: problem.page_size,
-    }
-    stride = {axis: head_dim * math.prod(sizes[a] for a in range(axis + 1, 3)) for axis in sizes}
+def _inputs(operands: PageAttentionOperands, work: Any) -> dict[str, Any]:
+    """Return the attention kernel's inputs, in its order."""
+    latent = operands.value_cache is None
     return {
-        "page": stride[layout.pages],
-        "head": stride[layout.kv_heads],
-        "slot": stride[layout.slots],
+        "query_ptr": operands.query,
+        "key_ptr": operands.key_cache,
+        "value_ptr": operands.key_cache if latent else operands.value_cache,
+        "context_lens_ptr": operands.context_lens,
+        "block_tables_ptr": operands.block_tables,
+        "attn_scale_ptr": operands.attn_scale,
+        "sliding_window_ptr": operands.sliding_window,
+        "sinks_ptr": operands.sinks,
+        "alibi_slopes_ptr": operands.alibi_slopes,
+        "work_ptr": work,
     }
-
-
-def _two_parts(head_dim: int) -> tuple[int, int]:
-    """Cover `head_dim` with a power of two, or two where that pads less: 576 is 512 + 64."""
-    whole = max(16, _power_of_two(head_dim))
-    main = whole // 2
-    rest = max(16, _power_of_two(head_dim - main))
-    return (main, rest) if main >= 16 and main + rest < whole else (whole, 0)
-
-
-def _power_of_two(at_least: int) -> int:
-    return 1 << (at_least - 1).bit_length()

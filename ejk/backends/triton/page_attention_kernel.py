@@ -1,12 +1,16 @@
 """Attention of one query token a sequence over paged keys and values.
 
 Grid of `page_attention_kernel`, one axis, fastest first: KV head, block of the group's query
-heads, split, sequence. In registers: the queries of one group `[BLOCK_GROUP, head_dim]`, the
+heads, piece of a context. In registers: the queries of one group `[BLOCK_GROUP, head_dim]`, the
 running maximum `m`, the sum `l` and the weighted values `acc`; keys and values stream through
 shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a block's logits:
 
     m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
     l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
+
+Which pieces there are says either `NUM_SPLITS`, every context cut in as many equal parts, or the
+rows of `work` (see `page_attention_plan_kernel.py`). A context in one piece is written at once;
+of the others each piece writes a float32 part, for `page_attention_combine_kernel.py` to merge.
 
 A head dimension that is no power of two is taken in two parts, `BLOCK_D` and `BLOCK_D_REST`
 (576 as 512 + 64, 80 as 64 + 16), so that little of a block is padding.
@@ -37,10 +41,14 @@ def page_attention_kernel(
     sliding_window_ptr,  # int32 []
     sinks_ptr,  # float32 [num_heads]
     alibi_slopes_ptr,  # float32 [num_heads]
+    work_ptr,  # int32 [1 + pieces, 4]: the plan
     # outputs
-    out_ptr,  # [num_seqs, num_heads, value_head_dim]; splits: float32, [.., num_splits, ..]
-    lse_ptr,  # float32 [num_seqs, num_heads]; splits: log2, [num_seqs, num_heads, num_splits]
+    part_out_ptr,  # float32 [parts, num_heads, value_head_dim]
+    part_lse_ptr,  # float32, log2 [parts, num_heads]
+    out_ptr,  # [num_seqs, num_heads, value_head_dim]
+    lse_ptr,  # float32 [num_seqs, num_heads]
     # sizes
+    NUM_SEQS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -48,8 +56,9 @@ def page_attention_kernel(
     NUM_PAGES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    SPLIT_BLOCKS: tl.constexpr,  # blocks in each split, 0 for equal splits
+    NUM_SPLITS: tl.constexpr,  # equal parts of each context; 0: pieces as planned
+    SPLIT_BLOCKS: tl.constexpr,  # the least blocks in one of them
+    NUM_PARTS: tl.constexpr,
     # strides: constants, or no load is wider than one element
     stride_k_page: tl.constexpr,
     stride_k_head: tl.constexpr,
@@ -75,25 +84,43 @@ def page_attention_kernel(
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
 
-    # Which work is mine: a KV head, a block of its query heads, a run of blocks of a sequence.
+    # Which work is mine: a KV head, a block of its query heads, a piece of a context.
     pid = tl.program_id(0)
     kv_head = (pid % NUM_KV_HEADS).to(tl.int64)
     pid = pid // NUM_KV_HEADS
     group_block = pid % tl.cdiv(GROUP, BLOCK_GROUP)
-    pid = pid // tl.cdiv(GROUP, BLOCK_GROUP)
-    split = pid % NUM_SPLITS
-    seq = (pid // NUM_SPLITS).to(tl.int64)
-
+    piece = pid // tl.cdiv(GROUP, BLOCK_GROUP)
+    begin = 0
+    reach = MAX_BLOCKS * PAGE_SIZE  # no token of the piece lies beyond, whatever the length
+    part = -1  # a whole context
+    if NUM_SPLITS == 0:
+        if piece >= tl.load(work_ptr):
+            return
+        row_ptr = work_ptr + (1 + piece) * 4
+        seq = tl.load(row_ptr).to(tl.int64)
+        begin = tl.load(row_ptr + 1)
+        reach = tl.minimum(tl.load(row_ptr + 2), reach)
+        part = tl.load(row_ptr + 3)
+        # A plan for other lengths may give wrong numbers, never an access outside.
+        if (seq < 0) | (seq >= NUM_SEQS) | (part >= NUM_PARTS):
+            return
+        if (begin < 0) | (begin > MAX_BLOCKS * PAGE_SIZE):
+            return
+    else:
+        seq = (piece // NUM_SPLITS).to(tl.int64)
     length = tl.load(context_lens_ptr + seq)
     length = tl.minimum(tl.maximum(length, 0), MAX_BLOCKS * PAGE_SIZE)
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(length - tl.maximum(tl.load(sliding_window_ptr), 0), 0)
-    first_block = first // BLOCK_KV
-    num_blocks = tl.cdiv(length, BLOCK_KV) - first_block
-    split_blocks = tl.maximum(tl.cdiv(num_blocks, NUM_SPLITS), SPLIT_BLOCKS)
-    begin = (first_block + split * split_blocks) * BLOCK_KV
-    end = tl.minimum(begin + split_blocks * BLOCK_KV, length)
+    if NUM_SPLITS > 1 or (NUM_SPLITS == 1 and HAS_WINDOW):
+        first_block, last_block = first // BLOCK_KV, tl.cdiv(length, BLOCK_KV)
+        split_blocks = tl.maximum(tl.cdiv(last_block - first_block, NUM_SPLITS), SPLIT_BLOCKS)
+        block = tl.minimum(first_block + piece % NUM_SPLITS * split_blocks, last_block)
+        begin = block * BLOCK_KV
+        reach = tl.minimum(block + split_blocks, last_block) * BLOCK_KV
+        part = piece
+    end = tl.minimum(reach, length)
 
     # Load once: queries, scale, slopes, the first block's page ids.
     offs_group = group_block * BLOCK_GROUP + tl.arange(0, BLOCK_GROUP)
@@ -124,8 +151,11 @@ def page_attention_kernel(
     l = tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
     table_ptr = block_tables_ptr + seq * MAX_BLOCKS
+    # Up to `reach`, not to `end`: this load need not wait for the length.
     positions = begin + offs_kv
-    pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=positions < end, other=-1)
+    reachable = (positions < reach) & (positions < MAX_BLOCKS * PAGE_SIZE)
+    pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=reachable, other=-1)
+    pages = tl.where(positions < end, pages, -1)
 
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
@@ -173,17 +203,32 @@ def page_attention_kernel(
             )  # fmt: skip
             acc_rest = tl.dot(p, v_rest, acc_rest * alpha[:, None], input_precision="ieee")
 
-    # Write the result, or this split's part of it.
-    if HAS_SINKS and NUM_SPLITS == 1:
-        sinks = tl.load(sinks_ptr + offs_head, mask=mask_group, other=float("-inf")) * LOG2E
-        m, l, alpha = _add_sink(m, l, sinks)
+    # Write the result, or this piece's part of it.
+    if NUM_PARTS > 0:
+        if part >= 0:
+            row = part.to(tl.int64) * NUM_HEADS + offs_head
+            lse = tl.where(l == 0, float("-inf"), m + tl.log2(l))
+            tl.store(part_lse_ptr + row, lse, mask=mask_group)
+            inverse = 1 / tl.where(l == 0, 1.0, l)
+            part_row_ptrs = part_out_ptr + row[:, None] * VALUE_HEAD_DIM
+            part_out = acc * inverse[:, None]
+            tl.store(part_row_ptrs + offs_dv, part_out, mask=mask_group[:, None] & mask_dv)
+            if BLOCK_DV_REST > 0:
+                part_out = acc_rest * inverse[:, None]
+                part_mask = mask_group[:, None] & mask_dv_rest
+                tl.store(part_row_ptrs + offs_dv_rest, part_out, mask=part_mask)
+            return
+    sinks = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    saw_nothing = l == 0
+    if HAS_SINKS:
+        sinks = tl.load(sinks_ptr + offs_head, mask=mask_group, other=float("-inf"))
+        m, l, alpha = add_sink(m, l, sinks * LOG2E)
         acc *= alpha[:, None]
         if BLOCK_DV_REST > 0:
             acc_rest *= alpha[:, None]
-    lse = tl.where(l == 0, float("-inf"), m + tl.log2(l))
-    if NUM_SPLITS == 1:
-        lse *= LN2
-    row = (seq * NUM_HEADS + offs_head) * NUM_SPLITS + split
+    row = seq * NUM_HEADS + offs_head
+    # From base 2 and back would cost a sink that stands alone its last bit.
+    lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
     tl.store(lse_ptr + row, lse, mask=mask_group)
     l = tl.where(l == 0, 1.0, l)
     out_row_ptrs = out_ptr + row[:, None] * VALUE_HEAD_DIM
@@ -192,67 +237,6 @@ def page_attention_kernel(
     if BLOCK_DV_REST > 0:
         out = (acc_rest / l[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_row_ptrs + offs_dv_rest, out, mask=mask_group[:, None] & mask_dv_rest)
-
-
-@triton.jit
-@typing.no_type_check
-def combine_splits_kernel(
-    # inputs
-    partial_out_ptr,  # float32 [rows, num_splits, value_head_dim]
-    partial_lse_ptr,  # float32, log2 [rows, num_splits]
-    sinks_ptr,  # float32 [num_heads]
-    # outputs
-    out_ptr,  # [rows, value_head_dim]
-    lse_ptr,  # float32 [rows]
-    # sizes
-    NUM_HEADS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    VALUE_HEAD_DIM: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    # blocks
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Merge the splits of one query head of one sequence; the grid is the rows.
-
-    A split that saw nothing has LSE -inf: its values are not read, and blocks of such splits
-    leave every bit as it is.
-    """
-    # Which work is mine.
-    row = tl.program_id(0).to(tl.int64)
-
-    # Load once.
-    offs_dv = tl.arange(0, BLOCK_DV)
-    mask_dv = offs_dv < VALUE_HEAD_DIM
-    m = tl.full([1], float("-inf"), tl.float32)
-    l = tl.zeros([1], tl.float32)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-
-    # Loop over the splits.
-    for start in range(0, NUM_SPLITS, BLOCK_SPLITS):
-        splits = start + tl.arange(0, BLOCK_SPLITS)
-        part = row * NUM_SPLITS + splits
-        lse = tl.load(partial_lse_ptr + part, mask=splits < NUM_SPLITS, other=float("-inf"))
-        saw = lse != float("-inf")
-        out_ptrs = partial_out_ptr + part[:, None] * VALUE_HEAD_DIM + offs_dv
-        out = tl.load(out_ptrs, mask=saw[:, None] & mask_dv, other=0.0)
-        m_new = tl.maximum(m, tl.max(lse, 0))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(lse - m_safe)  # [BLOCK_SPLITS]
-        alpha = tl.exp2(m - m_safe)
-        m = m_new
-        l = l * alpha + tl.sum(weight, 0)
-        acc = acc * alpha + tl.sum(weight[:, None] * out, 0)
-
-    # Write.
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + row % NUM_HEADS) * LOG2E
-        m, l, alpha = _add_sink(m, l, sink)
-        acc *= alpha
-    lse = tl.where(l == 0, float("-inf"), m + tl.log2(l)) * LN2
-    tl.store(lse_ptr + row + tl.arange(0, 1), lse)
-    out = acc / tl.where(l == 0, 1.0, l)
-    tl.store(out_ptr + row * VALUE_HEAD_DIM + offs_dv, out.to(out_ptr.dtype.element_ty), mask_dv)
 
 
 @triton.jit
@@ -267,7 +251,7 @@ def _load_visible(row_ptrs, offs_d, visible, mask_d, EVEN: tl.constexpr):
 
 @triton.jit
 @typing.no_type_check
-def _add_sink(m, l, sink):
+def add_sink(m, l, sink):
     """Count one more logit in the denominator; `alpha` rescales the weighted values."""
     m_new = tl.maximum(m, sink)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)

@@ -1,13 +1,16 @@
 """Reverse mode of `ejk.page_attention`, the same for every backend.
 
-The forward pass keeps the output and the LSE; the backward pass recomputes the logits from the
-LSE, a block of tokens at a time, as an XLA program. With `p_j = exp(l_j - lse)`, the output's
-cotangent `g` and the LSE's `h`:
+The forward pass keeps the LSE; the backward pass recomputes the weights from it, a block of tokens
+at a time, as an XLA program. With `p_j = exp(l_j - lse)`, the output's cotangent `g` and the LSE's
+`h`:
 
-    d l_j  = p_j * (g . v_j - g . out + h)
-    d sink = exp(sink - lse) * (h - g . out)
+    D      = sum over j of p_j * (g . v_j)
+    d l_j  = p_j * (g . v_j - D + h)
+    d sink = exp(sink - lse) * (h - D)
     d v_j  = p_j * g
 
+A first pass over the context sums `D` and the weights, which the second divides by their sum: the
+LSE's rounding would otherwise be an error of every weight, and that of a 16-bit output one of `D`.
 What no visible token owns gets exactly 0, whatever it holds.
 """
 
@@ -36,21 +39,37 @@ def differentiable(
 def _forward(problem, choice, operands):
     with_lse = dataclasses.replace(problem, return_lse=True)
     out, lse = _dispatch.call(with_lse, choice, operands)
-    return (out, lse) if problem.return_lse else (out,), (operands, out, lse)
+    return (out, lse) if problem.return_lse else (out,), (operands, lse)
 
 
 def _backward(problem, choice, residuals, cotangents):
-    operands, out, lse = residuals
+    operands, lse = residuals
     g = group_heads(problem, cotangents[0])
-    h = cotangents[1] if problem.return_lse else jnp.zeros_like(lse)
-    delta = group_heads(problem, h) - product("skgd,skgd->skg", g, group_heads(problem, out))
+    h = group_heads(problem, cotangents[1] if problem.return_lse else jnp.zeros_like(lse))
     lse = group_heads(problem, lse)
     # A row that sees nothing has no gradient; its LSE of -inf must not make one.
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
     query = group_heads(problem, operands.query)
     context = Context.of(problem, operands)
-    blocks = Blocks.of(problem, None)
+    blocks = Blocks.of(problem, jax.default_backend())
     tables = blocks.pad(operands.block_tables)
+    begin, end = blocks.span(context)
+
+    def add_up(block, sums):
+        total, weighted = sums
+        _, positions, visible, keys, values = blocks.load(problem, operands, context, tables, block)
+        scores = logits(problem, operands, context, query, keys, positions)
+        p = jnp.where(visible[:, None, None], jnp.exp(scores - lse[..., None]), 0.0)
+        dp = product("skgd,sktd->skgt", g, values)
+        return total + p.sum(-1), weighted + (p * dp).sum(-1)
+
+    total, weighted = lax.fori_loop(begin, end, add_up, (jnp.zeros_like(lse), jnp.zeros_like(lse)))
+    sinks = None
+    if operands.sinks is not None:
+        sinks = group_heads(problem, operands.sinks[None])
+        total = total + jnp.exp(sinks - lse)
+    total = jnp.where(total == 0, 1.0, total)
+    delta = h - weighted / total
 
     def step(block, grads):
         pages, positions, visible, keys, values = blocks.load(
@@ -65,36 +84,39 @@ def _backward(problem, choice, residuals, cotangents):
 
         inputs = (query, keys, operands.attn_scale, operands.alibi_slopes)
         scores, pullback = jax.vjp(visible_logits, *inputs)
-        p = jnp.where(mask, jnp.exp(scores - lse[..., None]), 0.0)
+        p = jnp.where(mask, jnp.exp(scores - lse[..., None]) / total[..., None], 0.0)
         dp = product("skgd,sktd->skgt", g, values)
         d_query, d_keys, d_scale, d_slopes = pullback(p * (dp + delta[..., None]))
         d_values = product("skgt,skgd->sktd", p.astype(g.dtype), g)
         if operands.value_cache is None:
             width = problem.head_dim - problem.value_head_dim
             d_keys = d_keys + jnp.pad(d_values, ((0, 0),) * 3 + ((0, width),)).astype(d_keys.dtype)
-        return PageAttentionOperands(
+        return NOTHING._replace(
             query=grads.query + d_query.astype(jnp.float32),
             key_cache=_scatter(problem, grads.key_cache, pages, d_keys),
             value_cache=_scatter(problem, grads.value_cache, pages, d_values),
-            context_lens=None,
-            block_tables=None,
             attn_scale=grads.attn_scale + d_scale,
-            sliding_window=None,
-            sinks=None,
             alibi_slopes=None if d_slopes is None else grads.alibi_slopes + d_slopes,
         )
 
-    differentiable_operands = operands._replace(
-        query=query, context_lens=None, block_tables=None, sliding_window=None, sinks=None
+    summed = operands._replace(
+        query=query,
+        context_lens=None,
+        block_tables=None,
+        sliding_window=None,
+        sinks=None,
+        plan=None,
     )
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), differentiable_operands)
-    grads = lax.fori_loop(*blocks.span(context), step, zeros)
-    if problem.has_sinks:
-        sinks = group_heads(problem, operands.sinks[None])
-        d_sinks = (jnp.exp(sinks - lse) * delta).sum(0)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), summed)
+    grads = lax.fori_loop(begin, end, step, zeros)
+    if sinks is not None:
+        d_sinks = (jnp.exp(sinks - lse) / total * delta).sum(0)
         grads = grads._replace(sinks=d_sinks.reshape(problem.num_heads))
     grads = grads._replace(query=grads.query.reshape(operands.query.shape))
     return (jax.tree.map(lambda d, x: d.astype(x.dtype), grads, _only(grads, operands)),)
+
+
+NOTHING = PageAttentionOperands(*(None for _ in PageAttentionOperands._fields))
 
 
 def _scatter(problem, grad, pages, blocks):

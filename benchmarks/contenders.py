@@ -1,0 +1,200 @@
+"""Who is timed: `ejk`, and what else decodes over a cache in JAX.
+
+A contender makes its own arrays in the layout it wants, all from the same draws, and one function
+`step(query, arrays, layer)` that every layer of a program calls.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import workloads
+from workloads import Workload
+
+import ejk
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """How to run a workload.
+
+    Attributes:
+        name: in results and tables.
+        cache_layout: of the pool that it reads.
+        begin: what is made once a program, given workload and arrays: a plan, or nothing.
+        step: one layer's attention.
+        can_run: says why it does not take a workload, or returns None.
+    """
+
+    name: str
+    step: Callable[[Workload, Any, jax.Array, Any, int], jax.Array]
+    cache_layout: str = "HND"
+    begin: Callable[[Workload, Any], Any] = lambda workload, arrays: None
+    can_run: Callable[[Workload], str | None] = lambda workload: None
+    contiguous: bool = False
+    most_bytes: int = 8 * 2**30
+
+
+def layer_tables(workload: Workload, arrays: Any, layer: int) -> jax.Array:
+    """The block tables of one layer of a pool that holds several."""
+    tables = arrays.block_tables
+    return jnp.where(tables >= 0, tables + layer * workload.num_pages, -1)
+
+
+def _plan(backend, workload, arrays):
+    if workload.num_seqs == 1:
+        return None
+    return ejk.plan_page_attention(
+        arrays.context_lens,
+        num_heads=workload.num_heads,
+        num_kv_heads=workload.num_kv_heads,
+        head_dim=workload.head_dim,
+        page_size=workload.page_size,
+        max_blocks=workload.max_blocks,
+        sliding_window=dict(workload.options).get("sliding_window"),
+        backend=backend,
+    )
+
+
+def _ejk(backend, workload, arrays, query, plan, layer):
+    options = dict(workload.options)
+    for name in ("sinks", "alibi_slopes"):
+        if name in options:
+            options[name] = jnp.full((workload.num_heads,), options[name], jnp.float32)
+    result = ejk.page_attention(
+        query,
+        arrays.key_cache,
+        arrays.value_cache,
+        arrays.context_lens,
+        layer_tables(workload, arrays, layer),
+        plan=plan,
+        backend=backend,
+        **options,
+    )
+    return result[0] if options.get("return_lse") else result
+
+
+def ejk_contender(name: str, backend: Any) -> Contender:
+    return Contender(
+        name, functools.partial(_ejk, backend), begin=functools.partial(_plan, backend)
+    )
+
+
+def _gather(workload, arrays, query, _, layer):
+    """Gather every page, einsum, softmax: what one writes without a kernel."""
+    w, tables = workload, jnp.maximum(layer_tables(workload, arrays, layer), 0)
+    keys, values = (
+        pool[tables].transpose(0, 2, 1, 3, 4).reshape(w.num_seqs, w.num_kv_heads, -1, w.head_dim)
+        for pool in (arrays.key_cache, arrays.value_cache)
+    )
+    q = query.reshape(w.num_seqs, w.num_kv_heads, -1, w.head_dim)
+    logits = jnp.einsum("skgd,sktd->skgt", q, keys, preferred_element_type=jnp.float32)
+    visible = jnp.arange(keys.shape[2]) < arrays.context_lens[:, None]
+    logits = jnp.where(visible[:, None, None], logits * w.head_dim**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    return jnp.einsum("skgt,sktd->skgd", weights, values).reshape(query.shape)
+
+
+def _pallas_gpu(workload, arrays, query, _, layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+
+    tables = jnp.maximum(layer_tables(workload, arrays, layer), 0)
+    # Of the configurations tried in the past, the one that was best over all workloads; its
+    # default of 16 splits is kept where the table allows it.
+    splits = next(n for n in (16, 8, 4, 2, 1) if tables.shape[1] % (8 * n) == 0 or n == 1)
+    return paged_attention(
+        query * jnp.bfloat16(workload.head_dim**-0.5),
+        arrays.key_cache,
+        arrays.value_cache,
+        tables,
+        arrays.context_lens,
+        k_splits=splits,
+        pages_per_compute_block=min(8, tables.shape[1]),
+    )
+
+
+def _cudnn_paged(workload, arrays, query, _, layer):
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, paged_attention
+
+    tables = jnp.maximum(arrays.block_tables, 0)[:, None, :, None]
+    one = jnp.ones((workload.num_seqs,), jnp.int32)
+    out = paged_attention(
+        query[:, :, None],
+        arrays.key_cache,
+        arrays.value_cache,
+        one,
+        arrays.context_lens,
+        tables,
+        tables,
+        scale=workload.head_dim**-0.5,
+        mask_type=MaskType.PADDING,
+        qkv_layout="BNTH",
+    )
+    return out.reshape(query.shape)
+
+
+def _cudnn_paged_refusal(workload):
+    if workload.num_pages != workload.num_seqs * workload.max_blocks:
+        return "wants a pool of exactly as many pages as its table has entries"
+    return "head dimension above 128" if workload.head_dim > 128 else None
+
+
+def _cudnn_dense(workload, arrays, query, _, layer):
+    out = jax.nn.dot_product_attention(
+        query[:, None],
+        arrays.key_cache,
+        arrays.value_cache,
+        query_seq_lengths=jnp.ones((workload.num_seqs,), jnp.int32),
+        key_value_seq_lengths=arrays.context_lens,
+        implementation="cudnn",
+    )
+    return out[:, 0]
+
+
+def contenders() -> list[Contender]:
+    """`ejk` first, then the others, as far as they are installed."""
+    found = [
+        ejk_contender("ejk", None),
+        ejk_contender("ejk xla", "xla"),
+        Contender("gather and einsum", _gather),
+        Contender("Pallas GPU paged_attention", _pallas_gpu, cache_layout="KV_HEADS_FIRST"),
+        Contender("cuDNN paged (private)", _cudnn_paged, can_run=_cudnn_paged_refusal),
+        Contender("cuDNN dense, contiguous cache", _cudnn_dense, contiguous=True),
+    ]
+    if importlib.util.find_spec("ejkernel"):
+        found.append(Contender("ejkernel", _ejkernel))
+    return found
+
+
+def _ejkernel(workload, arrays, query, _, layer):
+    from ejkernel.modules.operations import page_attention
+
+    return page_attention(
+        query,
+        arrays.key_cache,
+        arrays.value_cache,
+        arrays.context_lens,
+        jnp.maximum(layer_tables(workload, arrays, layer), 0),
+        attn_scale=workload.head_dim**-0.5,
+        max_context_len=workload.max_context_len,
+        platform="triton",
+    )
+
+
+def contiguous_arrays(workload: Workload, seed: int = 0) -> workloads.Arrays:
+    """The same draws as `workloads.arrays` in one dense cache, `[seqs, tokens, heads, dim]`."""
+    paged = workloads.arrays(workload, layers=1, seed=seed)
+
+    @jax.jit
+    def dense(pool):
+        pages = pool[jnp.maximum(paged.block_tables, 0)].transpose(0, 1, 3, 2, 4)
+        return pages.reshape(workload.num_seqs, -1, workload.num_kv_heads, workload.head_dim)
+
+    return paged._replace(key_cache=dense(paged.key_cache), value_cache=dense(paged.value_cache))

@@ -1,0 +1,147 @@
+"""Writes the tables and the plot of `docs/performance.md` from `results/*.jsonl`.
+
+    python benchmarks/report.py            writes them
+    python benchmarks/report.py --check    fails if the page is not what the results say
+
+Of each workload and contender the newest line counts.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import workloads
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->\n"
+
+
+def load() -> dict[str, dict[tuple[str, str], dict]]:
+    """Read the newest line of each device, workload and contender."""
+    found: dict[str, dict[tuple[str, str], dict]] = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            of_device = found.setdefault(line["device"], {})
+            of_device[line["workload"], line["contender"]] = line
+    return found
+
+
+def names(lines, suite) -> list[str]:
+    return [w.name for w in workloads.SUITES[suite] if (w.name, "ejk") in lines]
+
+
+def page(device: str, lines: dict) -> str:
+    """Write what one device has shown."""
+    ours = [line for (_, contender), line in lines.items() if contender == "ejk"]
+    newest = max(ours, key=lambda line: line["date"])
+    versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
+    text = f"### {device}\n\nMeasured on {newest['date']} with {versions}.\n"
+    text += named_table(lines) + losses(lines)
+    text += own_table(lines, "shapes", "Shapes that nobody tunes for")
+    text += own_table(lines, "options", "Options")
+    return text
+
+
+def describe(workload) -> str:
+    w = workload
+    lens = set(w.context_lens)
+    context = f"{w.num_seqs} x {min(lens):,}" + ("" if len(lens) == 1 else f" to {max(lens):,}")
+    return f"{w.num_heads}/{w.num_kv_heads}/{w.head_dim}; {context}; page {w.page_size}"
+
+
+def named_table(lines) -> str:
+    found = names(lines, "named")
+    contenders = list(dict.fromkeys(c for (w, c) in lines if w in found))
+    shapes = {w.name: describe(w) for w in workloads.NAMED}
+    text = (
+        "\nDevice time of one layer's attention in microseconds; the best of each row is bold.\n\n"
+    )
+    text += "| | heads/KV heads/dim; contexts | " + " | ".join(contenders) + " |\n"
+    text += "|---|---|" + "---|" * len(contenders) + "\n"
+    for name in found:
+        times = {c: lines.get((name, c), {}).get("device_us") for c in contenders}
+        given = [time for time in times.values() if time]
+        best = min(given) if len(given) > 1 else None
+        cells = [
+            "-" if not time else f"**{time:.1f}**" if time == best else f"{time:.1f}"
+            for time in times.values()
+        ]
+        text += f"| {name} | {shapes[name]} | " + " | ".join(cells) + " |\n"
+    text += "\n`ejk` in full; the plan is made once a step, for all layers:\n\n"
+    text += "| | GB/s | of the read ceiling | plan, us | wall a layer of 32, us |\n"
+    text += "|---|---|---|---|---|\n"
+    for name in found:
+        line = lines[name, "ejk"]
+        plan = line["plan_us"] or "-"
+        text += f"| {name} | {line['gb_per_s']:,.0f} | {line['of_ceiling']:.1%} | {plan} |"
+        text += f" {line['wall_us_per_layer']} |\n"
+    return text
+
+
+def losses(lines) -> str:
+    """Say where `ejk` is not first."""
+    text = ""
+    for name in names(lines, "named"):
+        ours = lines[name, "ejk"]["device_us"]
+        for (workload, contender), line in lines.items():
+            if workload == name and line.get("device_us", ours) < ours:
+                text += f"- {name}: {contender} takes {line['device_us']:.1f} us, "
+                text += f"`ejk` {ours:.1f} ({ours / line['device_us'] - 1:.1%} more).\n"
+    return "\nWhere `ejk` is not first:\n\n" + (text or "- nowhere in this table.\n")
+
+
+def own_table(lines, suite, title) -> str:
+    found = [n for n in names(lines, suite) if "device_us" in lines[n, "ejk"]]
+    if not found:
+        return ""
+    text = f"\n{title}:\n\n| | device, us | GB/s | of the read ceiling |\n|---|---|---|---|\n"
+    for name in found:
+        line = lines[name, "ejk"]
+        text += f"| {name} | {line['device_us']:.1f} | {line['gb_per_s']:,.0f} |"
+        text += f" {line['of_ceiling']:.1%} |\n"
+    return text
+
+
+def plot(device: str, lines: dict) -> None:
+    """Draw the share of the read ceiling that each contender reaches."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "ejk"
+    import matplotlib.pyplot as plt
+
+    found = names(lines, "named")
+    contenders = list(dict.fromkeys(c for (w, c) in lines if w in found))
+    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    width = 0.8 / len(contenders)
+    for i, contender in enumerate(contenders):
+        heights = [100 * lines.get((w, contender), {}).get("of_ceiling", 0) for w in found]
+        positions = [x + i * width - 0.4 + width / 2 for x in range(len(found))]
+        axes.bar(positions, heights, width, label=contender)
+    axes.set_xticks(range(len(found)), found)
+    axes.set_ylabel("% of the read ceiling")
+    axes.set_title(f"Decode attention on one {device}")
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    figure.savefig(ROOT / "docs" / "performance.svg", metadata={"Date": None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    old = PAGE.read_text()
+    head, rest = old.split(BEGIN)
+    devices = load()
+    body = "\n".join(page(device, lines) for device, lines in devices.items())
+    new = head + BEGIN + body + END + rest.split(END)[1]
+    if args.check:
+        sys.exit("docs/performance.md is stale: python benchmarks/report.py" if new != old else 0)
+    PAGE.write_text(new)
+    for device, lines in devices.items():
+        plot(device, lines)
+
+
+if __name__ == "__main__":
+    main()

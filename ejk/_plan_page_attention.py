@@ -1,0 +1,130 @@
+"""`ejk.plan_page_attention`: a batch's work dealt out once, for the calls of all layers."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from ejk import _dispatch
+from ejk._dispatch import Backend
+from ejk._indices import as_int32
+from ejk._page_attention import BACKENDS
+from ejk._typing import Lengths, ScalarInt, typed
+from ejk.backends.page_attention import PageAttentionProblem
+from ejk.backends.page_attention_plan import (
+    PageAttentionPlan,
+    PlanFacts,
+    PlanOperands,
+    PlanProblem,
+    window_fact,
+)
+from ejk.backends.triton.page_attention import TritonPageAttention
+from ejk.backends.triton.page_attention_launch import GRANULE, choose_cuts
+from ejk.backends.triton.page_attention_plan import TritonPlan
+from ejk.backends.xla.page_attention_plan import XlaPlan
+
+# Sizes a plan where no GPU is known: more or fewer pieces than its processors want cost a little
+# speed, nothing else.
+DEFAULT_NUM_SMS = 132
+MAY_BE_0 = ("num_seqs", "max_blocks")
+
+
+@typed
+def plan_page_attention(
+    context_lens: Lengths,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    max_blocks: int,
+    sliding_window: ScalarInt | None = None,
+    backend: str | Backend | None = None,
+) -> PageAttentionPlan:
+    """Deal out the work of `ejk.page_attention` over a batch of contexts, on the device.
+
+    The Triton kernels cut long contexts in pieces of about equal length, as few as keep the
+    machine busy, and start the longest first. Which pieces there are follows from the lengths: a
+    call without a plan makes its own. A model calls once a layer with the same lengths: make one
+    plan a step, one for each distinct window, and hand it to every layer's call.
+
+    A plan is a hint. Other backends, and calls with `num_splits >= 1`, do without. Kernels clip
+    it by the call's own lengths: a plan made for other lengths may give wrong numbers, but never
+    an access outside the arrays.
+
+    Args:
+        context_lens: those of the calls.
+        num_heads: query heads.
+        num_kv_heads: KV heads.
+        head_dim: of queries and keys.
+        page_size: slots of a page.
+        max_blocks: the width of the calls' block tables.
+        sliding_window: that of the calls.
+        backend: that of the calls: an `ejk.TritonPageAttention` says for which GPU to plan where
+            none is present.
+
+    Returns:
+        A pytree that goes through `jit` and may be an argument or a carry.
+
+    Raises:
+        TypeError: an argument of the wrong rank or dtype kind.
+        ValueError: arguments that do not fit each other, or a value out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, ejk
+        >>> pool, tables = jnp.ones((8, 2, 16, 64)), jnp.array([[3, 5], [1, 0]])
+        >>> lens = jnp.array([20, 1])
+        >>> plan = ejk.plan_page_attention(
+        ...     lens, num_heads=4, num_kv_heads=2, head_dim=64, page_size=16, max_blocks=2
+        ... )
+        >>> ejk.page_attention(jnp.ones((2, 4, 64)), pool, pool, lens, tables, plan=plan).shape
+        (2, 4, 64)
+
+    Source:
+        Work lists made once a step: FlashInfer (Ye et al., 2025, arXiv:2501.01005).
+    """
+    facts = PlanFacts(
+        num_seqs=context_lens.shape[0],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        max_blocks=max_blocks,
+        sliding_window=window_fact(sliding_window),
+    )
+    for field in dataclasses.fields(facts):
+        value, least = getattr(facts, field.name), int(field.name not in MAY_BE_0)
+        if isinstance(value, bool):
+            raise TypeError(f"{field.name}={value} must be an int")
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"{field.name}={value} must be at least {least}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
+    capacity = max_blocks * page_size
+    if capacity >= 2**31:
+        raise ValueError(f"max_blocks * page_size={capacity} must be below 2**31")
+
+    tritons = [
+        candidate
+        for candidate in _dispatch.choose(backend, PageAttentionProblem, BACKENDS).backends
+        if isinstance(candidate, TritonPageAttention)
+    ]
+    targets = [t for triton in tritons if (t := triton.target(triton.platforms[0])) is not None]
+    num_sms = targets[0].num_sms if targets else DEFAULT_NUM_SMS
+    programs = num_kv_heads * -(-num_heads // num_kv_heads // 64)
+    problem = PlanProblem(
+        num_seqs=facts.num_seqs,
+        capacity=capacity,
+        has_window=sliding_window is not None,
+        max_cuts=choose_cuts(num_sms, facts.num_seqs, programs, capacity),
+        granule=GRANULE,
+    )
+    if 0 in (facts.num_seqs, capacity):
+        return PageAttentionPlan(jnp.zeros(problem.results[0].shape, jnp.int32), problem, facts)
+    planners = [TritonPlan(triton.compute_capability, triton.interpret) for triton in tritons]
+    choice = _dispatch.Choice((*planners, XlaPlan()), automatic=True)
+    operands = PlanOperands(
+        context_lens=as_int32(context_lens, capacity),
+        sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
+    )
+    [work] = _dispatch.call(problem, choice, operands)
+    return PageAttentionPlan(work, problem, facts)

@@ -1,0 +1,15 @@
+"""The check that every backend object makes of its integer fields."""
+
+from typing import Any
+
+
+def at_least(backend: Any, **bounds: int) -> None:
+    """Raise unless each field named in `bounds` is None or an integer not below its bound."""
+    for field, bound in bounds.items():
+        value = getattr(backend, field)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{field}={value!r} must be an int")
+        if value < bound:
+            raise ValueError(f"{field}={value} must be at least {bound}")

@@ -1,0 +1,126 @@
+"""What every backend of `ejk.plan_page_attention` is given."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ejk._dispatch import Backend, Problem
+
+# Of `max_cuts` pieces, 2.5 for each processor, one processor's share and a tenth.
+EVEN_SHARE = (11, 4)
+
+
+class PlanOperands(NamedTuple):
+    """The arrays of one call."""
+
+    context_lens: Any  # int32 [num_seqs]
+    sliding_window: Any  # int32 [], or None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanProblem(Problem):
+    """The static facts of a plan: which work there may be, and how it is dealt out.
+
+    The plan is one array, `[rows, 4]` of int32:
+
+    - row 0: how many pieces there are, and how many sequences have several;
+    - `num_seqs + max_cuts` rows, those of the pieces: sequence, begin and end of its positions,
+      and its part, or -1 where the piece is all that its sequence sees;
+    - `max_splits` rows, those of the sequences in several pieces: sequence, first part, parts.
+
+    What lies beyond the counts is not initialised. The longest pieces come first; a sequence's
+    pieces follow each other. A part has the number of its piece.
+
+    With `max_cuts=0` no context is cut, and the plan is an order. Nor is a batch cut whose longest
+    context is at most `EVEN_SHARE / max_cuts` of its granules: no processor has much more to do
+    than the others.
+    """
+
+    operation: ClassVar[str] = "plan_page_attention"
+
+    num_seqs: int
+    capacity: int
+    has_window: bool
+    max_cuts: int
+    granule: int
+
+    @property
+    def max_pieces(self) -> int:
+        return self.num_seqs + self.max_cuts
+
+    @property
+    def max_splits(self) -> int:
+        """Sequences that may be in several pieces: only what is above two cuts' share is."""
+        return min(self.num_seqs, -(-self.max_cuts // 2))
+
+    @property
+    def features(self) -> frozenset[str]:
+        return frozenset({"sliding_window"} if self.has_window else ())
+
+    @property
+    def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        rows = 1 + self.max_pieces + self.max_splits
+        return (jax.ShapeDtypeStruct((rows, 4), jnp.int32),)
+
+    def fold(self, size, operands, axes):
+        return None  # plans of several batches are several plans
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFacts:
+    """What a plan and the calls that use it have in common."""
+
+    num_seqs: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    max_blocks: int
+    sliding_window: int | str | None  # "traced" for one that only the device knows
+
+
+def window_fact(sliding_window: Any) -> int | str | None:
+    """Return what is known of a window when a call is traced."""
+    if sliding_window is None:
+        return None
+    known = isinstance(sliding_window, int | np.integer | np.ndarray)
+    if not known:
+        return "traced"
+    return sliding_window if isinstance(sliding_window, bool) else int(sliding_window)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageAttentionPlan:
+    """How a batch's work is dealt out: a pytree, made by `ejk.plan_page_attention`.
+
+    Attributes:
+        work: the pieces of every context and what is to be combined, see `PlanProblem`.
+        problem: how `work` is laid out.
+        facts: what the calls that use the plan must have in common with it.
+    """
+
+    work: Any  # int32 [rows, 4]
+    problem: PlanProblem = dataclasses.field(metadata={"static": True})
+    facts: PlanFacts = dataclasses.field(metadata={"static": True})
+
+    def check(self, facts: PlanFacts) -> None:
+        """Raise `ValueError` unless a call's facts are the plan's."""
+        if self.work.shape != self.problem.results[0].shape:
+            raise ValueError(
+                f"plan.work.shape={self.work.shape} must be {self.problem.results[0].shape}: "
+                "a plan is for one batch"
+            )
+        for field in dataclasses.fields(facts):
+            planned, called = getattr(self.facts, field.name), getattr(facts, field.name)
+            if planned != called:
+                raise ValueError(f"plan was made for {field.name}={planned}; the call has {called}")
+
+
+class PlanBackend(Backend):
+    """A way to run `ejk.plan_page_attention`."""
+
+    problem_type = PlanProblem

@@ -1,0 +1,1 @@
+"""The Pallas backends: TPUs."""

@@ -1,0 +1,97 @@
+"""Merges the parts of contexts that were cut in pieces.
+
+Grid, one axis, fastest first: block of `BLOCK_DV` entries of the values, query head, sequence. In
+registers: the running maximum `m`, sum `l` and weighted values `acc` over the parts, which are
+weighed by their LSEs as tokens are by their logits. A part that saw nothing has LSE -inf and weighs
+nothing: blocks of such parts leave every bit as it is.
+
+Source: splits after Flash-Decoding (Dao et al., 2023).
+"""
+
+import typing
+
+import triton
+import triton.language as tl
+
+from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
+
+
+@triton.jit
+@typing.no_type_check
+def combine_parts_kernel(
+    # inputs
+    part_out_ptr,  # float32 [parts, num_heads, value_head_dim]
+    part_lse_ptr,  # float32, log2 [parts, num_heads]
+    sinks_ptr,  # float32 [num_heads]
+    work_ptr,  # int32 [1 + pieces + splits, 4]: the plan
+    # inputs and outputs: rows of contexts in one piece are there already
+    out_ptr,  # [num_seqs, num_heads, value_head_dim]
+    lse_ptr,  # float32 [num_seqs, num_heads]
+    # sizes
+    NUM_SEQS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,  # parts of each sequence; 0: as planned
+    NUM_PARTS: tl.constexpr,
+    FIRST_SPLIT: tl.constexpr,  # the row of `work` where the sequences with parts begin
+    VALUE_HEAD_DIM: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    # blocks
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    # Which work is mine.
+    pid = tl.program_id(0)
+    block_dv = pid % tl.cdiv(VALUE_HEAD_DIM, BLOCK_DV)
+    pid = pid // tl.cdiv(VALUE_HEAD_DIM, BLOCK_DV)
+    head = pid % NUM_HEADS
+    index = pid // NUM_HEADS
+    if NUM_SPLITS == 0:
+        if index >= tl.load(work_ptr + 1):
+            return
+        row_ptr = work_ptr + (FIRST_SPLIT + index) * 4
+        seq = tl.load(row_ptr).to(tl.int64)
+        first_part = tl.load(row_ptr + 1).to(tl.int64)
+        num_parts = tl.load(row_ptr + 2)
+        if (seq < 0) | (seq >= NUM_SEQS) | (first_part < 0) | (first_part + num_parts > NUM_PARTS):
+            return
+    else:
+        seq = index.to(tl.int64)
+        first_part = seq * NUM_SPLITS
+        num_parts = NUM_SPLITS
+
+    # Load once: nothing, every part is read once.
+    offs_dv = block_dv * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    mask_dv = offs_dv < VALUE_HEAD_DIM
+    m = tl.full([1], float("-inf"), tl.float32)
+    l = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+
+    # Loop over the parts.
+    for start in range(0, num_parts, BLOCK_PARTS):
+        parts = start + tl.arange(0, BLOCK_PARTS)
+        rows = (first_part + parts) * NUM_HEADS + head
+        mask = parts < num_parts
+        lse = tl.load(part_lse_ptr + rows, mask=mask, other=float("-inf"))
+        out_ptrs = part_out_ptr + rows[:, None] * VALUE_HEAD_DIM + offs_dv
+        out = tl.load(out_ptrs, mask=mask[:, None] & mask_dv, other=0.0)
+        m_new = tl.maximum(m, tl.max(lse, 0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2(lse - m_safe)  # [BLOCK_PARTS]
+        alpha = tl.exp2(m - m_safe)
+        m = m_new
+        l = l * alpha + tl.sum(weight, 0)
+        acc = acc * alpha + tl.sum(weight[:, None] * out, 0)
+
+    # Write.
+    row = seq * NUM_HEADS + head
+    sink = tl.full([1], float("-inf"), tl.float32)
+    saw_nothing = l == 0
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head + tl.arange(0, 1))
+        m, l, alpha = add_sink(m, l, sink * LOG2E)
+        acc *= alpha
+    if block_dv == 0:
+        lse = tl.where(saw_nothing, sink, (m + tl.log2(l)) * LN2)
+        tl.store(lse_ptr + row + tl.arange(0, 1), lse)
+    out = acc / tl.where(l == 0, 1.0, l)
+    tl.store(out_ptr + row * VALUE_HEAD_DIM + offs_dv, out.to(out_ptr.dtype.element_ty), mask_dv)

@@ -1,0 +1,231 @@
+"""How one `ejk.page_attention` problem is cut for a GPU: pure functions of problem and target."""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from ejk.backends.page_attention import PageAttentionProblem
+from ejk.backends.page_attention_plan import PlanProblem
+from ejk.backends.triton import _launch
+from ejk.backends.triton._target import Target
+
+if TYPE_CHECKING:
+    from ejk.backends.triton.page_attention import TritonPageAttention
+
+COMBINE_BLOCK = 8192  # entries of parts that a program of the combination holds
+GRANULE = 128  # tokens; planned pieces are whole multiples
+# Planned pieces a multiprocessor. Flat from 1 to 4 on an H100 for a batch of 256 ragged contexts:
+# enough that the last pieces to start are short.
+PIECES_PER_SM = 2.5
+# A batch that fills the machine twice is not cut where no context exceeds so many tokens: the
+# longest is done long before the rest, and there is nothing to combine, which saves 1.7 us.
+WHOLE_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How one problem is cut and run.
+
+    With `problem.num_splits` of 1 or more, whatever enters rounding (`block_group`, `block_kv`,
+    the two parts of the head dimensions) follows from head dimensions, group, dtype and the
+    target alone.
+    """
+
+    block_group: int
+    block_kv: int
+    block_d: tuple[int, int]
+    block_dv: tuple[int, int]
+    num_warps: int
+    num_stages: int
+    num_splits: int  # equal parts of each context; 0: as planned
+    split_blocks: int = 0
+    plan: PlanProblem | None = None
+
+    @classmethod
+    def of(
+        cls, problem: PageAttentionProblem, backend: "TritonPageAttention", target: Target
+    ) -> "Launch":
+        block_d, block_dv = _two_parts(problem.head_dim), _two_parts(problem.value_head_dim)
+        # A row of the product costs registers for its weighted values: 16 rows of 512 floats are
+        # 64 registers a thread on four warps. More than 64 rows spill whatever the width.
+        most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(block_dv))))
+        # float32 products are taken on the ordinary cores, their operands in registers.
+        wide = sum(block_dv) > 256 or problem.dtype == jnp.float32
+        launch = cls(
+            block_group=min(max(16, power_of_two(problem.group)), most_rows),
+            block_kv=backend.block_kv or 128,
+            block_d=block_d,
+            block_dv=block_dv,
+            num_warps=backend.num_warps or (8 if wide else 4),
+            num_stages=backend.num_stages or 3,
+            num_splits=1,
+        )
+        while launch.shared_memory(problem, target) > target.shared_memory:
+            if backend.block_kv is None and launch.block_kv > 16:
+                launch = dataclasses.replace(launch, block_kv=launch.block_kv // 2)
+            elif backend.num_stages is None and launch.num_stages > 1:
+                launch = dataclasses.replace(launch, num_stages=launch.num_stages - 1)
+            else:
+                break  # what was asked for does not fit: `limits` says so
+        return launch._cut(problem, backend, target)
+
+    def _cut(self, problem, backend, target) -> "Launch":
+        """Choose how the contexts are cut."""
+        if problem.num_splits:
+            return dataclasses.replace(self, num_splits=problem.num_splits)
+        if backend.split_tokens:
+            blocks = -(-min(backend.split_tokens, problem.capacity) // self.block_kv)
+            splits = -(-problem.capacity // (blocks * self.block_kv))
+            return dataclasses.replace(self, num_splits=splits, split_blocks=blocks)
+        if problem.plan and _launch.can_run_in_place():
+            return dataclasses.replace(self, num_splits=0, plan=problem.plan)
+        if problem.visible_bound <= GRANULE:
+            return self
+        programs = problem.num_kv_heads * self._group_blocks(problem)
+        if problem.num_seqs > 1 and _launch.can_run_in_place():
+            plan = PlanProblem(
+                problem.num_seqs,
+                problem.capacity,
+                problem.has_window,
+                choose_cuts(target.num_sms, problem.num_seqs, programs, problem.visible_bound),
+                GRANULE,
+            )
+            return dataclasses.replace(self, num_splits=0, plan=plan)
+        # One program a multiprocessor: of 16, 24, 33 and 49 parts of one context of 131,072 tokens
+        # on an H100 (8 KV heads, 132 multiprocessors) 16 were done first, in 182.8 us; 24, a wave
+        # and a half, took 194.1.
+        splits = target.num_sms // (problem.num_seqs * programs)
+        return self._equal_splits(problem, backend, max(1, splits))
+
+    def _equal_splits(self, problem, backend, most: int) -> "Launch":
+        """Cut every context in the same number of parts, for want of a plan or of need for one."""
+        programs = problem.num_seqs * problem.num_kv_heads * self._group_blocks(problem)
+        blocks = -(-problem.visible_bound // self.block_kv)
+        if backend.block_kv is None and blocks * programs < most * programs and self.block_kv > 64:
+            # Too little work for the whole machine: it is latency that counts, not bytes.
+            return dataclasses.replace(self, block_kv=64)._equal_splits(problem, backend, most)
+        return dataclasses.replace(self, num_splits=min(most, blocks))
+
+    def _group_blocks(self, problem: PageAttentionProblem) -> int:
+        return -(-problem.group // self.block_group)
+
+    def grid(self, problem: PageAttentionProblem) -> int:
+        pieces = self.plan.max_pieces if self.plan else problem.num_seqs * self.num_splits
+        return pieces * self._group_blocks(problem) * problem.num_kv_heads
+
+    def combine_grid(self, problem: PageAttentionProblem) -> int:
+        seqs = self.plan.max_splits if self.plan else problem.num_seqs
+        return seqs * problem.num_heads * -(-problem.value_head_dim // self._combine_dv(problem))
+
+    def _combine_dv(self, problem: PageAttentionProblem) -> int:
+        """Entries of the values that one program combines."""
+        # With a plan nearly every program finds nothing to do, and the fewer the better: 5,248 took
+        # 4.3 us on an H100, 1,280 took 1.9. Without one there are few rows for many processors.
+        return power_of_two(problem.value_head_dim) if self.plan else 32
+
+    def num_parts(self, problem: PageAttentionProblem) -> int:
+        if self.plan:
+            return self.plan.max_pieces if self.plan.max_cuts else 0
+        return problem.num_seqs * self.num_splits if self.num_splits > 1 else 0
+
+    def part_types(self, problem: PageAttentionProblem) -> dict[str, jax.ShapeDtypeStruct | None]:
+        """Return the memory for parts of contexts, None where every context is one piece."""
+        rows = (self.num_parts(problem), problem.num_heads)
+        if not rows[0]:
+            return {"part_out_ptr": None, "part_lse_ptr": None}
+        return {
+            "part_out_ptr": jax.ShapeDtypeStruct((*rows, problem.value_head_dim), jnp.float32),
+            "part_lse_ptr": jax.ShapeDtypeStruct(rows, jnp.float32),
+        }
+
+    def shared_memory(self, problem: PageAttentionProblem, target: Target) -> int:
+        """Bound the shared memory of a program, in bytes."""
+        k_block, v_block = (self.block_kv * sum(width) for width in (self.block_d, self.block_dv))
+        buffers = self.num_stages - 1
+        streamed = buffers * (k_block + v_block) if buffers else max(k_block, v_block)
+        queries = self.block_group * sum(self.block_d) if target.stages_queries else 0
+        weights = self.block_group * self.block_kv
+        return problem.dtype.itemsize * (streamed + queries + weights) + 4 * weights
+
+    def constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
+        k_strides = _strides(problem, problem.head_dim)
+        v_strides = k_strides if problem.latent else _strides(problem, problem.value_head_dim)
+        return {
+            "NUM_SEQS": problem.num_seqs,
+            "NUM_HEADS": problem.num_heads,
+            "NUM_KV_HEADS": problem.num_kv_heads,
+            "HEAD_DIM": problem.head_dim,
+            "VALUE_HEAD_DIM": problem.value_head_dim,
+            "NUM_PAGES": problem.num_pages,
+            "PAGE_SIZE": problem.page_size,
+            "MAX_BLOCKS": problem.max_blocks,
+            "NUM_SPLITS": self.num_splits,
+            "SPLIT_BLOCKS": self.split_blocks,
+            "NUM_PARTS": self.num_parts(problem),
+            **{f"stride_k_{axis}": stride for axis, stride in k_strides.items()},
+            **{f"stride_v_{axis}": stride for axis, stride in v_strides.items()},
+            "SOFT_CAP": problem.soft_cap or 0.0,
+            "HAS_WINDOW": problem.has_window,
+            "HAS_SINKS": problem.has_sinks,
+            "HAS_ALIBI": problem.has_alibi,
+            "BLOCK_GROUP": self.block_group,
+            "BLOCK_KV": self.block_kv,
+            "BLOCK_D": self.block_d[0],
+            "BLOCK_D_REST": self.block_d[1],
+            "BLOCK_DV": self.block_dv[0],
+            "BLOCK_DV_REST": self.block_dv[1],
+        }
+
+    def combine_constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
+        return {
+            "NUM_SEQS": problem.num_seqs,
+            "NUM_HEADS": problem.num_heads,
+            "NUM_SPLITS": self.num_splits,
+            "NUM_PARTS": self.num_parts(problem),
+            "FIRST_SPLIT": 1 + self.plan.max_pieces if self.plan else 0,
+            "VALUE_HEAD_DIM": problem.value_head_dim,
+            "HAS_SINKS": problem.has_sinks,
+            "BLOCK_PARTS": min(64, COMBINE_BLOCK // self._combine_dv(problem)),
+            "BLOCK_DV": self._combine_dv(problem),
+        }
+
+
+def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:
+    """Return in how many pieces a planned batch is cut: as few as keep the machine busy.
+
+    0 leaves every context whole; the plan is then only an order.
+    """
+    if num_seqs * programs_per_piece >= 2 * num_sms and longest <= WHOLE_TOKENS:
+        return 0
+    return max(1, int(PIECES_PER_SM * num_sms / programs_per_piece))
+
+
+def _strides(problem: PageAttentionProblem, head_dim: int) -> dict[str, int]:
+    """Elements from one page, KV head and slot of a pool to the next."""
+    layout = problem.layout
+    sizes = {
+        layout.pages: problem.num_pages,
+        layout.kv_heads: problem.num_kv_heads,
+        layout.slots: problem.page_size,
+    }
+    stride = {axis: head_dim * math.prod(sizes[a] for a in range(axis + 1, 3)) for axis in sizes}
+    return {
+        "page": stride[layout.pages],
+        "head": stride[layout.kv_heads],
+        "slot": stride[layout.slots],
+    }
+
+
+def _two_parts(head_dim: int) -> tuple[int, int]:
+    """Cover `head_dim` with a power of two, or two where that pads less: 576 is 512 + 64."""
+    whole = max(16, power_of_two(head_dim))
+    main = whole // 2
+    rest = max(16, power_of_two(head_dim - main))
+    return (main, rest) if main >= 16 and main + rest < whole else (whole, 0)
+
+
+def power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()

@@ -1,0 +1,84 @@
+"""`ejk.plan_page_attention` as a Triton kernel."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from ejk.backends.page_attention_plan import EVEN_SHARE, PlanBackend, PlanOperands, PlanProblem
+from ejk.backends.triton import _launch
+from ejk.backends.triton._target import Target
+
+# Small blocks: little code, which the first call of a step has to fetch from memory.
+BLOCK_SEQS = 16
+BLOCK_OTHERS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonPlan(PlanBackend):
+    """Deal out the pieces with one small kernel.
+
+    Attributes:
+        compute_capability: compile for it; the device's own if None.
+        interpret: run the kernel on the CPU with Triton's interpreter.
+    """
+
+    compute_capability: int | None = None
+    interpret: bool = False
+
+    name = "triton"
+    features = frozenset({"sliding_window"})
+
+    @property
+    def platforms(self):
+        return ("cpu",) if self.interpret else ("cuda", "rocm")
+
+    @property
+    def only_if_asked(self):
+        return () if self.interpret else ("rocm",)
+
+    def limits(self, problem, platform):
+        if missing := _launch.available(interpret=self.interpret):
+            return (missing,)
+        if Target.of(platform, self.compute_capability, 1) is None:
+            return (f"no {platform} device is here to ask for its compute capability",)
+        return ()
+
+    def run(self, problem: PlanProblem, operands: PlanOperands, platform):
+        target = Target.of(platform, self.compute_capability, 1)
+        assert target is not None
+        call = functools.partial(
+            _launch.call, compute_capability=target.compute_capability, interpret=self.interpret
+        )
+        return run_plan(problem, operands, call)
+
+
+def run_plan(problem: PlanProblem, operands: PlanOperands, call):
+    """Launch the kernel with `call`, a `_launch.call` that knows the target."""
+    from ejk.backends.triton.page_attention_plan_kernel import page_attention_plan_kernel
+
+    return call(
+        page_attention_plan_kernel,
+        {
+            "context_lens_ptr": operands.context_lens,
+            "sliding_window_ptr": operands.sliding_window,
+        },
+        {"work_ptr": problem.results[0]},
+        plan_constants(problem),
+        grid=-(-problem.num_seqs // BLOCK_SEQS),
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def plan_constants(problem: PlanProblem) -> dict[str, Any]:
+    return {
+        "NUM_SEQS": problem.num_seqs,
+        "CAPACITY": problem.capacity,
+        "MAX_CUTS": problem.max_cuts,
+        "EVEN_NUMERATOR": EVEN_SHARE[0],
+        "EVEN_DENOMINATOR": EVEN_SHARE[1],
+        "HAS_WINDOW": problem.has_window,
+        "GRANULE": problem.granule,
+        "BLOCK_SEQS": BLOCK_SEQS,
+        "BLOCK_OTHERS": BLOCK_OTHERS,
+    }

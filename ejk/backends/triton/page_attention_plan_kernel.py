@@ -1,0 +1,124 @@
+"""Deals out a batch of contexts in pieces of about equal length.
+
+Grid: blocks of `BLOCK_SEQS` sequences. Every program reads all lengths and finds where its own
+sequences' pieces go, so that no program waits for another. With `c_s` the granules (`GRANULE`
+tokens) that sequence `s` sees:
+
+    chunk = max(c) if that is about a fair share, else ceil(sum(c) / MAX_CUTS)
+    pieces_s = ceil(c_s / chunk) if c_s > 2 * chunk else 1;  size_s = ceil(c_s / pieces_s)
+    place_s = sum of pieces over the sequences with larger pieces, or the same and a lower index
+
+Longest pieces first: what starts last is then short, and no processor is left with much to do
+when the others are done.
+
+Source: Graham (1969), longest processing time first; work lists made once a step after FlashInfer
+(Ye et al., 2025, arXiv:2501.01005).
+"""
+
+import typing
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+@typing.no_type_check
+def page_attention_plan_kernel(
+    # inputs
+    context_lens_ptr,  # int32 [num_seqs]
+    sliding_window_ptr,  # int32 []
+    # outputs
+    work_ptr,  # int32 [1 + num_seqs + max_cuts + max_splits, 4], see `PageAttentionPlan`
+    # sizes
+    NUM_SEQS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    MAX_CUTS: tl.constexpr,
+    EVEN_NUMERATOR: tl.constexpr,
+    EVEN_DENOMINATOR: tl.constexpr,
+    # features
+    HAS_WINDOW: tl.constexpr,
+    # blocks
+    GRANULE: tl.constexpr,
+    BLOCK_SEQS: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
+):
+    # Which work is mine.
+    seqs = tl.program_id(0) * BLOCK_SEQS + tl.arange(0, BLOCK_SEQS)
+    window = CAPACITY
+    if HAS_WINDOW:
+        window = tl.maximum(tl.load(sliding_window_ptr), 0)
+
+    # Load once: how much there is in all, and so how long a piece may be.
+    total = tl.zeros([1], tl.int64)
+    longest = 0
+    for start in range(0, NUM_SEQS, BLOCK_OTHERS):
+        others = start + tl.arange(0, BLOCK_OTHERS)
+        first, length = _visible(context_lens_ptr, others, window, NUM_SEQS, CAPACITY)
+        granules = tl.cdiv(length - first, GRANULE)
+        total += tl.sum(granules.to(tl.int64), 0)
+        longest = tl.maximum(longest, tl.max(granules, 0))
+    even = longest.to(tl.int64) * MAX_CUTS * EVEN_DENOMINATOR <= total * EVEN_NUMERATOR
+    chunk = tl.where(even, longest, tl.cdiv(total, tl.maximum(MAX_CUTS, 1)))
+    chunk = tl.maximum(tl.minimum(chunk, CAPACITY), 1).to(tl.int32)  # [1]
+    first, length = _visible(context_lens_ptr, seqs, window, NUM_SEQS, CAPACITY)
+    pieces, size = _cut(length - first, chunk, GRANULE)
+    pieces = tl.where(seqs < NUM_SEQS, pieces, 0)
+
+    # Loop over all sequences: whose pieces come before mine?
+    place = tl.zeros([BLOCK_SEQS], tl.int32)
+    split = tl.zeros([BLOCK_SEQS], tl.int32)
+    num_pieces = 0
+    num_splits = 0
+    for start in range(0, NUM_SEQS, BLOCK_OTHERS):
+        others = start + tl.arange(0, BLOCK_OTHERS)
+        other_first, other_length = _visible(context_lens_ptr, others, window, NUM_SEQS, CAPACITY)
+        other_pieces, other_size = _cut(other_length - other_first, chunk, GRANULE)
+        other_pieces = tl.where(others < NUM_SEQS, other_pieces, 0)
+        other_split = (other_pieces > 1).to(tl.int32)
+        before = (other_size[None, :] > size[:, None]) | (
+            (other_size[None, :] == size[:, None]) & (others[None, :] < seqs[:, None])
+        )  # [BLOCK_SEQS, BLOCK_OTHERS]
+        place += tl.sum(tl.where(before, other_pieces[None, :], 0), 1)
+        split += tl.sum(tl.where(before, other_split[None, :], 0), 1)
+        num_pieces += tl.sum(other_pieces, 0)
+        num_splits += tl.sum(other_split, 0)
+
+    # Write: the counts, my sequences' pieces, and which of them have parts to combine.
+    if tl.program_id(0) == 0:
+        tl.store(work_ptr, num_pieces)
+        tl.store(work_ptr + 1, num_splits)
+    is_split = pieces > 1
+    for piece in range(0, tl.max(pieces, 0)):
+        row_ptrs = work_ptr + (1 + place + piece) * 4
+        mask = piece < pieces
+        begin = first + piece * size * GRANULE
+        tl.store(row_ptrs, seqs, mask=mask)
+        tl.store(row_ptrs + 1, begin, mask=mask)
+        tl.store(row_ptrs + 2, tl.minimum(begin + size * GRANULE, length), mask=mask)
+        tl.store(row_ptrs + 3, tl.where(is_split, place + piece, -1), mask=mask)
+    row_ptrs = work_ptr + (1 + NUM_SEQS + MAX_CUTS + split) * 4
+    tl.store(row_ptrs, seqs, mask=is_split)
+    tl.store(row_ptrs + 1, place, mask=is_split)
+    tl.store(row_ptrs + 2, pieces, mask=is_split)
+
+
+@triton.jit
+@typing.no_type_check
+def _visible(context_lens_ptr, seqs, window, NUM_SEQS: tl.constexpr, CAPACITY: tl.constexpr):
+    """Return the first position that each sequence sees, and its length."""
+    length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
+    length = tl.minimum(tl.maximum(length, 0), CAPACITY)
+    return tl.maximum(length - window, 0), length
+
+
+@triton.jit
+@typing.no_type_check
+def _cut(tokens, chunk, GRANULE: tl.constexpr):
+    """Cut contexts in the fewest equal pieces of at most `chunk` granules; none has no piece.
+
+    One of up to two chunks is left whole: begun early, it is done before the others are.
+    """
+    granules = tl.cdiv(tokens, GRANULE)
+    pieces = tl.where(granules > 2 * chunk, tl.cdiv(granules, chunk), 1)
+    size = tl.cdiv(granules, pieces)
+    return tl.maximum(tl.cdiv(granules, tl.maximum(size, 1)), 1), size

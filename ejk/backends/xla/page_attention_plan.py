@@ -1,0 +1,70 @@
+"""`ejk.plan_page_attention` as an XLA program: the same plan, for platforms without Triton."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from ejk import _dispatch
+from ejk.backends.page_attention_plan import EVEN_SHARE, PlanBackend, PlanOperands, PlanProblem
+
+VAST = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaPlan(PlanBackend):
+    """Deal out the pieces with sorts and prefix sums."""
+
+    name = "xla"
+    features = frozenset({"sliding_window"})
+
+    @property
+    def platforms(self):
+        return _dispatch.PLATFORMS
+
+    def limits(self, problem, platform):
+        return ()
+
+    def run(self, problem: PlanProblem, operands: PlanOperands, platform):
+        length = jnp.clip(operands.context_lens, 0, problem.capacity)
+        first = jnp.zeros_like(length)
+        if operands.sliding_window is not None:
+            first = jnp.maximum(length - jnp.maximum(operands.sliding_window, 0), 0)
+        granules = _ceil_div(length - first, problem.granule)
+        # In two digits: the sum of all lengths may exceed 32 bits.
+        cuts = max(problem.max_cuts, 1)
+        low, high = jnp.sum(granules % cuts), jnp.sum(granules // cuts)
+        high, low = high + low // cuts, low % cuts
+        # Near 32 bits or past them: more than any one context has, which is all that counts.
+        is_vast = jnp.sum(granules.astype(jnp.float32)) / cuts > VAST
+        high = jnp.where(is_vast, VAST, high)
+        chunk = high + _ceil_div(low, cuts)
+        # longest * denominator <= numerator * total / max_cuts, in whole numbers of 32 bits
+        numerator, denominator = EVEN_SHARE
+        share = numerator * high + numerator * low // cuts
+        is_even = (granules.max() * denominator <= share) | (problem.max_cuts == 0)
+        chunk = jnp.maximum(jnp.where(is_even, granules.max(), chunk), 1)
+        pieces = jnp.where(granules > 2 * chunk, _ceil_div(granules, chunk), 1)
+        size = _ceil_div(granules, pieces)
+        pieces = jnp.maximum(_ceil_div(granules, jnp.maximum(size, 1)), 1)
+
+        order = jnp.argsort(-size, stable=True)
+        seqs = order.astype(jnp.int32)
+        pieces, size, first, length = (x[order] for x in (pieces, size, first, length))
+        place = jnp.cumsum(pieces) - pieces
+
+        slot = jnp.arange(problem.max_pieces, dtype=jnp.int32)
+        owner = jnp.searchsorted(place, slot, side="right", method="sort") - 1
+        piece = slot - place[owner]
+        begin = first[owner] + piece * size[owner] * problem.granule
+        end = jnp.minimum(begin + size[owner] * problem.granule, length[owner])
+        which = jnp.where(pieces[owner] > 1, slot, -1)
+        rows = jnp.stack([seqs[owner], begin, end, which], axis=1)
+        split = jnp.flatnonzero(pieces > 1, size=problem.max_splits, fill_value=0)
+        unused = jnp.zeros_like(seqs[split])
+        splits = jnp.stack([seqs[split], place[split], pieces[split], unused], axis=1)
+        counts = jnp.stack([pieces.sum(), (pieces > 1).sum(), jnp.int32(0), jnp.int32(0)])
+        return (jnp.concatenate([counts[None].astype(jnp.int32), rows, splits]),)
+
+
+def _ceil_div(a, b):
+    return -(-a // b)

@@ -1,0 +1,270 @@
+"""Decoding many prompts as one batch over a paged cache: the loop to copy.
+
+Keys and values live in two pools of pages. A sequence takes a page from the pool whenever its last
+one is full, so its pages lie anywhere; its row of `block_tables` says where. All layers share one
+pool: layer `l` owns the pages `[l * num_pages, (l + 1) * num_pages)`, so that no layer's cache is
+ever sliced, and hence copied, out of a larger array. The pools are donated to every step, which
+writes the new tokens in place.
+
+The pools start as NaN, and nothing ever cleans them: what no token has been written to is never
+looked at.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import smollm2
+from jax.typing import DTypeLike
+
+import ejk
+
+CacheLayout: TypeAlias = Literal["HND", "NHD", "KV_HEADS_FIRST"]
+
+
+class Pools(NamedTuple):
+    """The keys and the values of all layers."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSpec:
+    """How the pools are laid out; `num_pages` counts the pages of one layer."""
+
+    num_pages: int
+    page_size: int
+    layout: CacheLayout = "HND"
+
+    def poisoned_pools(self, config: smollm2.Config, dtype: DTypeLike) -> Pools:
+        """Make pools in which every slot holds NaN."""
+        pages, heads = config.num_layers * self.num_pages, config.num_kv_heads
+        shape = {
+            "HND": (pages, heads, self.page_size, config.head_dim),
+            "NHD": (pages, self.page_size, heads, config.head_dim),
+            "KV_HEADS_FIRST": (heads, pages, self.page_size, config.head_dim),
+        }[self.layout]
+        return Pools(jnp.full(shape, jnp.nan, dtype), jnp.full(shape, jnp.nan, dtype))
+
+    def slot_mapping(self, block_tables: jax.Array, positions: jax.Array) -> jax.Array:
+        """Find the slot, `page * page_size + offset`, of each position (`[num_seqs, tokens]`).
+
+        A negative position has no slot, nor has one whose table entry is invalid: -1.
+        """
+        column = jnp.maximum(positions, 0) // self.page_size
+        pages = jnp.take_along_axis(block_tables, column, axis=1)
+        slots = pages * self.page_size + positions % self.page_size
+        return jnp.where((positions >= 0) & (pages >= 0), slots, -1)
+
+    def of_layer(self, layer: jax.Array, slots: jax.Array, block_tables: jax.Array):
+        """Move the slots and the table of one layer to where that layer's pages begin."""
+        first_page = layer * self.num_pages
+        slots = jnp.where(slots >= 0, slots + first_page * self.page_size, -1)
+        return slots, jnp.where(block_tables >= 0, block_tables + first_page, -1)
+
+    def write(self, pools: Pools, key: jax.Array, value: jax.Array, slots: jax.Array) -> Pools:
+        """Write rows of `[num_kv_heads, head_dim]` to their `slots`; negative ones take nothing."""
+        page, offset = slots // self.page_size, slots % self.page_size
+        # JAX drops an index past the end, but counts a negative one from the end and writes there.
+        page = jnp.where(slots >= 0, page, jnp.iinfo(page.dtype).max)
+
+        def scatter(pool: jax.Array, rows: jax.Array) -> jax.Array:
+            if self.layout == "HND":
+                return pool.at[page, :, offset].set(rows, mode="drop")
+            if self.layout == "NHD":
+                return pool.at[page, offset].set(rows, mode="drop")
+            return pool.at[:, page, offset].set(rows.swapaxes(0, 1), mode="drop")
+
+        pools = Pools(scatter(pools.key, key), scatter(pools.value, value))
+        # A write of one row would be fused into what reads the pools, and they be copied for it.
+        return jax.lax.optimization_barrier(pools)
+
+
+class PageTables:
+    """Which sequence holds which pages: the bookkeeping of the host.
+
+    Pages are handed out in a random order, as those of a long-running server would be.
+    """
+
+    def __init__(self, num_seqs: int, max_blocks: int, spec: CacheSpec, seed: int):
+        self.block_tables = np.full((num_seqs, max_blocks), -1, np.int32)
+        self._page_size = spec.page_size
+        self._free = np.random.default_rng(seed).permutation(spec.num_pages).tolist()
+
+    def reserve(self, seq: int, num_tokens: int) -> None:
+        """Give the sequence the pages it lacks to hold `num_tokens`."""
+        for column in range(-(-num_tokens // self._page_size)):
+            if self.block_tables[seq, column] < 0:
+                self.block_tables[seq, column] = self._free.pop()
+
+    def release(self, seq: int) -> None:
+        """Return all pages of the sequence to the pool."""
+        row = self.block_tables[seq]
+        self._free.extend(row[row >= 0].tolist())
+        row[:] = -1
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spec"), donate_argnames="pools")
+def prefill(
+    params: smollm2.Params,
+    pools: Pools,
+    tokens: jax.Array,
+    prompt_lens: jax.Array,
+    block_tables: jax.Array,
+    *,
+    config: smollm2.Config,
+    spec: CacheSpec,
+) -> tuple[jax.Array, Pools]:
+    """Write prompts (`tokens [num_seqs, padded_len]`) into their pages; choose the next tokens."""
+    num_seqs, padded_len = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(padded_len)[None, :], tokens.shape)
+    written = jnp.where(positions < prompt_lens[:, None], positions, -1)
+    slots = spec.slot_mapping(block_tables, written).reshape(-1)
+
+    def attend(layer, query, key, value, pools):
+        layer_slots, _ = spec.of_layer(layer, slots, block_tables)
+        pools = spec.write(pools, key, value, layer_slots)
+        # Prompts are padded on the right, so a causal mask alone hides the padding.
+        query, key, value = (
+            x.reshape(num_seqs, padded_len, *x.shape[1:]) for x in (query, key, value)
+        )
+        out = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return out.reshape(num_seqs * padded_len, *out.shape[2:]), pools
+
+    hidden, pools = smollm2.hidden_states(
+        config, params, tokens.reshape(-1), positions.reshape(-1), attend, pools
+    )
+    last_rows = jnp.arange(num_seqs) * padded_len + prompt_lens - 1
+    return _choose(params, hidden[last_rows]), pools
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spec", "backend"), donate_argnames="pools")
+def decode_step(
+    params: smollm2.Params,
+    pools: Pools,
+    tokens: jax.Array,
+    context_lens: jax.Array,
+    block_tables: jax.Array,
+    *,
+    config: smollm2.Config,
+    spec: CacheSpec,
+    backend: str | ejk.Backend | None = None,
+) -> tuple[jax.Array, Pools]:
+    """Append one token (`tokens [num_seqs]`) to each sequence; choose the next tokens.
+
+    `context_lens` counts the new tokens. A sequence that has ended stays in the batch with length
+    0: it writes nothing, reads nothing and costs next to nothing.
+    """
+    positions = context_lens - 1
+    slots = spec.slot_mapping(block_tables, positions[:, None])[:, 0]
+
+    def attend(layer, query, key, value, pools):
+        layer_slots, layer_tables = spec.of_layer(layer, slots, block_tables)
+        pools = spec.write(pools, key, value, layer_slots)
+        out = ejk.page_attention(
+            query,
+            pools.key,
+            pools.value,
+            context_lens,
+            layer_tables,
+            cache_layout=spec.layout,
+            backend=backend,
+        )
+        return out, pools
+
+    hidden, pools = smollm2.hidden_states(config, params, tokens, positions, attend, pools)
+    return _choose(params, hidden), pools
+
+
+def _choose(params: smollm2.Params, hidden: jax.Array) -> jax.Array:
+    return jnp.argmax(smollm2.logits(params, hidden), axis=-1).astype(jnp.int32)  # greedy
+
+
+def stream(
+    model: smollm2.SmolLM2,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    backend: str | ejk.Backend | None = None,
+    cache_layout: CacheLayout = "HND",
+    page_size: int = 16,
+    seed: int = 0,
+) -> Iterator[dict[int, int]]:
+    """Continue all prompts greedily, and yield after each step `{sequence: its new token}`.
+
+    A sequence that has reached an end token is missing from there on. The first step runs (and, if
+    need be, compiles) the prefill, every later one a single call of `decode_step`.
+
+    Args:
+        prompts: tokens of each prompt, none empty.
+        backend: passed on to `ejk.page_attention`: None, a name or an object.
+        seed: of the order in which pages are taken from the pool.
+    """
+    num_seqs = len(prompts)
+    context_lens = np.array([len(prompt) for prompt in prompts], np.int32)
+    full_lens = context_lens + max_new_tokens
+    if num_seqs == 0 or context_lens.min() == 0 or max_new_tokens < 1:
+        raise ValueError("there must be a prompt, a token in each and max_new_tokens >= 1")
+    if full_lens.max() > model.config.max_context_len:
+        raise ValueError(
+            f"the longest prompt and max_new_tokens={max_new_tokens} make {full_lens.max()} "
+            f"tokens, and the model has room for {model.config.max_context_len}"
+        )
+    blocks = -(-full_lens // page_size)
+    spec = CacheSpec(2 * int(blocks.sum()), page_size, cache_layout)  # half of it stays poison
+    tables = PageTables(num_seqs, int(blocks.max()), spec, seed)
+    padded = np.zeros((num_seqs, context_lens.max()), np.int32)
+    for seq, prompt in enumerate(prompts):
+        tables.reserve(seq, len(prompt))
+        padded[seq, : len(prompt)] = prompt
+
+    pools = spec.poisoned_pools(model.config, model.dtype)
+    tokens, pools = prefill(
+        model.params,
+        pools,
+        padded,
+        context_lens,
+        tables.block_tables,
+        config=model.config,
+        spec=spec,
+    )
+    live = set(range(num_seqs))
+    for remaining in reversed(range(max_new_tokens)):
+        chosen = np.asarray(tokens).tolist()  # waits until the device is done with the tables
+        for seq in [seq for seq in live if chosen[seq] in model.end_tokens]:
+            live.remove(seq)
+            tables.release(seq)
+            context_lens[seq] = 0
+        if live:
+            yield {seq: chosen[seq] for seq in live}
+        if not (live and remaining):
+            return
+        for seq in live:
+            context_lens[seq] += 1
+            tables.reserve(seq, int(context_lens[seq]))
+        tokens, pools = decode_step(
+            model.params,
+            pools,
+            tokens,
+            context_lens,
+            tables.block_tables,
+            config=model.config,
+            spec=spec,
+            backend=backend,
+        )
+
+
+def generate(
+    model: smollm2.SmolLM2, prompts: Sequence[Sequence[int]], **options
+) -> list[list[int]]:
+    """Continue all prompts greedily; return the new tokens of each. Options: those of `stream`."""
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for new_tokens in stream(model, prompts, **options):
+        for seq, token in new_tokens.items():
+            outputs[seq].append(token)
+    return outputs

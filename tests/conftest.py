@@ -1,0 +1,87 @@
+"""Settings that hold for every test. `ejk` is not imported here: the import hook comes later."""
+
+import os
+import random
+import sys
+
+if "--gpu" in sys.argv:
+    os.environ["EJK_TEST_GPU"] = "1"  # workers of pytest-xdist inherit it
+if not os.environ.get("EJK_TEST_GPU"):
+    # A CPU lowers, interprets and compiles for everything; libtpu must not look for a TPU.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Two devices on one CPU, for `shard_map`.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+import tally
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+COMMON = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": list(hypothesis.HealthCheck),
+}
+# Shrinking a failure would compile a program a step: minutes. `thorough` takes them.
+QUICK_PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+hypothesis.settings.register_profile("quick", phases=QUICK_PHASES, **COMMON)
+hypothesis.settings.register_profile("thorough", **COMMON)
+hypothesis.settings.load_profile("thorough" if os.environ.get("EJK_TEST_THOROUGH") else "quick")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the real kernels on an NVIDIA GPU")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs a GPU, unless it was asked for."""
+    if os.environ.get("EJK_TEST_GPU"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Every test starts from the same random state."""
+    random.seed(0)
+    np.random.seed(0)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = tally.dump()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    tally.add(getattr(node, "workeroutput", {}).get("tally", tally.NOTHING))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    yield
+    if lines := tally.lines():
+        terminalreporter.section("examples per backend")
+        for line in lines:
+            terminalreporter.line(line)
+
+
+@pytest.fixture
+def restored_registry():
+    """What a test registers is forgotten after it."""
+    from ejk import _dispatch  # not earlier: the import hook comes first
+
+    before = list(_dispatch._registered)
+    yield
+    _dispatch._registered[:] = before

@@ -1,0 +1,55 @@
+"""Calls that the Triton backend deals out by a plan, and which kernels they launch."""
+
+import jax
+import numpy as np
+from backends import Entry
+from shapes import Shape
+from strategies import FEATURES, Configuration, build
+
+import ejk
+from ejk.backends.triton._interpret import Observer, observe
+
+MANY = Shape("many, odd pages", 2, 1, 16, page_size=48, max_blocks=12, num_pages=90, num_seqs=7)
+TRITON = Entry(
+    "triton interpreted, planned", ejk.TritonPageAttention(interpret=True, num_sms=6), examples=24
+)
+
+
+def plan_for(case, backend, context_lens=None, **changes):
+    shape = case.shape
+    return ejk.plan_page_attention(
+        case.context_lens if context_lens is None else context_lens,
+        **dict(
+            num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+            page_size=shape.page_size, max_blocks=case.block_tables.shape[1],
+            sliding_window=case.options.get("sliding_window"), backend=backend,
+        ) | changes,
+    )  # fmt: skip
+
+
+def long_case(seed=0, features=frozenset(FEATURES) - {"sliding_window"}, shape=MANY, **changes):
+    """One long context among short ones: it is cut, the others are not."""
+    lens = np.array([576, 3, 0, 130, 1, 577, -4], np.int32)[: shape.num_seqs]
+    config = Configuration(shape, np.dtype(np.float32), "NHD", features)
+    return build(config, np.roll(lens, seed), seed=seed, invalid=0.1, as_jax=True, **changes)
+
+
+class Kernels(Observer):
+    """Names the kernels that are launched."""
+
+    def __init__(self):
+        self.names = []
+
+    def launched(self, kernel, buffers):
+        self.names.append(kernel)
+
+    def accessed(self, access):
+        pass
+
+
+def launches(run):
+    """Name the kernels that a call launches."""
+    kernels = Kernels()
+    with observe(kernels):
+        jax.block_until_ready(run())
+    return [name.removesuffix("_kernel") for name in kernels.names]

@@ -1,0 +1,35 @@
+"""What the tests put wherever nothing must be read."""
+
+import ml_dtypes
+import numpy as np
+
+
+def numbers(rng, shape, dtype):
+    """NaN, both infinities and the largest finite numbers."""
+    largest = ml_dtypes.finfo(dtype).max
+    return rng.choice(np.array([np.nan, np.inf, -np.inf, largest, -largest], dtype), shape)
+
+
+def ordinary(rng, shape, dtype):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def junk_entries(rng, shape, dtype, keys):
+    """Anything at all: pages of the pool, ids next to it, the ends of the dtype."""
+    limits, num_pages = np.iinfo(dtype), keys.shape[0]
+    ends = [limits.min, limits.max, num_pages, num_pages + 1, -1, 2**31 - 1, -(2**31)]
+    ends = [x for x in ends if limits.min <= x <= limits.max]
+    ids = rng.integers(0, num_pages, shape).astype(dtype)
+    return np.where(rng.random(shape) < 0.5, rng.choice(np.array(ends, dtype), shape), ids)
+
+
+def invalid_entries(rng, shape, dtype, num_pages):
+    """Ids of no page; those that become a page when they are narrowed, wrapped or clamped too."""
+    limits = np.iinfo(dtype)
+    ids = [-1, -num_pages, num_pages, limits.min, limits.max, 2**31, 2**32, 2**32 + 1, 1 - 2**32]
+    ids = [x for x in ids if limits.min <= x <= limits.max and not 0 <= x < num_pages]
+    return rng.choice(np.array(ids, dtype), shape)
+
+
+def is_page(entries, num_pages):
+    return (entries >= 0) & (entries < num_pages)

@@ -1,0 +1,279 @@
+"""Hypothesis strategies that draw a whole call, poisoned wherever it must not be read.
+
+Shapes, dtypes and features come from a short list, so that programs are compiled once; lengths,
+tables and numbers are drawn freely. Slots that no sequence sees hold NaN, Inf and the largest
+finite numbers; table entries that no visible token needs hold junk.
+"""
+
+import dataclasses
+import itertools
+import os
+import random
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import poison
+from hypothesis import strategies as st
+from shapes import SHAPES, Shape
+
+DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+LAYOUTS = ("HND", "NHD", "KV_HEADS_FIRST")
+FEATURES = ("sliding_window", "attn_logits_soft_cap", "sinks", "alibi_slopes", "attn_scale")
+INTEGERS = tuple(np.dtype(f"{kind}int{bits}") for kind in ("", "u") for bits in (8, 16, 32, 64))
+INT32_MAX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """What a program is compiled for."""
+
+    shape: Shape
+    dtype: np.dtype
+    cache_layout: str
+    features: frozenset[str] = frozenset()
+    num_splits: int = 0
+
+
+def configurations(per_shape: int) -> list[Configuration]:
+    """Deal out dtypes, layouts, features and splits over the shapes, the same every time."""
+    rng = random.Random(20)
+    dtypes, layouts = itertools.cycle(DTYPES), itertools.cycle(LAYOUTS)
+    plain = [Configuration(shape, next(dtypes), next(layouts)) for shape in SHAPES]
+    rich = [
+        Configuration(
+            shape,
+            rng.choice(DTYPES),
+            rng.choice(LAYOUTS),
+            frozenset(feature for feature in FEATURES if rng.random() < 0.5),
+            rng.choice((0, 1, 2, 3, 7)),
+        )
+        for _ in range(per_shape - 1)
+        for shape in SHAPES
+    ]
+    return plain + rich
+
+
+THOROUGH = bool(os.environ.get("EJK_TEST_THOROUGH"))
+CONFIGURATIONS = configurations(12 if THOROUGH else 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call. Pools are kept as `[num_pages, page_size, num_kv_heads, width]`."""
+
+    shape: Shape
+    dtype: np.dtype
+    cache_layout: str
+    query: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray | None
+    context_lens: np.ndarray
+    block_tables: np.ndarray
+    options: dict[str, Any]
+    num_splits: int
+    live: np.ndarray  # bool [num_pages, page_size]: slots that some sequence sees
+    needed: np.ndarray  # bool [num_seqs, max_blocks]: entries that some visible position needs
+    as_jax: bool
+
+    def operands(self):
+        """The five positional arguments, as NumPy arrays."""
+        return (self.query, in_layout(self.keys, self.cache_layout),
+                in_layout(self.values, self.cache_layout),
+                self.context_lens, self.block_tables)  # fmt: skip
+
+    def arguments(self):
+        """The five positional arguments, as JAX arrays where `as_jax` (64-bit integers never)."""
+        return tuple(
+            jnp.asarray(x) if self.as_jax and x is not None and x.dtype.itemsize < 8 else x
+            for x in self.operands()
+        )
+
+    def semantics(self):
+        """The keyword arguments that change the answer."""
+        latent = {"value_head_dim": self.shape.width} if self.shape.latent else {}
+        return {"cache_layout": self.cache_layout, **self.options, **latent}
+
+    def lengths(self) -> list[int]:
+        """The clipped length of every sequence."""
+        capacity = self.block_tables.shape[1] * self.shape.page_size
+        return [min(max(int(n), 0), capacity) for n in self.context_lens]
+
+    def replace(self, **changes) -> "Case":
+        return dataclasses.replace(self, **changes)
+
+    def with_other_junk(self, seed: int, finite: bool = False) -> "Case":
+        """The same call with something else in every slot and entry that must not be read."""
+        rng = np.random.default_rng(seed)
+        fill = poison.ordinary if finite else poison.numbers
+
+        def refill(pool):
+            if pool is None:
+                return None
+            return np.where(self.live[..., None, None], pool, fill(rng, pool.shape, self.dtype))
+
+        junk = poison.junk_entries(rng, self.block_tables.shape, self.block_tables.dtype, self.keys)
+        tables = np.where(self.needed, self.block_tables, junk)
+        return self.replace(keys=refill(self.keys), values=refill(self.values), block_tables=tables)
+
+    def permuted(self, seed: int, more_pages: int = 0) -> "Case":
+        """The same call with the pages of a larger pool in another order, others poisoned."""
+        rng = np.random.default_rng(seed)
+        num_pages = self.shape.num_pages
+        old = np.arange(num_pages)
+        new = rng.permutation(num_pages + more_pages)[:num_pages]
+
+        def move(pool):
+            if pool is None:
+                return None
+            moved = poison.numbers(rng, (num_pages + more_pages, *pool.shape[1:]), self.dtype)
+            moved[new[old]] = pool
+            return moved
+
+        live = np.zeros((num_pages + more_pages, self.shape.page_size), bool)
+        live[new] = self.live
+        tables = self.block_tables.astype(np.int32 if more_pages else self.block_tables.dtype)
+        valid = poison.is_page(self.block_tables, num_pages)
+        tables[valid] = new[self.block_tables[valid].astype(np.int64)]
+        if more_pages:  # what named no page might name one now
+            tables[~valid] = -1
+        shape = dataclasses.replace(self.shape, num_pages=num_pages + more_pages)
+        return self.replace(
+            shape=shape, keys=move(self.keys), values=move(self.values),
+            block_tables=tables, live=live,
+        )  # fmt: skip
+
+    def rows(self, order, more_blocks: int = 0) -> "Case":
+        """The sequences `order` of this call, alone, their tables wider by junk."""
+        order = np.asarray(order)
+        wide = ((0, 0), (0, more_blocks))
+        tables = np.pad(self.block_tables[order], wide, constant_values=0)
+        needed = np.pad(self.needed[order], wide, constant_values=False)
+        lens = np.array(self.lengths(), np.int32)[order]
+        shape = dataclasses.replace(self.shape, num_seqs=len(order), max_blocks=tables.shape[1])
+        # `live` keeps what the others see: to these rows it is junk that happens to be finite.
+        return self.replace(
+            shape=shape, query=self.query[order], context_lens=lens, block_tables=tables,
+            needed=needed,
+        )  # fmt: skip
+
+
+def in_layout(pool, cache_layout):
+    """Arrange `[num_pages, page_size, num_kv_heads, width]` as the layout says, in memory."""
+    if pool is None:
+        return None
+    order = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "KV_HEADS_FIRST": (2, 0, 1, 3)}
+    return np.ascontiguousarray(pool.transpose(order[cache_layout]))
+
+
+@st.composite
+def cases(draw, configurations=CONFIGURATIONS) -> Case:
+    """Draw a call of one of `configurations`."""
+    config = draw(st.sampled_from(configurations))
+    shape = config.shape
+    ints = [dtype for dtype in INTEGERS if np.iinfo(dtype).max >= shape.num_pages]
+    lens_dtype = draw(st.sampled_from(INTEGERS))
+    tables_dtype = draw(st.sampled_from(ints))
+    lens = [draw(_length(shape, lens_dtype)) for _ in range(shape.num_seqs)]
+    return build(
+        config,
+        np.array(lens, lens_dtype),
+        tables_dtype=tables_dtype,
+        window=draw(_window(shape)),
+        seed=draw(st.integers(0, 2**32 - 1)),
+        share=draw(st.booleans()),
+        invalid=draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),
+        magnitudes=(draw(st.sampled_from((0.1, 1.0, 2.0))), draw(st.sampled_from((0.01, 1.0, 99)))),
+        as_jax=draw(st.booleans()),
+    )
+
+
+def build(
+    config: Configuration,
+    context_lens: np.ndarray,
+    *,
+    tables_dtype=np.int32,
+    window=None,
+    seed=0,
+    share=False,
+    invalid=0.0,
+    magnitudes=(1.0, 1.0),
+    as_jax=False,
+) -> Case:
+    """Make a call: poison everything, then write what some sequence sees.
+
+    Args:
+        config: what the program is compiled for.
+        context_lens: as they are passed.
+        tables_dtype: of the block tables.
+        window: used if the configuration has a window.
+        seed: of all random numbers.
+        share: sequences have their first page in common.
+        invalid: the share of needed table entries that name no page.
+        magnitudes: of queries and keys, and of values.
+        as_jax: pass JAX arrays.
+    """
+    rng = np.random.default_rng(seed)
+    shape, dtype = config.shape, config.dtype
+    options = _options(config, rng, window)
+    num_seqs = len(context_lens)
+    pages = np.resize(rng.permutation(shape.num_pages), (num_seqs, shape.max_blocks))
+    if share:
+        pages[:, 0] = pages[0, 0]
+    broken = poison.invalid_entries(rng, pages.shape, tables_dtype, shape.num_pages)
+    tables = np.where(rng.random(pages.shape) < invalid, broken, pages.astype(tables_dtype))
+
+    pool_shape = (shape.num_pages, shape.page_size, shape.num_kv_heads)
+    keys = poison.numbers(rng, (*pool_shape, shape.head_dim), dtype)
+    values = None if shape.latent else poison.numbers(rng, (*pool_shape, shape.width), dtype)
+    live = np.zeros(pool_shape[:2], bool)
+    needed = np.zeros(tables.shape, bool)
+    for s in range(num_seqs):
+        n = min(max(int(context_lens[s]), 0), shape.capacity)
+        first = max(n - int(options["sliding_window"]), 0) if "sliding_window" in options else 0
+        for j in range(first, n):
+            block, slot = divmod(j, shape.page_size)
+            needed[s, block] = True
+            if poison.is_page(tables[s, block], shape.num_pages):
+                live[int(tables[s, block]), slot] = True
+    for pool, magnitude in ((keys, magnitudes[0]), (values, magnitudes[1])):
+        if pool is not None:
+            clean = magnitude * rng.standard_normal((live.sum(), *pool.shape[2:]))
+            pool[live] = clean.astype(dtype)
+    tables = np.where(needed, tables, poison.junk_entries(rng, tables.shape, tables.dtype, keys))
+    query = magnitudes[0] * rng.standard_normal((num_seqs, shape.num_heads, shape.head_dim))
+    return Case(
+        shape, dtype, config.cache_layout, query.astype(dtype), keys, values, context_lens,
+        tables, options, config.num_splits, live, needed, as_jax,
+    )  # fmt: skip
+
+
+def _options(config, rng, window):
+    heads = config.shape.num_heads
+    slopes = (2.0 ** -(1 + np.arange(heads) % 8)).astype(np.float32)
+    sinks = rng.standard_normal(heads).astype(np.float32)
+    sinks[rng.random(heads) < 0.2] = -np.inf
+    drawn = {
+        "sliding_window": 1 if window is None else window,
+        "attn_logits_soft_cap": 2.0,
+        "sinks": sinks,
+        "alibi_slopes": slopes,
+        "attn_scale": float(np.float32(rng.uniform(0.05, 1.0) * config.shape.head_dim**-0.5)),
+    }
+    return {name: value for name, value in drawn.items() if name in config.features}
+
+
+def _window(shape):
+    """Few static windows, each of which is a program of its own, and any number of traced ones."""
+    static = st.sampled_from((1, shape.page_size + 1, INT32_MAX))
+    traced = st.integers(1, shape.capacity + 3) | st.just(INT32_MAX)
+    return static | traced.map(jnp.int32)
+
+
+def _length(shape, dtype):
+    page, capacity, limits = shape.page_size, shape.capacity, np.iinfo(dtype)
+    edges = [0, 1, page - 1, page, page + 1, capacity - 1, capacity, capacity + 1, -1,
+             limits.min, limits.max, 2**32, 2**32 + 1, -(2**32) + 1]  # fmt: skip
+    edges = [edge for edge in edges if limits.min <= edge <= limits.max]
+    return st.sampled_from(edges) | st.integers(0, min(capacity, limits.max))

@@ -1,0 +1,217 @@
+"""The parts of the demo in `examples/`, and, where asked for, the language model itself."""
+
+import dataclasses
+import pathlib
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import pre_tokenizers
+
+import ejk
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+
+import generate
+import paged_decode
+import smollm2
+
+LAYOUTS = ("HND", "NHD", "KV_HEADS_FIRST")
+TINY = smollm2.Config(
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_eps=1e-5,
+    rope_theta=100.0,
+    max_context_len=64,
+)
+PROMPTS = ([5, 1, 7, 2, 11], [3], [8, 8, 4, 30, 21, 14, 9, 2])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A model with the demo's architecture and small random weights."""
+    rng = np.random.default_rng(0)
+    width, hidden, vocabulary = TINY.num_heads * TINY.head_dim, 48, 40
+    kv_width = TINY.num_kv_heads * TINY.head_dim
+    shapes = {
+        "attn_norm": (width,),
+        "attn_q": (width, width),
+        "attn_k": (kv_width, width),
+        "attn_v": (kv_width, width),
+        "attn_output": (width, width),
+        "ffn_norm": (width,),
+        "ffn_gate": (hidden, width),
+        "ffn_up": (hidden, width),
+        "ffn_down": (width, hidden),
+    }
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.float32)
+
+    params = {
+        "embedding": normal(vocabulary, width) * 4,
+        "output_norm": jnp.ones(width, jnp.float32),
+        "layers": {name: normal(TINY.num_layers, *shape) for name, shape in shapes.items()},
+    }
+    tokenizer = smollm2.build_tokenizer(["a"], [], [1])
+    return smollm2.SmolLM2(TINY, params, tokenizer, end_tokens=frozenset())
+
+
+def test_rope_turns_pairs_as_complex_numbers():
+    x = np.random.normal(size=(5, 3, 8)).astype(np.float32)
+    positions = np.array([0, 1, 2, 50, 4000], np.int32)
+    angles = positions[:, None, None] * 100.0 ** (-np.arange(0, 8, 2) / 8)
+    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
+    expected = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+    out = smollm2.rope(jnp.asarray(x), jnp.asarray(positions), 100.0)
+    np.testing.assert_allclose(out, expected, atol=2e-3)  # f32 angles: 4000 has an ulp of 2.4e-4
+    np.testing.assert_array_equal(out[0], x[0])
+
+
+def test_rms_norm_has_unit_mean_square():
+    x = jnp.asarray(np.random.normal(size=(3, 16)) * 7, jnp.float32)
+    out = smollm2.rms_norm(x, jnp.full(16, 2, jnp.float32), 0.0)
+    np.testing.assert_allclose((out**2).mean(-1), 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_write_fills_its_slots_and_nothing_else(layout):
+    spec = paged_decode.CacheSpec(num_pages=3, page_size=4, layout=layout)
+    config = dataclasses.replace(TINY, num_layers=1)
+    pools = spec.poisoned_pools(config, jnp.float32)
+    rows = jnp.arange(2 * 4 * 2 * 8, dtype=jnp.float32).reshape(2, 4, 2, 8)
+    slots = jnp.array([5, -1, 0, -1], jnp.int32)
+    pools = jax.jit(spec.write, donate_argnums=0)(pools, rows[0], rows[1], slots)
+    to_slots = {"HND": (0, 2, 1, 3), "NHD": (0, 1, 2, 3), "KV_HEADS_FIRST": (1, 2, 0, 3)}[layout]
+    for pool, written in zip(pools, rows):
+        by_slot = pool.transpose(to_slots).reshape(12, 2, 8)
+        expected = np.full((12, 2, 8), np.nan, np.float32)
+        expected[5], expected[0] = written[0], written[2]
+        np.testing.assert_array_equal(by_slot, expected)
+
+
+def test_slots_follow_the_table():
+    spec = paged_decode.CacheSpec(num_pages=9, page_size=4)
+    tables = jnp.array([[7, 2, -1], [0, -1, -1]], jnp.int32)
+    positions = jnp.array([[0, 5, 8, -1], [3, 4, -1, -1]], jnp.int32)
+    slots = spec.slot_mapping(tables, positions)
+    np.testing.assert_array_equal(slots, [[28, 9, -1, -1], [3, -1, -1, -1]])
+    slots, tables = spec.of_layer(jnp.int32(2), slots, tables)
+    np.testing.assert_array_equal(slots, [[100, 81, -1, -1], [75, -1, -1, -1]])
+    np.testing.assert_array_equal(tables, [[25, 20, -1], [18, -1, -1]])
+
+
+def test_pages_have_one_owner_and_return():
+    tables = paged_decode.PageTables(2, 3, paged_decode.CacheSpec(6, page_size=4), seed=0)
+    for seq, num_tokens in ((0, 1), (1, 9), (0, 4), (0, 12)):
+        tables.reserve(seq, num_tokens)
+    assert sorted(tables.block_tables.flat) == list(range(6))
+    tables.release(1)
+    assert (tables.block_tables[1] == -1).all()
+    tables.reserve(1, 12)
+    assert sorted(tables.block_tables.flat) == list(range(6))
+
+
+def test_tokenizer_round_trip():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = ["<|im_end|>", *alphabet, "he", "12"]
+    tokenizer = smollm2.build_tokenizer(
+        vocabulary, ["h e", "1 2"], [smollm2._CONTROL_TOKEN] + [1] * (len(vocabulary) - 1)
+    )
+    model = smollm2.SmolLM2(TINY, {}, tokenizer, frozenset())
+    text = "  he said: 12 naïve 🙂s\n\tdone"
+    assert model.decode(model.encode(text)) == text
+    he, one, two = (vocabulary.index(token) for token in ("he", "1", "2"))
+    assert model.encode("<|im_end|>he12") == [0, he, one, two]  # digits stay apart
+    assert model.decode(model.encode("a🙂")[:-1]) == "a"  # a character still to be completed
+
+
+@pytest.fixture(scope="module")
+def read_anew(tiny):
+    """The tokens that follow when each is chosen by reading everything before it anew."""
+    rows = [list(prompt) for prompt in PROMPTS]
+    for _ in range(6):
+        for row, (token,) in zip(rows, paged_decode.generate(tiny, rows, max_new_tokens=1)):
+            row.append(token)
+    return [row[len(prompt) :] for prompt, row in zip(PROMPTS, rows)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "page_size"),
+    [("HND", 1), ("HND", 4), ("HND", 16), ("NHD", 4), ("KV_HEADS_FIRST", 4)],
+)
+def test_decoding_agrees_with_reading_everything_anew(tiny, read_anew, layout, page_size):
+    outputs = paged_decode.generate(
+        tiny, PROMPTS, max_new_tokens=6, cache_layout=layout, page_size=page_size, seed=page_size
+    )
+    assert outputs == read_anew
+
+
+def test_sequences_end_alone(tiny):
+    whole = paged_decode.generate(tiny, PROMPTS, max_new_tokens=12)
+    end = whole[0][3]
+    model = dataclasses.replace(tiny, end_tokens=frozenset({end}))
+    ended = [output[: output.index(end)] if end in output else output for output in whole]
+    assert paged_decode.generate(model, PROMPTS, max_new_tokens=12) == ended
+    assert len(ended[0]) < 12 and max(map(len, ended)) > len(ended[0])
+
+
+def test_prompts_must_fit(tiny):
+    with pytest.raises(ValueError, match="make 65 tokens, and the model has room for 64"):
+        paged_decode.generate(tiny, PROMPTS, max_new_tokens=57)
+    with pytest.raises(ValueError, match="a token in each"):
+        paged_decode.generate(tiny, [[1], []], max_new_tokens=1)
+
+
+@hypothesis.given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 9))
+def test_wrapped_lines_fit_and_lose_nothing(text, width):
+    spans = list(generate.wrap(text, width))
+    assert all(end - start <= width for start, end in spans)
+    covered = [index for start, end in spans for index in range(start, end)]
+    assert covered == [index for index, character in enumerate(text) if character != "\n"]
+
+
+def test_log_prints_each_passage_whole(capsys):
+    passages = [generate.Passage("One", "p", []), generate.Passage("Two", "q", [])]
+    log = generate.Log()
+    for texts, live in ((("a", "x"), {0, 1}), (("ab", "xy"), {0, 1}), (("ab", "xyz"), {1})):
+        log.show(list(zip(passages, texts)), live, last=False)
+    log.show(list(zip(passages, ("ab", "xyz!"))), set(), last=True)
+    assert capsys.readouterr().out == "One\npab\n\nTwo\nqxyz!\n\n"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return smollm2.load()
+
+
+def write(model, backend):
+    texts = ("The capital of France is", "def fibonacci(n):\n    if n")
+    prompts = [model.encode(text) for text in texts]
+    return paged_decode.generate(model, prompts, max_new_tokens=16, backend=backend)
+
+
+@pytest.fixture(scope="module")
+def written(model):
+    return write(model, ejk.XlaPageAttention())
+
+
+@pytest.mark.demo
+def test_the_model_knows_paris(model, written):
+    assert model.decode(written[0]).startswith(" Paris")
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize(
+    "backend",
+    [ejk.TritonPageAttention(interpret=True), ejk.PallasPageAttention(interpret=True)],
+    ids=lambda backend: backend.name,
+)
+def test_backends_write_the_same_tokens(model, written, backend):
+    assert write(model, backend) == written

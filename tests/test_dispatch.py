@@ -1,0 +1,196 @@
+"""Which backend runs a call: by the platform that it is lowered for, or the one asked for."""
+
+import dataclasses
+import re
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ejk
+
+POOL = np.ones((8, 2, 16, 128), np.float32)
+ARGS = (np.ones((2, 4, 128), np.float32), POOL, POOL,
+        np.array([20, 1], np.int32), np.array([[3, 5], [1, 0]], np.int32))  # fmt: skip
+
+KERNEL = {
+    "cuda": r"triton_kernel_call",
+    "tpu": r"tpu_custom_call",
+}
+"""The custom call of each platform's own kernel, as a module spells it."""
+
+
+def traced(**keywords):
+    return jax.jit(lambda *args: ejk.page_attention(*args, **keywords)).trace(*ARGS)
+
+
+def lowered(platform: str, **keywords) -> str:
+    return traced(**keywords).lower(lowering_platforms=(platform,)).as_text()
+
+
+def kernels(module: str) -> set[str]:
+    return {platform for platform, target in KERNEL.items() if re.search(target, module)}
+
+
+@pytest.fixture
+def cuda_without_a_device(restored_registry):
+    ejk.register_backend(ejk.TritonPageAttention(compute_capability=90, num_sms=132))
+
+
+def test_on_a_cpu_xla_is_chosen():
+    assert kernels(lowered("cpu")) == set()
+    assert ejk.backend_report(*ARGS, platform="cpu").chosen == "xla"
+
+
+def test_for_a_tpu_pallas_is_chosen_with_no_tpu_here():
+    assert kernels(lowered("tpu")) == {"tpu"}
+    assert ejk.backend_report(*ARGS, platform="tpu").chosen == "pallas"
+
+
+def test_for_cuda_triton_is_chosen_with_no_gpu_here(cuda_without_a_device):
+    assert kernels(lowered("cuda")) == {"cuda"}
+    assert ejk.backend_report(*ARGS, platform="cuda").chosen == "triton"
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU says its own capability")
+def test_for_cuda_xla_is_chosen_where_triton_lacks_a_device():
+    assert kernels(lowered("cuda")) == set()
+    report = ejk.backend_report(*ARGS, platform="cuda")
+    assert report.chosen == "xla"
+    assert "compute_capability" in report.refusals["triton"][0]
+
+
+def test_rocm_is_chosen_by_nobody_but_a_caller():
+    report = ejk.backend_report(*ARGS, platform="rocm")
+    assert report.chosen == "xla" and report.refusals["triton"]
+
+
+@pytest.mark.parametrize("platforms", [("cpu", "tpu"), ("cpu", "cuda", "tpu")])
+def test_one_export_holds_the_kernel_of_each_platform(platforms, cuda_without_a_device):
+    function = jax.jit(lambda *args: ejk.page_attention(*args, return_lse=True))
+    exported = jax.export.export(
+        function, platforms=platforms, disabled_checks=ejk.export_disabled_checks()
+    )(*ARGS)
+    assert kernels(exported.mlir_module()) == {*platforms} - {"cpu"}
+    again = jax.export.deserialize(exported.serialize())
+    if jax.default_backend() == "cpu":
+        for a, b in zip(again.call(*ARGS), function(*ARGS)):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_asked_for_by_name_is_never_replaced(cuda_without_a_device):
+    assert kernels(lowered("cuda", backend="xla")) == set()
+    assert kernels(lowered("tpu", backend="xla")) == set()
+    with pytest.raises(ejk.UnsupportedError, match=r"pallas: runs on tpu, not on cuda"):
+        lowered("cuda", backend="pallas")
+    with pytest.raises(ejk.UnsupportedError, match=r"triton: runs on cuda and rocm, not on tpu"):
+        lowered("tpu", backend="triton")
+
+
+def test_an_object_is_asked_for_with_its_fields(cuda_without_a_device):
+    small = ejk.TritonPageAttention(compute_capability=90, num_sms=132, block_kv=16)
+    assert kernels(lowered("cuda", backend=small)) == {"cuda"}
+    assert lowered("cuda", backend=small) != lowered("cuda")
+
+
+def test_interpretation_runs_in_place_of_the_device():
+    for backend in (
+        ejk.TritonPageAttention(interpret=True),
+        ejk.PallasPageAttention(interpret=True),
+    ):
+        assert kernels(lowered("cpu", backend=backend)) == set()
+        with pytest.raises(ejk.UnsupportedError, match=r"runs on cpu, not on"):
+            lowered("cuda", backend=backend)
+
+
+@pytest.mark.parametrize("fields", [dict(block_kv=24), dict(num_warps=3), dict(num_sms=0)])
+def test_wrong_fields_of_a_backend_are_value_errors(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(ValueError, match=rf"{name}={value} must be"):
+        ejk.TritonPageAttention(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sevens(ejk.PageAttentionBackend):
+    """A third party's: everything is 7."""
+
+    seven: float = 7.0
+
+    name = "sevens"
+    features = frozenset({'cache_layout="HND"', "return_lse"})
+    platforms = ("cpu", "cuda", "tpu")
+    seen: ClassVar[list] = []
+
+    def limits(self, problem, platform):
+        return () if problem.head_dim == 128 else (f"head_dim={problem.head_dim} must be 128",)
+
+    def run(self, problem, operands, platform):
+        self.seen.append((problem, platform))
+        return [jnp.full(x.shape, self.seven, x.dtype) for x in problem.results]
+
+
+def test_a_third_party_is_accepted_as_an_object():
+    eager = ejk.page_attention(*ARGS, backend=Sevens())
+    compiled = jax.jit(lambda *args: ejk.page_attention(*args, backend=Sevens(8.0)))(*ARGS)
+    np.testing.assert_array_equal(eager, np.full((2, 4, 128), 7))
+    np.testing.assert_array_equal(compiled, np.full((2, 4, 128), 8))
+
+
+def test_a_third_party_is_told_the_problem_and_the_platform():
+    Sevens.seen.clear()
+    lowered("tpu", backend=Sevens(), return_lse=True)
+    ((problem, platform),) = Sevens.seen
+    assert platform == "tpu"
+    assert isinstance(problem, ejk.PageAttentionProblem)
+    assert (problem.num_seqs, problem.num_heads, problem.page_size) == (2, 4, 16)
+    assert problem.features == {'cache_layout="HND"', "return_lse"}
+
+
+def test_a_registered_third_party_is_the_first_choice(restored_registry):
+    with pytest.raises(
+        ValueError, match="backend='sevens' must be one of 'triton', 'pallas', 'xla'"
+    ):
+        ejk.page_attention(*ARGS, backend="sevens")
+    ejk.register_backend(Sevens())
+    assert (np.asarray(ejk.page_attention(*ARGS)) == 7).all()
+    assert (np.asarray(ejk.page_attention(*ARGS, backend="sevens")) == 7).all()
+    assert (np.asarray(ejk.page_attention(*ARGS, backend="xla")) == 1).all()
+    ejk.register_backend(Sevens(9.0))  # in place of the one before
+    assert (np.asarray(ejk.page_attention(*ARGS)) == 9).all()
+
+
+def test_what_a_registered_third_party_refuses_falls_to_the_next(restored_registry):
+    ejk.register_backend(Sevens())
+    assert (np.asarray(ejk.page_attention(*ARGS, sliding_window=3)) == 1).all()
+    report = ejk.backend_report(*ARGS, sliding_window=3, platform="cpu")
+    assert report.chosen == "xla"
+    assert report.refusals["sevens"] == ("does not support sliding_window",)
+    assert report.refusals["xla"] == ()
+    with pytest.raises(ejk.UnsupportedError, match="sevens: does not support sliding_window"):
+        ejk.page_attention(*ARGS, sliding_window=3, backend="sevens")
+
+
+def test_gradients_of_a_third_party_are_those_of_its_results():
+    """The backward pass recomputes; it needs of a backend its output and its LSE."""
+    grad = jax.grad(lambda query: ejk.page_attention(query, *ARGS[1:], backend=Sevens()).sum())
+    assert np.isfinite(grad(jnp.asarray(ARGS[0]))).all()
+
+
+def test_the_report_takes_shapes_for_arrays_and_raises_as_the_call_does():
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ARGS]
+    report = ejk.backend_report(*shapes, platform="cpu")
+    assert report.chosen == "xla" and set(report.refusals) == {"triton", "pallas", "xla"}
+    assert "xla" in str(report) and "triton: runs on cuda and rocm, not on cpu" in str(report)
+    with pytest.raises(ValueError, match="num_splits=-1 must be at least 0"):
+        ejk.backend_report(*shapes, num_splits=-1)
+    with pytest.raises(ValueError, match="platform='gpu' must be one of"):
+        ejk.backend_report(*shapes, platform="gpu")
+
+
+def test_the_report_of_a_call_that_needs_no_backend():
+    empty = (*ARGS[:3], ARGS[3], np.zeros((2, 0), np.int32))
+    report = ejk.backend_report(*empty, platform="cpu")
+    assert report.chosen is None and report.refusals == {}
+    assert "without a backend" in str(report)

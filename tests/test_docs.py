@@ -1,0 +1,47 @@
+"""Examples run as they stand: the README, the documentation, the docstrings."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import pytest
+
+import ejk
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MODULES = [
+    info.name
+    for info in pkgutil.walk_packages(ejk.__path__, "ejk.")
+    if not info.name.endswith("_kernel")  # Triton's and Pallas' own: no examples, heavy imports
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_of_a_page_runs(page, monkeypatch, restored_registry):
+    """All Python blocks of a page, in order, in one namespace."""
+    monkeypatch.chdir(ROOT)
+    text = page.read_text()
+    namespace = {"__name__": "__main__"}
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start(1))
+        # The line numbers of a traceback are those of the page.
+        exec(compile("\n" * line + match.group(1), str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings(name, restored_registry):
+    result = doctest.testmod(
+        importlib.import_module(name),
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+    )
+    assert not result.failed
+
+
+def test_there_is_something_to_run():
+    """Or the tests above would prove nothing."""
+    assert BLOCK.search((ROOT / "README.md").read_text())
+    assert doctest.DocTestFinder().find(ejk.page_attention)[0].examples

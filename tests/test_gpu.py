@@ -1,0 +1,98 @@
+"""What only an NVIDIA GPU can show: large pools, and programs that copy none."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ejk
+
+pytestmark = pytest.mark.gpu
+
+LAYERS, NUM_PAGES, KV_HEADS, PAGE, HEAD_DIM = 4, 512, 8, 16, 128
+
+
+def batch(num_pages, num_seqs=4, max_blocks=32):
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.standard_normal((num_seqs, 32, HEAD_DIM)), jnp.bfloat16)
+    tables = rng.permutation(num_pages)[: num_seqs * max_blocks].reshape(num_seqs, max_blocks)
+    lens = rng.integers(1, max_blocks * PAGE, num_seqs)
+    return query, jnp.asarray(lens, jnp.int32), jnp.asarray(tables, jnp.int32)
+
+
+def pool(num_pages, seed):
+    shape = (num_pages, KV_HEADS, PAGE, HEAD_DIM)
+    return jax.jit(jax.random.normal, static_argnums=(1, 2))(
+        jax.random.key(seed), shape, jnp.bfloat16
+    )
+
+
+def test_pool_above_2_31_elements():
+    """Pages at the far end of a large pool are those of a small pool, bit for bit."""
+    few, far = 256, 2**31 // (KV_HEADS * PAGE * HEAD_DIM) + 1024
+    query, lens, tables = batch(few)
+    small_keys, small_values = pool(few, 1), pool(few, 2)
+    small = ejk.page_attention(query, small_keys, small_values, lens, tables, return_lse=True)
+
+    def place(pages):
+        large = jnp.full((far, *pages.shape[1:]), jnp.nan, pages.dtype)
+        return large.at[far - few :].set(pages)
+
+    place = jax.jit(place)
+    keys, values = place(small_keys), place(small_values)
+    assert keys.size > 2**31
+    tables = tables + (far - few)
+    large = ejk.page_attention(query, keys, values, lens, tables, return_lse=True)
+    for a, b in zip(small, large, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("unroll", [1, LAYERS], ids=["loop", "unrolled"])
+def test_a_stack_of_layers_in_one_pool_copies_no_pool(unroll):
+    query, lens, tables = batch(NUM_PAGES)
+
+    def step(query, keys, values, lens, tables):
+        plan = ejk.plan_page_attention(
+            lens,
+            num_heads=32,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            page_size=PAGE,
+            max_blocks=tables.shape[1],
+        )
+
+        def layer(carry, index):
+            query, keys, values = carry
+            page = tables[:, 0] + index * NUM_PAGES
+            keys = keys.at[page, :, 0].set(query[:, ::4])
+            values = values.at[page, :, 0].set(query[:, 1::4])
+            layer_tables = jnp.where(tables >= 0, tables + index * NUM_PAGES, -1)
+            query = ejk.page_attention(query, keys, values, lens, layer_tables, plan=plan)
+            return (query, keys, values), None
+
+        indices = jnp.arange(LAYERS, dtype=jnp.int32)
+        carry, _ = jax.lax.scan(layer, (query, keys, values), indices, unroll=unroll)
+        return carry
+
+    keys, values = pool(LAYERS * NUM_PAGES, 1), pool(LAYERS * NUM_PAGES, 2)
+    pool_bytes, shape = keys.nbytes, f"bf16[{','.join(map(str, keys.shape))}]"
+    compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(
+        query, keys, values, lens, tables
+    ).compile()  # fmt: skip
+    text = compiled.as_text()
+    assert "triton_kernel_call" in text
+    assert not re.findall(rf"= {re.escape(shape)}\S* copy(?:-start)?\(", text)
+    assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 4
+    assert np.isfinite(np.asarray(compiled(query, keys, values, lens, tables)[0], np.float32)).all()
+
+
+def test_nothing_waits_for_the_device():
+    """Lengths and tables stay on the device: a call compiles and runs with transfers forbidden."""
+    query, lens, tables = batch(NUM_PAGES)
+    keys, values = pool(NUM_PAGES, 1), pool(NUM_PAGES, 2)
+    call = jax.jit(ejk.page_attention)
+    with jax.transfer_guard("disallow"):
+        out = call(query, keys, values, lens, tables)
+    assert out.shape == query.shape

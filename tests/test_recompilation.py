@@ -1,0 +1,77 @@
+"""New lengths, tables and numbers run the same program: nothing is traced or compiled again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from backends import edge
+from strategies import build
+from test_edges import LENGTHS, SMALL, config
+
+import ejk
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class CompilationCounter:
+    """Counts what XLA compiles while it is entered."""
+
+    def __enter__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self.listen)
+        return self
+
+    def listen(self, event, duration, **kwargs):
+        self.count += event == COMPILED
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self.listen)
+
+
+def calls():
+    """Calls of one shape that differ in every number."""
+    features = frozenset({"sliding_window", "sinks", "alibi_slopes"})
+    for seed, lens in enumerate((LENGTHS, LENGTHS[::-1], np.zeros(9, int), np.full(9, 48))):
+        case = build(config(features=features), lens.astype(np.int32), seed=seed, as_jax=True)
+        options = {**case.options, "sliding_window": jnp.int32(1 + 20 * seed)}
+        yield case.replace(options={**options, "attn_scale": 0.01 * (1 + seed)})
+
+
+@edge
+def test_eager_calls_compile_once(entry):
+    first, *others = calls()
+    entry(first)
+    with CompilationCounter() as compiled:
+        for case in others:
+            entry(case)
+    assert compiled.count == 0
+
+
+@edge
+def test_jit_traces_once(entry):
+    traced = 0
+
+    @jax.jit
+    def run(arrays, options):
+        nonlocal traced
+        traced += 1
+        return ejk.page_attention(*arrays, **options, backend=entry.backend)
+
+    first, *others = calls()
+    options = [{n: jnp.asarray(x) for n, x in case.options.items()} for case in (first, *others)]
+    with entry.refusing():
+        run(first.arguments(), options[0])
+    with CompilationCounter() as compiled:
+        for case, given in zip(others, options[1:]):
+            run(case.arguments(), given)
+    assert traced == 1 and compiled.count == 0
+
+
+@edge
+def test_the_counter_counts(entry):
+    """A shape that no other test has is compiled, or the tests above would prove nothing."""
+    table = np.zeros((1, 5 + len(entry.name)), np.int32)
+    pool = np.zeros((3, SMALL.num_kv_heads, SMALL.page_size, SMALL.head_dim), np.float32)
+    query = np.zeros((1, SMALL.num_heads, SMALL.head_dim), np.float32)
+    with CompilationCounter() as compiled, entry.refusing():
+        ejk.page_attention(query, pool, pool, np.array([7]), table, backend=entry.backend)
+    assert compiled.count > 0

@@ -1,0 +1,30 @@
+"""The generated page of the docs says what the backends declare today."""
+
+import pathlib
+import sys
+
+import pytest
+
+from ejk.backends.triton import _launch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
+
+import support_table
+
+
+@pytest.mark.skipif(
+    _launch.available() is not None, reason=_launch.available() or "jax-triton is available"
+)
+def test_support_page_is_fresh():
+    page = support_table.PAGE.read_text(encoding="utf-8")
+    assert page == support_table.generate(), "stale: run `python docs/support_table.py`"
+
+
+def test_check_fails_on_a_stale_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(support_table, "PAGE", tmp_path / "support.md")
+    monkeypatch.setattr(support_table, "generate", lambda: "fresh\n")
+    with pytest.raises(SystemExit, match=r"support\.md is stale: run"):
+        support_table.main(["--check"])
+    support_table.main([])
+    support_table.main(["--check"])
+    assert support_table.PAGE.read_text(encoding="utf-8") == "fresh\n"

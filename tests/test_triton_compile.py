@@ -1,0 +1,196 @@
+"""The Triton kernels compiled for GPUs that are not here: shared memory, spills, wide copies."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import offline
+import pytest
+
+from ejk.backends.page_attention import PageAttentionProblem
+from ejk.backends.triton._target import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
+from ejk.backends.triton.page_attention import TritonPageAttention
+from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
+from ejk.backends.triton.page_attention_kernel import page_attention_kernel
+from ejk.backends.triton.page_attention_launch import Launch
+from ejk.backends.triton.page_attention_plan import plan_constants
+from ejk.backends.triton.page_attention_plan_kernel import page_attention_plan_kernel
+
+LLAMA = PageAttentionProblem(
+    num_seqs=64,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    value_head_dim=128,
+    num_pages=16384,
+    page_size=16,
+    max_blocks=256,
+    dtype=jnp.dtype("bfloat16"),
+    cache_layout="NHD",
+    latent=False,
+    has_window=False,
+    soft_cap=None,
+    has_sinks=False,
+    has_alibi=False,
+    return_lse=False,
+    num_splits=0,
+    plan=None,
+    visible_bound=4096,
+)
+EVERY_OPTION = {
+    "has_window": True,
+    "soft_cap": 30.0,
+    "has_sinks": True,
+    "has_alibi": True,
+    "return_lse": True,
+}
+VARIANTS = {
+    "head dimension 128": {},
+    "head dimension 64": {"head_dim": 64, "value_head_dim": 64},
+    "head dimension 64, group of 3": {
+        "head_dim": 64,
+        "value_head_dim": 64,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+    },
+    "float16": {"dtype": jnp.dtype("float16")},
+    "one pass": {"num_splits": 1},
+    "splits": {"num_splits": 4},
+    "every option": EVERY_OPTION,
+    "every option, splits": EVERY_OPTION | {"num_splits": 4},
+}
+WIDE = {
+    "head dimension 256": {"head_dim": 256, "value_head_dim": 256, "num_heads": 16},
+    "head dimension 80": {"head_dim": 80, "value_head_dim": 80},
+    "latent attention": {
+        "head_dim": 576,
+        "value_head_dim": 512,
+        "num_heads": 16,
+        "num_kv_heads": 1,
+        "latent": True,
+        "page_size": 64,
+    },
+    "float32": {"dtype": jnp.dtype("float32")},
+    "float32 latent attention": {
+        "dtype": jnp.dtype("float32"),
+        "head_dim": 576,
+        "value_head_dim": 512,
+        "num_heads": 16,
+        "num_kv_heads": 1,
+        "latent": True,
+        "page_size": 64,
+    },
+    "group of 71": {"num_heads": 71, "num_kv_heads": 1, "head_dim": 64, "value_head_dim": 64},
+}
+
+
+def compile_for(target: str, options: dict):
+    """Compile the attention kernel as the adapter would launch it on `target`."""
+    problem = dataclasses.replace(LLAMA, **options)
+    is_cuda = target.startswith("sm_")
+    if is_cuda:
+        capability = int(target.removeprefix("sm_"))
+        gpu = Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
+    else:
+        gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, stages_queries=False)
+    launch = Launch.of(problem, TritonPageAttention(), gpu)
+    dtype = problem.dtype.name
+    pointers = {
+        "query_ptr": dtype,
+        "key_ptr": dtype,
+        "value_ptr": dtype,
+        "context_lens_ptr": "int32",
+        "block_tables_ptr": "int32",
+        "attn_scale_ptr": "float32",
+        "sliding_window_ptr": "int32",
+        "sinks_ptr": "float32",
+        "alibi_slopes_ptr": "float32",
+        "work_ptr": "int32",
+        "part_out_ptr": "float32",
+        "part_lse_ptr": "float32",
+        "out_ptr": dtype,
+        "lse_ptr": "float32",
+    }
+    compile_kernel = offline.compile_cuda if is_cuda else offline.compile_amd
+    program = compile_kernel(
+        page_attention_kernel,
+        pointers,
+        launch.constants(problem),
+        target,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return launch, problem, gpu, program
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant):
+    launch, problem, gpu, program = compile_for(target, VARIANTS[variant])
+    assert program.spill_store_bytes == program.spill_load_bytes == 0
+    assert program.shared_bytes <= launch.shared_memory(problem, gpu)
+    assert launch.shared_memory(problem, gpu) <= offline.SHARED_MEMORY_BYTES[target]
+    assert program.matrix_products > 0
+    # Keys and values of a block, each thread 16 bytes at a time, in the prologue's two loads and
+    # the loop's one: a stride of unknown divisibility would make these 2 or 4 bytes wide.
+    block_bytes = launch.block_kv * (problem.head_dim + problem.value_head_dim) * 2
+    assert program.async_copies == {16: 3 * block_bytes // (launch.num_warps * 32 * 16)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_16_bit_variants_spill_no_vector_registers_on_amd(variant):
+    *_, program = compile_for("gfx942", VARIANTS[variant])
+    assert program.vgpr_spills == 0
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *WIDE])
+def test_amd_variants_fit(variant):
+    launch, problem, gpu, program = compile_for("gfx942", (VARIANTS | WIDE)[variant])
+    assert program.lds_bytes <= launch.shared_memory(problem, gpu) <= SHARED_MEMORY_ROCM
+
+
+@pytest.mark.parametrize("variant", WIDE)
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_wide_variants_fit(target, variant):
+    launch, problem, gpu, program = compile_for(target, WIDE[variant])
+    assert program.shared_bytes <= launch.shared_memory(problem, gpu)
+    assert launch.shared_memory(problem, gpu) <= offline.SHARED_MEMORY_BYTES[target]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
+def test_planning_does_not_spill(target):
+    launch, *_ = compile_for(target, {"num_seqs": 256})
+    assert launch.plan is not None
+    program = offline.compile_cuda(
+        page_attention_plan_kernel,
+        {"context_lens_ptr": "int32", "sliding_window_ptr": "int32", "work_ptr": "int32"},
+        plan_constants(launch.plan),
+        target,
+        num_stages=1,
+    )
+    assert program.spill_store_bytes == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"num_splits": 1024}], ids=["planned", "splits"])
+def test_combining_does_not_spill_and_is_no_more_code_for_many_splits(options):
+    def compile_combination(options):
+        problem = dataclasses.replace(LLAMA, **options)
+        target = Target(90, num_sms=132, shared_memory=SHARED_MEMORY[90])
+        return offline.compile_cuda(
+            combine_parts_kernel,
+            {
+                "part_out_ptr": "float32",
+                "part_lse_ptr": "float32",
+                "sinks_ptr": "float32",
+                "work_ptr": "int32",
+                "out_ptr": "bfloat16",
+                "lse_ptr": "float32",
+            },
+            Launch.of(problem, TritonPageAttention(), target).combine_constants(problem),
+            "sm_90",
+            num_stages=2,
+        )
+
+    program = compile_combination(options)
+    assert program.spill_store_bytes == 0
+    few = compile_combination(options | {"num_splits": options.get("num_splits", 0) and 2})
+    assert len(program.ptx.splitlines()) <= 1.1 * len(few.ptx.splitlines())

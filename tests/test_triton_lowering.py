@@ -1,0 +1,172 @@
+"""The real call lowers for CUDA on a machine that has no GPU."""
+
+import importlib
+import re
+import subprocess
+import sys
+import threading
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import triton
+import triton.language as tl
+
+from ejk.backends.triton import _launch
+
+pytestmark = pytest.mark.skipif(
+    _launch.available() is not None, reason=_launch.available() or "jax-triton is available"
+)
+
+
+@triton.jit
+@typing.no_type_check
+def scale_kernel(
+    x_ptr,
+    bias_ptr,
+    ids_ptr,
+    y_ptr,
+    count_ptr,
+    SIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    offs = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    y = tl.load(x_ptr + offs).to(tl.float32) * SCALE
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs)
+    tl.store(y_ptr + offs, y)
+    tl.store(count_ptr + offs, tl.load(ids_ptr + offs) + 1)
+
+
+def scale(x, ids, bias=None, *, by=2, interpret=False):
+    return _launch.call(
+        scale_kernel,
+        {"x_ptr": x, "bias_ptr": bias, "ids_ptr": ids},
+        {
+            "y_ptr": jax.ShapeDtypeStruct(x.shape, jnp.float32),
+            "count_ptr": jax.ShapeDtypeStruct(ids.shape, jnp.int32),
+        },
+        {"SIZE": 16, "HAS_BIAS": bias is not None, "SCALE": float(by)},
+        grid=2,
+        num_warps=1,
+        num_stages=2,
+        compute_capability=90,
+        interpret=interpret,
+    )
+
+
+X = jax.ShapeDtypeStruct((32,), jnp.bfloat16)
+IDS = jax.ShapeDtypeStruct((32,), jnp.int32)
+
+
+def lower(function, *arguments):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def custom_calls(text):
+    """Returns the target, operand types and result types of each custom call."""
+    pattern = r"custom_call @(\w+)\(.*?\).*? : \(([^)]*)\) -> \(?(.*?)\)?$"
+    return re.findall(pattern, text, re.MULTILINE)
+
+
+def test_operands_come_before_results_and_the_absent_input_has_a_stand_in():
+    ((target, operands, results),) = custom_calls(lower(scale, X, IDS))
+    assert target in _launch.export_custom_call_targets()
+    assert operands == "tensor<32xbf16>, tensor<32xbf16>, tensor<32xi32>"
+    assert results == "tensor<32xf32>, tensor<32xi32>"
+
+
+def test_present_input_is_passed():
+    bias = jax.ShapeDtypeStruct((32,), jnp.float32)
+    ((_, operands, _),) = custom_calls(lower(scale, X, IDS, bias))
+    assert operands == "tensor<32xbf16>, tensor<32xf32>, tensor<32xi32>"
+
+
+def test_lowers_inside_other_jits_with_operations_around():
+    # The inner jit makes JAX look for dead code, which runs jax-triton's rule.
+    @jax.jit
+    def inner(x, ids):
+        y, count = scale(x * 2, ids)
+        return y + 1, count
+
+    def outer(x, ids):
+        y, _ = inner(x, ids)
+        return jax.lax.fori_loop(0, 3, lambda _, total: total + y.sum(), 0.0)
+
+    assert len(custom_calls(lower(outer, X, IDS))) == 1
+
+
+def test_exports():
+    targets = _launch.export_custom_call_targets()
+    checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]
+    exported = jax.export.export(jax.jit(scale), platforms=("cuda",), disabled_checks=checks)(
+        X, IDS
+    )
+    assert exported.platforms == ("cuda",)
+
+
+def test_compiling_and_interpreting_live_in_one_process():
+    x, ids = jnp.arange(32, dtype=jnp.bfloat16), jnp.arange(32, dtype=jnp.int32)
+    before = lower(scale, X, IDS)
+    interpreted = jax.jit(lambda *arguments: scale(*arguments, interpret=True))
+    failures = []
+
+    def interpret():
+        for _ in range(50):
+            y, count = map(np.asarray, interpreted(x, ids))
+            if not (np.all(y == 2 * np.arange(32)) and np.all(count == np.arange(1, 33))):
+                failures.append((y, count))
+
+    thread = threading.Thread(target=interpret)
+    thread.start()
+    try:
+        for scale_by in range(3, 8):  # New constants, so that no cache answers.
+            text = lower(lambda *arguments, by=scale_by: scale(*arguments, by=by), X, IDS)
+            assert len(custom_calls(text)) == 1
+    finally:
+        thread.join()
+    assert not failures
+    jax.clear_caches()
+    assert lower(scale, X, IDS) == before
+
+
+def test_importing_jax_triton_keeps_the_environment():
+    program = """
+import os
+os.environ["TRITON_CACHE_DIR"] = "kept"
+from ejk.backends.triton import _launch
+import sys
+assert not {"triton", "jax_triton"} & set(sys.modules)
+assert _launch.available() is None
+assert "jax_triton" in sys.modules
+assert os.environ["TRITON_CACHE_DIR"] == "kept"
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module", name="jax_triton"), "jax-triton is not installed"),
+        (ImportError("needs\nGPU"), "jax-triton cannot be imported: ImportError: needs GPU"),
+    ],
+)
+def test_unavailable_says_why(monkeypatch, error, reason):
+    real = importlib.import_module
+
+    def fail(name, *arguments):
+        if name == "jax_triton":
+            raise error
+        return real(name, *arguments)
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    _launch.available.cache_clear()
+    _launch._import_jax_triton.cache_clear()
+    try:
+        assert _launch.available() == reason
+        assert _launch.available(interpret=True) is None
+    finally:
+        _launch.available.cache_clear()

@@ -1,0 +1,101 @@
+"""The error bound, the same for every backend. It is not to be widened.
+
+Per row, in max-norm, against float64: at most twice the error of plain attention in the same
+dtype, plus one rounding of the output, plus `2e-6 * max|v|` (float32) or `eps * max|v|` (16 bits).
+"""
+
+import ml_dtypes
+import numpy as np
+import oracle
+
+
+def assert_close(case, out, lse=None):
+    """Check an output, and an LSE if there is one, against the oracle, row by row."""
+    arrays, options = case.operands(), case.semantics()
+    expected, expected_lse = oracle.page_attention(*arrays, **options)
+    assert np.shape(out) == expected.shape
+    assert np.asarray(out).dtype == case.dtype, "the output is of the query's dtype"
+    out = np.asarray(out).astype(np.float64)
+    for s in range(expected.shape[0]):
+        for h in range(expected.shape[1]):
+            bound, lse_bound = bounds(case, s, h, expected[s, h], expected_lse[s, h])
+            error = np.abs(out[s, h] - expected[s, h]).max()
+            assert error <= bound, f"out[{s}, {h}] is off by {error:.3g}, allowed {bound:.3g}"
+            if lse is not None:
+                assert_lse(lse[s, h], expected_lse[s, h], lse_bound, f"lse[{s}, {h}]")
+    if lse is not None:
+        assert np.asarray(lse).dtype == np.float32
+
+
+def assert_lse(actual, expected, bound, name):
+    """Compare two LSEs, -inf being equal to itself alone."""
+    if expected == -np.inf:
+        assert actual == -np.inf, f"{name} is {actual}, must be -inf: the row sees nothing"
+    else:
+        error = abs(float(actual) - expected)
+        assert error <= bound, f"{name} is off by {error:.3g}, allowed {bound:.3g}"
+
+
+def bounds(case, s, h, expected, expected_lse):
+    """Return the allowed error of one row's output and of its LSE."""
+    logits, values = _row(case, s, h)
+    if not logits.size:
+        return 0.0, 0.0  # the output is exactly 0, and the LSE is the sink
+    sink = -np.inf if case.options.get("sinks") is None else case.options["sinks"][h]
+    plain, plain_lse = plain_attention(logits, values, np.float32(sink), case.dtype)
+    tail = 2e-6 if case.dtype == np.float32 else _finfo(case.dtype).eps
+    bound = 2 * np.abs(plain.astype(np.float64) - expected).max()
+    bound += one_rounding(expected, case.dtype) + tail * np.abs(values.astype(np.float64)).max()
+    # The LSE is float32 on every path; its counterpart of max|v| is the largest logit.
+    largest = max(1.0, np.abs(logits).max())
+    lse_bound = 2 * abs(float(plain_lse) - expected_lse)
+    lse_bound += one_rounding(expected_lse, np.float32) + 2e-6 * largest
+    return float(bound), float(lse_bound)
+
+
+def plain_attention(logits, values, sink, dtype):
+    """Softmax, then the product, with every intermediate array in `dtype`."""
+    scores = logits.astype(dtype).astype(np.float32)
+    top = max(scores.max(), sink)
+    p = np.exp(scores - top)
+    total = p.sum() + np.exp(sink - top)
+    p = (p / total).astype(dtype).astype(np.float32)
+    exact = max(logits.max(), sink)
+    lse = exact + np.log(np.exp(logits - exact).sum() + np.exp(sink - exact))
+    return (p @ values.astype(np.float32)).astype(dtype), lse
+
+
+def one_rounding(x, dtype):
+    """Half a unit in the last place of the largest of `x`."""
+    info = _finfo(dtype)
+    largest = float(np.abs(x[np.isfinite(x)]).max(initial=0.0)) if np.ndim(x) else abs(float(x))
+    return max(largest if np.isfinite(largest) else 0.0, float(info.tiny)) * float(info.eps) / 2
+
+
+def _row(case, s, h):
+    """Gather one row's visible tokens: float32 logits, and values in the case's dtype."""
+    query, keys, values, lens, tables = case.operands()
+    options = case.semantics()
+    layout, window = options.get("cache_layout", "HND"), options.get("sliding_window")
+    kv_head = h // (case.shape.num_heads // case.shape.num_kv_heads)
+    positions = oracle.visible_positions(keys, lens[s], tables[s], layout, window)
+    if values is None:
+        values = keys[..., : options["value_head_dim"]]
+    gathered_values = [oracle.token(values, tables[s], j, kv_head, layout) for j in positions]
+    if not positions:
+        return np.zeros(0, np.float32), np.zeros((0, case.shape.width), case.dtype)
+    k = np.stack([oracle.token(keys, tables[s], j, kv_head, layout) for j in positions])
+    logits = k.astype(np.float32) @ query[s, h].astype(np.float32)
+    scale = options.get("attn_scale")
+    logits *= np.float32(case.shape.head_dim**-0.5 if scale is None else scale)
+    cap = options.get("attn_logits_soft_cap")
+    if cap is not None:
+        logits = np.float32(cap) * np.tanh(logits / np.float32(cap))
+    if options.get("alibi_slopes") is not None:
+        n = oracle.length_of(keys, lens[s], tables[s], layout)
+        logits += options["alibi_slopes"][h] * (np.array(positions) - (n - 1)).astype(np.float32)
+    return logits, np.stack(gathered_values).astype(case.dtype)
+
+
+def _finfo(dtype):
+    return ml_dtypes.finfo(dtype)
