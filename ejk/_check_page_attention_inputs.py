@@ -26,8 +26,9 @@ def check_page_attention_inputs(
     """Check the lengths, page ids and window that `ejk.page_attention` takes as they come.
 
     `ejk.page_attention` never reads outside its arrays: it clips a length and hides the tokens of
-    a bad entry. Nearly always those are a caller's mistakes, and this finds them. The arguments
-    are those of `ejk.page_attention`; of query and pools only the shapes are used.
+    a bad entry. Nearly always those are a caller's mistakes, and this finds them. The arguments are
+    the first five of `ejk.page_attention`, and its `cache_layout` and `sliding_window`; of query
+    and pools only the shapes are used.
 
     With concrete arrays this waits for the device and raises. Under `jit` it adds checks of
     `jax.experimental.checkify`: transform the function with `checkify.checkify`.
@@ -44,7 +45,12 @@ def check_page_attention_inputs(
         ValueError: block_tables[0, 1]=8 must be in [0, 8): sequence 0 sees tokens of that page
     """
     if cache_layout not in LAYOUTS:
-        raise ValueError(f"cache_layout={cache_layout!r} must be one of {', '.join(LAYOUTS)}")
+        names = ", ".join(map(repr, LAYOUTS))
+        raise ValueError(f"cache_layout={cache_layout!r} must be one of {names}")
+    num_seqs = query.shape[0]
+    for name, x in (("context_lens", context_lens), ("block_tables", block_tables)):
+        if x.shape[0] != num_seqs:
+            raise ValueError(f"{name}.shape[0]={x.shape[0]} must be num_seqs={num_seqs}")
     layout = LAYOUTS[cache_layout]
     num_pages, page_size = key_cache.shape[layout.pages], key_cache.shape[layout.slots]
     capacity = block_tables.shape[1] * page_size
@@ -55,6 +61,8 @@ def check_page_attention_inputs(
         lens, tables, window = map(as_int32, arrays, (capacity + 1, num_pages, 2**31 - 1))
         given = (lens, tables, window)
         for bad, which, message in _rules(jnp, *given, num_pages, page_size):
+            if bad.size == 0:
+                continue
             worst = jnp.unravel_index(jnp.argmax(bad), bad.shape)
             facts: Any = {f"i{axis}": index for axis, index in enumerate(worst)}
             checkify.check(~bad.any(), message, value=given[which][worst], **facts)

@@ -45,7 +45,7 @@ def merge_attention_states(
         raise ValueError(f"lses.shape={lses.shape} must be outs.shape[:3]={outs.shape[:3]}")
     outs, lses = jnp.asarray(outs), jnp.asarray(lses).astype(jnp.float32)
     if outs.shape[0] == 0:
-        return jnp.zeros(outs.shape[1:], outs.dtype), jnp.full(lses.shape[1:], -jnp.inf)
+        return jnp.zeros(outs.shape[1:], outs.dtype), jnp.full_like(lses[:0].sum(0), -jnp.inf)
     m = lses.max(0)
     m = jnp.where(m == -jnp.inf, 0.0, m)
     saw = lses != -jnp.inf

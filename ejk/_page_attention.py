@@ -250,6 +250,8 @@ def _problem(
         bounds.append(_static_int("max_context_len", max_context_len, at_least=0))
     if isinstance(sliding_window, (int, np.integer, np.ndarray)):
         bounds.append(_static_int("sliding_window", sliding_window, at_least=1))
+    if isinstance(soft_cap, bool):
+        raise TypeError(f"attn_logits_soft_cap={soft_cap} must be a number")
     if soft_cap is not None and not (0 < soft_cap < math.inf):
         _fail(f"attn_logits_soft_cap={soft_cap} must be above 0 and finite")
     if plan is not None:

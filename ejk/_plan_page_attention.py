@@ -18,7 +18,7 @@ from ejk.backends.page_attention_plan import (
     window_fact,
 )
 from ejk.backends.triton.page_attention import TritonPageAttention
-from ejk.backends.triton.page_attention_launch import GRANULE, choose_cuts
+from ejk.backends.triton.page_attention_launch import GRANULE, block_group, choose_cuts
 from ejk.backends.triton.page_attention_plan import TritonPlan
 from ejk.backends.xla.page_attention_plan import XlaPlan
 
@@ -38,6 +38,7 @@ def plan_page_attention(
     page_size: int,
     max_blocks: int,
     sliding_window: ScalarInt | None = None,
+    value_head_dim: int | None = None,
     backend: str | Backend | None = None,
 ) -> PageAttentionPlan:
     """Deal out the work of `ejk.page_attention` over a batch of contexts, on the device.
@@ -59,6 +60,7 @@ def plan_page_attention(
         page_size: slots of a page.
         max_blocks: the width of the calls' block tables.
         sliding_window: that of the calls.
+        value_head_dim: of the values; `head_dim` if None.
         backend: that of the calls: an `ejk.TritonPageAttention` says for which GPU to plan where
             none is present.
 
@@ -110,18 +112,21 @@ def plan_page_attention(
     ]
     targets = [t for triton in tritons if (t := triton.target(triton.platforms[0])) is not None]
     num_sms = targets[0].num_sms if targets else DEFAULT_NUM_SMS
-    programs = num_kv_heads * -(-num_heads // num_kv_heads // 64)
+    group = num_heads // num_kv_heads
+    programs = num_kv_heads * -(-group // block_group(group, value_head_dim or head_dim))
+    window = facts.sliding_window
+    longest = min(capacity, window) if isinstance(window, int) else capacity
     problem = PlanProblem(
         num_seqs=facts.num_seqs,
         capacity=capacity,
         has_window=sliding_window is not None,
-        max_cuts=choose_cuts(num_sms, facts.num_seqs, programs, capacity),
+        max_cuts=choose_cuts(num_sms, facts.num_seqs, programs, longest),
         granule=GRANULE,
     )
     if 0 in (facts.num_seqs, capacity):
         return PageAttentionPlan(jnp.zeros(problem.results[0].shape, jnp.int32), problem, facts)
     planners = [TritonPlan(triton.compute_capability, triton.interpret) for triton in tritons]
-    choice = _dispatch.Choice((*planners, XlaPlan()), automatic=True)
+    choice = _dispatch.choose(None, PlanProblem, (*planners, XlaPlan()))
     operands = PlanOperands(
         context_lens=as_int32(context_lens, capacity),
         sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),

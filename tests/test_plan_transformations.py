@@ -11,6 +11,7 @@ from backends import edge
 from planned import TRITON, long_case, plan_for
 from test_page_attention import bits_equal
 from test_recompilation import CompilationCounter
+from tolerances import assert_close
 
 import ejk
 from ejk.backends.triton import _launch
@@ -25,8 +26,6 @@ MISFITS = {
     "sliding_window": (9, 10),
     "sliding_window, none planned": (9, None),
     "sliding_window, one planned": (None, 9),
-    "sliding_window, a traced one called": ("traced", 9),
-    "sliding_window, a traced one planned": (9, "traced"),
 }
 
 
@@ -37,8 +36,8 @@ def test_a_plan_for_another_call_is_refused(entry, name):
     case = long_case(features=frozenset())
     lens, changes = case.context_lens, {}
     if fact == "sliding_window":
-        case = case.replace(options={} if called is None else {fact: _window(called)})
-        changes = {fact: _window(planned)}
+        case = case.replace(options={} if called is None else {fact: called})
+        changes = {fact: planned}
     elif fact == "num_seqs":
         lens = lens[:planned]
     else:
@@ -51,8 +50,12 @@ def test_a_plan_for_another_call_is_refused(entry, name):
         entry(case, plan=plan)
 
 
-def _window(value):
-    return jnp.int32(9) if value == "traced" else value
+@edge
+@pytest.mark.parametrize("planned, called", [(9, jnp.int32(9)), (jnp.int32(9), 9)])
+def test_a_window_may_be_known_to_the_device_alone(entry, planned, called):
+    case = long_case(features=frozenset()).replace(options={"sliding_window": called})
+    plan = plan_for(case, entry.backend, context_lens=case.context_lens, sliding_window=planned)
+    assert_close(case, *entry(case, plan=plan))
 
 
 def test_something_else_for_a_plan_is_a_type_error():

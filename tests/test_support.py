@@ -1,13 +1,16 @@
 """The generated page of the docs says what the backends declare today."""
 
 import pathlib
+import re
 import sys
 
 import pytest
 
+import ejk
 from ejk.backends.triton import _launch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
 
 import support_table
 
@@ -28,3 +31,12 @@ def test_check_fails_on_a_stale_page(tmp_path, monkeypatch):
     support_table.main([])
     support_table.main(["--check"])
     assert support_table.PAGE.read_text(encoding="utf-8") == "fresh\n"
+
+
+def test_reference_lists_every_public_name():
+    listed = set(re.findall(r"::: ejk\.(\w+)", (ROOT / "docs" / "api.md").read_text()))
+    assert listed == {name for name in vars(ejk) if name[0].isupper() or _is_function(name)}
+
+
+def _is_function(name):
+    return callable(getattr(ejk, name)) and not name.startswith("_")

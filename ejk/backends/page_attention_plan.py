@@ -9,7 +9,8 @@ import numpy as np
 
 from ejk._dispatch import Backend, Problem
 
-# Of `max_cuts` pieces, 2.5 for each processor, one processor's share and a tenth.
+# A processor's fair share of a batch and a tenth, in shares of a cut: 1.1 * 2.5, for the 2.5 cuts
+# a processor (`PIECES_PER_SM`) that a batch is dealt out in.
 EVEN_SHARE = (11, 4)
 
 
@@ -116,6 +117,8 @@ class PageAttentionPlan:
             )
         for field in dataclasses.fields(facts):
             planned, called = getattr(self.facts, field.name), getattr(facts, field.name)
+            if "traced" in (planned, called) and None not in (planned, called):
+                continue  # two windows, of which one is known to the device alone
             if planned != called:
                 raise ValueError(f"plan was made for {field.name}={planned}; the call has {called}")
 

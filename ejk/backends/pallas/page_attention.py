@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import io_callback
 
+from ejk.backends._fields import at_least
 from ejk.backends.page_attention import (
     PageAttentionBackend,
     PageAttentionOperands,
@@ -69,10 +70,7 @@ class PallasPageAttention(PageAttentionBackend):
             raise ValueError(
                 f"megacore_mode={self.megacore_mode!r} must be 'batch', 'kv_head' or None"
             )
-        for name in ("pages_per_compute_block", "vmem_limit_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        at_least(self, pages_per_compute_block=1, vmem_limit_bytes=1)
 
     @property
     def platforms(self) -> tuple[str, ...]:
@@ -140,7 +138,8 @@ class PallasPageAttention(PageAttentionBackend):
             interpret = pltpu.InterpretParams(
                 uninitialized_memory="nan", out_of_bounds_reads="raise"
             )
-        return launch(self._work(problem), operands, self._vmem_limit(), interpret)
+        with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
+            return launch(self._work(problem), operands, self._vmem_limit(), interpret)
 
     def _work(self, problem: PageAttentionProblem) -> Work:
         """Cut a launch in blocks and share it between cores."""

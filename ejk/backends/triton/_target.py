@@ -7,7 +7,6 @@ import jax
 # Shared memory that one block of threads may use, in bytes, by compute capability (CUDA C
 # programming guide, table of technical specifications).
 SHARED_MEMORY = {
-    75: 64 * 1024,
     80: 163 * 1024,
     86: 99 * 1024,
     87: 163 * 1024,
@@ -56,4 +55,4 @@ class Target:
 def _shared_memory(compute_capability: int) -> int:
     """Return what the newest known generation up to `compute_capability` has."""
     known = [capability for capability in SHARED_MEMORY if capability <= compute_capability]
-    return SHARED_MEMORY[max(known)] if known else 48 * 1024
+    return SHARED_MEMORY[max(known)] if known else 0

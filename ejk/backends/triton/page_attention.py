@@ -14,7 +14,7 @@ from ejk.backends.page_attention import (
 from ejk.backends.page_attention_plan import PlanOperands
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target
-from ejk.backends.triton.page_attention_launch import Launch
+from ejk.backends.triton.page_attention_launch import Launch, Tuning
 from ejk.backends.triton.page_attention_plan import run_plan
 
 MAX_GRID = 2**31 - 1
@@ -22,7 +22,7 @@ MAX_CAPACITY = 2**31 - 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonPageAttention(PageAttentionBackend):
+class TritonPageAttention(Tuning, PageAttentionBackend):
     """Run `ejk.page_attention` as a Triton kernel, through jax-triton.
 
     Attributes:
@@ -37,10 +37,6 @@ class TritonPageAttention(PageAttentionBackend):
         interpret: run the kernel on the CPU with Triton's interpreter.
     """
 
-    block_kv: int | None = None
-    num_warps: int | None = None
-    num_stages: int | None = None
-    split_tokens: int | None = None
     compute_capability: int | None = None
     num_sms: int | None = None
     interpret: bool = False
@@ -50,11 +46,13 @@ class TritonPageAttention(PageAttentionBackend):
 
     def __post_init__(self):
         at_least(self, block_kv=16, num_warps=1, num_stages=1, split_tokens=1)
-        at_least(self, compute_capability=75, num_sms=1)
+        at_least(self, compute_capability=80, num_sms=1)
         for field in ("block_kv", "num_warps"):
             value = getattr(self, field)
             if value is not None and value & (value - 1):
                 raise ValueError(f"{field}={value} must be a power of two")
+        if self.num_warps is not None and self.num_warps > 32:
+            raise ValueError(f"num_warps={self.num_warps} must be at most 32, 1,024 threads")
 
     @property
     def platforms(self):
@@ -73,6 +71,11 @@ class TritonPageAttention(PageAttentionBackend):
                 f"no {platform} device is here to compile for"
                 + "; compute_capability and num_sms (90 and 132 for an H100) say for which to, "
                 "interpret=True runs on the CPU" * (platform == "cuda"),
+            )
+        if target.compute_capability is not None and target.compute_capability < 80:
+            return (
+                f"compute_capability={target.compute_capability} must be at least 80: older GPUs "
+                "cannot copy asynchronously",
             )
         reasons = []
         launch = Launch.of(problem, self, target)

@@ -9,7 +9,7 @@ shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a
     l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
 
 Which pieces there are says either `NUM_SPLITS`, every context cut in as many equal parts, or the
-rows of `work` (see `page_attention_plan_kernel.py`). A context in one piece is written at once;
+rows of `work` (see `PlanProblem`). A context in one piece is written at once;
 of the others each piece writes a float32 part, for `page_attention_combine_kernel.py` to merge.
 
 A head dimension that is no power of two is taken in two parts, `BLOCK_D` and `BLOCK_D_REST`

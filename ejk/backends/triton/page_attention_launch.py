@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,6 @@ from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target
 
-if TYPE_CHECKING:
-    from ejk.backends.triton.page_attention import TritonPageAttention
-
 COMBINE_BLOCK = 8192  # entries of parts that a program of the combination holds
 GRANULE = 128  # tokens; planned pieces are whole multiples
 # Planned pieces a multiprocessor. Flat from 1 to 4 on an H100 for a batch of 256 ragged contexts:
@@ -23,6 +20,16 @@ PIECES_PER_SM = 2.5
 # A batch that fills the machine twice is not cut where no context exceeds so many tokens: the
 # longest is done long before the rest, and there is nothing to combine, which saves 1.7 us.
 WHOLE_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What a caller may fix; None leaves it to `Launch.of`. See `ejk.TritonPageAttention`."""
+
+    block_kv: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    split_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,68 +52,63 @@ class Launch:
     plan: PlanProblem | None = None
 
     @classmethod
-    def of(
-        cls, problem: PageAttentionProblem, backend: "TritonPageAttention", target: Target
-    ) -> "Launch":
+    def of(cls, problem: PageAttentionProblem, tuning: Tuning, target: Target) -> "Launch":
         block_d, block_dv = _two_parts(problem.head_dim), _two_parts(problem.value_head_dim)
-        # A row of the product costs registers for its weighted values: 16 rows of 512 floats are
-        # 64 registers a thread on four warps. More than 64 rows spill whatever the width.
-        most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(block_dv))))
         # float32 products are taken on the ordinary cores, their operands in registers.
         wide = sum(block_dv) > 256 or problem.dtype == jnp.float32
         launch = cls(
-            block_group=min(max(16, power_of_two(problem.group)), most_rows),
-            block_kv=backend.block_kv or 128,
+            block_group=block_group(problem.group, problem.value_head_dim),
+            block_kv=tuning.block_kv or 128,
             block_d=block_d,
             block_dv=block_dv,
-            num_warps=backend.num_warps or (8 if wide else 4),
-            num_stages=backend.num_stages or 3,
+            num_warps=tuning.num_warps or (8 if wide else 4),
+            num_stages=tuning.num_stages or 3,
             num_splits=1,
         )
         while launch.shared_memory(problem, target) > target.shared_memory:
-            if backend.block_kv is None and launch.block_kv > 16:
+            if tuning.block_kv is None and launch.block_kv > 16:
                 launch = dataclasses.replace(launch, block_kv=launch.block_kv // 2)
-            elif backend.num_stages is None and launch.num_stages > 1:
+            elif tuning.num_stages is None and launch.num_stages > 1:
                 launch = dataclasses.replace(launch, num_stages=launch.num_stages - 1)
             else:
                 break  # what was asked for does not fit: `limits` says so
-        return launch._cut(problem, backend, target)
+        return launch._cut(problem, tuning, target)
 
-    def _cut(self, problem, backend, target) -> "Launch":
+    def _cut(self, problem, tuning, target) -> "Launch":
         """Choose how the contexts are cut."""
+        most = max(2, -(-problem.capacity // self.block_kv))  # parts of a block or more
         if problem.num_splits:
-            return dataclasses.replace(self, num_splits=problem.num_splits)
-        if backend.split_tokens:
-            blocks = -(-min(backend.split_tokens, problem.capacity) // self.block_kv)
-            splits = -(-problem.capacity // (blocks * self.block_kv))
+            return dataclasses.replace(self, num_splits=min(problem.num_splits, most))
+        if tuning.split_tokens:
+            blocks = -(-min(tuning.split_tokens, problem.capacity) // self.block_kv)
+            # Two or more, whatever the table's width: one is not rounded as parts are.
+            splits = max(2, -(-problem.capacity // (blocks * self.block_kv)))
             return dataclasses.replace(self, num_splits=splits, split_blocks=blocks)
-        if problem.plan and _launch.can_run_in_place():
-            return dataclasses.replace(self, num_splits=0, plan=problem.plan)
         if problem.visible_bound <= GRANULE:
             return self
         programs = problem.num_kv_heads * self._group_blocks(problem)
         if problem.num_seqs > 1 and _launch.can_run_in_place():
-            plan = PlanProblem(
+            own = PlanProblem(
                 problem.num_seqs,
                 problem.capacity,
                 problem.has_window,
                 choose_cuts(target.num_sms, problem.num_seqs, programs, problem.visible_bound),
                 GRANULE,
             )
-            return dataclasses.replace(self, num_splits=0, plan=plan)
+            return dataclasses.replace(self, num_splits=0, plan=problem.plan or own)
         # One program a multiprocessor: of 16, 24, 33 and 49 parts of one context of 131,072 tokens
         # on an H100 (8 KV heads, 132 multiprocessors) 16 were done first, in 182.8 us; 24, a wave
         # and a half, took 194.1.
         splits = target.num_sms // (problem.num_seqs * programs)
-        return self._equal_splits(problem, backend, max(1, splits))
+        return self._equal_splits(problem, tuning, max(1, splits))
 
-    def _equal_splits(self, problem, backend, most: int) -> "Launch":
+    def _equal_splits(self, problem, tuning, most: int) -> "Launch":
         """Cut every context in the same number of parts, for want of a plan or of need for one."""
         programs = problem.num_seqs * problem.num_kv_heads * self._group_blocks(problem)
         blocks = -(-problem.visible_bound // self.block_kv)
-        if backend.block_kv is None and blocks * programs < most * programs and self.block_kv > 64:
+        if tuning.block_kv is None and blocks * programs < most * programs and self.block_kv > 64:
             # Too little work for the whole machine: it is latency that counts, not bytes.
-            return dataclasses.replace(self, block_kv=64)._equal_splits(problem, backend, most)
+            return dataclasses.replace(self, block_kv=64)._equal_splits(problem, tuning, most)
         return dataclasses.replace(self, num_splits=min(most, blocks))
 
     def _group_blocks(self, problem: PageAttentionProblem) -> int:
@@ -191,6 +193,16 @@ class Launch:
             "BLOCK_PARTS": min(64, COMBINE_BLOCK // self._combine_dv(problem)),
             "BLOCK_DV": self._combine_dv(problem),
         }
+
+
+def block_group(group: int, value_head_dim: int) -> int:
+    """Return how many of a group's query heads one program takes.
+
+    A row of the product costs registers for its weighted values: 16 rows of 512 floats are 64
+    registers a thread on four warps. More than 64 rows spill whatever the width.
+    """
+    most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(_two_parts(value_head_dim)))))
+    return min(max(16, power_of_two(group)), most_rows)
 
 
 def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:

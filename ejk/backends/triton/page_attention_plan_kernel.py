@@ -28,7 +28,7 @@ def page_attention_plan_kernel(
     context_lens_ptr,  # int32 [num_seqs]
     sliding_window_ptr,  # int32 []
     # outputs
-    work_ptr,  # int32 [1 + num_seqs + max_cuts + max_splits, 4], see `PageAttentionPlan`
+    work_ptr,  # int32 [1 + num_seqs + max_cuts + max_splits, 4], see `PlanProblem`
     # sizes
     NUM_SEQS: tl.constexpr,
     CAPACITY: tl.constexpr,

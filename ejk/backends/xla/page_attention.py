@@ -1,8 +1,9 @@
 """`ejk.page_attention` as an XLA program: runs everything, anywhere.
 
 An online softmax over blocks of tokens, from the first block that any sequence sees to the last.
-Temporary memory is two blocks, of keys and of values: at most `BLOCK_BYTES` each in float32, or
-one page a sequence where that is more. It does not grow with the width of the table.
+Temporary memory is two blocks, of keys and of values, and the logits of a block: at most
+`BLOCK_BYTES` each of keys and values in float32, or one page a sequence where that is more. It does
+not grow with the width of the table.
 """
 
 import dataclasses
@@ -53,7 +54,8 @@ class XlaPageAttention(PageAttentionBackend):
 
     def run(self, problem, operands, platform):
         context = Context.of(problem, operands)
-        blocks = Blocks.of(problem, platform, self.block_kv)
+        block_bytes = BLOCK_BYTES.get(platform, BLOCK_BYTES_ELSEWHERE)
+        blocks = Blocks.of(problem, block_bytes, self.block_kv)
         out, lse = _attend(problem, operands, context, blocks)
         return (out, lse) if problem.return_lse else (out,)
 
@@ -82,12 +84,14 @@ class Blocks:
 
     @classmethod
     def of(
-        cls, problem: PageAttentionProblem, platform: str, tokens: int | None = None
+        cls, problem: PageAttentionProblem, block_bytes: int, tokens: int | None = None
     ) -> "Blocks":
         if tokens is None:
-            # All sequences' keys of one token, in the type that the products are taken in.
-            token_bytes = 4 * problem.num_seqs * problem.num_kv_heads * problem.head_dim
-            tokens = min(512, BLOCK_BYTES.get(platform, BLOCK_BYTES_ELSEWHERE) // token_bytes)
+            # All sequences' keys or values of one token, in the type of the products.
+            head_dim = max(problem.head_dim, problem.value_head_dim)
+            tokens = min(
+                512, block_bytes // (4 * problem.num_seqs * problem.num_kv_heads * head_dim)
+            )
         pages = min(max(tokens // problem.page_size, 1), problem.max_blocks)
         return cls(pages, pages * problem.page_size)
 

@@ -25,6 +25,9 @@ from ejk import _dispatch
 from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
 from ejk.backends.xla.page_attention import Blocks, Context, group_heads, logits, product
 
+# One size for all platforms: the backward pass does not know which it is lowered for.
+BLOCK_BYTES = 8 * 2**20
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def differentiable(
@@ -51,7 +54,7 @@ def _backward(problem, choice, residuals, cotangents):
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
     query = group_heads(problem, operands.query)
     context = Context.of(problem, operands)
-    blocks = Blocks.of(problem, jax.default_backend())
+    blocks = Blocks.of(problem, BLOCK_BYTES)
     tables = blocks.pad(operands.block_tables)
     begin, end = blocks.span(context)
 

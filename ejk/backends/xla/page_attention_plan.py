@@ -32,7 +32,7 @@ class XlaPlan(PlanBackend):
         granules = _ceil_div(length - first, problem.granule)
         # In two digits: the sum of all lengths may exceed 32 bits.
         cuts = max(problem.max_cuts, 1)
-        low, high = jnp.sum(granules % cuts), jnp.sum(granules // cuts)
+        low, high = _sum(granules % cuts), _sum(granules // cuts)
         high, low = high + low // cuts, low % cuts
         # Near 32 bits or past them: more than any one context has, which is all that counts.
         is_vast = jnp.sum(granules.astype(jnp.float32)) / cuts > VAST
@@ -47,13 +47,12 @@ class XlaPlan(PlanBackend):
         size = _ceil_div(granules, pieces)
         pieces = jnp.maximum(_ceil_div(granules, jnp.maximum(size, 1)), 1)
 
-        order = jnp.argsort(-size, stable=True)
-        seqs = order.astype(jnp.int32)
-        pieces, size, first, length = (x[order] for x in (pieces, size, first, length))
-        place = jnp.cumsum(pieces) - pieces
+        seqs = jnp.argsort(-size, stable=True).astype(jnp.int32)
+        pieces, size, first, length = (x[seqs] for x in (pieces, size, first, length))
+        place = jnp.cumsum(pieces, dtype=jnp.int32) - pieces
 
         slot = jnp.arange(problem.max_pieces, dtype=jnp.int32)
-        owner = jnp.searchsorted(place, slot, side="right", method="sort") - 1
+        owner = jnp.searchsorted(place, slot, side="right", method="sort").astype(jnp.int32) - 1
         piece = slot - place[owner]
         begin = first[owner] + piece * size[owner] * problem.granule
         end = jnp.minimum(begin + size[owner] * problem.granule, length[owner])
@@ -62,8 +61,12 @@ class XlaPlan(PlanBackend):
         split = jnp.flatnonzero(pieces > 1, size=problem.max_splits, fill_value=0)
         unused = jnp.zeros_like(seqs[split])
         splits = jnp.stack([seqs[split], place[split], pieces[split], unused], axis=1)
-        counts = jnp.stack([pieces.sum(), (pieces > 1).sum(), jnp.int32(0), jnp.int32(0)])
-        return (jnp.concatenate([counts[None].astype(jnp.int32), rows, splits]),)
+        counts = jnp.stack([_sum(pieces), _sum(pieces > 1), jnp.int32(0), jnp.int32(0)])
+        return (jnp.concatenate([counts[None], rows, splits]),)
+
+
+def _sum(x):
+    return jnp.sum(x, dtype=jnp.int32)
 
 
 def _ceil_div(a, b):
