@@ -212,9 +212,9 @@ TOO_MANY = f"must be at most {MAX_CAPACITY}: positions past the last token are 3
             f"its grid of {MAX_CAPACITY * 2} programs exceeds {2**31 - 1}",
         ),
         (
-            {"page_size": 16, "num_seqs": 2**10, "value_head_dim": 64},
-            {"num_splits": 2**21},
-            f"its grid of {2**31} programs exceeds {2**31 - 1}",
+            MOST | {"num_kv_heads": 256},
+            {"num_splits": 2**24},
+            f"its grid of {MAX_CAPACITY * 2} programs exceeds {2**31 - 1}",
         ),
     ],
     ids=str,
@@ -222,6 +222,13 @@ TOO_MANY = f"must be at most {MAX_CAPACITY}: positions past the last token are 3
 def test_what_32_bits_cannot_hold_is_refused(on_numpy, page, tuning, reason):
     with pytest.raises(ejk.UnsupportedError, match=re.escape(reason)):
         attend(*repeated_page(**page), window=300, **tuning)
+
+
+def test_splits_beyond_one_a_block_are_not_launched(on_numpy):
+    """More splits than blocks of the table weigh nothing: they cost no memory, and no bit."""
+    page = {"page_size": 16, "max_blocks": 40, "num_seqs": 3, "value_head_dim": 64}
+    many, few = (attend(*repeated_page(**page), num_splits=n) for n in (2**21, 2**4))
+    bits_equal(many, few)
 
 
 def test_more_programs_to_combine_than_a_grid_holds_are_refused(on_numpy):
