@@ -106,8 +106,7 @@ def _pallas_gpu(workload, arrays, query, _, layer):
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
     tables = jnp.maximum(layer_tables(workload, arrays, layer), 0)
-    # Of the configurations tried in the past, the one that was best over all workloads; its
-    # default of 16 splits is kept where the table allows it.
+    # Its default of 16 splits, where the table allows it.
     splits = next(n for n in (16, 8, 4, 2, 1) if tables.shape[1] % (8 * n) == 0 or n == 1)
     return paged_attention(
         query * jnp.bfloat16(workload.head_dim**-0.5),

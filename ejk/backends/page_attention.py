@@ -20,6 +20,12 @@ class Layout(NamedTuple):
     kv_heads: int
     slots: int
 
+    @property
+    def gathered(self) -> tuple[int, int, int, int]:
+        """Where sequences, KV heads, pages and slots are once a table has taken pages' place."""
+        kv_heads, slots = (axis + (axis > self.pages) for axis in (self.kv_heads, self.slots))
+        return self.pages, kv_heads, self.pages + 1, slots
+
 
 LAYOUTS: dict[str, Layout] = {
     "HND": Layout(pages=0, kv_heads=1, slots=2),

@@ -104,9 +104,8 @@ class Launch:
 
     def _equal_splits(self, problem, tuning, most: int) -> "Launch":
         """Cut every context in the same number of parts, for want of a plan or of need for one."""
-        programs = problem.num_seqs * problem.num_kv_heads * self._group_blocks(problem)
         blocks = -(-problem.visible_bound // self.block_kv)
-        if tuning.block_kv is None and blocks * programs < most * programs and self.block_kv > 64:
+        if tuning.block_kv is None and blocks < most and self.block_kv > 64:
             # Too little work for the whole machine: it is latency that counts, not bytes.
             return dataclasses.replace(self, block_kv=64)._equal_splits(problem, tuning, most)
         return dataclasses.replace(self, num_splits=min(most, blocks))

@@ -129,10 +129,7 @@ def _gather(problem, cache, pages, visible):
     """Read pages, with zeros for every slot that is not visible: it may hold NaN."""
     layout = problem.layout
     gathered = cache.at[(slice(None),) * layout.pages + (pages,)].get(mode="promise_in_bounds")
-    # The two axes of `pages` stand where the pool's page axis was.
-    batch, page = layout.pages, layout.pages + 1
-    kv_heads, slots = (a + (a > layout.pages) for a in (layout.kv_heads, layout.slots))
-    blocks = gathered.transpose(batch, kv_heads, page, slots, 4)
+    blocks = gathered.transpose(*layout.gathered, 4)
     blocks = blocks.reshape(*blocks.shape[:2], -1, blocks.shape[4])
     # [num_seqs, num_kv_heads, tokens, head_dim]
     return jnp.where(visible[:, None, :, None], blocks, jnp.zeros((), blocks.dtype))

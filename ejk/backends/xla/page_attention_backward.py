@@ -116,7 +116,8 @@ def _backward(problem, choice, residuals, cotangents):
         d_sinks = (jnp.exp(sinks - lse) / total * delta).sum(0)
         grads = grads._replace(sinks=d_sinks.reshape(problem.num_heads))
     grads = grads._replace(query=grads.query.reshape(operands.query.shape))
-    return (jax.tree.map(lambda d, x: d.astype(x.dtype), grads, _only(grads, operands)),)
+    as_given = (None if d is None else d.astype(x.dtype) for d, x in zip(grads, operands))
+    return (PageAttentionOperands(*as_given),)
 
 
 NOTHING = PageAttentionOperands(*(None for _ in PageAttentionOperands._fields))
@@ -130,18 +131,8 @@ def _scatter(problem, grad, pages, blocks):
     num_seqs, num_kv_heads, _, head_dim = blocks.shape
     blocks = blocks.astype(jnp.float32)
     blocks = blocks.reshape(num_seqs, num_kv_heads, -1, problem.page_size, head_dim)
-    batch, page = layout.pages, layout.pages + 1
-    kv_heads, slots = (a + (a > layout.pages) for a in (layout.kv_heads, layout.slots))
-    order = {batch: 0, page: 2, kv_heads: 1, slots: 3, 4: 4}
-    blocks = blocks.transpose(*(order[axis] for axis in range(5)))
+    blocks = jnp.moveaxis(blocks, (0, 1, 2, 3), layout.gathered)
     return grad.at[(slice(None),) * layout.pages + (pages,)].add(blocks, mode="promise_in_bounds")
-
-
-def _only(grads, operands):
-    """The operands that have a gradient, None for the others."""
-    return jax.tree.map(
-        lambda d, x: None if d is None else x, grads, operands, is_leaf=lambda x: x is None
-    )
 
 
 differentiable.defvjp(_forward, _backward)
