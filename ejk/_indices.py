@@ -1,10 +1,11 @@
-"""Integers from callers: lengths, page ids, slots."""
+"""Integers from callers: lengths, page ids, sizes."""
 
 import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def as_int32(x: Any, bound: int) -> jax.Array:
@@ -20,3 +21,12 @@ def as_int32(x: Any, bound: int) -> jax.Array:
         return jnp.asarray(x)
     limits = jnp.iinfo(x.dtype)
     return jnp.asarray(x.clip(max(limits.min, -1), min(limits.max, bound)).astype(jnp.int32))
+
+
+def static_int(name: str, value: Any, *, at_least: int) -> int:
+    """Return an argument that has to be known when a call is traced, or say what it must be."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}={value} must be an int")
+    if value < at_least:
+        raise ValueError(f"{name}={value} must be at least {at_least}")
+    return int(value)

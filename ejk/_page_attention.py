@@ -9,7 +9,7 @@ import numpy as np
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
-from ejk._indices import as_int32
+from ejk._indices import as_int32, static_int
 from ejk._typing import Cache, Lengths, PerHead, Query, Scalar, ScalarInt, Tables, typed
 from ejk.backends.page_attention import (
     LAYOUTS,
@@ -247,9 +247,9 @@ def _problem(
 
     bounds = [capacity]
     if max_context_len is not None:
-        bounds.append(_static_int("max_context_len", max_context_len, at_least=0))
+        bounds.append(static_int("max_context_len", max_context_len, at_least=0))
     if isinstance(sliding_window, (int, np.integer, np.ndarray)):
-        bounds.append(_static_int("sliding_window", sliding_window, at_least=1))
+        bounds.append(static_int("sliding_window", sliding_window, at_least=1))
     if isinstance(soft_cap, bool):
         raise TypeError(f"attn_logits_soft_cap={soft_cap} must be a number")
     if soft_cap is not None and not (0 < soft_cap < math.inf):
@@ -283,7 +283,7 @@ def _problem(
         has_sinks=sinks is not None,
         has_alibi=alibi_slopes is not None,
         return_lse=bool(return_lse),
-        num_splits=_static_int("num_splits", num_splits, at_least=0),
+        num_splits=static_int("num_splits", num_splits, at_least=0),
         plan=None if plan is None else plan.problem,
         visible_bound=max(1, min(bounds)),
     )
@@ -298,7 +298,7 @@ def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
                 "value_cache=None must come with value_head_dim: latent attention reads the "
                 "values from the first value_head_dim entries of the keys"
             )
-        width = _static_int("value_head_dim", value_head_dim, at_least=1)
+        width = static_int("value_head_dim", value_head_dim, at_least=1)
         if width > head_dim:
             _fail(f"value_head_dim={width} must be at most head_dim={head_dim}")
         return width
@@ -314,14 +314,6 @@ def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
     if value_cache.shape[3] < 1:
         _fail(f"value_cache.shape[3]={value_cache.shape[3]} must be at least 1")
     return value_cache.shape[3]
-
-
-def _static_int(name: str, value, *, at_least: int) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}={value} must be an int")
-    if value < at_least:
-        _fail(f"{name}={value} must be at least {at_least}")
-    return int(value)
 
 
 def _fail(message: str):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
-from ejk._indices import as_int32
+from ejk._indices import as_int32, static_int
 from ejk._page_attention import BACKENDS
 from ejk._typing import Lengths, ScalarInt, typed
 from ejk.backends.page_attention import PageAttentionProblem
@@ -94,11 +94,9 @@ def plan_page_attention(
         sliding_window=window_fact(sliding_window),
     )
     for field in dataclasses.fields(facts):
-        value, least = getattr(facts, field.name), int(field.name not in MAY_BE_0)
-        if isinstance(value, bool):
-            raise TypeError(f"{field.name}={value} must be an int")
-        if isinstance(value, int) and value < least:
-            raise ValueError(f"{field.name}={value} must be at least {least}")
+        value = getattr(facts, field.name)
+        if isinstance(value, int):
+            static_int(field.name, value, at_least=int(field.name not in MAY_BE_0))
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
     capacity = max_blocks * page_size
