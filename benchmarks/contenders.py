@@ -1,7 +1,7 @@
 """Who is timed: `ejk`, and what else decodes over a cache in JAX.
 
-A contender makes its own arrays in the layout it wants, all from the same draws, and one function
-`step(query, arrays, layer)` that every layer of a program calls.
+A contender reads arrays in the layout it wants, all from the same draws, with one function
+`step(workload, arrays, query, begun, tables)` that every layer of a program calls.
 """
 
 import dataclasses
@@ -27,16 +27,20 @@ class Contender:
         name: in results and tables.
         cache_layout: of the pool that it reads.
         begin: what is made once a program, given workload and arrays: a plan, or nothing.
-        step: one layer's attention.
+        step: one layer's attention, given what was begun and the layer's own block tables.
         can_run: says why it does not take a workload, or returns None.
+        contiguous: it reads one dense cache instead of pages.
+        one_layer: it takes no pool that holds more pages than one layer's.
+        most_bytes: of the pools that are made for it.
     """
 
     name: str
-    step: Callable[[Workload, Any, jax.Array, Any, int], jax.Array]
+    step: Callable[[Workload, Any, jax.Array, Any, jax.Array], jax.Array]
     cache_layout: str = "HND"
     begin: Callable[[Workload, Any], Any] = lambda workload, arrays: None
     can_run: Callable[[Workload], str | None] = lambda workload: None
     contiguous: bool = False
+    one_layer: bool = False
     most_bytes: int = 8 * 2**30
 
 
@@ -61,7 +65,7 @@ def _plan(backend, workload, arrays):
     )
 
 
-def _ejk(backend, workload, arrays, query, plan, layer):
+def _ejk(backend, workload, arrays, query, plan, tables):
     options = dict(workload.options)
     for name in ("sinks", "alibi_slopes"):
         if name in options:
@@ -71,7 +75,7 @@ def _ejk(backend, workload, arrays, query, plan, layer):
         arrays.key_cache,
         arrays.value_cache,
         arrays.context_lens,
-        layer_tables(workload, arrays, layer),
+        tables,
         plan=plan,
         backend=backend,
         **options,
@@ -85,9 +89,9 @@ def ejk_contender(name: str, backend: Any) -> Contender:
     )
 
 
-def _gather(workload, arrays, query, _, layer):
+def _gather(workload, arrays, query, _, tables):
     """Gather every page, einsum, softmax: what one writes without a kernel."""
-    w, tables = workload, jnp.maximum(layer_tables(workload, arrays, layer), 0)
+    w, tables = workload, jnp.maximum(tables, 0)
     keys, values = (
         pool[tables].transpose(0, 2, 1, 3, 4).reshape(w.num_seqs, w.num_kv_heads, -1, w.head_dim)
         for pool in (arrays.key_cache, arrays.value_cache)
@@ -100,12 +104,12 @@ def _gather(workload, arrays, query, _, layer):
     return jnp.einsum("skgt,sktd->skgd", weights, values).reshape(query.shape)
 
 
-def _pallas_gpu(workload, arrays, query, _, layer):
+def _pallas_gpu(workload, arrays, query, _, tables):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
-    tables = jnp.maximum(layer_tables(workload, arrays, layer), 0)
+    tables = jnp.maximum(tables, 0)
     # Its default of 16 splits, where the table allows it.
     splits = next(n for n in (16, 8, 4, 2, 1) if tables.shape[1] % (8 * n) == 0 or n == 1)
     return paged_attention(
@@ -119,10 +123,10 @@ def _pallas_gpu(workload, arrays, query, _, layer):
     )
 
 
-def _cudnn_paged(workload, arrays, query, _, layer):
+def _cudnn_paged(workload, arrays, query, _, tables):
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, paged_attention
 
-    tables = jnp.maximum(arrays.block_tables, 0)[:, None, :, None]
+    tables = jnp.maximum(tables, 0)[:, None, :, None]
     one = jnp.ones((workload.num_seqs,), jnp.int32)
     out = paged_attention(
         query[:, :, None],
@@ -145,7 +149,7 @@ def _cudnn_paged_refusal(workload):
     return "head dimension above 128" if workload.head_dim > 128 else None
 
 
-def _cudnn_dense(workload, arrays, query, _, layer):
+def _cudnn_dense(workload, arrays, query, _, tables):
     out = jax.nn.dot_product_attention(
         query[:, None],
         arrays.key_cache,
@@ -164,15 +168,17 @@ def contenders() -> list[Contender]:
         ejk_contender("ejk xla", "xla"),
         Contender("gather and einsum", _gather),
         Contender("Pallas GPU paged_attention", _pallas_gpu, cache_layout="KV_HEADS_FIRST"),
-        Contender("cuDNN paged (private)", _cudnn_paged, can_run=_cudnn_paged_refusal),
-        Contender("cuDNN dense, contiguous cache", _cudnn_dense, contiguous=True),
+        Contender(
+            "cuDNN paged (private)", _cudnn_paged, can_run=_cudnn_paged_refusal, one_layer=True
+        ),
+        Contender("cuDNN dense, contiguous cache", _cudnn_dense, contiguous=True, one_layer=True),
     ]
     if importlib.util.find_spec("ejkernel"):
         found.append(Contender("ejkernel", _ejkernel))
     return found
 
 
-def _ejkernel(workload, arrays, query, _, layer):
+def _ejkernel(workload, arrays, query, _, tables):
     from ejkernel.modules.operations import page_attention
 
     return page_attention(
@@ -180,7 +186,7 @@ def _ejkernel(workload, arrays, query, _, layer):
         arrays.key_cache,
         arrays.value_cache,
         arrays.context_lens,
-        jnp.maximum(layer_tables(workload, arrays, layer), 0),
+        jnp.maximum(tables, 0),
         attn_scale=workload.head_dim**-0.5,
         max_context_len=workload.max_context_len,
         platform="triton",

@@ -5,10 +5,11 @@
     python benchmarks/decode.py --suite shapes             shapes that nobody tunes for
     python benchmarks/decode.py --suite options            every option against the plain call
 
-Device time is the sum of all kernels of a program of eight chained calls, over eight, from CUPTI
-through `jax.profiler`: the median of five runs. A plan is made once a program and timed apart. The
-wall time a layer is that of a program of 32 chained layers, its query donated, over one pool that
-holds as many layers as fit, fifty programs queued without waiting.
+Device time is how long the device was busy with a program of eight chained calls, over eight, from
+CUPTI through `jax.profiler`: the mean of five runs. What a step makes once for all its layers, the
+plan and each layer's block tables, is not in it; the plan is timed apart. The wall time a layer is
+that of a program of 32 chained layers with all of that inside, its query donated, over one pool
+that holds as many layers as fit, twenty or fifty programs queued without waiting.
 """
 
 import argparse
@@ -36,7 +37,7 @@ TOLERANCE = 2e-2  # of the largest value, in bfloat16; what is timed must first 
 def measure(workload, contender, ceiling_gb_per_s: float) -> dict:
     """Check, then time one contender on one workload."""
     layers = 1
-    if not contender.contiguous and "cuDNN" not in contender.name:
+    if not contender.one_layer:
         most = contender.most_bytes // workload.pool_bytes
         layers = max(1, min(LAYERS if workload.pool_bytes > 2**24 else 2 * LAYERS, most))
     if contender.contiguous:
@@ -44,29 +45,35 @@ def measure(workload, contender, ceiling_gb_per_s: float) -> dict:
     else:
         arrays = workloads.arrays(workload, layers, contender.cache_layout)
 
+    def tables_of_layer(arrays, layer):
+        return contenders.layer_tables(workload, arrays, layer % layers)
+
     def program(calls):
-        def run(query, *rest):
+        def run(query, rest, tables=None):
             given = workloads.Arrays(query, *rest)
             begun = contender.begin(workload, given)
             for layer in range(calls):
-                query = contender.step(workload, given, query, begun, layer % layers)
+                own = tables_of_layer(given, layer) if tables is None else tables[layer]
+                query = contender.step(workload, given, query, begun, own)
             return query
 
         return run
 
     error = check(workload, contender, arrays, program(1))
+    query, *rest = arrays
     run = jax.jit(program(CALLS))
-    kernels = timing.kernel_times(lambda: run(*arrays))
-    plan_us = [us for name, times in kernels.items() if "plan" in name for us in times]
-    all_us = sum(map(sum, kernels.values())) - sum(plan_us)
-    device_us = all_us / timing.REPEATS / CALLS
+    tables = [tables_of_layer(arrays, layer) for layer in range(CALLS)]
+    found = timing.kernels(lambda: run(query, rest, tables))
+    plans = [kernel for kernel in found if "plan" in kernel.name]
+    plan_us = [kernel.end_us - kernel.begin_us for kernel in plans]
+    device_us = timing.busy_us(k for k in found if k not in plans) / timing.REPEATS / CALLS
 
     stack = jax.jit(program(LAYERS), donate_argnums=0)
-    query = jnp.array(arrays.query)
+    query = jnp.array(query)
 
     def step():
         nonlocal query
-        query = stack(query, *arrays[1:])
+        query = stack(query, rest)
         return query
 
     wall_us = timing.wall_time(step, repeats=20 if workload.kv_bytes > 2**28 else 50) / LAYERS
@@ -83,7 +90,7 @@ def measure(workload, contender, ceiling_gb_per_s: float) -> dict:
 
 def check(workload, contender, arrays, program) -> float:
     """Compare a few sequences with float32 products over gathered keys and values."""
-    out = np.asarray(jax.jit(program)(*arrays), np.float32)
+    out = np.asarray(jax.jit(program)(arrays[0], arrays[1:]), np.float32)
     options = {k: v for k, v in workload.options if k != "return_lse"}
     if options or contender.contiguous:
         return float("nan")  # the tests check options; a dense cache has no pages to gather

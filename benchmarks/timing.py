@@ -1,20 +1,28 @@
 """Device time from the profiler (CUPTI), and wall time a layer."""
 
-import collections
 import glob
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 
 REPEATS = 5
 
 
-def kernel_times(run: Callable[[], Any], repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Run `run` under the profiler; return every kernel's device times in microseconds.
+class Kernel(NamedTuple):
+    """One run of a kernel on the device."""
+
+    name: str
+    begin_us: float
+    end_us: float
+
+
+def kernels(run: Callable[[], Any], repeats: int = REPEATS) -> list[Kernel]:
+    """Run `run` under the profiler; return every kernel that the device ran, in order.
 
     The first run, untimed, compiles and warms up.
     """
@@ -24,18 +32,26 @@ def kernel_times(run: Callable[[], Any], repeats: int = REPEATS) -> dict[str, li
             for _ in range(repeats):
                 jax.block_until_ready(run())
         [path] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        times = collections.defaultdict(list)
-        for plane in jax.profiler.ProfileData.from_file(path).planes:
-            if not plane.name.startswith("/device:GPU"):
-                continue
-            for line in plane.lines:
-                if not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    times[event.name].append(event.duration_ns / 1e3)
-    if not times:
+        found = [
+            Kernel(event.name, event.start_ns / 1e3, (event.start_ns + event.duration_ns) / 1e3)
+            for plane in jax.profiler.ProfileData.from_file(path).planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    if not found:
         raise RuntimeError("the profiler saw no kernel: is this a CUDA device with CUPTI?")
-    return dict(times)
+    return sorted(found, key=lambda kernel: kernel.begin_us)
+
+
+def busy_us(found: Iterable[Kernel]) -> float:
+    """Return how long at least one of the kernels, which are in order, was running."""
+    busy, until = 0.0, -math.inf
+    for kernel in found:
+        busy += max(0.0, kernel.end_us - max(kernel.begin_us, until))
+        until = max(until, kernel.end_us)
+    return busy
 
 
 def wall_time(run: Callable[[], Any], repeats: int = 20, rounds: int = 5) -> float:

@@ -114,7 +114,12 @@ def gradients(function, floats: dict, cotangents):
 
 
 def check(case: Case, entry):
-    """Compare, by operand and in max-norm: twice plain autodiff's error and a few roundings."""
+    """Compare, by operand and in max-norm: twice plain autodiff's error and a few roundings.
+
+    As for outputs, a float32 gradient may be off by 2e-6 of its largest entry in any case: the
+    plain program's products are summed in another order on every platform, and now and then in
+    one that happens to be exact.
+    """
     rng = np.random.default_rng(7)
     rows = (len(case.context_lens), case.shape.num_heads)
     cotangents = (
@@ -141,7 +146,7 @@ def check(case: Case, entry):
     for name, term in terms.items():
         axes = SUMMED.get(name, ())
         expected = term.sum(axes)
-        roundings = 4 * eps * np.abs(expected).max()
+        roundings = max(4 * eps, 2e-6) * np.abs(expected).max()
         if axes:  # many terms that cancel: one rounding of each
             roundings += eps * np.abs(term).sum(axes).max()
         assert np.isfinite(grads[name]).all(), f"the gradient of {name} must be finite"

@@ -12,7 +12,11 @@ from ejk.backends.triton.page_attention import TritonPageAttention
 from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
 from ejk.backends.triton.page_attention_kernel import page_attention_kernel
 from ejk.backends.triton.page_attention_launch import Launch
-from ejk.backends.triton.page_attention_plan import plan_constants
+from ejk.backends.triton.page_attention_plan import (
+    BLOCKS_OF_FEW,
+    BLOCKS_OF_MANY,
+    plan_constants,
+)
 from ejk.backends.triton.page_attention_plan_kernel import page_attention_plan_kernel
 
 LLAMA = PageAttentionProblem(
@@ -130,10 +134,13 @@ def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, var
     assert program.shared_bytes <= launch.shared_memory(problem, gpu)
     assert launch.shared_memory(problem, gpu) <= offline.SHARED_MEMORY_BYTES[target]
     assert program.matrix_products > 0
-    # Keys and values of a block, each thread 16 bytes at a time, in the prologue's two loads and
-    # the loop's one: a stride of unknown divisibility would make these 2 or 4 bytes wide.
+    # Keys and values of a block, each thread 16 bytes at a time, in the prologue's loads, one less
+    # than there are stages, and the loop's: a stride of unknown divisibility would make these 2 or
+    # 4 bytes wide.
     block_bytes = launch.block_kv * (problem.head_dim + problem.value_head_dim) * 2
-    assert program.async_copies == {16: 3 * block_bytes // (launch.num_warps * 32 * 16)}
+    assert program.async_copies == {
+        16: launch.num_stages * block_bytes // (launch.num_warps * 32 * 16)
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -156,15 +163,18 @@ def test_wide_variants_fit(target, variant):
     assert launch.shared_memory(problem, gpu) <= offline.SHARED_MEMORY_BYTES[target]
 
 
+@pytest.mark.parametrize("blocks", [BLOCKS_OF_FEW, BLOCKS_OF_MANY])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
-def test_planning_does_not_spill(target):
+def test_planning_does_not_spill(target, blocks):
     launch, *_ = compile_for(target, {"num_seqs": 256})
     assert launch.plan is not None
+    block_seqs, block_others, num_warps = blocks
     program = offline.compile_cuda(
         page_attention_plan_kernel,
         {"context_lens_ptr": "int32", "sliding_window_ptr": "int32", "work_ptr": "int32"},
-        plan_constants(launch.plan),
+        plan_constants(launch.plan, block_seqs, block_others),
         target,
+        num_warps=num_warps,
         num_stages=1,
     )
     assert program.spill_store_bytes == 0

@@ -1,11 +1,13 @@
 """The real call lowers for CUDA on a machine that has no GPU."""
 
+import functools
 import importlib
 import re
 import subprocess
 import sys
 import threading
 import typing
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,28 @@ def custom_calls(text):
     """Returns the target, operand types and result types of each custom call."""
     pattern = r"custom_call @(\w+)\(.*?\).*? : \(([^)]*)\) -> \(?(.*?)\)?$"
     return re.findall(pattern, text, re.MULTILINE)
+
+
+def carried(text):
+    """Returns what each custom call carries for jaxlib, unpacked."""
+    packed = re.findall(r'opaque = "(.*?)"[,}]', text)
+    escape = re.compile(rb"\\(\\|[0-9A-F]{2})")
+
+    def meant(found):
+        return b"\\" if found[1] == b"\\" else bytes([int(found[1], 16)])
+
+    return [zlib.decompress(escape.sub(meant, one.encode())) for one in packed]
+
+
+def test_our_kernels_carry_no_more_than_is_run(monkeypatch):
+    """XLA handles what a call carries in every run, so line numbers would cost time."""
+    if not _launch.can_run_in_place():
+        pytest.skip("the 0.3 line of jax-triton carries it all")
+    [whole] = carried(lower(scale, X, IDS))
+    assert b"scale_kernel" in whole and b".loc" in whole and b"tt.func" in whole
+    monkeypatch.setattr(scale_kernel, "__module__", "ejk.backends.triton.some_kernel")
+    [lean] = carried(lower(functools.partial(scale, by=3), X, IDS))
+    assert b"scale_kernel" in lean and b".loc" not in lean and b"tt.func" not in lean
 
 
 def test_operands_come_before_results_and_the_absent_input_has_a_stand_in():

@@ -11,6 +11,7 @@ from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target
+from ejk.backends.triton.page_attention_tuned import TUNED, Blocks, Cell
 
 COMBINE_BLOCK = 8192  # entries of parts that a program of the combination holds
 GRANULE = 128  # tokens; planned pieces are whole multiples
@@ -20,6 +21,9 @@ PIECES_PER_SM = 2.5
 # A batch that fills the machine twice is not cut where no context exceeds so many tokens: the
 # longest is done long before the rest, and there is nothing to combine, which saves 1.7 us.
 WHOLE_TOKENS = 4096
+# Tokens and pipeline stages, best first, of which the first is taken that leaves no room for a
+# second program on a multiprocessor.
+ALONE = ((128, 3), (128, 4), (256, 3), (128, 5), (64, 3), (64, 4), (32, 3), (32, 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Tuning:
     num_warps: int | None = None
     num_stages: int | None = None
     split_tokens: int | None = None
+
+    def blocks(self) -> dict[str, int]:
+        """Return what is fixed of `Blocks`."""
+        given = {field: getattr(self, field) for field in Blocks._fields}
+        return {field: value for field, value in given.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +61,32 @@ class Launch:
     plan: PlanProblem | None = None
 
     @classmethod
-    def of(cls, problem: PageAttentionProblem, tuning: Tuning, target: Target) -> "Launch":
-        block_d, block_dv = _two_parts(problem.head_dim), _two_parts(problem.value_head_dim)
-        # float32 products are taken on the ordinary cores, their operands in registers.
-        wide = sum(block_dv) > 256 or problem.dtype == jnp.float32
+    def of(
+        cls,
+        problem: PageAttentionProblem,
+        tuning: Tuning,
+        target: Target,
+        tuned: dict[Cell, Blocks] = TUNED,
+    ) -> "Launch":
+        rows = block_group(problem.group, problem.value_head_dim)
         launch = cls(
-            block_group=block_group(problem.group, problem.value_head_dim),
-            block_kv=tuning.block_kv or 128,
-            block_d=block_d,
-            block_dv=block_dv,
-            num_warps=tuning.num_warps or (8 if wide else 4),
-            num_stages=tuning.num_stages or 3,
+            block_group=rows,
+            block_kv=0,
+            block_d=_two_parts(problem.head_dim),
+            block_dv=_two_parts(problem.value_head_dim),
+            num_warps=0,
+            num_stages=0,
             num_splits=1,
         )
+        large = _is_large(problem, tuning, target, rows)
+        cell = Cell(
+            target.compute_capability, problem.dtype.itemsize, problem.head_dim, rows, large
+        )
+        if problem.head_dim == problem.value_head_dim and cell in tuned:
+            blocks = tuned[cell]
+        else:
+            blocks = launch._heuristic(problem, target, large)
+        launch = launch._with(blocks._replace(**tuning.blocks()))
         while launch.shared_memory(problem, target) > target.shared_memory:
             if tuning.block_kv is None and launch.block_kv > 16:
                 launch = dataclasses.replace(launch, block_kv=launch.block_kv // 2)
@@ -73,6 +95,28 @@ class Launch:
             else:
                 break  # what was asked for does not fit: `limits` says so
         return launch._cut(problem, tuning, target)
+
+    def _with(self, blocks: Blocks) -> "Launch":
+        return dataclasses.replace(self, **blocks._asdict())
+
+    def _heuristic(self, problem: PageAttentionProblem, target: Target, large: bool) -> Blocks:
+        """Return what was best nearly wherever we measured: shared memory may yet shrink it."""
+        wide = sum(self.block_dv)
+        is_float32 = problem.dtype == jnp.float32  # taken on the ordinary cores, from registers
+        if not large:  # It is latency that counts, not bytes.
+            num_warps = 8 if wide > (128 if is_float32 else 256) else 4
+            return Blocks(64 if self.block_group == 16 else 32, num_warps, 3 if is_float32 else 2)
+        num_warps = 8 if wide > 256 or is_float32 else 4
+        # One program a multiprocessor: what is left of the work then goes to whoever is done.
+        # With three at once, contexts of very different length took 172 us instead of 135 on an
+        # H100 (head dimension 64).
+        for block_kv, num_stages in ALONE:
+            blocks = Blocks(block_kv, num_warps, num_stages)
+            launch = self._with(blocks)
+            if launch.shared_memory(problem, target) <= target.shared_memory:
+                if 2 * launch._streamed(problem) > target.shared_memory:
+                    return blocks
+        return Blocks(128, num_warps, 3)
 
     def _cut(self, problem, tuning, target) -> "Launch":
         """Choose how the contexts are cut."""
@@ -100,15 +144,8 @@ class Launch:
         # on an H100 (8 KV heads, 132 multiprocessors) 16 were done first, in 182.8 us; 24, a wave
         # and a half, took 194.1.
         splits = target.num_sms // (problem.num_seqs * programs)
-        return self._equal_splits(problem, tuning, max(1, splits))
-
-    def _equal_splits(self, problem, tuning, most: int) -> "Launch":
-        """Cut every context in the same number of parts, for want of a plan or of need for one."""
         blocks = -(-problem.visible_bound // self.block_kv)
-        if tuning.block_kv is None and blocks < most and self.block_kv > 64:
-            # Too little work for the whole machine: it is latency that counts, not bytes.
-            return dataclasses.replace(self, block_kv=64)._equal_splits(problem, tuning, most)
-        return dataclasses.replace(self, num_splits=min(most, blocks))
+        return dataclasses.replace(self, num_splits=max(1, min(splits, blocks)))
 
     def _group_blocks(self, problem: PageAttentionProblem) -> int:
         return -(-problem.group // self.block_group)
@@ -144,12 +181,17 @@ class Launch:
 
     def shared_memory(self, problem: PageAttentionProblem, target: Target) -> int:
         """Bound the shared memory of a program, in bytes."""
-        k_block, v_block = (self.block_kv * sum(width) for width in (self.block_d, self.block_dv))
-        buffers = self.num_stages - 1
-        streamed = buffers * (k_block + v_block) if buffers else max(k_block, v_block)
         queries = self.block_group * sum(self.block_d) if target.stages_queries else 0
         weights = self.block_group * self.block_kv
-        return problem.dtype.itemsize * (streamed + queries + weights) + 4 * weights
+        held = problem.dtype.itemsize * (queries + weights) + 4 * weights
+        return self._streamed(problem) + held
+
+    def _streamed(self, problem: PageAttentionProblem) -> int:
+        """Return the bytes of shared memory that keys and values stream through."""
+        k_block, v_block = (self.block_kv * sum(width) for width in (self.block_d, self.block_dv))
+        buffers = self.num_stages - 1
+        elements = buffers * (k_block + v_block) if buffers else max(k_block, v_block)
+        return problem.dtype.itemsize * elements
 
     def constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
         k_strides = _strides(problem, problem.head_dim)
@@ -204,6 +246,17 @@ def block_group(group: int, value_head_dim: int) -> int:
     return min(max(16, power_of_two(group)), most_rows)
 
 
+def _is_large(problem: PageAttentionProblem, tuning: Tuning, target: Target, rows: int) -> bool:
+    """Say whether there is a block of 128 tokens for every multiprocessor.
+
+    Where the bits of a result must not depend on the batch, the answer does not either.
+    """
+    if problem.num_splits or tuning.split_tokens:
+        return True
+    programs = problem.num_seqs * problem.num_kv_heads * -(-problem.group // rows)
+    return programs * -(-problem.visible_bound // 128) >= target.num_sms
+
+
 def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:
     """Return in how many pieces a planned batch is cut: as few as keep the machine busy.
 
@@ -231,11 +284,14 @@ def _strides(problem: PageAttentionProblem, head_dim: int) -> dict[str, int]:
 
 
 def _two_parts(head_dim: int) -> tuple[int, int]:
-    """Cover `head_dim` with a power of two, or two where that pads less: 576 is 512 + 64."""
+    """Cover `head_dim` with a power of two, or with two where that pads less: 576 is 512 + 64.
+
+    Up to 128 one is better although it pads more: 80 as 128 took 150 us for ragged contexts on an
+    H100, as 64 + 16 it took 187.
+    """
     whole = max(16, power_of_two(head_dim))
-    main = whole // 2
-    rest = max(16, power_of_two(head_dim - main))
-    return (main, rest) if main >= 16 and main + rest < whole else (whole, 0)
+    rest = max(16, power_of_two(head_dim - whole // 2))
+    return (whole // 2, rest) if whole > 128 and rest < whole // 2 else (whole, 0)
 
 
 def power_of_two(at_least: int) -> int:

@@ -1,0 +1,44 @@
+"""Blocks that were measured to beat the heuristic of `page_attention_launch.py`: data only.
+
+Written by `benchmarks/tune.py --table` from `benchmarks/results/tune_*.jsonl`: each entry gains at
+least 1 % on the devices named above it, as the geometric mean over its batches. What is not here
+is served by the heuristic.
+"""
+
+from typing import NamedTuple
+
+
+class Blocks(NamedTuple):
+    """What a program of the attention kernel takes at a time, and how it runs."""
+
+    block_kv: int  # tokens
+    num_warps: int
+    num_stages: int
+
+
+class Cell(NamedTuple):
+    """What the choice of blocks may follow from."""
+
+    compute_capability: int | None
+    itemsize: int  # bytes of an element of queries, keys and values
+    head_dim: int  # of keys and of values
+    rows: int  # of the product: query heads of a group, padded
+    large: bool  # the call fills the GPU
+
+
+TUNED: dict[Cell, Blocks] = {
+    # NVIDIA H100 80GB HBM3: 4.7 for 4.7 us
+    Cell(90, 2, 64, 32, False): Blocks(32, 4, 3),
+    # NVIDIA H100 80GB HBM3: 4.8 for 4.9 us
+    Cell(90, 2, 64, 64, False): Blocks(32, 4, 3),
+    # NVIDIA H100 80GB HBM3: 6.0 for 6.1 us
+    Cell(90, 2, 192, 32, False): Blocks(32, 4, 3),
+    # NVIDIA H100 80GB HBM3: 7.0 for 7.1 us
+    Cell(90, 2, 256, 16, False): Blocks(32, 4, 4),
+    # NVIDIA H100 80GB HBM3: 204.1 for 206.9 us
+    Cell(90, 2, 512, 16, True): Blocks(32, 4, 3),
+    # NVIDIA H100 80GB HBM3: 602.8 for 918.3 us
+    Cell(90, 4, 128, 16, True): Blocks(64, 4, 3),
+    # NVIDIA H100 80GB HBM3: 27.8 for 29.1 us
+    Cell(90, 4, 256, 16, False): Blocks(16, 4, 3),
+}
