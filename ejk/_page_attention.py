@@ -16,6 +16,7 @@ from ejk.backends.page_attention import (
     CacheLayout,
     PageAttentionOperands,
     PageAttentionProblem,
+    layout_of,
 )
 from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts, window_fact
 from ejk.backends.pallas.page_attention import PallasPageAttention
@@ -95,9 +96,11 @@ def page_attention(
 
     Args:
         query: one token a sequence, at position `n - 1`. float32, bfloat16 or float16.
-        key_cache: the pool of pages in the query's dtype, its axes as `cache_layout` says.
-        value_cache: the same; its last axis may differ and is then the output's. None for latent
-            attention: the values are the first `value_head_dim` entries of the keys.
+        key_cache: the pool of pages in the query's dtype, its axes as `cache_layout` says. With
+            one more axis, of 2, right after that of the pages, it holds the keys and the values.
+        value_cache: the same; its last axis may differ and is then the output's. None for such
+            fused pools, and for latent attention: there the values are the first
+            `value_head_dim` entries of the keys.
         context_lens: tokens of each sequence, the current one included. Any integer dtype.
         block_tables: the page that holds tokens `[p * page_size, (p + 1) * page_size)`. Any
             integer dtype. Entries that no visible token needs may be anything.
@@ -109,7 +112,8 @@ def page_attention(
             sequence has the same bits whatever else is in the batch.
         cache_layout: `"HND"` `[num_pages, num_kv_heads, page_size, head_dim]`, `"NHD"`
             `[num_pages, page_size, num_kv_heads, head_dim]` or `"KV_HEADS_FIRST"`
-            `[num_kv_heads, num_pages, page_size, head_dim]`. Read in place, never transposed.
+            `[num_kv_heads, num_pages, page_size, head_dim]`; of fused pools `[num_pages, 2, ...]`
+            and `[num_kv_heads, num_pages, 2, ...]`. Read in place, never transposed.
         sliding_window: only the last so many positions are visible, the current one included. At
             least 1. May be traced: one that exceeds every length is no window.
         attn_logits_soft_cap: above 0.
@@ -201,9 +205,11 @@ def _problem(
     """Check the arguments and collect the static facts of the call."""
     if cache_layout not in LAYOUTS:
         _fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
-    layout = LAYOUTS[cache_layout]
+    layout = layout_of(key_cache, cache_layout)
     num_seqs, num_heads, head_dim = query.shape
-    num_pages, num_kv_heads, page_size = (key_cache.shape[axis] for axis in layout)
+    num_pages, num_kv_heads, page_size = (
+        key_cache.shape[axis] for axis in (layout.pages, layout.kv_heads, layout.slots)
+    )
     capacity = block_tables.shape[1] * page_size
 
     if query.dtype.name not in DTYPES:
@@ -212,6 +218,11 @@ def _problem(
         _fail(
             f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}; "
             "quantised caches are not supported yet"
+        )
+    if layout.halves is not None and key_cache.shape[layout.halves] != 2:
+        _fail(
+            f"key_cache.shape[{layout.halves}]={key_cache.shape[layout.halves]} must be 2, keys "
+            f"and values (key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
         )
     for name, size in (
         ("num_heads", num_heads),
@@ -226,8 +237,11 @@ def _problem(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
             f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
         )
-    if key_cache.shape[3] != head_dim:
-        _fail(f"key_cache.shape[3]={key_cache.shape[3]} must be the query's head_dim={head_dim}")
+    if key_cache.shape[-1] != head_dim:
+        _fail(
+            f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the query's "
+            f"head_dim={head_dim}"
+        )
     if context_lens.shape[0] != num_seqs:
         _fail(f"context_lens.shape[0]={context_lens.shape[0]} must be num_seqs={num_seqs}")
     if block_tables.shape[0] != num_seqs:
@@ -277,7 +291,8 @@ def _problem(
         max_blocks=block_tables.shape[1],
         dtype=query.dtype,
         cache_layout=cache_layout,
-        latent=value_cache is None,
+        fused=key_cache.ndim == 5,
+        latent=key_cache.ndim == 4 and value_cache is None,
         has_window=sliding_window is not None,
         soft_cap=None if soft_cap is None else float(soft_cap),
         has_sinks=sinks is not None,
@@ -290,13 +305,21 @@ def _problem(
 
 
 def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
-    """Check the values, or the request to read them out of the keys, and return their width."""
-    head_dim = key_cache.shape[3]
+    """Check the values, or where else they are to be read, and return their width."""
+    head_dim = key_cache.shape[-1]
+    if key_cache.ndim == 5:
+        fused = "with a key_cache of five axes, which holds keys and values"
+        if value_cache is not None:
+            _fail(f"value_cache{list(value_cache.shape)} must be None {fused}")
+        if value_head_dim is not None:
+            _fail(f"value_head_dim={value_head_dim} must be None {fused}")
+        return head_dim
     if value_cache is None:
         if value_head_dim is None:
             _fail(
-                "value_cache=None must come with value_head_dim: latent attention reads the "
-                "values from the first value_head_dim entries of the keys"
+                "value_cache=None must come with value_head_dim, for latent attention: the values "
+                "are then the first value_head_dim entries of the keys. Or with a key_cache of "
+                "five axes that holds keys and values"
             )
         width = static_int("value_head_dim", value_head_dim, at_least=1)
         if width > head_dim:
@@ -306,14 +329,14 @@ def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
         _fail(f"value_head_dim={value_head_dim} must be None where a value_cache is given")
     if value_cache.dtype != key_cache.dtype:
         _fail(f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}")
-    if value_cache.shape[:3] != key_cache.shape[:3]:
+    if value_cache.shape[:-1] != key_cache.shape[:-1]:
         _fail(
             f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} "
             "but for the last axis"
         )
-    if value_cache.shape[3] < 1:
-        _fail(f"value_cache.shape[3]={value_cache.shape[3]} must be at least 1")
-    return value_cache.shape[3]
+    if value_cache.shape[-1] < 1:
+        _fail(f"value_cache.shape[3]={value_cache.shape[-1]} must be at least 1")
+    return value_cache.shape[-1]
 
 
 def _fail(message: str):

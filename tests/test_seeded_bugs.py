@@ -74,8 +74,8 @@ attend, gather, logits, product = (
 )  # fmt: skip
 
 
-def unselected_gather(problem, cache, pages, visible):
-    return gather(problem, cache, pages, jnp.ones_like(visible))
+def unselected_gather(problem, pool, pages, half, visible):
+    return gather(problem, pool, pages, half, jnp.ones_like(visible))
 
 
 def interleaved_heads(problem, x):
@@ -189,13 +189,13 @@ FORWARD = {
 }  # fmt: skip
 
 
-def overwriting_scatter(problem, grad, pages, blocks):
-    return None if grad is None else scatter(problem, jnp.zeros_like(grad), pages, blocks)
+def overwriting_scatter(problem, grad, pages, half, blocks):
+    return scatter(problem, jnp.zeros_like(grad), pages, half, blocks)
 
 
-def scatter_of_first_readers(problem, grad, pages, blocks):
+def scatter_of_first_readers(problem, grad, pages, half, blocks):
     """The first page, which all sequences share, counts for the first of them alone."""
-    return scatter(problem, grad, pages, blocks.at[1:, :, : problem.page_size].set(0))
+    return scatter(problem, grad, pages, half, blocks.at[1:, :, : problem.page_size].set(0))
 
 
 def no_slope_gradient(problem, operands, *rest):

@@ -26,6 +26,7 @@ LLAMA = PageAttentionProblem(
     max_blocks=256,
     dtype=jnp.dtype("bfloat16"),
     cache_layout="NHD",
+    fused=False,
     latent=False,
     has_window=False,
     soft_cap=None,
