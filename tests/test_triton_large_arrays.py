@@ -16,7 +16,7 @@ import pytest
 from test_page_attention import bits_equal
 
 import ejk
-from ejk._page_attention import _problem
+from ejk._page_attention_problem import problem_of
 from ejk.backends.page_attention import PageAttentionOperands
 from ejk.backends.triton import _interpret, _launch, page_attention_kernel
 from ejk.backends.triton.page_attention import MAX_CAPACITY
@@ -52,7 +52,7 @@ def on_numpy(monkeypatch):
 def attend(query, keys, values, lens, tables, layout="HND", *, window=None, num_splits=1, **tuning):
     """Run the adapter and the kernels on NumPy arrays."""
     backend = ejk.TritonPageAttention(interpret=True, **tuning)
-    problem = _problem(
+    problem = problem_of(
         query, keys, values, lens, tables, max_context_len=None, num_splits=num_splits,
         cache_layout=layout, sliding_window=window, soft_cap=None, sinks=None, alibi_slopes=None,
         value_head_dim=None, plan=None, return_lse=True,
