@@ -54,6 +54,7 @@ VARIANTS = {
         "num_kv_heads": 3,
     },
     "float16": {"dtype": jnp.dtype("float16")},
+    "fused pools": {"fused": True},
     "one pass": {"num_splits": 1},
     "splits": {"num_splits": 4},
     "every option": EVERY_OPTION,
