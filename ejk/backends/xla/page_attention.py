@@ -138,8 +138,8 @@ class Blocks:
         return jnp.pad(tables, ((0, 0), (0, short)), constant_values=-1)
 
 
-# The halves of fused pools. Each is gathered alone: both at once, taken apart later, took 71 ms for
-# 47 (the sequences above) and twice the temporary memory.
+# The halves of fused pools. Each is gathered alone: both at once, taken apart later, took 71 ms
+# instead of 47 (the sequences above, blocks of 256 tokens) and twice the temporary memory.
 KEYS, VALUES = 0, 1
 
 
