@@ -172,8 +172,8 @@ def add_platforms(page: Page) -> None:
 def add_features(page: Page) -> None:
     page.add(
         "## Features\n\n"
-        "Each optional feature is named after its argument. What a backend does not declare, it\n"
-        "refuses."
+        "Each optional feature is named after its argument; `fused_pools`: a `key_cache` of five\n"
+        "axes. What a backend does not declare, it refuses."
     )
     features = sorted(frozenset[str]().union(*(backend.features for backend in BACKENDS)))
     rows = [

@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from ejk._indices import as_int32
 from ejk._typing import Cache, Lengths, Query, ScalarInt, Tables, typed
-from ejk.backends.page_attention import LAYOUTS, CacheLayout
+from ejk.backends.page_attention import LAYOUTS, CacheLayout, layout_of
 
 
 @typed
@@ -51,7 +51,7 @@ def check_page_attention_inputs(
     for name, x in (("context_lens", context_lens), ("block_tables", block_tables)):
         if x.shape[0] != num_seqs:
             raise ValueError(f"{name}.shape[0]={x.shape[0]} must be num_seqs={num_seqs}")
-    layout = LAYOUTS[cache_layout]
+    layout = layout_of(key_cache, cache_layout)
     num_pages, page_size = key_cache.shape[layout.pages], key_cache.shape[layout.slots]
     capacity = block_tables.shape[1] * page_size
     arrays = (context_lens, block_tables, 2**31 - 1 if sliding_window is None else sliding_window)

@@ -1,23 +1,21 @@
-"""`ejk.page_attention`: the signature, its checks and its prose, once for every backend."""
+"""`ejk.page_attention`: the signature and its prose, once for every backend."""
 
-import math
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
-from ejk._indices import as_int32, static_int
+from ejk._indices import as_int32
+from ejk._page_attention_problem import problem_of
 from ejk._typing import Cache, Lengths, PerHead, Query, Scalar, ScalarInt, Tables, typed
 from ejk.backends.page_attention import (
-    LAYOUTS,
     CacheLayout,
     PageAttentionOperands,
     PageAttentionProblem,
 )
-from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts, window_fact
+from ejk.backends.page_attention_plan import PageAttentionPlan
 from ejk.backends.pallas.page_attention import PallasPageAttention
 from ejk.backends.triton.page_attention import TritonPageAttention
 from ejk.backends.xla.page_attention import XlaPageAttention
@@ -25,8 +23,6 @@ from ejk.backends.xla.page_attention_backward import differentiable
 
 BACKENDS = (TritonPageAttention(), PallasPageAttention(), XlaPageAttention())
 """Best first: each platform's own kernel, then XLA, which runs everything."""
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @overload
@@ -95,9 +91,11 @@ def page_attention(
 
     Args:
         query: one token a sequence, at position `n - 1`. float32, bfloat16 or float16.
-        key_cache: the pool of pages in the query's dtype, its axes as `cache_layout` says.
-        value_cache: the same; its last axis may differ and is then the output's. None for latent
-            attention: the values are the first `value_head_dim` entries of the keys.
+        key_cache: the pool of pages in the query's dtype, its axes as `cache_layout` says. With
+            one more axis, of 2, right after that of the pages, it holds the keys and the values.
+        value_cache: the same; its last axis may differ and is then the output's. None for such
+            fused pools, and for latent attention: there the values are the first
+            `value_head_dim` entries of the keys.
         context_lens: tokens of each sequence, the current one included. Any integer dtype.
         block_tables: the page that holds tokens `[p * page_size, (p + 1) * page_size)`. Any
             integer dtype. Entries that no visible token needs may be anything.
@@ -109,7 +107,8 @@ def page_attention(
             sequence has the same bits whatever else is in the batch.
         cache_layout: `"HND"` `[num_pages, num_kv_heads, page_size, head_dim]`, `"NHD"`
             `[num_pages, page_size, num_kv_heads, head_dim]` or `"KV_HEADS_FIRST"`
-            `[num_kv_heads, num_pages, page_size, head_dim]`. Read in place, never transposed.
+            `[num_kv_heads, num_pages, page_size, head_dim]`; of fused pools `[num_pages, 2, ...]`
+            and `[num_kv_heads, num_pages, 2, ...]`. Read in place, never transposed.
         sliding_window: only the last so many positions are visible, the current one included. At
             least 1. May be traced: one that exceeds every length is no window.
         attn_logits_soft_cap: above 0.
@@ -142,7 +141,7 @@ def page_attention(
         vLLM's PagedAttention (Kwon et al., 2023, arXiv:2309.06180); splits after Flash-Decoding
         (Dao et al., 2023); argument order of ejkernel's `page_attention`.
     """
-    problem = _problem(
+    problem = problem_of(
         query,
         key_cache,
         value_cache,
@@ -178,146 +177,6 @@ def page_attention(
         )
         results = differentiable(problem, choice, _dispatch.vary_together(operands))
     return results if return_lse else results[0]
-
-
-def _problem(
-    query,
-    key_cache,
-    value_cache,
-    context_lens,
-    block_tables,
-    *,
-    max_context_len,
-    num_splits,
-    cache_layout,
-    sliding_window,
-    soft_cap,
-    sinks,
-    alibi_slopes,
-    value_head_dim,
-    plan,
-    return_lse,
-) -> PageAttentionProblem:
-    """Check the arguments and collect the static facts of the call."""
-    if cache_layout not in LAYOUTS:
-        _fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
-    layout = LAYOUTS[cache_layout]
-    num_seqs, num_heads, head_dim = query.shape
-    num_pages, num_kv_heads, page_size = (key_cache.shape[axis] for axis in layout)
-    capacity = block_tables.shape[1] * page_size
-
-    if query.dtype.name not in DTYPES:
-        raise TypeError(f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}")
-    if key_cache.dtype != query.dtype:
-        _fail(
-            f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}; "
-            "quantised caches are not supported yet"
-        )
-    for name, size in (
-        ("num_heads", num_heads),
-        ("head_dim", head_dim),
-        ("num_kv_heads", num_kv_heads),
-        ("page_size", page_size),
-    ):
-        if size < 1:
-            _fail(f"{name}={size} must be at least 1 (cache_layout={cache_layout!r})")
-    if num_heads % num_kv_heads:
-        _fail(
-            f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
-            f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
-        )
-    if key_cache.shape[3] != head_dim:
-        _fail(f"key_cache.shape[3]={key_cache.shape[3]} must be the query's head_dim={head_dim}")
-    if context_lens.shape[0] != num_seqs:
-        _fail(f"context_lens.shape[0]={context_lens.shape[0]} must be num_seqs={num_seqs}")
-    if block_tables.shape[0] != num_seqs:
-        _fail(f"block_tables.shape[0]={block_tables.shape[0]} must be num_seqs={num_seqs}")
-    if capacity >= 2**31:
-        _fail(
-            f"max_blocks * page_size={capacity} must be below 2**31: positions are 32-bit "
-            f"(block_tables{list(block_tables.shape)}, page_size={page_size})"
-        )
-    for name, value in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if value is None:
-            continue
-        if value.dtype != jnp.float32:
-            _fail(f"{name}.dtype={value.dtype} must be float32")
-        if value.shape[0] != num_heads:
-            _fail(f"{name}.shape[0]={value.shape[0]} must be num_heads={num_heads}")
-
-    bounds = [capacity]
-    if max_context_len is not None:
-        bounds.append(static_int("max_context_len", max_context_len, at_least=0))
-    if isinstance(sliding_window, (int, np.integer, np.ndarray)):
-        bounds.append(static_int("sliding_window", sliding_window, at_least=1))
-    if isinstance(soft_cap, bool):
-        raise TypeError(f"attn_logits_soft_cap={soft_cap} must be a number")
-    if soft_cap is not None and not (0 < soft_cap < math.inf):
-        _fail(f"attn_logits_soft_cap={soft_cap} must be above 0 and finite")
-    if plan is not None:
-        plan.check(
-            PlanFacts(
-                num_seqs=num_seqs,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                page_size=page_size,
-                max_blocks=block_tables.shape[1],
-                sliding_window=window_fact(sliding_window),
-            )
-        )
-    return PageAttentionProblem(
-        num_seqs=num_seqs,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        value_head_dim=_value_head_dim(key_cache, value_cache, value_head_dim),
-        num_pages=num_pages,
-        page_size=page_size,
-        max_blocks=block_tables.shape[1],
-        dtype=query.dtype,
-        cache_layout=cache_layout,
-        latent=value_cache is None,
-        has_window=sliding_window is not None,
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        has_sinks=sinks is not None,
-        has_alibi=alibi_slopes is not None,
-        return_lse=bool(return_lse),
-        num_splits=static_int("num_splits", num_splits, at_least=0),
-        plan=None if plan is None else plan.problem,
-        visible_bound=max(1, min(bounds)),
-    )
-
-
-def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
-    """Check the values, or the request to read them out of the keys, and return their width."""
-    head_dim = key_cache.shape[3]
-    if value_cache is None:
-        if value_head_dim is None:
-            _fail(
-                "value_cache=None must come with value_head_dim: latent attention reads the "
-                "values from the first value_head_dim entries of the keys"
-            )
-        width = static_int("value_head_dim", value_head_dim, at_least=1)
-        if width > head_dim:
-            _fail(f"value_head_dim={width} must be at most head_dim={head_dim}")
-        return width
-    if value_head_dim is not None:
-        _fail(f"value_head_dim={value_head_dim} must be None where a value_cache is given")
-    if value_cache.dtype != key_cache.dtype:
-        _fail(f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}")
-    if value_cache.shape[:3] != key_cache.shape[:3]:
-        _fail(
-            f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} "
-            "but for the last axis"
-        )
-    if value_cache.shape[3] < 1:
-        _fail(f"value_cache.shape[3]={value_cache.shape[3]} must be at least 1")
-    return value_cache.shape[3]
-
-
-def _fail(message: str):
-    raise ValueError(message)
 
 
 def _nothing_visible(problem: PageAttentionProblem, sinks) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,10 @@ from jaxtyping import Float, Integer, Num
 Array = jax.Array | np.ndarray
 
 Query = Float[Array, "num_seqs num_heads head_dim"]
-Cache = Annotated[Num[Array, "_ _ _ _"], "a numeric array of four axes, as cache_layout says"]
+Cache = Annotated[
+    Num[Array, "_ _ _ _"] | Num[Array, "_ _ _ _ _"],
+    "a numeric array of four axes, or five of fused pools, as cache_layout says",
+]
 Lengths = Integer[Array, " num_seqs"]
 Tables = Integer[Array, "num_seqs max_blocks"]
 PerHead = Float[Array, " num_heads"]

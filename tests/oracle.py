@@ -25,6 +25,8 @@ def page_attention(
     value_head_dim=None,
 ):
     """Return the output `[num_seqs, num_heads, value_head_dim]` and the LSE, both in float64."""
+    if key_cache.ndim == 5:
+        key_cache, value_cache = halves(key_cache, cache_layout)
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = _axis_sizes(key_cache, cache_layout)[2]
     group = num_heads // num_kv_heads
@@ -63,6 +65,13 @@ def visible_positions(key_cache, context_len, table, cache_layout="HND", sliding
     n = length_of(key_cache, context_len, table, cache_layout)
     first = 0 if sliding_window is None else max(n - int(sliding_window), 0)
     return [j for j in range(first, n) if 0 <= int(table[j // page_size]) < num_pages]
+
+
+def halves(pool, cache_layout):
+    """Take a fused pool apart: the axis right after the pages has the keys, then the values."""
+    if cache_layout == "KV_HEADS_FIRST":
+        return pool[:, :, 0], pool[:, :, 1]
+    return pool[:, 0], pool[:, 1]
 
 
 def token(cache, table, position, kv_head, cache_layout="HND"):

@@ -27,6 +27,11 @@ class Shape:
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
     @property
+    def fusible(self) -> bool:
+        """One array can hold keys and values."""
+        return not self.latent and self.width == self.head_dim
+
+    @property
     def capacity(self) -> int:
         return self.max_blocks * self.page_size
 

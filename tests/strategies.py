@@ -34,10 +34,11 @@ class Configuration:
     cache_layout: str
     features: frozenset[str] = frozenset()
     num_splits: int = 0
+    fused: bool = False
 
 
 def configurations(per_shape: int) -> list[Configuration]:
-    """Deal out dtypes, layouts, features and splits over the shapes, the same every time."""
+    """Deal out all that a call may have over the shapes, the same every time."""
     rng = random.Random(20)
     dtypes, layouts = itertools.cycle(DTYPES), itertools.cycle(LAYOUTS)
     plain = [Configuration(shape, next(dtypes), next(layouts)) for shape in SHAPES]
@@ -48,6 +49,7 @@ def configurations(per_shape: int) -> list[Configuration]:
             rng.choice(LAYOUTS),
             frozenset(feature for feature in FEATURES if rng.random() < 0.5),
             rng.choice((0, 1, 2, 3, 7)),
+            rng.random() < 0.5 and shape.fusible,
         )
         for _ in range(per_shape - 1)
         for shape in SHAPES
@@ -76,12 +78,24 @@ class Case:
     live: np.ndarray  # bool [num_pages, page_size]: slots that some sequence sees
     needed: np.ndarray  # bool [num_seqs, max_blocks]: entries that some visible position needs
     as_jax: bool
+    fused: bool = False
 
     def operands(self):
         """The five positional arguments, as NumPy arrays."""
-        return (self.query, in_layout(self.keys, self.cache_layout),
-                in_layout(self.values, self.cache_layout),
-                self.context_lens, self.block_tables)  # fmt: skip
+        pools = self.in_layout(self.keys, self.values)
+        return (self.query, *pools, self.context_lens, self.block_tables)
+
+    def in_layout(self, keys, values):
+        """Arrange keys and values as they are passed, in memory."""
+        order = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "KV_HEADS_FIRST": (2, 0, 1, 3)}
+        pools = [
+            None if pool is None else np.ascontiguousarray(pool.transpose(order[self.cache_layout]))
+            for pool in (keys, values)
+        ]
+        if not self.fused:
+            return pools
+        after_pages = 2 if self.cache_layout == "KV_HEADS_FIRST" else 1
+        return [np.stack(pools, after_pages), None]
 
     def arguments(self):
         """The five positional arguments, as JAX arrays where `as_jax` (64-bit integers never)."""
@@ -157,14 +171,6 @@ class Case:
             shape=shape, query=self.query[order], context_lens=lens, block_tables=tables,
             needed=needed,
         )  # fmt: skip
-
-
-def in_layout(pool, cache_layout):
-    """Arrange `[num_pages, page_size, num_kv_heads, width]` as the layout says, in memory."""
-    if pool is None:
-        return None
-    order = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "KV_HEADS_FIRST": (2, 0, 1, 3)}
-    return np.ascontiguousarray(pool.transpose(order[cache_layout]))
 
 
 @st.composite
@@ -245,7 +251,7 @@ def build(
     query = magnitudes[0] * rng.standard_normal((num_seqs, shape.num_heads, shape.head_dim))
     return Case(
         shape, dtype, config.cache_layout, query.astype(dtype), keys, values, context_lens,
-        tables, options, config.num_splits, live, needed, as_jax,
+        tables, options, config.num_splits, live, needed, as_jax, config.fused,
     )  # fmt: skip
 
 

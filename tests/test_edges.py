@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from backends import edge
 from shapes import Shape
-from strategies import INT32_MAX, Configuration, build
+from strategies import INT32_MAX, LAYOUTS, Configuration, build
 from tolerances import assert_close
 
 import ejk
@@ -27,6 +27,16 @@ def config(**changes):
 def test_lengths_around_page_edges(entry, num_splits):
     case = build(config(num_splits=num_splits), LENGTHS, invalid=0.2)
     assert_close(case, *entry(case))
+
+
+@edge
+@pytest.mark.parametrize("features", [(), ("sliding_window", "sinks")], ids=["", "windowed"])
+@pytest.mark.parametrize("cache_layout", LAYOUTS)
+def test_fused_pools(entry, cache_layout, features):
+    fused = config(cache_layout=cache_layout, features=frozenset(features), fused=True)
+    case = build(fused, LENGTHS, window=17, invalid=0.2)
+    assert_close(case, *entry(case))
+    assert_close(case, *entry(case, num_splits=3))
 
 
 @edge
@@ -129,13 +139,15 @@ def test_kinds_of_scale(entry, scale):
 
 @edge
 @pytest.mark.parametrize("sizes", [dict(num_seqs=0), dict(max_blocks=0), dict(num_pages=0)])
-def test_empty_arrays_are_answered_from_static_facts(entry, sizes):
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_empty_arrays_are_answered_from_static_facts(entry, sizes, fused):
     shape = dict(num_seqs=2, max_blocks=3, num_pages=4) | sizes
     pool = np.zeros((shape["num_pages"], 2, 16, 128), np.float32)
+    pools = (np.stack([pool, pool], 1), None) if fused else (pool, pool)
     sinks = np.arange(4, dtype=np.float32)
     for given in (None, sinks):
         out, lse = ejk.page_attention(
-            np.ones((shape["num_seqs"], 4, 128), np.float32), pool, pool,
+            np.ones((shape["num_seqs"], 4, 128), np.float32), *pools,
             np.full(shape["num_seqs"], 20), np.zeros((shape["num_seqs"], shape["max_blocks"]), int),
             sinks=given, return_lse=True, backend=entry.backend,
         )  # fmt: skip

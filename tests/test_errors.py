@@ -43,8 +43,10 @@ RANK_AND_KIND = {
     "query as a list": ({"query": [[[1.0]]]}, "query=[[[1.0]]] must be"),
     "keys of rank 3": (
         {"key_cache": zeros(2, 16, 64)},
-        "key_cache=float32[2, 16, 64] must be a numeric array of four axes, as cache_layout says",
+        "key_cache=float32[2, 16, 64] must be a numeric array of four axes, or five of fused "
+        "pools, as cache_layout says",
     ),
+    "keys of rank 6": ({"key_cache": zeros(1, 8, 2, 2, 16, 64)}, "key_cache=float32[1, 8,"),
     "values of rank 3": ({"value_cache": zeros(2, 16, 64)}, "value_cache=float32[2, 16, 64]"),
     "keys as None": ({"key_cache": None}, "key_cache=None must be"),
     "lengths of floats": (

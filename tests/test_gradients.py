@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from backends import each_case, edge
-from strategies import CONFIGURATIONS, Case, build, cases, in_layout
+from strategies import CONFIGURATIONS, Case, build, cases
 from test_edges import LENGTHS, config
 
 import ejk
@@ -77,8 +78,11 @@ def dense(case: Case, floats: dict):
         tokens = jnp.where(visible[..., None, None], tokens, jnp.zeros((), tokens.dtype))
         return jnp.repeat(tokens, shape.num_heads // shape.num_kv_heads, axis=2)
 
-    keys = gather(floats["key_cache"])
-    values = gather(floats["value_cache"]) if "value_cache" in floats else keys[..., : shape.width]
+    pools = [floats[name] for name in FLOATS[1:3] if name in floats]
+    if case.fused:
+        pools = oracle.halves(*pools, case.cache_layout)
+    keys = gather(pools[0])
+    values = keys[..., : shape.width] if shape.latent else gather(pools[1])
     product = functools.partial(jnp.einsum, precision="highest")
     logits = product("shd,sthd->sht", floats["query"], keys)
     logits = logits * floats["attn_scale"].astype(logits.dtype)
@@ -153,10 +157,13 @@ def check(case: Case, entry):
         error = np.abs(grads[name] - expected).max()
         bound = 2 * np.abs(plain[name] - expected).max() + roundings
         assert error <= bound + 1e-6, f"d {name} is off by {error:.3g}, allowed {bound:.3g}"
-    for name, pool in (("key_cache", case.keys), ("value_cache", case.values)):
-        if pool is not None:
-            dead = np.broadcast_to(~case.live[..., None, None], pool.shape)
-            assert not grads[name][in_layout(dead, case.cache_layout)].any()
+    dead = [
+        None if pool is None else np.broadcast_to(~case.live[..., None, None], pool.shape)
+        for pool in (case.keys, case.values)
+    ]
+    for name, where in zip(FLOATS[1:3], case.in_layout(*dead)):
+        if where is not None:
+            assert not grads[name][where].any()
 
 
 @each_case(cases(configurations=ORDINARY), share=0.3)
@@ -166,11 +173,13 @@ def test_gradients_agree_with_autodiff_of_the_definition(entry, case):
 
 
 @edge
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("features", [(), ("sliding_window", "sinks", "alibi_slopes")])
-def test_gradients_at_the_edges(entry, features):
+def test_gradients_at_the_edges(entry, features, fused):
     """Lengths from 0 past the capacity, shared pages, entries that name no page."""
-    check(build(config(features=frozenset(features)), LENGTHS, window=17, share=True), entry)
-    check(build(config(features=frozenset(features)), LENGTHS, window=17, invalid=0.4), entry)
+    called = config(features=frozenset(features), fused=fused)
+    check(build(called, LENGTHS, window=17, share=True), entry)
+    check(build(called, LENGTHS, window=17, invalid=0.4), entry)
 
 
 @edge

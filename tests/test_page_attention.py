@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from backends import each_case, edge
 from hypothesis import strategies as st
-from strategies import cases
+from strategies import CONFIGURATIONS, cases
 from tolerances import assert_close
 
 import ejk
+
+FUSED = [config for config in CONFIGURATIONS if config.fused]
 
 
 def bits_equal(a, b):
@@ -130,6 +132,15 @@ def test_layouts_equal_each_other(entry, case):
         bits_equal(results[0], results[2])
     for layout, result in zip(("HND", "NHD", "KV_HEADS_FIRST"), results):
         assert_close(case.replace(cache_layout=layout), *result)
+
+
+@each_case(cases(FUSED), share=0.5)
+def test_fused_pools_equal_split_ones(entry, case):
+    results = [entry(case.replace(fused=fused)) for fused in (True, False)]
+    if entry.invariant:
+        bits_equal(*results)
+    for fused, result in zip((True, False), results):
+        assert_close(case.replace(fused=fused), *result)
 
 
 @each_case(cases(), share=0.25)

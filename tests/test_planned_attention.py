@@ -27,7 +27,13 @@ LATENT = Shape(
 LONG = (LATENT, MANY, *(BY_NAME[n] for n in ("long", "long, short pages", "two blocks")))
 EVERYTHING = frozenset(FEATURES)
 PLANNED = [
-    Configuration(shape, DTYPES[i % 3], LAYOUTS[(i + 1) % 3], features)
+    Configuration(
+        shape,
+        DTYPES[i % 3],
+        LAYOUTS[(i + 1) % 3],
+        features,
+        fused=shape.fusible and features == EVERYTHING - {"sliding_window"},
+    )
     for i, shape in enumerate(LONG)
     for features in (frozenset(), EVERYTHING - {"sliding_window"}, EVERYTHING)
 ]

@@ -39,7 +39,7 @@ def holds_forward(entry):
     everything = frozenset(FEATURES)
     for features in (frozenset(), everything, everything - {"sliding_window", "sinks"}):
         for dtype in (np.dtype(np.float32), BFLOAT16):
-            cased = config(features=features, dtype=dtype)
+            cased = config(features=features, dtype=dtype, fused=features == everything)
             case = build(cased, LENGTHS, window=17, invalid=0.3, tables_dtype=np.int64)
             assert_close(case, *entry(case))
     for hostile in (2**32 + 1, 2**31 - 1):
@@ -53,7 +53,7 @@ def holds_backward(entry):
     features = frozenset({"sinks", "alibi_slopes", "attn_logits_soft_cap"})
     case = build(config(features=features), LENGTHS, share=True, invalid=0.2)
     test_gradients.check(case, entry)
-    long = config(shape=BY_NAME["two blocks"])
+    long = config(shape=BY_NAME["two blocks"], fused=True)
     test_gradients.check(build(long, np.array([600, 672])), entry)
 
 
@@ -74,8 +74,15 @@ attend, gather, logits, product = (
 )  # fmt: skip
 
 
-def unselected_gather(problem, cache, pages, visible):
-    return gather(problem, cache, pages, jnp.ones_like(visible))
+def unselected_gather(problem, pool, pages, half, visible):
+    return gather(problem, pool, pages, half, jnp.ones_like(visible))
+
+
+def halves_changed(change):
+    def changed(problem, pool, pages, half, visible):
+        return gather(problem, pool, pages, change(half), visible)
+
+    return changed
 
 
 def interleaved_heads(problem, x):
@@ -174,6 +181,8 @@ FORWARD = {
         forward.Blocks, "load", tables_changed(lambda tables, n: jnp.clip(tables, 0, n - 1)),
     ),
     "bad entries wrap": (forward.Blocks, "load", tables_changed(lambda tables, n: tables % n)),
+    "values are read from the keys' half": (forward, "_gather", halves_changed(lambda half: 0)),
+    "the values come first": (forward, "_gather", halves_changed(lambda half: 1 - half)),
     "the last block is dropped": (forward.Blocks, "span", last_block_dropped),
     "the first block is dropped": (forward.Blocks, "span", first_block_dropped),
     "the cap comes after the slopes": (forward, "logits", cap_after_slopes),
@@ -189,13 +198,17 @@ FORWARD = {
 }  # fmt: skip
 
 
-def overwriting_scatter(problem, grad, pages, blocks):
-    return None if grad is None else scatter(problem, jnp.zeros_like(grad), pages, blocks)
+def overwriting_scatter(problem, grad, pages, half, blocks):
+    return scatter(problem, jnp.zeros_like(grad), pages, half, blocks)
 
 
-def scatter_of_first_readers(problem, grad, pages, blocks):
+def scatter_into_keys(problem, grad, pages, half, blocks):
+    return scatter(problem, grad, pages, backward.KEYS, blocks)
+
+
+def scatter_of_first_readers(problem, grad, pages, half, blocks):
     """The first page, which all sequences share, counts for the first of them alone."""
-    return scatter(problem, grad, pages, blocks.at[1:, :, : problem.page_size].set(0))
+    return scatter(problem, grad, pages, half, blocks.at[1:, :, : problem.page_size].set(0))
 
 
 def no_slope_gradient(problem, operands, *rest):
@@ -209,6 +222,7 @@ scatter = backward._scatter
 BACKWARD = {
     "unread slots are multiplied by zero": (forward, "_gather", unselected_gather),
     "blocks overwrite each other's gradient": (backward, "_scatter", overwriting_scatter),
+    "values' gradient goes to the keys": (backward, "_scatter", scatter_into_keys),
     "shared pages count once": (backward, "_scatter", scatter_of_first_readers),
     "slopes have no gradient": (backward, "logits", no_slope_gradient),
     "the cap is ignored": (backward, "logits", no_cap),

@@ -16,7 +16,7 @@ import pytest
 from test_page_attention import bits_equal
 
 import ejk
-from ejk._page_attention import _problem
+from ejk._page_attention_problem import problem_of
 from ejk.backends.page_attention import PageAttentionOperands
 from ejk.backends.triton import _interpret, _launch, page_attention_kernel
 from ejk.backends.triton.page_attention import MAX_CAPACITY
@@ -52,7 +52,7 @@ def on_numpy(monkeypatch):
 def attend(query, keys, values, lens, tables, layout="HND", *, window=None, num_splits=1, **tuning):
     """Run the adapter and the kernels on NumPy arrays."""
     backend = ejk.TritonPageAttention(interpret=True, **tuning)
-    problem = _problem(
+    problem = problem_of(
         query, keys, values, lens, tables, max_context_len=None, num_splits=num_splits,
         cache_layout=layout, sliding_window=window, soft_cap=None, sinks=None, alibi_slopes=None,
         value_head_dim=None, plan=None, return_lse=True,
@@ -74,10 +74,13 @@ LARGE = {
     "NHD": ("NHD", 2, 2**21 + 8),
     "KV_HEADS_FIRST, heads 2**31 apart": ("KV_HEADS_FIRST", 2, 2**21 + 8),
     "KV_HEADS_FIRST, heads 2**30 apart": ("KV_HEADS_FIRST", 4, 2**20 + 8),
+    "HND, fused": ("HND", 2, 2**20 + 8, True),
+    "NHD, fused": ("NHD", 2, 2**20 + 8, True),
+    "KV_HEADS_FIRST, fused": ("KV_HEADS_FIRST", 2, 2**20 + 8, True),
 }
 
 
-def large_call(layout, num_kv_heads, num_pages, *, page_size=16, head_dim=64):
+def large_call(layout, num_kv_heads, num_pages, fused=False, *, page_size=16, head_dim=64):
     """Make a call that reads a few pages at the far end; return it on a large and a small pool."""
     rng = np.random.default_rng(0)
     shape = {
@@ -86,9 +89,11 @@ def large_call(layout, num_kv_heads, num_pages, *, page_size=16, head_dim=64):
         "KV_HEADS_FIRST": (num_kv_heads, num_pages, page_size, head_dim),
     }[layout]
     axis = shape.index(num_pages)
+    if fused:
+        shape = (*shape[: axis + 1], 2, *shape[axis + 1 :])
     pages = np.array([num_pages - 1, 3, num_pages // 2, num_pages - 2, num_pages // 4 * 3])
     large, small = [], []
-    for _ in range(2):
+    for _ in range(1 if fused else 2):
         pool = sparse(shape)
         assert pool.size > 2**31
         few = rng.standard_normal(np.take(pool, pages, axis).shape).astype(F16)
@@ -98,9 +103,10 @@ def large_call(layout, num_kv_heads, num_pages, *, page_size=16, head_dim=64):
     query = rng.standard_normal((2, 3 * num_kv_heads, head_dim)).astype(F16)
     lens = np.array([2 * page_size + 5, 3 * page_size], np.int32)
     tables = np.array([[0, 1, 2], [3, 0, 4]])
+    absent = [None] * fused
     return (
-        (query, *large, lens, pages[tables].astype(np.int32), layout),
-        (query, *small, lens, tables.astype(np.int32), layout),
+        (query, *large, *absent, lens, pages[tables].astype(np.int32), layout),
+        (query, *small, *absent, lens, tables.astype(np.int32), layout),
     )
 
 
@@ -131,13 +137,17 @@ def test_tables_above_2_31_entries(on_numpy, num_splits):
 
 
 def repeated_page(
-    page_size, max_blocks=1, num_seqs=1, num_kv_heads=1, head_dim=1, value_head_dim=1
+    page_size, max_blocks=1, num_seqs=1, num_kv_heads=1, head_dim=1, value_head_dim=1, fused=False
 ):
     """Make a call on one page of zeros but for its last values, which are 2, again and again."""
     query = np.ones((num_seqs, num_kv_heads, head_dim), F16)
-    keys = sparse((1, page_size, num_kv_heads, head_dim))
-    values = sparse((1, page_size, num_kv_heads, value_head_dim))
-    values[0, -300:] = 2
+    if fused:
+        keys, values = sparse((1, 2, page_size, num_kv_heads, head_dim)), None
+        keys[0, 1, -300:] = 2
+    else:
+        keys = sparse((1, page_size, num_kv_heads, head_dim))
+        values = sparse((1, page_size, num_kv_heads, value_head_dim))
+        values[0, -300:] = 2
     lens = np.full(num_seqs, page_size * max_blocks, I32)
     return query, keys, values, lens, np.zeros((num_seqs, max_blocks), I32), "NHD"
 
@@ -157,6 +167,8 @@ LARGE_PAGE = {"page_size": 2**20, "num_kv_heads": 8, "head_dim": 128}
         ({"page_size": 512}, {"num_splits": 0, "split_tokens": 2**31 - 1}),
         (LARGE_PAGE | {"value_head_dim": 128}, {}),
         ({"page_size": 2**22 - 2, "value_head_dim": 512}, {}),
+        (LARGE_PAGE | {"fused": True}, {}),
+        ({"page_size": 2**22 - 2, "head_dim": 512, "fused": True}, {}),
     ],
     ids=str,
 )
@@ -198,6 +210,11 @@ TOO_MANY = f"must be at most {MAX_CAPACITY}: positions past the last token are 3
         ),
         (
             {"page_size": 2**22, "value_head_dim": 512},
+            {},
+            f"a page of page_size={2**22} has 2**31 elements or more",
+        ),
+        (
+            {"page_size": 2**22, "head_dim": 512, "fused": True},
             {},
             f"a page of page_size={2**22} has 2**31 elements or more",
         ),

@@ -50,6 +50,7 @@ def hostile_integers(shape):
             "window": st.none() | ANY_INT32 | st.integers(1, shape.capacity),
             "num_splits": st.sampled_from((0, 1, 3, 7)),
             "cache_layout": st.sampled_from(LAYOUTS),
+            "fused": st.booleans() if shape.fusible else st.just(False),
             "dtype": st.sampled_from((F32, BF16)),
         }
     )

@@ -78,9 +78,11 @@ def _row(case, s, h):
     options = case.semantics()
     layout, window = options.get("cache_layout", "HND"), options.get("sliding_window")
     kv_head = h // (case.shape.num_heads // case.shape.num_kv_heads)
-    positions = oracle.visible_positions(keys, lens[s], tables[s], layout, window)
-    if values is None:
+    if keys.ndim == 5:
+        keys, values = oracle.halves(keys, layout)
+    elif values is None:
         values = keys[..., : options["value_head_dim"]]
+    positions = oracle.visible_positions(keys, lens[s], tables[s], layout, window)
     gathered_values = [oracle.token(values, tables[s], j, kv_head, layout) for j in positions]
     if not positions:
         return np.zeros(0, np.float32), np.zeros((0, case.shape.width), case.dtype)

@@ -14,17 +14,27 @@ CacheLayout = Literal["HND", "NHD", "KV_HEADS_FIRST"]
 
 
 class Layout(NamedTuple):
-    """Where a pool's axes are."""
+    """Where a pool's axes are; the head dimension is the last."""
 
     pages: int
     kv_heads: int
     slots: int
+    halves: int | None = None  # of fused pools: a page's keys, then its values
+
+    @property
+    def fused(self) -> "Layout":
+        """The same for fused pools."""
+        kv_heads, slots = (axis + (axis > self.pages) for axis in (self.kv_heads, self.slots))
+        return Layout(self.pages, kv_heads, slots, halves=self.pages + 1)
 
     @property
     def gathered(self) -> tuple[int, int, int, int]:
-        """Where sequences, KV heads, pages and slots are once a table has taken pages' place."""
-        kv_heads, slots = (axis + (axis > self.pages) for axis in (self.kv_heads, self.slots))
-        return self.pages, kv_heads, self.pages + 1, slots
+        """Where sequences, KV heads, pages and slots are in what a table gathers of keys or values.
+
+        A table's two axes take the pages' place and, in fused pools, that of the halves.
+        """
+        wide = self.fused if self.halves is None else self
+        return self.pages, wide.kv_heads, self.pages + 1, wide.slots
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -33,19 +43,11 @@ LAYOUTS: dict[str, Layout] = {
     "KV_HEADS_FIRST": Layout(kv_heads=0, pages=1, slots=2),
 }
 
-ALL_FEATURES = frozenset(
-    {
-        "attn_logits_soft_cap",
-        "sliding_window",
-        "sinks",
-        "alibi_slopes",
-        "value_head_dim",
-        "return_lse",
-        'cache_layout="HND"',
-        'cache_layout="NHD"',
-        'cache_layout="KV_HEADS_FIRST"',
-    }
-)
+
+def layout_of(pool: Any, cache_layout: str) -> Layout:
+    """Return where the axes of `key_cache` are: a pool of five is fused."""
+    layout = LAYOUTS[cache_layout]
+    return layout.fused if pool.ndim == 5 else layout
 
 
 class PageAttentionOperands(NamedTuple):
@@ -56,8 +58,8 @@ class PageAttentionOperands(NamedTuple):
     """
 
     query: Any  # [num_seqs, num_heads, head_dim]
-    key_cache: Any  # four axes, see LAYOUTS
-    value_cache: Any  # the same, its last axis value_head_dim; None: the keys' first entries
+    key_cache: Any  # four axes, or five of fused pools: see LAYOUTS
+    value_cache: Any  # the same, its last axis value_head_dim; None: key_cache has the values, too
     context_lens: Any  # int32 [num_seqs]
     block_tables: Any  # int32 [num_seqs, max_blocks]
     attn_scale: Any  # float32 []
@@ -83,7 +85,10 @@ class PageAttentionProblem(Problem):
     max_blocks: int
     dtype: np.dtype
     cache_layout: str
+    fused: bool
+    """`key_cache` has five axes, keys and values on one of them."""
     latent: bool
+    """The values are the first `value_head_dim` entries of the keys."""
     has_window: bool
     soft_cap: float | None
     has_sinks: bool
@@ -106,7 +111,9 @@ class PageAttentionProblem(Problem):
 
     @property
     def layout(self) -> Layout:
-        return LAYOUTS[self.cache_layout]
+        """Where the axes of the pools are, as they were handed over."""
+        layout = LAYOUTS[self.cache_layout]
+        return layout.fused if self.fused else layout
 
     @property
     def features(self) -> frozenset[str]:
@@ -116,6 +123,7 @@ class PageAttentionProblem(Problem):
             "sinks": self.has_sinks,
             "alibi_slopes": self.has_alibi,
             "value_head_dim": self.latent,
+            "fused_pools": self.fused,
             "return_lse": self.return_lse,
             f'cache_layout="{self.cache_layout}"': True,
         }

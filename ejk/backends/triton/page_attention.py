@@ -6,7 +6,6 @@ from typing import Any
 
 from ejk.backends._fields import at_least
 from ejk.backends.page_attention import (
-    ALL_FEATURES,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
@@ -42,7 +41,20 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
     interpret: bool = False
 
     name = "triton"
-    features = ALL_FEATURES
+    features = frozenset(
+        {
+            "attn_logits_soft_cap",
+            "sliding_window",
+            "sinks",
+            "alibi_slopes",
+            "value_head_dim",
+            "fused_pools",
+            "return_lse",
+            'cache_layout="HND"',
+            'cache_layout="NHD"',
+            'cache_layout="KV_HEADS_FIRST"',
+        }
+    )
 
     def __post_init__(self):
         at_least(self, block_kv=16, num_warps=1, num_stages=1, split_tokens=1)
@@ -153,11 +165,11 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
 
 def _inputs(operands: PageAttentionOperands, work: Any) -> dict[str, Any]:
     """Return the attention kernel's inputs, in its order."""
-    latent = operands.value_cache is None
+    values = operands.key_cache if operands.value_cache is None else operands.value_cache
     return {
         "query_ptr": operands.query,
         "key_ptr": operands.key_cache,
-        "value_ptr": operands.key_cache if latent else operands.value_cache,
+        "value_ptr": values,
         "context_lens_ptr": operands.context_lens,
         "block_tables_ptr": operands.block_tables,
         "attn_scale_ptr": operands.attn_scale,

@@ -33,8 +33,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 def page_attention_kernel(
     # inputs
     query_ptr,  # [num_seqs, num_heads, head_dim]
-    key_ptr,  # pool of pages, four axes in any order
-    value_ptr,  # the same
+    key_ptr,  # pool of pages, its axes in any order
+    value_ptr,  # the same, or the very pool of the keys
     context_lens_ptr,  # int32 [num_seqs]
     block_tables_ptr,  # int32 [num_seqs, max_blocks]
     attn_scale_ptr,  # float32 []
@@ -66,6 +66,7 @@ def page_attention_kernel(
     stride_v_page: tl.constexpr,
     stride_v_head: tl.constexpr,
     stride_v_slot: tl.constexpr,
+    stride_half: tl.constexpr,  # from the keys to the values of a page of both; 0 for none
     # features
     SOFT_CAP: tl.constexpr,  # 0 for none
     HAS_WINDOW: tl.constexpr,
@@ -166,7 +167,7 @@ def page_attention_kernel(
         offs_slot = positions % PAGE_SIZE
         k_ptrs = key_ptr + kv_head * stride_k_head
         k_ptrs += (offs_page * stride_k_page + offs_slot * stride_k_slot)[:, None]
-        v_ptrs = value_ptr + kv_head * stride_v_head
+        v_ptrs = value_ptr + stride_half + kv_head * stride_v_head
         v_ptrs += (offs_page * stride_v_page + offs_slot * stride_v_slot)[:, None]
         ahead = positions + BLOCK_KV
         pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)

@@ -210,6 +210,7 @@ class Launch:
             "NUM_PARTS": self.num_parts(problem),
             **{f"stride_k_{axis}": stride for axis, stride in k_strides.items()},
             **{f"stride_v_{axis}": stride for axis, stride in v_strides.items()},
+            "stride_half": k_strides["page"] // 2 if problem.fused else 0,
             "SOFT_CAP": problem.soft_cap or 0.0,
             "HAS_WINDOW": problem.has_window,
             "HAS_SINKS": problem.has_sinks,
@@ -275,7 +276,11 @@ def _strides(problem: PageAttentionProblem, head_dim: int) -> dict[str, int]:
         layout.kv_heads: problem.num_kv_heads,
         layout.slots: problem.page_size,
     }
-    stride = {axis: head_dim * math.prod(sizes[a] for a in range(axis + 1, 3)) for axis in sizes}
+    if layout.halves is not None:
+        sizes[layout.halves] = 2
+    stride = {
+        axis: head_dim * math.prod(sizes[a] for a in range(axis + 1, len(sizes))) for axis in sizes
+    }
     return {
         "page": stride[layout.pages],
         "head": stride[layout.kv_heads],

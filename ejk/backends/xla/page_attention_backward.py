@@ -23,7 +23,16 @@ from jax import lax
 
 from ejk import _dispatch
 from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
-from ejk.backends.xla.page_attention import Blocks, Context, group_heads, logits, product
+from ejk.backends.xla.page_attention import (
+    KEYS,
+    VALUES,
+    Blocks,
+    Context,
+    group_heads,
+    logits,
+    page_index,
+    product,
+)
 
 # One size for all platforms: the backward pass does not know which it is lowered for.
 BLOCK_BYTES = 8 * 2**20
@@ -91,13 +100,19 @@ def _backward(problem, choice, residuals, cotangents):
         dp = product("skgd,sktd->skgt", g, values)
         d_query, d_keys, d_scale, d_slopes = pullback(p * (dp + delta[..., None]))
         d_values = product("skgt,skgd->sktd", p.astype(g.dtype), g)
-        if operands.value_cache is None:
+        if problem.latent:
             width = problem.head_dim - problem.value_head_dim
             d_keys = d_keys + jnp.pad(d_values, ((0, 0),) * 3 + ((0, width),)).astype(d_keys.dtype)
+        key_cache = _scatter(problem, grads.key_cache, pages, KEYS, d_keys)
+        value_cache = grads.value_cache
+        if problem.fused:
+            key_cache = _scatter(problem, key_cache, pages, VALUES, d_values)
+        elif not problem.latent:
+            value_cache = _scatter(problem, value_cache, pages, VALUES, d_values)
         return NOTHING._replace(
             query=grads.query + d_query.astype(jnp.float32),
-            key_cache=_scatter(problem, grads.key_cache, pages, d_keys),
-            value_cache=_scatter(problem, grads.value_cache, pages, d_values),
+            key_cache=key_cache,
+            value_cache=value_cache,
             attn_scale=grads.attn_scale + d_scale,
             alibi_slopes=None if d_slopes is None else grads.alibi_slopes + d_slopes,
         )
@@ -123,16 +138,13 @@ def _backward(problem, choice, residuals, cotangents):
 NOTHING = PageAttentionOperands(*(None for _ in PageAttentionOperands._fields))
 
 
-def _scatter(problem, grad, pages, blocks):
+def _scatter(problem, grad, pages, half, blocks):
     """Add `[num_seqs, num_kv_heads, tokens, head_dim]` to the pool; pages may occur twice."""
-    if grad is None:
-        return None
-    layout = problem.layout
     num_seqs, num_kv_heads, _, head_dim = blocks.shape
     blocks = blocks.astype(jnp.float32)
     blocks = blocks.reshape(num_seqs, num_kv_heads, -1, problem.page_size, head_dim)
-    blocks = jnp.moveaxis(blocks, (0, 1, 2, 3), layout.gathered)
-    return grad.at[(slice(None),) * layout.pages + (pages,)].add(blocks, mode="promise_in_bounds")
+    blocks = jnp.moveaxis(blocks, (0, 1, 2, 3), problem.layout.gathered)
+    return grad.at[page_index(problem, pages, half)].add(blocks, mode="promise_in_bounds")
 
 
 differentiable.defvjp(_forward, _backward)
