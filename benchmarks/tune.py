@@ -92,6 +92,7 @@ class Trial:
             dtype=jnp.dtype(self.dtype),
             cache_layout="HND",
             latent=False,
+            fused=False,
             has_window=False,
             soft_cap=None,
             has_sinks=False,
