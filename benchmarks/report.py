@@ -22,6 +22,8 @@ def load() -> dict[str, dict[tuple[str, str], dict]]:
     """Read the newest line of each device, workload and contender."""
     found: dict[str, dict[tuple[str, str], dict]] = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
+        if path.name.startswith("tune_"):
+            continue
         for line in map(json.loads, path.read_text().splitlines()):
             of_device = found.setdefault(line["device"], {})
             of_device[line["workload"], line["contender"]] = line
@@ -41,6 +43,7 @@ def page(device: str, lines: dict) -> str:
     text += named_table(lines) + losses(lines)
     text += own_table(lines, "shapes", "Shapes that nobody tunes for")
     text += own_table(lines, "options", "Options")
+    text += loop_table(lines)
     return text
 
 
@@ -104,6 +107,21 @@ def own_table(lines, suite, title) -> str:
     return text
 
 
+def loop_table(lines) -> str:
+    """Write what a layer costs for each way to write the loop."""
+    batches = list(dict.fromkeys(w for w, _ in lines if w.startswith("loop, ")))
+    ways = list(dict.fromkeys(way for w, way in lines if w in batches))
+    if not batches:
+        return ""
+    text = "\nWall time of a layer in microseconds, for each way to write the loop over 32:\n\n"
+    text += "| | " + " | ".join(name.removeprefix("loop, ") for name in batches) + " |\n"
+    text += "|---|" + "---|" * len(batches) + "\n"
+    for way in ways:
+        cells = (f"{lines[name, way]['wall_us_per_layer']:.1f}" for name in batches)
+        text += f"| {way} | " + " | ".join(cells) + " |\n"
+    return text
+
+
 def plot(device: str, lines: dict) -> None:
     """Draw the share of the read ceiling that each contender reaches."""
     import matplotlib
@@ -125,6 +143,7 @@ def plot(device: str, lines: dict) -> None:
     axes.set_title(f"Decode attention on one {device}")
     axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     figure.savefig(ROOT / "docs" / "performance.svg", metadata={"Date": None})
+    plt.close(figure)
 
 
 def main():
@@ -139,8 +158,8 @@ def main():
     if args.check:
         sys.exit("docs/performance.md is stale: python benchmarks/report.py" if new != old else 0)
     PAGE.write_text(new)
-    for device, lines in devices.items():
-        plot(device, lines)
+    # One plot, of the device of which most is known.
+    plot(*max(devices.items(), key=lambda item: len(item[1])))
 
 
 if __name__ == "__main__":

@@ -27,18 +27,16 @@ class Cell(NamedTuple):
 
 
 TUNED: dict[Cell, Blocks] = {
-    # NVIDIA H100 80GB HBM3: 4.7 for 4.7 us
-    Cell(90, 2, 64, 32, False): Blocks(32, 4, 3),
-    # NVIDIA H100 80GB HBM3: 4.8 for 4.9 us
-    Cell(90, 2, 64, 64, False): Blocks(32, 4, 3),
-    # NVIDIA H100 80GB HBM3: 6.0 for 6.1 us
-    Cell(90, 2, 192, 32, False): Blocks(32, 4, 3),
-    # NVIDIA H100 80GB HBM3: 7.0 for 7.1 us
-    Cell(90, 2, 256, 16, False): Blocks(32, 4, 4),
-    # NVIDIA H100 80GB HBM3: 204.1 for 206.9 us
+    # NVIDIA H100 80GB HBM3: 319.4 for 321.2 us; NVIDIA H200: 278.6 for 288.0 us
+    Cell(90, 2, 64, 64, True): Blocks(128, 4, 4),
+    # NVIDIA H100 80GB HBM3: 5.5 for 5.5 us; NVIDIA H200: 5.3 for 5.3 us
+    Cell(90, 2, 128, 16, False): Blocks(64, 4, 3),
+    # NVIDIA H100 80GB HBM3: 7.0 for 7.1 us; NVIDIA H200: 6.7 for 6.8 us
+    Cell(90, 2, 256, 16, False): Blocks(64, 8, 2),
+    # NVIDIA H100 80GB HBM3: 204.1 for 206.9 us; NVIDIA H200: 157.9 for 166.2 us
     Cell(90, 2, 512, 16, True): Blocks(32, 4, 3),
-    # NVIDIA H100 80GB HBM3: 602.8 for 918.3 us
+    # NVIDIA H100 80GB HBM3: 602.8 for 918.3 us; NVIDIA H200: 605.0 for 922.4 us
     Cell(90, 4, 128, 16, True): Blocks(64, 4, 3),
-    # NVIDIA H100 80GB HBM3: 27.8 for 29.1 us
+    # NVIDIA H100 80GB HBM3: 27.8 for 29.1 us; NVIDIA H200: 27.8 for 28.5 us
     Cell(90, 4, 256, 16, False): Blocks(16, 4, 3),
 }
