@@ -102,8 +102,14 @@ def entries() -> list[Entry]:
 
 def writers() -> list[Entry]:
     if os.environ.get("EJK_TEST_GPU"):
-        return [Writer("xla on gpu, writing", ejk.XlaWriteKVCache(), examples=40)]
-    return [Writer("xla, writing", ejk.XlaWriteKVCache(), examples=40)]
+        return [
+            Writer("xla on gpu, writing", ejk.XlaWriteKVCache(), examples=40),
+            Writer("triton on gpu, writing", ejk.TritonWriteKVCache(), examples=80),
+        ]
+    return [
+        Writer("xla, writing", ejk.XlaWriteKVCache(), examples=40),
+        Writer("triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), examples=40),
+    ]
 
 
 ENTRIES = entries()

@@ -60,10 +60,10 @@ def last_writes(slots: jax.Array, num_slots: int) -> jax.Array:
     1.0 ms.
     """
     tokens = jnp.arange(slots.shape[0], dtype=jnp.int32)
-    by_slot, order = lax.sort((slots, tokens), num_keys=2)
+    by_slot, order = lax.sort((slots, tokens), num_keys=1, is_stable=True)
     is_last = jnp.concatenate([by_slot[1:] != by_slot[:-1], jnp.ones(1, bool)])
-    _, is_last = lax.sort((order, is_last), num_keys=1)
-    return is_last & (slots >= 0) & (slots < num_slots)
+    _, is_last = lax.sort((order, is_last.astype(jnp.int32)), num_keys=1)
+    return (is_last > 0) & (slots >= 0) & (slots < num_slots)
 
 
 def _places(problem: WriteKVCacheProblem, slots: jax.Array) -> jax.Array:
