@@ -19,6 +19,7 @@ from ejk.backends.page_attention import PageAttentionOperands as PageAttentionOp
 from ejk.backends.page_attention import PageAttentionProblem as PageAttentionProblem
 from ejk.backends.page_attention_plan import PageAttentionPlan as PageAttentionPlan
 from ejk.backends.pallas.page_attention import PallasPageAttention as PallasPageAttention
+from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache as PallasWriteKVCache
 from ejk.backends.triton.page_attention import TritonPageAttention as TritonPageAttention
 from ejk.backends.triton.write_kv_cache import TritonWriteKVCache as TritonWriteKVCache
 from ejk.backends.write_kv_cache import WriteKVCacheBackend as WriteKVCacheBackend

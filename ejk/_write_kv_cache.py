@@ -9,11 +9,12 @@ from ejk._indices import as_int32
 from ejk._page_attention_problem import DTYPES
 from ejk._typing import Cache, Slots, TokenRows, typed
 from ejk.backends.page_attention import LAYOUTS, CacheLayout, layout_of
+from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache
 from ejk.backends.triton.write_kv_cache import TritonWriteKVCache
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
 from ejk.backends.xla.write_kv_cache import XlaWriteKVCache, differentiable
 
-WRITE_BACKENDS = (TritonWriteKVCache(), XlaWriteKVCache())
+WRITE_BACKENDS = (TritonWriteKVCache(), PallasWriteKVCache(), XlaWriteKVCache())
 """Best first: each platform's own kernel, then XLA, which runs everything."""
 
 

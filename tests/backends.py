@@ -109,6 +109,12 @@ def writers() -> list[Entry]:
     return [
         Writer("xla, writing", ejk.XlaWriteKVCache(), examples=40),
         Writer("triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), examples=40),
+        Writer(
+            "pallas interpreted, writing",
+            ejk.PallasWriteKVCache(interpret=True),
+            examples=16,
+            may_refuse=(r"float16: the chip takes float32 and bfloat16",),
+        ),
     ]
 
 

@@ -18,6 +18,7 @@ from ejk.backends.triton import _launch
 
 F32 = np.dtype(np.float32)
 KINDS = ("split", "fused", "latent")
+PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 @pytest.fixture
@@ -124,6 +125,3 @@ def test_one_export_holds_the_kernel_of_each_platform(layout, kind, for_an_h100)
     if jax.default_backend() == "cpu":
         caches = again.call(*case.operands())
         assert_written(case, [np.asarray(x) for x in caches if x is not None])
-
-
-PLATFORMS = ("cpu", "cuda")

@@ -1,0 +1,67 @@
+"""How the write is cut for a TPU, and the memory it needs: pure functions, no Pallas."""
+
+import dataclasses
+
+from ejk.backends.pallas.page_attention_work import SUBLANES, tiled
+from ejk.backends.write_kv_cache import WriteKVCacheProblem
+
+MAX_BLOCK_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The static shape of one launch."""
+
+    problem: WriteKVCacheProblem
+    block_tokens: int
+
+    @classmethod
+    def of(cls, problem: WriteKVCacheProblem, vmem_limit_bytes: int) -> "Work":
+        """Take as many tokens a step as fit."""
+        tokens = min(MAX_BLOCK_TOKENS, problem.num_tokens)
+        while tokens > 1 and sum(cls(problem, tokens).vmem().values()) > vmem_limit_bytes:
+            tokens = -(-tokens // 2)
+        return cls(problem, tokens)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.problem.num_tokens // self.block_tokens)
+
+    @property
+    def has_windows(self) -> bool:
+        """A slot shares its tiles with others: not where all its heads are tiles of their own."""
+        return self.problem.cache_layout != "NHD"
+
+    @property
+    def window_slots(self) -> int:
+        """Slots that are read and written for one: a tile's, or the page where that is no tile."""
+        if not self.has_windows:
+            return 1
+        tile = SUBLANES * 4 // self.problem.dtype.itemsize
+        return tile if self.problem.page_size % tile == 0 else self.problem.page_size
+
+    def row_shape(self, head_dim: int) -> tuple[int, ...]:
+        """Return the shape of a token's row in VMEM: with windows, as a window of one slot."""
+        heads = self.problem.num_kv_heads
+        return (heads, 1, head_dim) if self.has_windows else (heads, head_dim)
+
+    def window_shape(self, head_dim: int) -> tuple[int, int, int]:
+        return self.problem.num_kv_heads, self.window_slots, head_dim
+
+    def vmem(self) -> dict[str, int]:
+        """Return the bytes of each buffer in VMEM; those of blocked operands count twice."""
+        problem, tokens = self.problem, self.block_tokens
+        widths = {"key": problem.head_dim, "value": problem.value_head_dim}
+        needs = {"the compiler's own": 2**20}
+        for name, width in widths.items():
+            if not width:
+                continue
+            # On a v5p a row of one slot takes a tile's eight, where others pad it to two.
+            row = self.row_shape(width)
+            row = (row[0], SUBLANES, width) if self.has_windows else row
+            needs[f"{name} rows"] = 2 * tiled((tokens, *row), problem.dtype)
+            if self.has_windows:
+                window = self.window_shape(width)
+                needs[f"{name}_buf"] = tiled((tokens, *window), problem.dtype)
+                needs[f"a window of {name}s"] = 4 * tiled(window, problem.dtype)
+        return needs
