@@ -49,6 +49,7 @@ def triton(title: str, compute_capability: int, num_sms: int) -> Target:
 
 
 BACKENDS = (ejk.XlaPageAttention, ejk.TritonPageAttention, ejk.PallasPageAttention)
+WRITE_BACKENDS = (ejk.XlaWriteKVCache, ejk.TritonWriteKVCache, ejk.PallasWriteKVCache)
 INTERPRETED = (
     ejk.TritonPageAttention(interpret=True),
     ejk.PallasPageAttention(interpret=True),
@@ -175,12 +176,18 @@ def add_features(page: Page) -> None:
         "Each optional feature is named after its argument; `fused_pools`: a `key_cache` of five\n"
         "axes. What a backend does not declare, it refuses."
     )
-    features = sorted(frozenset[str]().union(*(backend.features for backend in BACKENDS)))
+    add_feature_table(page, BACKENDS)
+    page.add("Of `ejk.write_kv_cache`; `latent_pools`: keys alone, `value=None`.")
+    add_feature_table(page, WRITE_BACKENDS)
+
+
+def add_feature_table(page: Page, backends: Sequence[type[ejk.Backend]]) -> None:
+    features = sorted(frozenset[str]().union(*(backend.features for backend in backends)))
     rows = [
-        [f"`{feature}`", *("yes" if feature in b.features else "no" for b in BACKENDS)]
+        [f"`{feature}`", *("yes" if feature in b.features else "no" for b in backends)]
         for feature in features
     ]
-    page.table("feature", [f"`{backend.name}`" for backend in BACKENDS], rows)
+    page.table("feature", [f"`{backend.name}`" for backend in backends], rows)
 
 
 def add_sizes(page: Page) -> None:
@@ -220,7 +227,7 @@ def add_fields(page: Page) -> None:
 
 
 def fields() -> Iterator[list[str]]:
-    for backend in BACKENDS:
+    for backend in (*BACKENDS, *WRITE_BACKENDS):
         for parameter in inspect.signature(backend).parameters.values():
             yield [f"`ejk.{backend.__name__}.{parameter.name}`", f"`{parameter.default!r}`"]
 

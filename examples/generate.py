@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -150,12 +151,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def backend_choice(name: str, interpret: bool) -> str | ejk.Backend | None:
-    """Turn the options into what `ejk.page_attention` takes as `backend=`."""
+Choice: TypeAlias = str | ejk.Backend | None
+
+
+def backend_choices(name: str, interpret: bool) -> tuple[Choice, Choice]:
+    """Turn the options into what `page_attention` and `write_kv_cache` take as `backend=`."""
     if interpret:
-        kernels = {"triton": ejk.TritonPageAttention, "pallas": ejk.PallasPageAttention}
-        return kernels[name](interpret=True)
-    return None if name == "auto" else name
+        attention, write = {
+            "triton": (ejk.TritonPageAttention, ejk.TritonWriteKVCache),
+            "pallas": (ejk.PallasPageAttention, ejk.PallasWriteKVCache),
+        }[name]
+        return attention(interpret=True), write(interpret=True)
+    # jax-triton 0.3 runs the attention, and cannot write in place: then XLA writes.
+    return None if name == "auto" else name, "xla" if name == "xla" else None
 
 
 def backend_report(model: smollm2.SmolLM2, spec: CacheSpec, num_seqs: int, backend):
@@ -182,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *(Passage("Completion", text, model.encode(text)) for text in args.prompts),
         *(Passage("Chat", f"> {text}\n", model.encode_chat(text)) for text in args.chats),
     ]
-    backend = backend_choice(args.backend, args.interpret)
+    backend, write_backend = backend_choices(args.backend, args.interpret)
     # How many pages there are decides nothing here.
     spec = CacheSpec(num_pages=1, page_size=args.page_size, layout=args.cache_layout)
     report = backend_report(model, spec, len(passages), backend)
@@ -193,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         [passage.prompt for passage in passages],
         max_new_tokens=args.max_new_tokens,
         backend=backend,
+        write_backend=write_backend,
         cache_layout=args.cache_layout,
         page_size=args.page_size,
         seed=args.seed,

@@ -67,23 +67,6 @@ class CacheSpec:
         slots = jnp.where(slots >= 0, slots + first_page * self.page_size, -1)
         return slots, jnp.where(block_tables >= 0, block_tables + first_page, -1)
 
-    def write(self, pools: Pools, key: jax.Array, value: jax.Array, slots: jax.Array) -> Pools:
-        """Write rows of `[num_kv_heads, head_dim]` to their `slots`; negative ones take nothing."""
-        page, offset = slots // self.page_size, slots % self.page_size
-        # JAX drops an index past the end, but counts a negative one from the end and writes there.
-        page = jnp.where(slots >= 0, page, jnp.iinfo(page.dtype).max)
-
-        def scatter(pool: jax.Array, rows: jax.Array) -> jax.Array:
-            if self.layout == "HND":
-                return pool.at[page, :, offset].set(rows, mode="drop")
-            if self.layout == "NHD":
-                return pool.at[page, offset].set(rows, mode="drop")
-            return pool.at[:, page, offset].set(rows.swapaxes(0, 1), mode="drop")
-
-        pools = Pools(scatter(pools.key, key), scatter(pools.value, value))
-        # A write of one row would be fused into what reads the pools, and they be copied for it.
-        return jax.lax.optimization_barrier(pools)
-
 
 class PageTables:
     """Which sequence holds which pages: the bookkeeping of the host.
@@ -109,7 +92,23 @@ class PageTables:
         row[:] = -1
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spec"), donate_argnames="pools")
+def write(
+    spec: CacheSpec,
+    pools: Pools,
+    key: jax.Array,
+    value: jax.Array,
+    slots: jax.Array,
+    backend: str | ejk.Backend | None,
+) -> Pools:
+    """Write the keys and values of new tokens to their `slots`, in place where JAX may."""
+    return Pools(
+        *ejk.write_kv_cache(key, value, *pools, slots, cache_layout=spec.layout, backend=backend)
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "spec", "write_backend"), donate_argnames="pools"
+)
 def prefill(
     params: smollm2.Params,
     pools: Pools,
@@ -119,6 +118,7 @@ def prefill(
     *,
     config: smollm2.Config,
     spec: CacheSpec,
+    write_backend: str | ejk.Backend | None = None,
 ) -> tuple[jax.Array, Pools]:
     """Write prompts (`tokens [num_seqs, padded_len]`) into their pages; choose the next tokens."""
     num_seqs, padded_len = tokens.shape
@@ -128,7 +128,7 @@ def prefill(
 
     def attend(layer, query, key, value, pools):
         layer_slots, _ = spec.of_layer(layer, slots, block_tables)
-        pools = spec.write(pools, key, value, layer_slots)
+        pools = write(spec, pools, key, value, layer_slots, write_backend)
         # Prompts are padded on the right, so a causal mask alone hides the padding.
         query, key, value = (
             x.reshape(num_seqs, padded_len, *x.shape[1:]) for x in (query, key, value)
@@ -143,7 +143,9 @@ def prefill(
     return _choose(params, hidden[last_rows]), pools
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spec", "backend"), donate_argnames="pools")
+@functools.partial(
+    jax.jit, static_argnames=("config", "spec", "backend", "write_backend"), donate_argnames="pools"
+)
 def decode_step(
     params: smollm2.Params,
     pools: Pools,
@@ -154,6 +156,7 @@ def decode_step(
     config: smollm2.Config,
     spec: CacheSpec,
     backend: str | ejk.Backend | None = None,
+    write_backend: str | ejk.Backend | None = None,
 ) -> tuple[jax.Array, Pools]:
     """Append one token (`tokens [num_seqs]`) to each sequence; choose the next tokens.
 
@@ -165,7 +168,7 @@ def decode_step(
 
     def attend(layer, query, key, value, pools):
         layer_slots, layer_tables = spec.of_layer(layer, slots, block_tables)
-        pools = spec.write(pools, key, value, layer_slots)
+        pools = write(spec, pools, key, value, layer_slots, write_backend)
         out = ejk.page_attention(
             query,
             pools.key,
@@ -191,6 +194,7 @@ def stream(
     *,
     max_new_tokens: int = 64,
     backend: str | ejk.Backend | None = None,
+    write_backend: str | ejk.Backend | None = None,
     cache_layout: CacheLayout = "HND",
     page_size: int = 16,
     seed: int = 0,
@@ -203,6 +207,7 @@ def stream(
     Args:
         prompts: tokens of each prompt, none empty.
         backend: passed on to `ejk.page_attention`: None, a name or an object.
+        write_backend: passed on to `ejk.write_kv_cache`.
         seed: of the order in which pages are taken from the pool.
     """
     num_seqs = len(prompts)
@@ -232,6 +237,7 @@ def stream(
         tables.block_tables,
         config=model.config,
         spec=spec,
+        write_backend=write_backend,
     )
     live = set(range(num_seqs))
     for remaining in reversed(range(max_new_tokens)):
@@ -256,6 +262,7 @@ def stream(
             config=model.config,
             spec=spec,
             backend=backend,
+            write_backend=write_backend,
         )
 
 

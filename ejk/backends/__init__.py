@@ -1,7 +1,7 @@
 """The backends: ways to run an operation. To add one is to write one class.
 
-In a package of your own, subclass the operation's abstract backend,
-`ejk.PageAttentionBackend`, as a frozen dataclass whose fields are its tuning, and give it
+In a package of your own, subclass the operation's abstract backend, `ejk.PageAttentionBackend` or
+`ejk.WriteKVCacheBackend`, as a frozen dataclass whose fields are its tuning, and give it
 
     name        a short word for `backend="..."` and for error messages
     features    the optional features that it honours; what is not named here is refused for it
