@@ -13,7 +13,7 @@ from test_pallas_compile import TOPOLOGIES, copied_pools, device, used_vmem
 from test_write_programs import pool_shapes, row_shapes, step, struct
 
 import ejk
-from ejk.backends.pallas import write_kv_cache as adapter
+from ejk.backends.pallas import write_kv_cache_launch as launcher
 from ejk.backends.pallas.page_attention import _chip
 from ejk.backends.pallas.write_kv_cache_work import Work
 
@@ -82,14 +82,14 @@ def call(generation, sizes, layout="HND", dtype="bfloat16", value_head_dim=-1, n
 def compile_for(generation, monkeypatch, **options):
     """Compile; returns the compiled program and the VMEM that the backend predicts."""
     predicted = []
-    launch = adapter._launch
+    launch = launcher.launch
 
     def watched(work: Work, *rest):
         predicted.append(sum(work.vmem().values()))
         assert predicted[0] <= _chip().vmem_limit_bytes
         return launch(work, *rest)
 
-    monkeypatch.setattr(adapter, "_launch", watched)
+    monkeypatch.setattr(launcher, "launch", watched)
     function, arguments = call(generation, **options)
     with jax.sharding.use_abstract_mesh(device(generation).mesh.abstract_mesh):
         lowered = function.lower(*arguments)

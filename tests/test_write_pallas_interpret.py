@@ -10,8 +10,8 @@ from test_write_kv_cache import assert_written
 from writes import WriteShape, build
 
 import ejk
-from ejk.backends.pallas import write_kv_cache as adapter
 from ejk.backends.pallas import write_kv_cache_kernel as kernel
+from ejk.backends.pallas import write_kv_cache_launch as launcher
 from ejk.backends.pallas import write_kv_cache_work as work
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
@@ -98,13 +98,13 @@ FAULTS = {
         kernel.Half, "write", lambda half, i, slot, sem: WRITE(half, i, slot ^ 16, sem),
     ),
     "the first of several stays": (
-        adapter, "_by_slot", lambda slots, n: _first_stays(*SOUND_BY_SLOT(slots[::-1], n)),
+        launcher, "by_slot", lambda slots, n: _first_stays(*SOUND_BY_SLOT(slots[::-1], n)),
     ),
     "slots outside the pool are written": (
-        adapter, "_by_slot", lambda slots, n: SOUND_BY_SLOT(slots, 2**31 - 1),
+        launcher, "by_slot", lambda slots, n: SOUND_BY_SLOT(slots, 2**31 - 1),
     ),
 }  # fmt: skip
-SOUND_BY_SLOT = adapter._by_slot
+SOUND_BY_SLOT = launcher.by_slot
 
 
 def _first_stays(slots, order):

@@ -28,6 +28,12 @@ class Work:
         return -(-self.problem.num_tokens // self.block_tokens)
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Head dimensions of what is written."""
+        widths = {"key": self.problem.head_dim, "value": self.problem.value_head_dim}
+        return {name: width for name, width in widths.items() if width}
+
+    @property
     def has_windows(self) -> bool:
         """A slot shares its tiles with others: not where all its heads are tiles of their own."""
         return self.problem.cache_layout != "NHD"
@@ -51,11 +57,8 @@ class Work:
     def vmem(self) -> dict[str, int]:
         """Return the bytes of each buffer in VMEM; those of blocked operands count twice."""
         problem, tokens = self.problem, self.block_tokens
-        widths = {"key": problem.head_dim, "value": problem.value_head_dim}
         needs = {"the compiler's own": 2**20}
-        for name, width in widths.items():
-            if not width:
-                continue
+        for name, width in self.widths.items():
             # On a v5p a row of one slot takes a tile's eight, where others pad it to two.
             row = self.row_shape(width)
             row = (row[0], SUBLANES, width) if self.has_windows else row
