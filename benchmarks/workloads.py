@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One token a sequence over contexts of `context_lens`, in bfloat16."""
+    """One token a sequence over contexts of `context_lens`."""
 
     name: str
     num_heads: int
@@ -20,6 +20,7 @@ class Workload:
     page_size: int
     max_context_len: int
     options: tuple[tuple[str, float | int | str | bool], ...] = ()
+    dtype: str = "bfloat16"
 
     @property
     def num_seqs(self) -> int:
@@ -36,14 +37,19 @@ class Workload:
     @property
     def pool_bytes(self) -> int:
         """Bytes of the pages of one layer."""
-        return 2 * self.num_pages * self.page_size * self.num_kv_heads * self.head_dim * 2
+        return self.num_pages * self.page_size * self.token_bytes
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that a call has to read."""
         window = dict(self.options).get("sliding_window")
         tokens = sum(min(n, window) if window else n for n in self.context_lens)
-        return 2 * tokens * self.num_kv_heads * self.head_dim * 2
+        return tokens * self.token_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
 
 
 def uniform(name, heads, kv_heads, head_dim, seqs, context, page, **options) -> Workload:
@@ -120,16 +126,16 @@ def arrays(workload: Workload, layers: int, cache_layout: str = "HND", seed: int
         "KV_HEADS_FIRST": (w.num_kv_heads, layers * w.num_pages, w.page_size, w.head_dim),
     }[cache_layout]
     keys = jax.random.split(jax.random.key(seed), 3)
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    normal, dtype = jax.jit(jax.random.normal, static_argnums=(1, 2)), jnp.dtype(w.dtype)
     pages = np.random.default_rng(seed).permutation(w.num_pages).astype(np.int32)
     tables = np.full((w.num_seqs, w.max_blocks), -1, np.int32)
     for row, n in zip(tables, w.context_lens):
         used = -(-n // w.page_size)
         row[:used], pages = pages[:used], pages[used:]
     return Arrays(
-        1.5 * normal(keys[0], (w.num_seqs, w.num_heads, w.head_dim), jnp.bfloat16),
-        normal(keys[1], shape, jnp.bfloat16),
-        normal(keys[2], shape, jnp.bfloat16),
+        1.5 * normal(keys[0], (w.num_seqs, w.num_heads, w.head_dim), dtype),
+        normal(keys[1], shape, dtype),
+        normal(keys[2], shape, dtype),
         jnp.asarray(w.context_lens, jnp.int32),
         jnp.asarray(tables),
     )
