@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GRANULE_BYTES = 32
+COPY = re.compile(r"= dma\.(hbm_to_vmem\b|general\b.*hbm-to-vmem)")
 NOT_PROFILED = ("v4",)
 """Generations that the static profiler does not know."""
 
@@ -70,23 +71,30 @@ class Run:
 
 def parse_program(schedule: str, bundles: str) -> dict[str, int]:
     """Read a kernel's schedule analysis and its final bundles."""
+    total = int(_only(r"total scheduled bundles:\s+(\d+)", schedule))
+    if len(re.findall(r"^ *(?:0x[0-9a-f]+|0) [^{\n]*\{", bundles, re.MULTILINE)) != total:
+        raise ProfileError(f"cannot read the {total} bundles of the program")
+    spills = re.findall(r"\b([vs])(ld|st)\b[^;\n]*?:\[#allocation\d+_spill\]", bundles)
+    if len(spills) != bundles.count("_spill]"):
+        raise ProfileError("cannot read the spills of the program")
     return {
-        "static_bundles": int(_only(r"total scheduled bundles:\s+(\d+)", schedule)),
-        "vector_spills": len(re.findall(r"\bvst [^;]*?\[vmem:\[#allocation\d+_spill\]", bundles)),
-        "scalar_spills": len(re.findall(r"\bsst [^;]*?\[smem:\[#allocation\d+_spill\]", bundles)),
+        "static_bundles": total,
+        "vector_spills": spills.count(("v", "st")),
+        "scalar_spills": spills.count(("s", "st")),
     }
 
 
 def parse_run(profile: str, bundles: str) -> Run:
     """Read a static profile and the bundles that it saw executed."""
     executed = len(re.findall(r"^0x[0-9a-f]+: bundle slots:", bundles, re.MULTILINE))
-    copies = re.findall(r"= dma\.hbm_to_vmem\b.*?/\*size_in_granules=\*/([^,]+),", bundles)
-    if len(copies) != bundles.count("= dma.hbm_to_vmem") or not executed:
+    copies = [line for line in bundles.splitlines() if COPY.search(line)]
+    sizes = re.findall(r"/\*size_in_granules=\*/([^,]+),", "\n".join(copies))
+    if len(sizes) != len(copies) or not executed:
         raise ProfileError("cannot read the executed bundles")
-    if unknown := [size for size in copies if not size.isdecimal()]:
+    if unknown := [size for size in sizes if not size.isdecimal()]:
         raise ProfileError(f"{len(unknown)} copies are of a size that the profiler does not know")
     cycles = int(_only(r"estimated_cycles: (\d+)", profile))
-    return Run(executed, cycles, len(copies), GRANULE_BYTES * sum(map(int, copies)))
+    return Run(executed, cycles, len(copies), GRANULE_BYTES * sum(map(int, sizes)))
 
 
 def _only(pattern: str, text: str) -> str:
@@ -132,10 +140,13 @@ def compile_in_process(case: dict, folder: str) -> dict:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": " ".join(flag.format(folder=folder) for flag in flags),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tpu_compile", json.dumps(case)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.tpu_compile", json.dumps(case)]
+    try:
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ProfileError(f"did not compile in {SECONDS} seconds") from error
     if done.returncode:
         raise ProfileError(reason(done.stderr, done.returncode))
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Predicts TPU decode kernels from what libtpu's static profiler says; needs no TPU.
+"""Prices TPU decode kernels by what libtpu's static profiler says of them; needs no TPU.
 
     python -m benchmarks.tpu_static                               all, into results/tpu_static.json
     python -m benchmarks.tpu_static --only ejk v6e "page 16"      some kernels, chips, workloads
@@ -19,97 +19,47 @@ import sys
 from pathlib import Path
 
 from benchmarks import tpu_kernels, tpu_profile
-from benchmarks.tpu_compile import TOPOLOGIES
+from benchmarks.tpu_prices import CHIPS, RESULTS, Price, bytes_a_bundle, compare, load, predict
+from benchmarks.tpu_profile import ProfileError
 from benchmarks.workloads import Workload
 
-RESULTS = Path(__file__).parent / "results" / "tpu_static.json"
-TOLERANCE = 0.03
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a prediction needs to know of a generation.
-
-    Attributes:
-        ghz: the clock, from published products a second over those of a cycle.
-        hbm_bytes: that the memory can hand out in a cycle, to all cores.
-        efficiency: the share of it that large copies reach.
-        cores: that share the memory, and among which a launch may be split.
-    """
-
-    ghz: float
-    hbm_bytes: int
-    efficiency: float
-    cores: int = 1
-
-
-CHIPS = {
-    "v5e": Chip(ghz=1.50, hbm_bytes=546, efficiency=0.90),
-    "v5p": Chip(ghz=1.75, hbm_bytes=1579, efficiency=0.79, cores=2),
-    "v6e": Chip(ghz=1.75, hbm_bytes=937, efficiency=0.82),
-    "v7x": Chip(ghz=2.20, hbm_bytes=1677, efficiency=0.86),  # half a chip: one device
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Price:
-    """What one core pays for a sequence of a workload; more is worse.
-
-    Of v4 only the program is known. Of a kernel that could not be priced, why.
-    """
-
-    kernel: str
-    generation: str
-    workload: str
-    failure: str | None = None
-    bundles: int | None = None  # executed
-    issue_bundles: int | None = None  # of them, for starting copies and waiting for them
-    compute_cycles: int | None = None  # with the copies left out
-    start_cycles: int | None = None  # of the launch, once
-    copies: int | None = None
-    copied_bytes: int | None = None
-    static_bundles: int | None = None
-    vector_spills: int | None = None
-    scalar_spills: int | None = None
-    vmem_bytes: int | None = None
-    compile_s: float | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.kernel, self.generation, self.workload
-
-
-CHECKED = (
-    "bundles", "issue_bundles", "compute_cycles", "start_cycles", "copies", "copied_bytes",
-    "static_bundles", "vector_spills", "scalar_spills", "vmem_bytes",
-)  # fmt: skip
+GENERATIONS = (*tpu_profile.NOT_PROFILED, *CHIPS)
 
 
 def price(kernel: str, generation: str, workload: str, fields: dict | None = None) -> Price:
     """Price a kernel by the difference of two batches: what a launch costs once falls out."""
-    key = (kernel, generation, workload)
-    few, many = batches(tpu_kernels.WORKLOADS[workload])
+    failure = ""
+    for few, many in batches(tpu_kernels.WORKLOADS[workload]):
+        try:
+            return price_by(few, many, kernel, generation, workload, fields=fields or {})
+        except ProfileError as error:
+            failure = str(error)
+    return Price(kernel, generation, workload, failure=failure)
+
+
+def batches(workload: Workload) -> tuple[tuple[int, int], ...]:
+    """Return the sequences of two launches, large ones first where a step may take several.
+
+    On v7x the profiler comes to an end after some fifteen steps of a grid.
+    """
+    return ((16, 32), (2, 4)) if workload.num_kv_heads <= 2 else ((2, 4),)
+
+
+def price_by(few: int, many: int, *key: str, fields: dict) -> Price:
+    """Price a kernel by launches of few and of many sequences."""
 
     def profile(num_seqs, copies):
-        return tpu_profile.profile(*key, num_seqs=num_seqs, copies=copies, fields=fields or {})
+        return tpu_profile.profile(*key, num_seqs=num_seqs, copies=copies, fields=fields)
 
-    try:
-        program, less = profile(few, True)
-        if less is None:
-            return Price(*key, **dataclasses.asdict(program))
-        more, bare_less, bare_more = (
-            profile(*arguments)[1] for arguments in ((many, True), (few, False), (many, False))
-        )
-        found = rates(few, many, less, more, bare_less, bare_more)
-        check_copies(found["copied_bytes"], tpu_kernels.workload(workload, 1).kv_bytes)
-    except tpu_profile.ProfileError as error:
-        return Price(*key, failure=str(error))
+    program, less = profile(few, True)
+    if less is None:
+        return Price(*key, **dataclasses.asdict(program))
+    more, bare_less, bare_more = (
+        profile(*arguments)[1] for arguments in ((many, True), (few, False), (many, False))
+    )
+    found = rates(few, many, less, more, bare_less, bare_more)
+    check_copies(found["copied_bytes"], tpu_kernels.workload(key[-1], 1).kv_bytes)
     return Price(*key, **found, **dataclasses.asdict(program))
-
-
-def batches(workload: Workload) -> tuple[int, int]:
-    """Return the sequences of two launches, enough of them where a step may take several."""
-    return (8, 16) if workload.num_kv_heads <= 2 else (2, 4)
 
 
 def rates(few, many, less, more, bare_less, bare_more) -> dict[str, int]:
@@ -135,71 +85,22 @@ def check_copies(copied: int, kv_bytes: int) -> None:
     On v7x it leaves out the last bundle before some jumps, which may hold a copy.
     """
     if copied < 0.9 * kv_bytes:
-        raise tpu_profile.ProfileError(
+        raise ProfileError(
             f"the profiler saw {copied} bytes copied, of {kv_bytes} that have to be read"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """Cycles of a whole launch, on as many cores as the kernel uses."""
-
-    hbm: float
-    core: float
-    start: float
-
-    @property
-    def cycles(self) -> float:
-        return max(self.hbm, self.core) + self.start
-
-    @property
-    def bound(self) -> str:
-        return "memory" if self.hbm >= self.core else "core"
-
-
-def predict(price: Price, num_seqs: int, kv_bytes: int) -> Prediction:
-    """Predict a launch of `num_seqs` sequences that reads `kv_bytes`.
-
-    A core starts its copies and computes in one stream of instructions, so the two add up, and
-    the memory works beside it.
-    """
-    chip = CHIPS[price.generation]
-    cores = chip.cores if price.kernel in tpu_kernels.SPLIT else 1
-    reach = chip.hbm_bytes * cores / chip.cores
-    each = price.compute_cycles + price.issue_bundles
-    seqs = -(-num_seqs // cores)
-    return Prediction(kv_bytes / (chip.efficiency * reach), seqs * each, price.start_cycles)
-
-
-def compare(old: Price | None, new: Price) -> list[str]:
-    """List in what `new` is worse than `old`."""
-    name = ", ".join(new.key)
-    if old is None:
-        return [f"{name}: not in the results"]
-    if new.failure or old.failure:
-        return [f"{name}: {new.failure}"] if new.failure and not old.failure else []
-    worse = []
-    for field in CHECKED:
-        before, after = getattr(old, field), getattr(new, field)
-        if (before is None) != (after is None):
-            worse.append(f"{name}: {field} was {before}, is {after}")
-        elif before is not None and after > before + TOLERANCE * abs(before):
-            worse.append(f"{name}: {field} was {before:,}, is {after:,}")
-    return worse
-
-
-def table(prices: list[Price]) -> str:
-    """Write prices and predictions as a table."""
-    rows = [HEADER, "|" + "---|" * HEADER.count(" |")]
-    for price in prices:
-        rows.append("| " + " | ".join([*price.key, *cells(price)]) + " |")
-    return "\n".join(rows) + "\n"
 
 
 HEADER = (
     "| kernel | chip | workload | bytes a bundle | compute/HBM | issue/HBM | predicted us | "
     "of HBM | bound | bundles | spills v, s | VMEM KiB | compile s |"
 )
+
+
+def table(prices: list[Price]) -> str:
+    """Write prices and predictions as a table."""
+    rows = [HEADER, "|" + "---|" * HEADER.count(" |")]
+    rows += ["| " + " | ".join([*price.key, *cells(price)]) + " |" for price in prices]
+    return "\n".join(rows) + "\n"
 
 
 def cells(price: Price) -> list[str]:
@@ -213,16 +114,13 @@ def cells(price: Price) -> list[str]:
     ]
     if price.bundles is None:
         return [*["-"] * 6, *program]
-    chip, workload = CHIPS[price.generation], tpu_kernels.WORKLOADS[price.workload]
-    prediction = predict(price, workload.num_seqs, workload.kv_bytes)
-    each = workload.kv_bytes / workload.num_seqs
-    floor = each / (chip.hbm_bytes / chip.cores)  # cycles of a core's share of the memory
+    prediction, efficiency = predict(price), CHIPS[price.generation].efficiency
     return [
-        f"{each / price.bundles:,.0f}",
-        f"{price.compute_cycles / floor:.2f}",
-        f"{price.issue_bundles / floor:.2f}",
-        f"{prediction.cycles / chip.ghz / 1e3:,.0f}",
-        f"{workload.kv_bytes / prediction.cycles / chip.hbm_bytes:.0%}",
+        f"{bytes_a_bundle(price):,.0f}",
+        f"{prediction.compute / prediction.memory / efficiency:.2f}",
+        f"{prediction.issue / prediction.memory / efficiency:.2f}",
+        f"{prediction.us:,.0f}",
+        f"{prediction.share:.0%}",
         prediction.bound,
         *program,
     ]
@@ -232,53 +130,54 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
 
 
-def load(path: Path) -> tuple[dict, dict[tuple[str, str, str], Price]]:
-    """Read how results came about, and each price."""
-    if not path.exists():
-        return {}, {}
-    facts = json.loads(path.read_text())
-    prices = [Price(**price) for price in facts.pop("prices")]
-    return facts, {price.key: price for price in prices}
-
-
 def chosen(only: list[str]) -> list[tuple[str, str, str]]:
     """Return the cases that words name: kernels, generations, workloads; all of what none names."""
-    axes = [list(tpu_kernels.KERNELS), list(TOPOLOGIES), list(tpu_kernels.WORKLOADS)]
+    axes = [list(tpu_kernels.KERNELS), list(GENERATIONS), list(tpu_kernels.WORKLOADS)]
     if unknown := set(only) - set(itertools.chain(*axes)):
         sys.exit(f"{', '.join(sorted(unknown))}: no kernel, generation or workload of {axes}")
-    return list(itertools.product(*([x for x in axis if x in only] or axis for axis in axes)))
+    cases = itertools.product(*([x for x in axis if x in only] or axis for axis in axes))
+    peers, fewer = ("jax ",), tpu_kernels.PEER_WORKLOADS
+    return [case for case in cases if not case[0].startswith(peers) or case[2] in fewer]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[], help="kernels, generations, workloads")
     parser.add_argument("--jobs", type=int, default=2, help="compiles at once")
     parser.add_argument("--check", action="store_true", help="against the results; writes nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--field", nargs="+", default=[], help="of ejk's backend; writes nothing")
-    args = parser.parse_args()
+    parser.add_argument("--same-versions", action="store_true", help="asks whether --check can run")
+    parser.add_argument("--field", nargs="+", default=[], help="of the backend; writes nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="another file of results")
+    args = parser.parse_args(argv)
     fields = {name: json.loads(value) for name, value in (x.split("=") for x in args.field)}
 
     facts, old = load(args.output)
-    if args.check and facts.get("versions") != versions():
+    if (args.check or args.same_versions) and facts.get("versions") != versions():
         sys.exit(f"the results are of {facts.get('versions')}, and this is {versions()}")
+    if args.same_versions:
+        return
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         prices = list(pool.map(lambda case: price(*case, fields), chosen(args.only)))
     print(table(prices))
     if args.check:
         worse = [line for new in prices for line in compare(old.get(new.key), new)]
         sys.exit("worse than the results:\n" + "\n".join(worse) if worse else 0)
-    if fields:
-        return
-    kept = old if facts.get("versions") == versions() else {}
-    found = kept | {price.key: price for price in prices}
+    if not fields:
+        same = facts.get("versions") == versions()
+        write(args.output, (old if same else {}) | {price.key: price for price in prices})
+
+
+def write(path: Path, prices: dict[tuple[str, str, str], Price]) -> None:
     facts = dict(
         versions=versions(),
         date=datetime.date.today().isoformat(),
         command="python -m benchmarks.tpu_static",
-        prices=[dataclasses.asdict(found[key]) for key in sorted(found)],
+        prices=[
+            {name: value for name, value in dataclasses.asdict(price).items() if value is not None}
+            for _, price in sorted(prices.items())
+        ],
     )
-    args.output.write_text(json.dumps(facts, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
