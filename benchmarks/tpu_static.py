@@ -136,8 +136,12 @@ def chosen(only: list[str]) -> list[tuple[str, str, str]]:
     if unknown := set(only) - set(itertools.chain(*axes)):
         sys.exit(f"{', '.join(sorted(unknown))}: no kernel, generation or workload of {axes}")
     cases = itertools.product(*([x for x in axis if x in only] or axis for axis in axes))
-    peers, fewer = ("jax ",), tpu_kernels.PEER_WORKLOADS
-    return [case for case in cases if not case[0].startswith(peers) or case[2] in fewer]
+    return [case for case in cases if not case[0].startswith("jax ") or is_priced_of_peers(*case)]
+
+
+def is_priced_of_peers(_, generation: str, workload: str) -> bool:
+    """Say whether JAX's kernels are priced: only where something is predicted."""
+    return generation in CHIPS and workload in tpu_kernels.PEER_WORKLOADS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,17 +149,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=[], help="kernels, generations, workloads")
     parser.add_argument("--jobs", type=int, default=2, help="compiles at once")
     parser.add_argument("--check", action="store_true", help="against the results; writes nothing")
-    parser.add_argument("--same-versions", action="store_true", help="asks whether --check can run")
     parser.add_argument("--field", nargs="+", default=[], help="of the backend; writes nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, help="another file of results")
     args = parser.parse_args(argv)
     fields = {name: json.loads(value) for name, value in (x.split("=") for x in args.field)}
 
     facts, old = load(args.output)
-    if (args.check or args.same_versions) and facts.get("versions") != versions():
+    if args.check and facts.get("versions") != versions():
         sys.exit(f"the results are of {facts.get('versions')}, and this is {versions()}")
-    if args.same_versions:
-        return
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         prices = list(pool.map(lambda case: price(*case, fields), chosen(args.only)))
     print(table(prices))
