@@ -78,7 +78,7 @@ NAMED = (
     uniform("W8", 64, 8, 128, 16, 32768, 64),
 )
 
-_W1A, _W4, _W8 = NAMED[0], NAMED[5], NAMED[8]
+_W1A, _W4, _W8 = NAMED[0], NAMED[4], NAMED[8]
 
 SHAPES = (
     *(uniform(f"group {g}", 8 * g, 8, 128, 64, 2048, 16) for g in (3, 5, 6, 7)),
