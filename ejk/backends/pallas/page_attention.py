@@ -16,9 +16,9 @@ from ejk.backends.page_attention import (
     PageAttentionProblem,
 )
 from ejk.backends.pallas.page_attention_tuned import (
+    BLOCK_KV,
     CHIPS,
-    MAX_BLOCK_KV,
-    MAX_ROUND_BLOCKS,
+    LONG_BLOCK_KV,
     ROUND_KEY_BYTES,
     SMEM_LIMIT_BYTES,
     TOO_OLD,
@@ -181,14 +181,16 @@ class PallasPageAttention(PageAttentionBackend):
         if self.pages_per_compute_block is not None:
             return self.pages_per_compute_block
         one_page = Work(problem, 1, 1, reordered_copies=_chip().reordered_copies)
-        tokens = ROUND_KEY_BYTES * problem.page_size // one_page.key_bytes
-        pages = max(1, min(tokens, MAX_BLOCK_KV) // problem.page_size)
+        of_round = ROUND_KEY_BYTES * problem.page_size // one_page.key_bytes
+        longest = LONG_BLOCK_KV if of_round > 4 * BLOCK_KV else BLOCK_KV
+        tokens = min(of_round, longest)
+        pages = max(1, tokens // problem.page_size)
         while pages > 1 and not self._fits(dataclasses.replace(one_page, block_pages=pages)):
             pages //= 2
         return pages if problem.num_splits > 0 else min(pages, seen_pages(problem))
 
     def _round_blocks(self, work: Work) -> int:
-        blocks = min(max(ROUND_KEY_BYTES // work.key_bytes, 1), MAX_ROUND_BLOCKS)
+        blocks = min(max(ROUND_KEY_BYTES // work.key_bytes, 1), _chip().round_blocks)
         while blocks > 1 and not self._fits(
             dataclasses.replace(work, round_blocks=blocks, step_seqs=blocks)
         ):

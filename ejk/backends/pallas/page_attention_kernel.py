@@ -27,7 +27,6 @@ Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); copies across the border
 in Ragged Paged Attention (arXiv:2604.15464).
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -85,7 +84,7 @@ def page_attention_kernel(
         work,
     )
     first_seq = begin_seq + step * work.step_seqs
-    num_blocks = [paging.num_blocks(first_seq + i) for i in range(work.step_seqs)]
+    num_blocks = sum(paging.num_blocks(first_seq + i) for i in range(work.step_seqs))
     pl.when(step == 0)(paging.start_chain)
 
     # Load once: a sequence's state starts from the sink, or from nothing.
@@ -143,16 +142,23 @@ def page_attention_kernel(
     def attend(slot, masked):
         paging.wait(slot, whole=not masked)
         blocks = [paging.noted(slot, k) for k in range(work.round_blocks)]
-        s = [logits(slot, k, block) for k, block in enumerate(blocks)]
+        # Masking has loops, across which no block's logits would stay in registers.
+        s = {} if masked else {k: logits(slot, k, block) for k, block in enumerate(blocks)}
         state, results = State(m_ref[...], l_ref[...], acc_ref[...]), []
         for k, block in enumerate(blocks):
             is_first = paging.is_first(block)
             state = State(*(jnp.where(is_first, new, old) for new, old in zip(initial, state)))
-            state = merge(state, part(slot, k, block, s[k], masked))
+            s_block = logits(slot, k, block) if masked else s[k]
+            state = merge(state, part(slot, k, block, s_block, masked))
             results.append(finish(state))
         m_ref[...], l_ref[...], acc_ref[...] = state
         for block, result in zip(blocks, results):
             pl.when(paging.is_last(block))(lambda b=block, r=result: write(b.seq - first_seq, r))
+
+    # Rows of sequences that see nothing stay as they are written here.
+    nothing = finish(initial)
+    for i in range(work.step_seqs):
+        write(i, nothing)
 
     def round_of_step(_, slot):
         paging.start_round(other_slot(slot))
@@ -164,14 +170,8 @@ def page_attention_kernel(
         )
         return other_slot(slot)
 
-    rounds = divide_up(sum(num_blocks), work.round_blocks)
+    rounds = divide_up(num_blocks, work.round_blocks)
     chain_ref[0] = lax.fori_loop(0, rounds, round_of_step, chain_ref[0])
-
-    # Write what no round has: rows of sequences that see nothing.
-    @pl.when(functools.reduce(jnp.minimum, num_blocks) == 0)
-    def _some_see_nothing():
-        for i in range(work.step_seqs):
-            pl.when(num_blocks[i] == 0)(lambda i=i: write(i, finish(initial)))
 
 
 class State(NamedTuple):

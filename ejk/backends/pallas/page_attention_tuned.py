@@ -10,6 +10,7 @@ class Chip(NamedTuple):
     """One generation."""
 
     vmem_limit_bytes: int  # what the kernel asks for on a core: less than there is
+    round_blocks: int = 4  # at most: where it is 2, code for 4 spills 500 registers
     cores: int = 1  # that one launch shares: as the device says
     reordered_copies: int = 0  # that its compiler makes of a round in "NHD": found by compiling
 
@@ -17,9 +18,9 @@ class Chip(NamedTuple):
 MIB = 2**20
 
 CHIPS = {
-    "v4": Chip(vmem_limit_bytes=14 * MIB, reordered_copies=4),
-    "v5e": Chip(vmem_limit_bytes=64 * MIB),
-    "v5p": Chip(vmem_limit_bytes=40 * MIB),
+    "v4": Chip(vmem_limit_bytes=14 * MIB, round_blocks=2, reordered_copies=4),
+    "v5e": Chip(vmem_limit_bytes=64 * MIB, round_blocks=2),
+    "v5p": Chip(vmem_limit_bytes=40 * MIB, round_blocks=2),
     "v6e": Chip(vmem_limit_bytes=64 * MIB),
     "7x": Chip(vmem_limit_bytes=40 * MIB),
 }
@@ -38,11 +39,12 @@ Predicted, 8 KV heads of 128 entries in bfloat16, cycles of a v6e for 2,048 toke
 of 1 MiB, 3,820 of 2 MiB, 3,540 of 4 MiB, for which the compiler spills 500 registers and not 200.
 """
 
-MAX_BLOCK_KV = 1024
-MAX_ROUND_BLOCKS = 4
-"""Of few KV heads, several blocks make a round.
+BLOCK_KV, LONG_BLOCK_KV = 1024, 2048
+"""Tokens of a block, at most; the second of one KV head, of which many blocks would fill a round.
 
-Predicted, 2 KV heads, cycles of a v6e for 2,048 tokens: 2,270 one block a round, 1,230 four.
+Several blocks of few KV heads make a round. Predicted, for 2,048 tokens: 2 KV heads, cycles of a
+v6e, 2,270 one block a round, 1,230 four; 1 KV head, cycles of a v7x in rounds of four, 830 in
+blocks of 1,024, 610 of 2,048.
 """
 
 SMEM_LIMIT_BYTES = 960 * 2**10
