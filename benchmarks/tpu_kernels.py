@@ -46,7 +46,7 @@ def _num_pages(w: Workload) -> int:
     return POOL_BYTES // (w.page_size * w.token_bytes)
 
 
-def _ejk(w: Workload, where: jax.sharding.Sharding, **fields: Any) -> None:
+def _ejk(w: Workload, where: jax.sharding.Sharding, fused: bool = False, **fields: Any) -> None:
     """Lower the public call; the backend is run on arrays of which it knows the values."""
     options = dict(w.options)
     known = dict(
@@ -65,11 +65,12 @@ def _ejk(w: Workload, where: jax.sharding.Sharding, **fields: Any) -> None:
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    pool = array((_num_pages(w), w.num_kv_heads, w.page_size, w.head_dim), w.dtype)
+    halves = (2,) if fused else ()
+    pool = array((_num_pages(w), *halves, w.num_kv_heads, w.page_size, w.head_dim), w.dtype)
     jax.jit(functools.partial(ejk.page_attention, backend=Known(**fields), **options)).lower(
         array((w.num_seqs, w.num_heads, w.head_dim), w.dtype),
         pool,
-        pool,
+        None if fused else pool,
         array((w.num_seqs,), jnp.int32),
         array((w.num_seqs, w.max_blocks), jnp.int32),
     )
@@ -115,6 +116,7 @@ def _refuse_options(w: Workload) -> None:
 
 KERNELS = {
     "ejk": _ejk,
+    "ejk, fused pools": functools.partial(_ejk, fused=True),
     "jax paged_attention": _paged_attention,
     "jax ragged_paged_attention": _ragged_paged_attention,
 }
