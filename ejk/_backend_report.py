@@ -20,7 +20,7 @@ class BackendReport:
         platform: the platform that was asked about.
         chosen: the backend that runs the call: the first that does not refuse; None if all do.
         refusals: by backend, best first, every reason why it cannot run the call; none if it can.
-            Empty where static facts answer the call: no sequences, no pages or an empty table.
+            Empty where static facts answer the call: no tokens, no sequences, no pages, no table.
     """
 
     platform: str
@@ -29,7 +29,7 @@ class BackendReport:
 
     def __str__(self) -> str:
         if not self.refusals:
-            return "no sequence can see a token: the call is answered without a backend"
+            return "static facts answer the call, without a backend"
         lines = [f"on {self.platform}: {self.chosen or 'no backend'}"]
         for name, refusals in self.refusals.items():
             lines += [f"  {name}: {reason}" for reason in refusals or ("can run the call",)]

@@ -19,6 +19,8 @@ Cache = Annotated[
     "a numeric array of four axes, or five of fused pools, as cache_layout says",
 ]
 Lengths = Integer[Array, " num_seqs"]
+TokenRows = Float[Array, "num_tokens num_kv_heads head_dim"]
+Slots = Integer[Array, " num_tokens"]
 Tables = Integer[Array, "num_seqs max_blocks"]
 PerHead = Float[Array, " num_heads"]
 Scalar = Annotated[

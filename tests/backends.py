@@ -62,6 +62,19 @@ class Entry:
             raise Refusal from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Writer(Entry):
+    """One backend of `ejk.write_kv_cache` under test."""
+
+    def __call__(self, case):
+        """Run a case; return the caches that there are as NumPy arrays."""
+        with self.refusing():
+            caches = ejk.write_kv_cache(
+                *case.arguments(), cache_layout=case.cache_layout, backend=self.backend
+            )
+        return [np.asarray(cache) for cache in caches if cache is not None]
+
+
 def entries() -> list[Entry]:
     if os.environ.get("EJK_TEST_GPU"):
         assert jax.default_backend() == "gpu", "the GPU tests were asked for, but there is no GPU"
@@ -84,7 +97,20 @@ def entries() -> list[Entry]:
     ]
 
 
+def writers() -> list[Entry]:
+    if os.environ.get("EJK_TEST_GPU"):
+        return [
+            Writer("xla on gpu, writing", ejk.XlaWriteKVCache(), examples=40),
+            Writer("triton on gpu, writing", ejk.TritonWriteKVCache(), examples=80),
+        ]
+    return [
+        Writer("xla, writing", ejk.XlaWriteKVCache(), examples=40),
+        Writer("triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), examples=40),
+    ]
+
+
 ENTRIES = entries()
+WRITERS = writers()
 
 each_backend = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 
@@ -107,6 +133,11 @@ def counted(body):
 def edge(body):
     """Make a test of a function of `entry` and fixtures: run on every backend, and counted."""
     return each_backend(counted(body))
+
+
+def writer_edge(body):
+    """The same on every backend that writes."""
+    return pytest.mark.parametrize("entry", WRITERS, ids=lambda entry: entry.name)(counted(body))
 
 
 def each_case(strategy, share: float = 1.0, entries=ENTRIES):

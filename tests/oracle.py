@@ -87,6 +87,29 @@ def token(cache, table, position, kv_head, cache_layout="HND"):
     return vector.astype(np.float64)
 
 
+def write_kv_cache(key, value, key_cache, value_cache, slot_mapping, *, cache_layout="HND"):
+    """Return the caches after one token after the other was written to its slot."""
+    caches = [None if cache is None else cache.copy() for cache in (key_cache, value_cache)]
+    pools = halves(caches[0], cache_layout) if key_cache.ndim == 5 else caches
+    num_pages, page_size, _ = _axis_sizes(pools[0], cache_layout)
+    for i, slot in enumerate(slot_mapping):
+        page, offset = divmod(int(slot), page_size)
+        if 0 <= page < num_pages:
+            for pool, rows in zip(pools, (key, value)):
+                if rows is not None:
+                    row(pool, page, offset, cache_layout)[...] = rows[i]
+    return caches
+
+
+def row(pool, page, offset, cache_layout):
+    """All heads of one slot, `[num_kv_heads, head_dim]`."""
+    if cache_layout == "HND":
+        return pool[page, :, offset]
+    if cache_layout == "NHD":
+        return pool[page, offset]
+    return pool[:, page, offset]
+
+
 def merge_attention_states(outs, lses):
     """Merge `outs [parts, rows, heads, dim]` and `lses [parts, rows, heads]` over the parts."""
     parts, rows, heads, dim = outs.shape

@@ -1,5 +1,6 @@
 """What only an NVIDIA GPU can show: large pools, and programs that copy none."""
 
+import functools
 import re
 
 import jax
@@ -65,9 +66,8 @@ def test_a_stack_of_layers_in_one_pool_copies_no_pool(unroll):
 
         def layer(carry, index):
             query, keys, values = carry
-            page = tables[:, 0] + index * NUM_PAGES
-            keys = keys.at[page, :, 0].set(query[:, ::4])
-            values = values.at[page, :, 0].set(query[:, 1::4])
+            slots = (tables[:, 0] + index * NUM_PAGES) * PAGE
+            keys, values = ejk.write_kv_cache(query[:, ::4], query[:, 1::4], keys, values, slots)
             layer_tables = jnp.where(tables >= 0, tables + index * NUM_PAGES, -1)
             query = ejk.page_attention(query, keys, values, lens, layer_tables, plan=plan)
             return (query, keys, values), None
@@ -86,6 +86,27 @@ def test_a_stack_of_layers_in_one_pool_copies_no_pool(unroll):
     assert not re.findall(rf"= {re.escape(shape)}\S* copy(?:-start)?\(", text)
     assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 4
     assert np.isfinite(np.asarray(compiled(query, keys, values, lens, tables)[0], np.float32)).all()
+
+
+@pytest.mark.parametrize("num_tokens", [64, 8192, 20000])
+def test_tokens_written_to_the_far_end_of_a_large_pool(num_tokens):
+    """Bit for bit those of XLA, duplicates and slots outside among them; compared, and sorted."""
+    num_pages = 2**31 // (KV_HEADS * PAGE * HEAD_DIM) + 1024
+    rng = np.random.default_rng(0)
+    slots = (num_pages - 1024) * PAGE + rng.integers(-5, 1024 * PAGE + 5, num_tokens)
+    slots = jnp.asarray(np.where(rng.random(num_tokens) < 0.1, -1, slots), jnp.int32)
+    rows = pool(num_tokens, 3)[:, :, 0]
+    tails = []
+    for backend in ("triton", "xla"):
+        write = functools.partial(ejk.write_kv_cache, backend=backend)
+        empty = jnp.zeros((num_pages, KV_HEADS, PAGE, HEAD_DIM), jnp.bfloat16)
+        assert empty.size > 2**31
+        keys, _ = jax.jit(write, donate_argnums=2)(rows, None, empty, None, slots)
+        assert not keys[:16].any()
+        tails.append(np.asarray(keys[-1024:], np.float32))
+        del empty, keys
+    np.testing.assert_array_equal(*tails)
+    assert tails[0].any()
 
 
 def test_nothing_waits_for_the_device():

@@ -1,0 +1,182 @@
+"""`ejk.write_kv_cache`: the signature, its checks and its prose, once for every backend."""
+
+import jax
+import jax.numpy as jnp
+
+from ejk import _dispatch
+from ejk._dispatch import Backend
+from ejk._indices import as_int32
+from ejk._page_attention_problem import DTYPES
+from ejk._typing import Cache, Slots, TokenRows, typed
+from ejk.backends.page_attention import LAYOUTS, CacheLayout, layout_of
+from ejk.backends.triton.write_kv_cache import TritonWriteKVCache
+from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
+from ejk.backends.xla.write_kv_cache import XlaWriteKVCache, differentiable
+
+WRITE_BACKENDS = (TritonWriteKVCache(), XlaWriteKVCache())
+"""Best first: each platform's own kernel, then XLA, which runs everything."""
+
+
+@typed
+def write_kv_cache(
+    key: TokenRows,
+    value: TokenRows | None,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    slot_mapping: Slots,
+    *,
+    cache_layout: CacheLayout = "HND",
+    backend: str | Backend | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Write the keys and values of new tokens to their slots in pools of pages.
+
+    For each token `i` in turn, with `page, offset = divmod(slot_mapping[i], page_size)`:
+
+        key_cache[page, :, offset] = key[i]          in the layout "HND"
+        value_cache[page, :, offset] = value[i]
+        nothing, if slot_mapping[i] is outside [0, num_pages * page_size)
+
+    So of two tokens with one slot the later one stays, and a slot of -1 writes nothing: slots
+    neither wrap nor clamp. All that is not written keeps its bits. Where the caches are donated,
+    under `jit`, the write is in place; else JAX copies them first. Differentiable in reverse mode
+    in `key`, `value` and the caches.
+
+    Args:
+        key: the new tokens' keys, `[num_tokens, num_kv_heads, head_dim]`, in the cache's dtype.
+        value: their values, `[num_tokens, num_kv_heads, value_head_dim]`; None for latent
+            attention, whose values are read out of the keys.
+        key_cache: the pool of pages as `ejk.page_attention` reads it: float32, bfloat16 or float16,
+            its axes as `cache_layout` says. With five axes it holds the keys and the values.
+        value_cache: the pool of the values; None if `key_cache` has five axes or `value` is None.
+        slot_mapping: `page * page_size + offset` of each token. Any integer dtype.
+        cache_layout: `"HND"`, `"NHD"` or `"KV_HEADS_FIRST"`, as of `ejk.page_attention`.
+        backend: None for the best backend of the platform that the computation is lowered for;
+            `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.
+
+    Returns:
+        The caches, `(key_cache, value_cache)`; a `value_cache` of None stays None.
+
+    Raises:
+        TypeError: an argument of the wrong rank or dtype kind.
+        ValueError: arguments that do not fit each other.
+        UnsupportedError: no backend that was asked for can run the call; every reason is named.
+
+    Example:
+        >>> import jax.numpy as jnp, ejk
+        >>> pool, rows = jnp.zeros((8, 2, 16, 64)), jnp.ones((3, 2, 64))
+        >>> slots = jnp.array([5 * 16 + 2, -1, 0])  # slot 2 of page 5, nowhere, slot 0 of page 0
+        >>> key_cache, value_cache = ejk.write_kv_cache(rows, 2 * rows, pool, pool, slots)
+        >>> print(key_cache[5, 0, :4, 0], value_cache[0, 1, :4, 0])
+        [0. 0. 1. 0.] [2. 0. 0. 0.]
+
+    Source:
+        vLLM's `reshape_and_cache` (Kwon et al., 2023, arXiv:2309.06180), and its slot mapping.
+    """
+    problem = _problem_of(key, value, key_cache, value_cache, slot_mapping, cache_layout)
+    choice = _dispatch.choose(backend, WriteKVCacheProblem, WRITE_BACKENDS)
+    operands = WriteKVCacheOperands(
+        key=jnp.asarray(key),
+        value=None if value is None else jnp.asarray(value),
+        key_cache=jnp.asarray(key_cache),
+        value_cache=None if value_cache is None else jnp.asarray(value_cache),
+        slot_mapping=as_int32(slot_mapping, problem.num_slots),
+    )
+    if 0 in (problem.num_tokens, problem.num_slots):
+        return operands.key_cache, operands.value_cache
+    results = differentiable(problem, choice, _dispatch.vary_together(operands))
+    return results[0], None if value_cache is None else results[1]
+
+
+def _problem_of(
+    key, value, key_cache, value_cache, slot_mapping, cache_layout
+) -> WriteKVCacheProblem:
+    """Check the arguments and collect the static facts of the call."""
+    if cache_layout not in LAYOUTS:
+        _fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
+    layout = layout_of(key_cache, cache_layout)
+    pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
+    num_pages, num_kv_heads, page_size = (
+        key_cache.shape[axis] for axis in (layout.pages, layout.kv_heads, layout.slots)
+    )
+    num_tokens, _, head_dim = key.shape
+    if key.dtype.name not in DTYPES:
+        raise TypeError(f"key.dtype={key.dtype.name} must be one of {', '.join(DTYPES)}")
+    if layout.halves is not None and key_cache.shape[layout.halves] != 2:
+        _fail(
+            f"key_cache.shape[{layout.halves}]={key_cache.shape[layout.halves]} must be 2, keys "
+            f"and values {pool}"
+        )
+    for name, size in (
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", head_dim),
+        ("page_size", page_size),
+    ):
+        if size < 1:
+            _fail(f"{name}={size} must be at least 1 {pool}")
+    if key.shape[1] != num_kv_heads:
+        _fail(f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}")
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache is not None and cache.dtype != key.dtype:
+            _fail(
+                f"{name}.dtype={cache.dtype} must be the keys' dtype {key.dtype}: convert the new "
+                "tokens first; quantised caches are not supported yet"
+            )
+    if key_cache.shape[-1] != head_dim:
+        _fail(
+            f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the keys' "
+            f"head_dim={head_dim}"
+        )
+    _check_values(key, value, key_cache, value_cache)
+    if slot_mapping.shape[0] != num_tokens:
+        _fail(f"slot_mapping.shape[0]={slot_mapping.shape[0]} must be num_tokens={num_tokens}")
+    if num_pages * page_size >= 2**31:
+        _fail(
+            f"num_pages * page_size={num_pages * page_size} must be below 2**31: slots are 32-bit "
+            f"{pool}"
+        )
+    return WriteKVCacheProblem(
+        num_tokens=num_tokens,
+        key_shape=tuple(key_cache.shape),
+        value_shape=None if value_cache is None else tuple(value_cache.shape),
+        dtype=key.dtype,
+        cache_layout=cache_layout,
+    )
+
+
+def _check_values(key, value, key_cache, value_cache) -> None:
+    """Check that there are values exactly where there is room for them, and that they fit."""
+    if key_cache.ndim == 5:
+        if value_cache is not None:
+            _fail(
+                f"value_cache{list(value_cache.shape)} must be None with a key_cache of five axes, "
+                "which holds keys and values"
+            )
+        if value is None:
+            _fail("value=None must be an array with a key_cache of five axes, which holds values")
+    elif (value is None) != (value_cache is None):
+        name = "value" if value is None else "value_cache"
+        _fail(
+            f"{name}=None must be an array, or value and value_cache both None: latent attention "
+            "reads the values out of the keys"
+        )
+    if value is None:
+        return
+    if value.dtype != key.dtype:
+        _fail(f"value.dtype={value.dtype} must be the keys' dtype {key.dtype}")
+    if value.shape[:2] != key.shape[:2]:
+        _fail(f"value.shape={value.shape} must be key.shape={key.shape} but for the last axis")
+    if value_cache is not None and value_cache.shape[:-1] != key_cache.shape[:-1]:
+        _fail(
+            f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} but "
+            "for the last axis"
+        )
+    cache, name = (key_cache, "key_cache") if value_cache is None else (value_cache, "value_cache")
+    if cache.shape[-1] != value.shape[-1] or value.shape[-1] < 1:
+        _fail(
+            f"{name}.shape[{cache.ndim - 1}]={cache.shape[-1]} must be the values' "
+            f"value_head_dim={value.shape[-1]}, and at least 1"
+        )
+
+
+def _fail(message: str) -> None:
+    raise ValueError(message)

@@ -1,0 +1,111 @@
+"""What every backend of `ejk.write_kv_cache` is given."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+
+from ejk._dispatch import Backend, Problem
+from ejk.backends.page_attention import LAYOUTS, Layout
+
+
+class WriteKVCacheOperands(NamedTuple):
+    """The arrays of one call. Absent ones are None.
+
+    Slots are the caller's own values: those outside `[0, num_slots)` write nothing, and of several
+    tokens with one slot the last is found there afterwards.
+    """
+
+    key: Any  # [num_tokens, num_kv_heads, head_dim]
+    value: Any  # [num_tokens, num_kv_heads, value_head_dim], or None of latent pools
+    key_cache: Any  # four axes, or five of fused pools: see LAYOUTS
+    value_cache: Any  # the same, its last axis value_head_dim; None of fused and latent pools
+    slot_mapping: Any  # int32 [num_tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteKVCacheProblem(Problem):
+    """The static facts of one `ejk.write_kv_cache` call. No axis is empty."""
+
+    operation: ClassVar[str] = "write_kv_cache"
+
+    num_tokens: int
+    key_shape: tuple[int, ...]
+    """Of `key_cache`."""
+    value_shape: tuple[int, ...] | None
+    """Of `value_cache`; None of fused and latent pools."""
+    dtype: np.dtype
+    cache_layout: str
+
+    @property
+    def fused(self) -> bool:
+        """`key_cache` has five axes, keys and values on one of them."""
+        return len(self.key_shape) == 5
+
+    @property
+    def latent(self) -> bool:
+        """There are no values: they are read out of the keys."""
+        return not self.fused and self.value_shape is None
+
+    @property
+    def layout(self) -> Layout:
+        """Where the axes of the pools are, as they were handed over."""
+        layout = LAYOUTS[self.cache_layout]
+        return layout.fused if self.fused else layout
+
+    @property
+    def num_pages(self) -> int:
+        return self.key_shape[self.layout.pages]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key_shape[self.layout.kv_heads]
+
+    @property
+    def page_size(self) -> int:
+        return self.key_shape[self.layout.slots]
+
+    @property
+    def num_slots(self) -> int:
+        """Below 2**31."""
+        return self.num_pages * self.page_size
+
+    @property
+    def head_dim(self) -> int:
+        return self.key_shape[-1]
+
+    @property
+    def value_head_dim(self) -> int:
+        """Of the values that are written: 0 of latent pools."""
+        if self.latent:
+            return 0
+        return (self.value_shape or self.key_shape)[-1]
+
+    @property
+    def features(self) -> frozenset[str]:
+        used = {
+            "fused_pools": self.fused,
+            "latent_pools": self.latent,
+            f'cache_layout="{self.cache_layout}"': True,
+        }
+        return frozenset(feature for feature, is_used in used.items() if is_used)
+
+    @property
+    def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        shapes = (self.key_shape, self.value_shape)
+        return tuple(jax.ShapeDtypeStruct(x, self.dtype) for x in shapes if x is not None)
+
+    def fold(self, size, operands, axes):
+        return None  # each call has caches of its own: there is nothing to share
+
+
+class WriteKVCacheBackend(Backend):
+    """A way to run `ejk.write_kv_cache`: subclass it to add your own.
+
+    `run(problem, operands, platform)` is given a `WriteKVCacheProblem` and
+    `WriteKVCacheOperands`, and returns the caches, those that there are, as `problem.results`
+    has them.
+    """
+
+    problem_type = WriteKVCacheProblem

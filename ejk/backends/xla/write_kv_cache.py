@@ -1,0 +1,140 @@
+"""`ejk.write_kv_cache` as an XLA program, and reverse mode for every backend.
+
+One scatter a pool, in place where the pool is donated. What it leaves unsaid, which of two rows for
+one slot stays, is settled before it: only the last goes anywhere.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ejk import _dispatch
+from ejk.backends.write_kv_cache import (
+    WriteKVCacheBackend,
+    WriteKVCacheOperands,
+    WriteKVCacheProblem,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaWriteKVCache(WriteKVCacheBackend):
+    """Run `ejk.write_kv_cache` as an XLA program: a scatter."""
+
+    name = "xla"
+    features = frozenset(
+        {
+            "fused_pools",
+            "latent_pools",
+            'cache_layout="HND"',
+            'cache_layout="NHD"',
+            'cache_layout="KV_HEADS_FIRST"',
+        }
+    )
+
+    @property
+    def platforms(self):
+        return _dispatch.PLATFORMS
+
+    def limits(self, problem, platform):
+        return ()
+
+    def run(self, problem, operands, platform):
+        places = _places(problem, operands.slot_mapping)
+        pools = tuple(
+            _scatter(problem, pool, places, rows)
+            for pool, rows in _pools_and_rows(problem, operands)
+        )
+        # On a CPU a write of one row would be fused into what reads the pool, which would be copied
+        # for it.
+        return lax.optimization_barrier(pools)
+
+
+def last_writes(slots: jax.Array, num_slots: int) -> jax.Array:
+    """Mark the tokens that are found in the pool afterwards, bool `[num_tokens]`.
+
+    Those with a slot of the pool that no later token has. Two sorts, there and back: on two cores
+    of a CPU 256 tokens take 16 us, where comparing each with each takes 32; 2,048 take 0.14 and
+    1.0 ms.
+    """
+    tokens = jnp.arange(slots.shape[0], dtype=jnp.int32)
+    by_slot, order = lax.sort((slots, tokens), num_keys=1, is_stable=True)
+    is_last = jnp.concatenate([by_slot[1:] != by_slot[:-1], jnp.ones(1, bool)])
+    _, is_last = lax.sort((order, is_last.astype(jnp.int32)), num_keys=1)
+    return (is_last > 0) & (slots >= 0) & (slots < num_slots)
+
+
+def _places(problem: WriteKVCacheProblem, slots: jax.Array) -> jax.Array:
+    """Return page and offset of each token, `[num_tokens, 2]`; no page for one to be dropped."""
+    stays = last_writes(slots, problem.num_slots)
+    pages = jnp.where(stays, slots // problem.page_size, problem.num_pages)
+    return jnp.stack([pages, slots % problem.page_size], axis=1)
+
+
+def _pools_and_rows(problem, operands):
+    """Yield each pool and what a token writes to it, in the order of the pool's axes."""
+    if problem.fused:
+        yield operands.key_cache, jnp.stack([operands.key, operands.value], _halves_axis(problem))
+        return
+    yield operands.key_cache, operands.key
+    if not problem.latent:
+        yield operands.value_cache, operands.value
+
+
+def _halves_axis(problem) -> int:
+    """Return which axis of a fused pool's rows has keys and values: its slots go, tokens come."""
+    return 2 if problem.cache_layout == "KV_HEADS_FIRST" else 1
+
+
+def _scatter(problem, pool, places, rows):
+    axes = (problem.layout.pages, problem.layout.slots)
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, rows.ndim)),
+        inserted_window_dims=axes,
+        scatter_dims_to_operand_dims=axes,
+    )
+    return lax.scatter(
+        pool, places, rows, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP, unique_indices=True
+    )
+
+
+def _gather(problem, pool, places):
+    axes = (problem.layout.pages, problem.layout.slots)
+    dimensions = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(1, pool.ndim - 1)),
+        collapsed_slice_dims=axes,
+        start_index_map=axes,
+    )
+    sizes = tuple(1 if axis in axes else size for axis, size in enumerate(pool.shape))
+    return lax.gather(
+        pool, places, dimensions, sizes, mode=lax.GatherScatterMode.FILL_OR_DROP, fill_value=0
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def differentiable(
+    problem: WriteKVCacheProblem, choice: _dispatch.Choice, operands: WriteKVCacheOperands
+) -> tuple[jax.Array, ...]:
+    """Run `problem` on one of the backends of `choice`, with a reverse-mode rule."""
+    return _dispatch.call(problem, choice, operands)
+
+
+def _forward(problem, choice, operands):
+    return _dispatch.call(problem, choice, operands), operands.slot_mapping
+
+
+def _backward(problem, choice, slots, cotangents):
+    """A row's cotangent is its slot's, if it is there; what it replaced has none."""
+    places = _places(problem, slots)
+    rows = [_gather(problem, pool, places) for pool in cotangents]
+    kept = [_scatter(problem, pool, places, jnp.zeros_like(x)) for pool, x in zip(cotangents, rows)]
+    if problem.fused:
+        rows = [rows[0].take(half, _halves_axis(problem)) for half in (0, 1)]
+    key, value = (*rows, None)[:2]
+    key_cache, value_cache = (*kept, None)[:2]
+    return (WriteKVCacheOperands(key, value, key_cache, value_cache, slot_mapping=None),)
+
+
+differentiable.defvjp(_forward, _backward)

@@ -1,0 +1,126 @@
+"""Hypothesis strategies that draw a whole `ejk.write_kv_cache` call, of random bits."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from strategies import DTYPES, INTEGERS, LAYOUTS
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteShape:
+    """The sizes of one call; `value_head_dim` None: fused pools; 0: latent ones."""
+
+    name: str
+    num_tokens: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int | None
+    page_size: int
+    num_pages: int = 6
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_pages * self.page_size
+
+    def pool_shape(self, layout: str, width: int) -> tuple[int, ...]:
+        heads, pages, slots = self.num_kv_heads, self.num_pages, self.page_size
+        fused = () if self.value_head_dim is not None else (2,)
+        return {
+            "HND": (pages, *fused, heads, slots, width),
+            "NHD": (pages, *fused, slots, heads, width),
+            "KV_HEADS_FIRST": (heads, pages, *fused, slots, width),
+        }[layout]
+
+
+SHAPES = (
+    WriteShape("llama-3-8b, a quarter", 7, 2, 128, 128, page_size=16),
+    WriteShape("fused", 6, 2, 64, None, page_size=32),
+    WriteShape("deepseek-v3", 5, 1, 576, 0, page_size=16),
+    WriteShape("a prompt", 33, 2, 64, 64, page_size=16),
+    WriteShape("odd everything", 9, 3, 33, 17, page_size=3),
+    WriteShape("one of everything", 1, 1, 1, 1, page_size=1, num_pages=1),
+    WriteShape("fused, single slots", 20, 3, 8, None, page_size=1, num_pages=30),
+    WriteShape("long pages", 40, 1, 24, 40, page_size=48, num_pages=2),
+)
+# Every dtype and layout, dealt out over the shapes.
+CONFIGURATIONS = tuple(
+    (shape, dtype, layout)
+    for shape, (dtype, layout) in zip(
+        SHAPES * 2, itertools.cycle(zip(DTYPES * 4, (*LAYOUTS, *LAYOUTS[1:], LAYOUTS[0])))
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteCase:
+    """One call: its positional arguments, and the layout."""
+
+    key: np.ndarray
+    value: np.ndarray | None
+    key_cache: np.ndarray
+    value_cache: np.ndarray | None
+    slot_mapping: np.ndarray
+    cache_layout: str
+    as_jax: bool = True
+
+    def operands(self):
+        """The five positional arguments, as NumPy arrays."""
+        return self.key, self.value, self.key_cache, self.value_cache, self.slot_mapping
+
+    def arguments(self):
+        """The same, as JAX arrays where `as_jax` (64-bit integers never)."""
+        return tuple(
+            jnp.asarray(x) if self.as_jax and x is not None and x.dtype.itemsize < 8 else x
+            for x in self.operands()
+        )
+
+    def replace(self, **changes) -> "WriteCase":
+        return dataclasses.replace(self, **changes)
+
+
+def build(shape, dtype, layout, slots, *, seed=0, as_jax=True) -> WriteCase:
+    """Make a call of random bits: NaN of every payload among them, and none may change."""
+    rng = np.random.default_rng(seed)
+
+    def bits(*shape):
+        raw = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
+        return raw.view(dtype)[..., 0]
+
+    rows, width = (len(slots), shape.num_kv_heads), shape.value_head_dim
+    return WriteCase(
+        key=bits(*rows, shape.head_dim),
+        value=None if width == 0 else bits(*rows, width or shape.head_dim),
+        key_cache=bits(*shape.pool_shape(layout, shape.head_dim)),
+        value_cache=bits(*shape.pool_shape(layout, width)) if width else None,
+        slot_mapping=slots,
+        cache_layout=layout,
+        as_jax=as_jax,
+    )
+
+
+def hostile_slots(dtype, num_slots) -> list[int]:
+    """Next to the pool, the ends of every integer type, and what narrows to a slot."""
+    limits = np.iinfo(dtype)
+    slots = [-1, -num_slots, num_slots, num_slots + 1, limits.min, limits.max]
+    slots += [2**31 - 1, 2**31, -(2**31), 2**32, 2**32 + 1, 1 - 2**32, 2**63, 2**8, 2**16 + 1]
+    return [x for x in slots if limits.min <= x <= limits.max and not 0 <= x < num_slots]
+
+
+@st.composite
+def writes(draw, configurations=CONFIGURATIONS) -> WriteCase:
+    """Draw a call: some slots anywhere, some of a few, so that they meet, and some outside."""
+    shape, dtype, layout = draw(st.sampled_from(configurations))
+    kind = draw(st.sampled_from(INTEGERS))
+    top = min(shape.num_slots - 1, np.iinfo(kind).max)
+    few = st.integers(max(0, top - 3), top)
+    inside, outside = st.integers(0, top), hostile_slots(kind, shape.num_slots)
+    any_slot = draw(st.sampled_from((inside, few, inside | few | st.sampled_from(outside))))
+    slots = draw(arrays(kind, shape.num_tokens, elements=any_slot, fill=st.nothing()))
+    return build(
+        shape, dtype, layout, slots,
+        seed=draw(st.integers(0, 2**32 - 1)), as_jax=draw(st.booleans()),
+    )  # fmt: skip
