@@ -28,6 +28,8 @@ class Problem(abc.ABC):
     """The static facts of one call: hashable, so that it is a parameter of the primitive."""
 
     operation: ClassVar[str]
+    derivatives: ClassVar[str] = "has no derivatives"
+    """What is said of one that was asked for in vain."""
 
     @property
     @abc.abstractmethod
@@ -284,7 +286,7 @@ batching.primitive_batchers[call_p] = _batch
 
 
 def _differentiate(*args, problem, **params):
-    raise NotImplementedError(f"{problem.operation} has first derivatives in reverse mode alone")
+    raise NotImplementedError(f"{problem.operation} {problem.derivatives}")
 
 
 ad.primitive_jvps[call_p] = _differentiate

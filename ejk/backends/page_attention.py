@@ -1,5 +1,9 @@
-"""What every backend of `ejk.page_attention` is given: the problem, the operands, the layouts."""
+"""What every backend of `ejk.page_attention` is given: the problem, the operands, the layouts.
 
+`PagedProblem` is what it has in common with other operations that attend to pages.
+"""
+
+import abc
 import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -70,10 +74,8 @@ class PageAttentionOperands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PageAttentionProblem(Problem):
-    """The static facts of one `ejk.page_attention` call. No axis is empty."""
-
-    operation: ClassVar[str] = "page_attention"
+class PagedProblem(Problem):
+    """The static facts of attention to pages. No axis is empty."""
 
     num_seqs: int
     num_heads: int
@@ -94,10 +96,6 @@ class PageAttentionProblem(Problem):
     has_sinks: bool
     has_alibi: bool
     return_lse: bool
-    num_splits: int
-    plan: PlanProblem | None
-    visible_bound: int
-    """No sequence is expected to see more tokens than this: for sizing work, nothing else."""
 
     @property
     def group(self) -> int:
@@ -130,11 +128,33 @@ class PageAttentionProblem(Problem):
         return frozenset(feature for feature, is_used in used.items() if is_used)
 
     @property
+    @abc.abstractmethod
+    def num_rows(self) -> int:
+        """Query tokens: the first axis of the results."""
+
+    @property
     def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        rows = (self.num_seqs, self.num_heads)
+        rows = (self.num_rows, self.num_heads)
         out = jax.ShapeDtypeStruct((*rows, self.value_head_dim), self.dtype)
         lse = jax.ShapeDtypeStruct(rows, jnp.float32)
         return (out, lse) if self.return_lse else (out,)
+
+
+@dataclasses.dataclass(frozen=True)
+class PageAttentionProblem(PagedProblem):
+    """The static facts of one `ejk.page_attention` call. No axis is empty."""
+
+    operation: ClassVar[str] = "page_attention"
+    derivatives: ClassVar[str] = "has first derivatives in reverse mode alone"
+
+    num_splits: int
+    plan: PlanProblem | None
+    visible_bound: int
+    """No sequence is expected to see more tokens than this: for sizing work, nothing else."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_seqs
 
     def fold(
         self, size: int, operands: PageAttentionOperands, axes: PageAttentionOperands
