@@ -61,6 +61,10 @@ class XlaPageAttention(PageAttentionBackend):
     def platforms(self):
         return _dispatch.PLATFORMS
 
+    @property
+    def is_opaque(self):
+        return False
+
     def limits(self, problem, platform):
         return ()
 
