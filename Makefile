@@ -21,7 +21,7 @@ endif
 PLATFORMS := $(patsubst cuda12,cuda,$(patsubst cuda13,cuda,$(ACCELERATOR)))
 CUDA := $(if $(filter cuda12,$(ACCELERATOR)),cuda12,cuda13)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint static prices clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo '             ARGS=--help lists all; ACCELERATOR=cpu leaves the GPU alone'
 	@echo 'make test    the tests, on the CPU; ARGS="-k name" is passed on to pytest'
 	@echo 'make lint    ruff and pyright'
+	@echo 'make static  the static prices of the TPU kernels, against the results that are committed'
 	@echo 'make clean   removes $(VENV) and all caches'
 	@echo 'PYTHON=python3.13 picks the Python that $(VENV) is made with'
 
@@ -44,8 +45,15 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
+# In an environment of its own: prices are those of one jax and one libtpu.
+static:
+	@$(MAKE) --no-print-directory prices VENV=$(VENV)-static
+
+prices: $(VENV)/.static
+	@$(PY) -m benchmarks.tpu_static --check $(ARGS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-static .pytest_cache .ruff_cache .hypothesis
 	find ejk examples tests -name __pycache__ -prune -exec rm -rf {} +
 
 # What has been installed is remembered in empty files, and done again when pyproject.toml changes.
@@ -70,6 +78,11 @@ $(VENV)/.test: pyproject.toml $(VENV)/.created
 $(VENV)/.lint: pyproject.toml $(VENV)/.test
 	@echo "Installing ruff and pyright"
 	@$(PIP) install -e '.[lint]'
+	@touch $@
+
+$(VENV)/.static: pyproject.toml $(VENV)/.created
+	@echo "Installing ejk, and the jax and libtpu of benchmarks/results/tpu_static.json"
+	@$(PIP) install -e '.[static]'
 	@touch $@
 
 # A name on the PATH may be a pyenv shim of a version that is not active: run it to know.

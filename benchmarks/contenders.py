@@ -175,11 +175,15 @@ def contenders() -> list[Contender]:
     ]
     if importlib.util.find_spec("ejkernel"):
         found.append(Contender("ejkernel", _ejkernel))
+    if importlib.util.find_spec("flash_attn3_jax"):
+        found.append(
+            Contender("flash-attn3-jax", _flash_attn3, "NHD", can_run=_flash_attn3_refusal)
+        )
     return found
 
 
 def _ejkernel(workload, arrays, query, _, tables):
-    from ejkernel.modules.operations import page_attention
+    from ejkernel.kernels._triton.page_attention import page_attention
 
     return page_attention(
         query,
@@ -189,8 +193,27 @@ def _ejkernel(workload, arrays, query, _, tables):
         jnp.maximum(tables, 0),
         attn_scale=workload.head_dim**-0.5,
         max_context_len=workload.max_context_len,
-        platform="triton",
     )
+
+
+def _flash_attn3(workload, arrays, query, _, tables):
+    from flash_attn3_jax import flash_mha_with_kvcache
+
+    # It has no rule of its own: as many splits as give every multiprocessor a program.
+    programs = workload.num_seqs * workload.num_kv_heads
+    out = flash_mha_with_kvcache(
+        query[:, None],
+        arrays.key_cache,
+        arrays.value_cache,
+        cache_seqlens=arrays.context_lens,
+        page_table=jnp.maximum(tables, 0),
+        num_splits=max(1, jax.devices()[0].core_count // programs),
+    )
+    return out[:, 0]
+
+
+def _flash_attn3_refusal(workload):
+    return None if workload.head_dim == 128 else "its wheel has head dimension 128 alone"
 
 
 def contiguous_arrays(workload: Workload, seed: int = 0) -> workloads.Arrays:

@@ -4,6 +4,7 @@
     python benchmarks/decode.py --workload W1a W6 --contender ejk
     python benchmarks/decode.py --suite shapes             shapes that nobody tunes for
     python benchmarks/decode.py --suite options            every option against the plain call
+    python benchmarks/decode.py --suite order              what pages in random order cost
 
 Device time is how long the device was busy with a program of eight chained calls, over eight, from
 CUPTI through `jax.profiler`: the mean of five runs. Of short contexts there are 64 calls, each on

@@ -43,6 +43,7 @@ def page(device: str, lines: dict) -> str:
     text += named_table(lines) + losses(lines)
     text += own_table(lines, "shapes", "Shapes that nobody tunes for")
     text += own_table(lines, "options", "Options")
+    text += own_table(lines, "order", "Random order of pages, and their size")
     text += loop_table(lines)
     return text
 

@@ -21,6 +21,7 @@ class Workload:
     max_context_len: int
     options: tuple[tuple[str, float | int | str | bool], ...] = ()
     dtype: str = "bfloat16"
+    in_order: bool = False  # pages of a sequence follow each other in the pool
 
     @property
     def token_bytes(self) -> int:
@@ -77,7 +78,7 @@ NAMED = (
     uniform("W8", 64, 8, 128, 16, 32768, 64),
 )
 
-_W1A, _W8 = NAMED[0], NAMED[8]
+_W1A, _W4, _W8 = NAMED[0], NAMED[4], NAMED[8]
 
 SHAPES = (
     *(uniform(f"group {g}", 8 * g, 8, 128, 64, 2048, 16) for g in (3, 5, 6, 7)),
@@ -104,7 +105,14 @@ OPTIONS = (
     uniform("W8 of 1024 tokens", 64, 8, 128, 16, 1024, 64),
 )
 
-SUITES = {"named": NAMED, "shapes": SHAPES, "options": OPTIONS}
+# What the random order of pages costs, and their size.
+ORDER = (
+    dataclasses.replace(_W1A, name="W1a, pages in order", in_order=True),
+    dataclasses.replace(_W4, name="W4, pages in order", in_order=True),
+    dataclasses.replace(_W4, name="W4, page size 256", page_size=256),
+)
+
+SUITES = {"named": NAMED, "shapes": SHAPES, "options": OPTIONS, "order": ORDER}
 
 
 class Arrays(NamedTuple):
@@ -128,7 +136,9 @@ def arrays(workload: Workload, layers: int, cache_layout: str = "HND", seed: int
     keys = jax.random.split(jax.random.key(seed), 3)
     normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
     dtype = jnp.dtype(w.dtype)
-    pages = np.random.default_rng(seed).permutation(w.num_pages).astype(np.int32)
+    pages = np.arange(w.num_pages, dtype=np.int32)
+    if not w.in_order:
+        pages = np.random.default_rng(seed).permutation(pages)
     tables = np.full((w.num_seqs, w.max_blocks), -1, np.int32)
     for row, n in zip(tables, w.context_lens):
         used = -(-n // w.page_size)

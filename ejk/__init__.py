@@ -12,6 +12,7 @@ from ejk._export import export_disabled_checks as export_disabled_checks
 from ejk._merge_attention_states import merge_attention_states as merge_attention_states
 from ejk._page_attention import page_attention as page_attention
 from ejk._plan_page_attention import plan_page_attention as plan_page_attention
+from ejk._ragged_page_attention import ragged_page_attention as ragged_page_attention
 from ejk._version import __version__ as __version__
 from ejk._write_kv_cache import write_kv_cache as write_kv_cache
 from ejk.backends.page_attention import PageAttentionBackend as PageAttentionBackend
@@ -20,10 +21,20 @@ from ejk.backends.page_attention import PageAttentionProblem as PageAttentionPro
 from ejk.backends.page_attention_plan import PageAttentionPlan as PageAttentionPlan
 from ejk.backends.pallas.page_attention import PallasPageAttention as PallasPageAttention
 from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache as PallasWriteKVCache
+from ejk.backends.ragged_page_attention import (
+    RaggedPageAttentionBackend as RaggedPageAttentionBackend,
+)
+from ejk.backends.ragged_page_attention import (
+    RaggedPageAttentionOperands as RaggedPageAttentionOperands,
+)
+from ejk.backends.ragged_page_attention import (
+    RaggedPageAttentionProblem as RaggedPageAttentionProblem,
+)
 from ejk.backends.triton.page_attention import TritonPageAttention as TritonPageAttention
 from ejk.backends.triton.write_kv_cache import TritonWriteKVCache as TritonWriteKVCache
 from ejk.backends.write_kv_cache import WriteKVCacheBackend as WriteKVCacheBackend
 from ejk.backends.write_kv_cache import WriteKVCacheOperands as WriteKVCacheOperands
 from ejk.backends.write_kv_cache import WriteKVCacheProblem as WriteKVCacheProblem
 from ejk.backends.xla.page_attention import XlaPageAttention as XlaPageAttention
+from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention as XlaRaggedPageAttention
 from ejk.backends.xla.write_kv_cache import XlaWriteKVCache as XlaWriteKVCache

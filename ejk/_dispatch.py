@@ -9,16 +9,20 @@ does not refuse. So CPU arrays in a GPU process, ahead-of-time compilation for a
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 
+from ejk import _partition
+from ejk._batching import batch
 from ejk._errors import UnsupportedError
+from ejk._partition import Axes, Shards
 from ejk._typing import typed
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -28,6 +32,8 @@ class Problem(abc.ABC):
     """The static facts of one call: hashable, so that it is a parameter of the primitive."""
 
     operation: ClassVar[str]
+    derivatives: ClassVar[str] = "has no derivatives"
+    """What is said of one that was asked for in vain."""
 
     @property
     @abc.abstractmethod
@@ -47,6 +53,19 @@ class Problem(abc.ABC):
         with an axis of `size` times their own first one. None where this cannot be done: the
         call is then mapped over the axis.
         """
+
+    @property
+    def axes(self) -> Axes | None:
+        """The axes of operands and results, for problems that can be split over devices."""
+        return None
+
+    def shards(self, specs: Any, mesh: Mapping[str, int]) -> Shards:
+        """Return how the problem is split where operands are by `specs`, as far as they may.
+
+        `specs` holds a `PartitionSpec` for each operand, `mesh` the size of each of its axes.
+        Raises `ValueError` where an array would have to move that is too large for it.
+        """
+        raise NotImplementedError
 
 
 class Backend(abc.ABC):
@@ -74,6 +93,16 @@ class Backend(abc.ABC):
     def effects(self) -> frozenset[Any]:
         """The JAX effects of running: none, but for interpreters that call back into Python."""
         return frozenset()
+
+    @property
+    def host_callbacks(self) -> int:
+        """The most `jax.experimental.buffer_callback`s of a run: an interpreter's."""
+        return 0
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether XLA cannot see into what is run, nor therefore split it over devices."""
+        return True
 
     @abc.abstractmethod
     def limits(self, problem: Any, platform: str) -> Sequence[str]:
@@ -129,15 +158,20 @@ class Choice:
     backends: tuple[Backend, ...]
     automatic: bool
 
-    def select(self, problem: Problem, platform: str | None) -> Backend:
+    def select(
+        self, problem: Problem, platform: str | None, left_to_xla: Sequence[str] = ()
+    ) -> Backend:
         """Return the first backend that runs `problem` on `platform`, or raise every reason.
 
-        With no platform, on any of its own.
+        With no platform, on any of its own. `left_to_xla` are mesh axes over which XLA may have to
+        split what is run.
         """
         reasons = []
         for backend in self.backends:
             for target in (platform,) if platform else backend.platforms:
                 refusals = self.refusals(backend, problem, target)
+                if left_to_xla and backend.is_opaque and not refusals:
+                    refusals = (_partition.REFUSAL.format(", ".join(left_to_xla)),)
                 if not refusals:
                     return backend
                 reasons += [f"{backend.name}: {refusal}" for refusal in refusals]
@@ -183,7 +217,9 @@ def call(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ..
         # the stack, not when the computation is lowered.
         choice.select(problem, platform=None)
     leaves, treedef = jax.tree.flatten(vary_together(operands))
-    return tuple(call_p.bind(*leaves, problem=problem, choice=choice, treedef=treedef))
+    manual = set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Manual}
+    primitive = call_p if manual else split_p
+    return tuple(primitive.bind(*leaves, problem=problem, choice=choice, treedef=treedef))
 
 
 def vary_together(operands: Any) -> Any:
@@ -203,46 +239,49 @@ def vary_together(operands: Any) -> Any:
 def calls(jaxpr: Any) -> Iterator[tuple[Problem, Choice]]:
     """Yield the problem and the choice of each call that a jaxpr holds, at any depth."""
     for equation in jaxpr.eqns:
-        if equation.primitive is call_p:
+        if equation.primitive in (call_p, split_p):
             yield equation.params["problem"], equation.params["choice"]
         for inner in jax.tree.leaves(list(equation.params.values())):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 yield from calls(getattr(inner, "jaxpr", inner))
 
 
-call_p = Primitive("ejk")
-call_p.multiple_results = True
-call_p.def_impl(functools.partial(xla.apply_primitive, call_p))
-
-
-@call_p.def_effectful_abstract_eval
 def _abstract_eval(*avals, problem, choice, treedef):
     effects = frozenset().union(*(backend.effects for backend in choice.backends))
     mesh, varying = avals[0].sharding.mesh, avals[0].mat
+    specs = _partition.result_specs(problem, jax.tree.unflatten(treedef, avals))
     results = [
         ShapedArray(
             result.shape,
             result.dtype,
-            sharding=NamedSharding(mesh, PartitionSpec(*(None for _ in result.shape))),
+            sharding=NamedSharding(mesh, spec),
             manual_axis_type=varying,
         )
-        for result in problem.results
+        for result, spec in zip(problem.results, specs)
     ]
     return results, effects
 
 
 def _lowering(platform: str) -> Callable[..., Any]:
-    def run(*leaves, problem, choice, treedef):
-        backend = choice.select(problem, platform)
-        return list(backend.run(problem, jax.tree.unflatten(treedef, leaves), platform))
+    def rule(ctx, *args, problem, choice, treedef):
+        left = _partition.left_to_xla(ctx)
 
-    lower = mlir.lower_fun(run, multiple_results=True)
+        def run(problem, operands):
+            backend = choice.select(problem, platform, left)
+            return list(backend.run(problem, operands, platform))
 
-    def rule(ctx, *args, **params):
+        def whole(*leaves):
+            return run(problem, jax.tree.unflatten(treedef, leaves))
+
         # What a backend runs is one device's own; over which mesh axes its arrays vary is settled.
         local = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
         inner = ctx.replace(avals_in=local)
-        results = lower(inner, *args, **params)
+        # The programs of shards cannot order their effects: an interpreter with any runs whole.
+        backend = choice.select(problem, platform, left)
+        if problem.axes and not backend.effects and _partition.is_partitioned(ctx):
+            callbacks = backend.host_callbacks
+            return _partition.lower(inner, args, problem, treedef, run, callbacks)
+        results = mlir.lower_fun(whole, multiple_results=True)(inner, *args)
         if inner.tokens_out is not None:  # they order the effects of an interpreter
             ctx.set_tokens_out(inner.tokens_out)
         return results
@@ -250,41 +289,24 @@ def _lowering(platform: str) -> Callable[..., Any]:
     return rule
 
 
-for _platform in PLATFORMS:
-    mlir.register_lowering(call_p, _lowering(_platform), platform=_platform)
-
-
-def _batch(leaves, axes, *, problem, choice, treedef):
-    size = next(x.shape[a] for x, a in zip(leaves, axes) if a is not None)
-    if size == 0:
-        return [jax.numpy.zeros((0, *r.shape), r.dtype) for r in problem.results], [0] * len(
-            problem.results
-        )
-    axes = [-1 if a is None else a for a in axes]
-    operands = jax.tree.unflatten(treedef, leaves)
-    folded = problem.fold(size, operands, jax.tree.unflatten(treedef, axes))
-    if folded is None:
-        results = _map(leaves, axes, problem=problem, choice=choice, treedef=treedef)
-    else:
-        results = [x.reshape(size, -1, *x.shape[1:]) for x in call(folded[0], choice, folded[1])]
-    return results, [0] * len(results)
-
-
-def _map(leaves, axes, **params):
-    mapped = [jax.numpy.moveaxis(x, a, 0) for x, a in zip(leaves, axes) if a >= 0]
-
-    def one(slices):
-        rest = iter(slices)
-        return call_p.bind(*(x if a < 0 else next(rest) for x, a in zip(leaves, axes)), **params)
-
-    return jax.lax.map(one, mapped)
-
-
-batching.primitive_batchers[call_p] = _batch
-
-
 def _differentiate(*args, problem, **params):
-    raise NotImplementedError(f"{problem.operation} has first derivatives in reverse mode alone")
+    raise NotImplementedError(f"{problem.operation} {problem.derivatives}")
 
 
-ad.primitive_jvps[call_p] = _differentiate
+def _primitive() -> Primitive:
+    primitive = Primitive("ejk")
+    primitive.multiple_results = True
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    primitive.def_effectful_abstract_eval(_abstract_eval)
+    for platform in PLATFORMS:
+        mlir.register_lowering(primitive, _lowering(platform), platform=platform)
+    batching.primitive_batchers[primitive] = functools.partial(batch, primitive, call)
+    ad.primitive_jvps[primitive] = _differentiate
+    return primitive
+
+
+# Outside `shard_map` the lowering has to know the devices that a program is split over. JAX then
+# wants devices for every lowering and one mesh for the whole program: inside, it need not.
+call_p = _primitive()
+split_p = _primitive()
+prim_requires_devices_during_lowering.add(split_p)

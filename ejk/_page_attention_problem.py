@@ -1,6 +1,10 @@
-"""The checks of `ejk.page_attention`'s arguments, and the static facts that they leave."""
+"""The checks of `ejk.page_attention`'s arguments, and the static facts that they leave.
+
+What other operations on pages are given is checked here, too: once for all of them.
+"""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,20 +25,55 @@ def problem_of(
     *,
     max_context_len,
     num_splits,
+    sliding_window,
+    plan,
+    **options,
+) -> PageAttentionProblem:
+    """Check the arguments of `ejk.page_attention` and collect the static facts of the call."""
+    facts = shared_facts(
+        query,
+        key_cache,
+        value_cache,
+        context_lens,
+        block_tables,
+        num_seqs=query.shape[0],
+        sliding_window=sliding_window,
+        **options,
+    )
+    bound = visible_bound(facts, max_context_len, sliding_window)
+    if plan is not None:
+        names = ("num_seqs", "num_heads", "num_kv_heads", "head_dim", "page_size", "max_blocks")
+        known = {name: facts[name] for name in names}
+        plan.check(PlanFacts(**known, sliding_window=window_fact(sliding_window)))
+    return PageAttentionProblem(
+        **facts,
+        num_splits=static_int("num_splits", num_splits, at_least=0),
+        plan=None if plan is None else plan.problem,
+        visible_bound=bound,
+    )
+
+
+def shared_facts(
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    block_tables,
+    *,
+    num_seqs,
     cache_layout,
     sliding_window,
     soft_cap,
     sinks,
     alibi_slopes,
     value_head_dim,
-    plan,
     return_lse,
-) -> PageAttentionProblem:
-    """Check the arguments and collect the static facts of the call."""
+) -> dict[str, Any]:
+    """Check what every attention to pages is given; return the fields of `PagedProblem`."""
     if cache_layout not in LAYOUTS:
-        _fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
+        fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
     layout = layout_of(key_cache, cache_layout)
-    num_seqs, num_heads, head_dim = query.shape
+    _, num_heads, head_dim = query.shape
     num_pages, num_kv_heads, page_size = (
         key_cache.shape[axis] for axis in (layout.pages, layout.kv_heads, layout.slots)
     )
@@ -43,12 +82,12 @@ def problem_of(
     if query.dtype.name not in DTYPES:
         raise TypeError(f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}")
     if key_cache.dtype != query.dtype:
-        _fail(
+        fail(
             f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}; "
             "quantised caches are not supported yet"
         )
     if layout.halves is not None and key_cache.shape[layout.halves] != 2:
-        _fail(
+        fail(
             f"key_cache.shape[{layout.halves}]={key_cache.shape[layout.halves]} must be 2, keys "
             f"and values (key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
         )
@@ -59,23 +98,23 @@ def problem_of(
         ("page_size", page_size),
     ):
         if size < 1:
-            _fail(f"{name}={size} must be at least 1 (cache_layout={cache_layout!r})")
+            fail(f"{name}={size} must be at least 1 (cache_layout={cache_layout!r})")
     if num_heads % num_kv_heads:
-        _fail(
+        fail(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
             f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
         )
     if key_cache.shape[-1] != head_dim:
-        _fail(
+        fail(
             f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the query's "
             f"head_dim={head_dim}"
         )
     if context_lens.shape[0] != num_seqs:
-        _fail(f"context_lens.shape[0]={context_lens.shape[0]} must be num_seqs={num_seqs}")
+        fail(f"context_lens.shape[0]={context_lens.shape[0]} must be num_seqs={num_seqs}")
     if block_tables.shape[0] != num_seqs:
-        _fail(f"block_tables.shape[0]={block_tables.shape[0]} must be num_seqs={num_seqs}")
+        fail(f"block_tables.shape[0]={block_tables.shape[0]} must be num_seqs={num_seqs}")
     if capacity >= 2**31:
-        _fail(
+        fail(
             f"max_blocks * page_size={capacity} must be below 2**31: positions are 32-bit "
             f"(block_tables{list(block_tables.shape)}, page_size={page_size})"
         )
@@ -83,53 +122,43 @@ def problem_of(
         if value is None:
             continue
         if value.dtype != jnp.float32:
-            _fail(f"{name}.dtype={value.dtype} must be float32")
+            fail(f"{name}.dtype={value.dtype} must be float32")
         if value.shape[0] != num_heads:
-            _fail(f"{name}.shape[0]={value.shape[0]} must be num_heads={num_heads}")
+            fail(f"{name}.shape[0]={value.shape[0]} must be num_heads={num_heads}")
 
-    bounds = [capacity]
+    if isinstance(soft_cap, bool):
+        raise TypeError(f"attn_logits_soft_cap={soft_cap} must be a number")
+    if soft_cap is not None and not (0 < soft_cap < math.inf):
+        fail(f"attn_logits_soft_cap={soft_cap} must be above 0 and finite")
+    return {
+        "num_seqs": num_seqs,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "value_head_dim": _value_head_dim(key_cache, value_cache, value_head_dim),
+        "num_pages": num_pages,
+        "page_size": page_size,
+        "max_blocks": block_tables.shape[1],
+        "dtype": query.dtype,
+        "cache_layout": cache_layout,
+        "fused": key_cache.ndim == 5,
+        "latent": key_cache.ndim == 4 and value_cache is None,
+        "has_window": sliding_window is not None,
+        "soft_cap": None if soft_cap is None else float(soft_cap),
+        "has_sinks": sinks is not None,
+        "has_alibi": alibi_slopes is not None,
+        "return_lse": bool(return_lse),
+    }
+
+
+def visible_bound(facts, max_context_len, sliding_window) -> int:
+    """Check the static bounds on what a token sees, and return the least, for sizing work."""
+    bounds = [facts["max_blocks"] * facts["page_size"]]
     if max_context_len is not None:
         bounds.append(static_int("max_context_len", max_context_len, at_least=0))
     if isinstance(sliding_window, (int, np.integer, np.ndarray)):
         bounds.append(static_int("sliding_window", sliding_window, at_least=1))
-    if isinstance(soft_cap, bool):
-        raise TypeError(f"attn_logits_soft_cap={soft_cap} must be a number")
-    if soft_cap is not None and not (0 < soft_cap < math.inf):
-        _fail(f"attn_logits_soft_cap={soft_cap} must be above 0 and finite")
-    if plan is not None:
-        plan.check(
-            PlanFacts(
-                num_seqs=num_seqs,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                page_size=page_size,
-                max_blocks=block_tables.shape[1],
-                sliding_window=window_fact(sliding_window),
-            )
-        )
-    return PageAttentionProblem(
-        num_seqs=num_seqs,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        value_head_dim=_value_head_dim(key_cache, value_cache, value_head_dim),
-        num_pages=num_pages,
-        page_size=page_size,
-        max_blocks=block_tables.shape[1],
-        dtype=query.dtype,
-        cache_layout=cache_layout,
-        fused=key_cache.ndim == 5,
-        latent=key_cache.ndim == 4 and value_cache is None,
-        has_window=sliding_window is not None,
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        has_sinks=sinks is not None,
-        has_alibi=alibi_slopes is not None,
-        return_lse=bool(return_lse),
-        num_splits=static_int("num_splits", num_splits, at_least=0),
-        plan=None if plan is None else plan.problem,
-        visible_bound=max(1, min(bounds)),
-    )
+    return max(1, min(bounds))
 
 
 def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
@@ -138,34 +167,34 @@ def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
     if key_cache.ndim == 5:
         fused = "with a key_cache of five axes, which holds keys and values"
         if value_cache is not None:
-            _fail(f"value_cache{list(value_cache.shape)} must be None {fused}")
+            fail(f"value_cache{list(value_cache.shape)} must be None {fused}")
         if value_head_dim is not None:
-            _fail(f"value_head_dim={value_head_dim} must be None {fused}")
+            fail(f"value_head_dim={value_head_dim} must be None {fused}")
         return head_dim
     if value_cache is None:
         if value_head_dim is None:
-            _fail(
+            fail(
                 "value_cache=None must come with value_head_dim, for latent attention: the values "
                 "are then the first value_head_dim entries of the keys. Or with a key_cache of "
                 "five axes that holds keys and values"
             )
         width = static_int("value_head_dim", value_head_dim, at_least=1)
         if width > head_dim:
-            _fail(f"value_head_dim={width} must be at most head_dim={head_dim}")
+            fail(f"value_head_dim={width} must be at most head_dim={head_dim}")
         return width
     if value_head_dim is not None:
-        _fail(f"value_head_dim={value_head_dim} must be None where a value_cache is given")
+        fail(f"value_head_dim={value_head_dim} must be None where a value_cache is given")
     if value_cache.dtype != key_cache.dtype:
-        _fail(f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}")
+        fail(f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}")
     if value_cache.shape[:-1] != key_cache.shape[:-1]:
-        _fail(
+        fail(
             f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} "
             "but for the last axis"
         )
     if value_cache.shape[-1] < 1:
-        _fail(f"value_cache.shape[3]={value_cache.shape[-1]} must be at least 1")
+        fail(f"value_cache.shape[3]={value_cache.shape[-1]} must be at least 1")
     return value_cache.shape[-1]
 
 
-def _fail(message: str):
+def fail(message: str):
     raise ValueError(message)

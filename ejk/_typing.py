@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import jax
 import numpy as np
 from beartype.door import is_bearable
-from jaxtyping import Float, Integer, Num
+from jaxtyping import Bool, Float, Integer, Num
 
 Array = jax.Array | np.ndarray
 
@@ -22,6 +22,12 @@ Lengths = Integer[Array, " num_seqs"]
 TokenRows = Float[Array, "num_tokens num_kv_heads head_dim"]
 Slots = Integer[Array, " num_tokens"]
 Tables = Integer[Array, "num_seqs max_blocks"]
+Tokens = Float[Array, "total_tokens num_heads head_dim"]
+Bounds = Annotated[Integer[Array, " _"], "an integer array [num_seqs + 1]"]
+PerToken = Integer[Array, " total_tokens"]
+TreeMask = Annotated[
+    Bool[Array, "total_tokens max_q_len"], "a boolean array [total_tokens, max_q_len]"
+]
 PerHead = Float[Array, " num_heads"]
 Scalar = Annotated[
     float | int | np.floating | np.integer | Num[Array, ""], "a number or a 0-d array"

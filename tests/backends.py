@@ -92,10 +92,7 @@ def entries() -> list[Entry]:
             "pallas interpreted",
             ejk.PallasPageAttention(interpret=True),
             examples=8,
-            may_refuse=(
-                r"float16: the matrix unit takes float32 and bfloat16",
-                r"does not support fused_pools",
-            ),
+            may_refuse=(r"float16: the matrix unit takes float32 and bfloat16",),
         ),
     ]
 

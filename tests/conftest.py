@@ -9,10 +9,10 @@ if "--gpu" in sys.argv:
 if not os.environ.get("EJK_TEST_GPU"):
     # A CPU lowers, interprets and compiles for everything; libtpu must not look for a TPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Two devices on one CPU, for `shard_map`.
+    # Eight devices on one CPU, for what is split over several.
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import hypothesis

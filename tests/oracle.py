@@ -16,46 +16,120 @@ def page_attention(
     context_lens,
     block_tables,
     *,
-    attn_scale=None,
     cache_layout="HND",
     sliding_window=None,
+    **options,
+):
+    """Return the output `[num_seqs, num_heads, value_head_dim]` and the LSE, both in float64."""
+    rows = []
+    for s, table in enumerate(block_tables):
+        last = length_of(key_cache, context_lens[s], table, cache_layout) - 1
+        positions = visible_positions(
+            key_cache, context_lens[s], table, cache_layout, sliding_window
+        )
+        rows.append((s, [(j, j - last) for j in positions]))
+    return attend(query, key_cache, value_cache, block_tables, cache_layout, rows, **options)
+
+
+def ragged_page_attention(
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    block_tables,
+    cu_q_lens,
+    *,
+    cache_layout="HND",
+    sliding_window=None,
+    positions=None,
+    tree_mask=None,
+    **options,
+):
+    """Return the output `[total_tokens, num_heads, value_head_dim]` and the LSE, in float64."""
+    lens = [length_of(key_cache, n, t, cache_layout) for n, t in zip(context_lens, block_tables)]
+    rows = ragged_rows(len(query), lens, cu_q_lens, sliding_window, positions, tree_mask)
+    rows = only_pages(rows, key_cache, block_tables, cache_layout)
+    return attend(query, key_cache, value_cache, block_tables, cache_layout, rows, **options)
+
+
+def ragged_rows(total, lens, cu_q_lens, sliding_window=None, positions=None, tree_mask=None):
+    """List each row's sequence and what it sees, tokens and their distances; or None for it."""
+    rows = [None] * total
+    bounds = [min(max(int(c), 0), total) for c in cu_q_lens]
+    bounds = [max(bounds[: s + 1]) for s in range(len(bounds))]
+    for s, n in enumerate(lens):
+        begin, end = bounds[s : s + 2]
+        context = n - (end - begin)  # tokens before the new ones
+
+        def position(j, context=context, begin=begin):
+            is_given = positions is not None and j >= context
+            return max(int(positions[begin + j - context]), 0) if is_given else j
+
+        for row in range(begin, end):
+            t = context + row - begin
+            seen = range(t + 1) if t >= 0 else []
+            if tree_mask is not None and t >= 0:
+                columns = tree_mask[row][max(-context, 0) : n - context]
+                new = [max(context, 0) + int(column) for column in np.flatnonzero(columns)]
+                seen = [*range(context), *new]
+            distances = [(j, position(j) - position(t)) for j in seen]
+            if sliding_window is not None:
+                distances = [(j, d) for j, d in distances if -d < int(sliding_window)]
+            rows[row] = s, distances
+    return rows
+
+
+def only_pages(rows, key_cache, block_tables, cache_layout):
+    """Leave out the tokens whose table entries name no page."""
+    num_pages, page_size, _ = _axis_sizes(key_cache, cache_layout)
+
+    def is_visible(s, j):
+        return 0 <= int(block_tables[s][j // page_size]) < num_pages
+
+    return [row and (row[0], [x for x in row[1] if is_visible(row[0], x[0])]) for row in rows]
+
+
+def attend(
+    query,
+    key_cache,
+    value_cache,
+    block_tables,
+    cache_layout,
+    rows,
+    *,
+    attn_scale=None,
     attn_logits_soft_cap=None,
     sinks=None,
     alibi_slopes=None,
     value_head_dim=None,
 ):
-    """Return the output `[num_seqs, num_heads, value_head_dim]` and the LSE, both in float64."""
+    """Return output and LSE of rows that each see tokens of one sequence."""
     if key_cache.ndim == 5:
         key_cache, value_cache = halves(key_cache, cache_layout)
-    num_seqs, num_heads, head_dim = query.shape
-    num_kv_heads = _axis_sizes(key_cache, cache_layout)[2]
-    group = num_heads // num_kv_heads
+    num_rows, num_heads, head_dim = query.shape
+    group = num_heads // _axis_sizes(key_cache, cache_layout)[2]
     scale = head_dim**-0.5 if attn_scale is None else float(attn_scale)
     if value_cache is None:
         value_cache = key_cache[..., :value_head_dim]
 
-    out = np.zeros((num_seqs, num_heads, value_cache.shape[3]), np.float64)
-    lse = np.full((num_seqs, num_heads), -np.inf)
-    for s in range(num_seqs):
-        positions = visible_positions(
-            key_cache, context_lens[s], block_tables[s], cache_layout, sliding_window
-        )
-        last = length_of(key_cache, context_lens[s], block_tables[s], cache_layout) - 1
+    out = np.zeros((num_rows, num_heads, value_cache.shape[3]), np.float64)
+    lse = np.full((num_rows, num_heads), -np.inf)
+    for r, (s, seen) in ((r, row) for r, row in enumerate(rows) if row is not None):
         for h in range(num_heads):
             logits, values = [], []
-            for j in positions:
+            for j, distance in seen:
                 k = token(key_cache, block_tables[s], j, h // group, cache_layout)
-                logit = scale * np.dot(query[s, h].astype(np.float64), k)
+                logit = scale * np.dot(query[r, h].astype(np.float64), k)
                 if attn_logits_soft_cap is not None:
                     logit = attn_logits_soft_cap * math.tanh(logit / attn_logits_soft_cap)
                 if alibi_slopes is not None:
-                    logit = logit + float(alibi_slopes[h]) * (j - last)
+                    logit = logit + float(alibi_slopes[h]) * distance
                 logits.append(logit)
                 values.append(token(value_cache, block_tables[s], j, h // group, cache_layout))
             sink = -np.inf if sinks is None else float(sinks[h])
-            lse[s, h] = log_sum_exp([*logits, sink])
+            lse[r, h] = log_sum_exp([*logits, sink])
             for logit, v in zip(logits, values):
-                out[s, h] += math.exp(logit - lse[s, h]) * v
+                out[r, h] += math.exp(logit - lse[r, h]) * v
     return out, lse
 
 
@@ -173,6 +247,8 @@ def length_of(cache, context_len, table, cache_layout="HND"):
 
 def _axis_sizes(cache, cache_layout):
     """Return `num_pages, page_size, num_kv_heads`."""
+    if cache.ndim == 5:
+        cache, _ = halves(cache, cache_layout)
     if cache_layout == "HND":
         return cache.shape[0], cache.shape[2], cache.shape[1]
     if cache_layout == "NHD":

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import oracle
 import poison
 from hypothesis import strategies as st
 from shapes import SHAPES, Shape
@@ -109,6 +110,19 @@ class Case:
         latent = {"value_head_dim": self.shape.width} if self.shape.latent else {}
         return {"cache_layout": self.cache_layout, **self.options, **latent}
 
+    def expected(self):
+        """What the oracle says: the output and the LSE."""
+        return oracle.page_attention(*self.operands(), **self.semantics())
+
+    def seen(self, row):
+        """The sequence of a row, and the tokens that it sees with their distances."""
+        keys = self.in_layout(self.keys, self.values)[0]
+        lens, tables, window = self.context_lens, self.block_tables, "sliding_window"
+        where = (keys, lens[row], tables[row], self.cache_layout)
+        last = oracle.length_of(*where) - 1
+        visible = oracle.visible_positions(*where, self.options.get(window))
+        return row, [(j, j - last) for j in visible]
+
     def lengths(self) -> list[int]:
         """The clipped length of every sequence."""
         capacity = self.block_tables.shape[1] * self.shape.page_size
@@ -181,12 +195,12 @@ def cases(draw, configurations=CONFIGURATIONS) -> Case:
     ints = [dtype for dtype in INTEGERS if np.iinfo(dtype).max >= shape.num_pages]
     lens_dtype = draw(st.sampled_from(INTEGERS))
     tables_dtype = draw(st.sampled_from(ints))
-    lens = [draw(_length(shape, lens_dtype)) for _ in range(shape.num_seqs)]
+    lens = [draw(lengths(shape, lens_dtype)) for _ in range(shape.num_seqs)]
     return build(
         config,
         np.array(lens, lens_dtype),
         tables_dtype=tables_dtype,
-        window=draw(_window(shape)),
+        window=draw(windows(shape)),
         seed=draw(st.integers(0, 2**32 - 1)),
         share=draw(st.booleans()),
         invalid=draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),
@@ -222,23 +236,42 @@ def build(
     """
     rng = np.random.default_rng(seed)
     shape, dtype = config.shape, config.dtype
-    options = _options(config, rng, window)
-    num_seqs = len(context_lens)
+    options = draw_options(config, rng, window)
+    tables = draw_tables(rng, shape, len(context_lens), tables_dtype, share, invalid)
+    window = options.get("sliding_window", INT32_MAX)
+    lens = [min(max(int(n), 0), shape.capacity) for n in context_lens]
+    seen = [range(max(n - int(window), 0), n) for n in lens]
+    keys, values, live, needed = draw_pools(rng, config, tables, seen, magnitudes)
+    tables = np.where(needed, tables, poison.junk_entries(rng, tables.shape, tables.dtype, keys))
+    query = magnitudes[0] * rng.standard_normal((len(lens), shape.num_heads, shape.head_dim))
+    return Case(
+        shape, dtype, config.cache_layout, query.astype(dtype), keys, values, context_lens,
+        tables, options, config.num_splits, live, needed, as_jax, config.fused,
+    )  # fmt: skip
+
+
+def draw_tables(rng, shape, num_seqs, dtype, share, invalid):
+    """Make block tables; a share of the entries names no page."""
     pages = np.resize(rng.permutation(shape.num_pages), (num_seqs, shape.max_blocks))
     if share:
         pages[:, 0] = pages[0, 0]
-    broken = poison.invalid_entries(rng, pages.shape, tables_dtype, shape.num_pages)
-    tables = np.where(rng.random(pages.shape) < invalid, broken, pages.astype(tables_dtype))
+    broken = poison.invalid_entries(rng, pages.shape, dtype, shape.num_pages)
+    return np.where(rng.random(pages.shape) < invalid, broken, pages.astype(dtype))
 
+
+def draw_pools(rng, config, tables, seen, magnitudes):
+    """Poison both pools, then write what each sequence sees, its positions `seen`.
+
+    Returns the keys, the values, which slots some sequence sees and which entries it needs.
+    """
+    shape, dtype = config.shape, config.dtype
     pool_shape = (shape.num_pages, shape.page_size, shape.num_kv_heads)
     keys = poison.numbers(rng, (*pool_shape, shape.head_dim), dtype)
     values = None if shape.latent else poison.numbers(rng, (*pool_shape, shape.width), dtype)
     live = np.zeros(pool_shape[:2], bool)
     needed = np.zeros(tables.shape, bool)
-    for s in range(num_seqs):
-        n = min(max(int(context_lens[s]), 0), shape.capacity)
-        first = max(n - int(options["sliding_window"]), 0) if "sliding_window" in options else 0
-        for j in range(first, n):
+    for s, positions in enumerate(seen):
+        for j in positions:
             block, slot = divmod(j, shape.page_size)
             needed[s, block] = True
             if poison.is_page(tables[s, block], shape.num_pages):
@@ -247,15 +280,10 @@ def build(
         if pool is not None:
             clean = magnitude * rng.standard_normal((live.sum(), *pool.shape[2:]))
             pool[live] = clean.astype(dtype)
-    tables = np.where(needed, tables, poison.junk_entries(rng, tables.shape, tables.dtype, keys))
-    query = magnitudes[0] * rng.standard_normal((num_seqs, shape.num_heads, shape.head_dim))
-    return Case(
-        shape, dtype, config.cache_layout, query.astype(dtype), keys, values, context_lens,
-        tables, options, config.num_splits, live, needed, as_jax, config.fused,
-    )  # fmt: skip
+    return keys, values, live, needed
 
 
-def _options(config, rng, window):
+def draw_options(config, rng, window):
     heads = config.shape.num_heads
     slopes = (2.0 ** -(1 + np.arange(heads) % 8)).astype(np.float32)
     sinks = rng.standard_normal(heads).astype(np.float32)
@@ -270,14 +298,14 @@ def _options(config, rng, window):
     return {name: value for name, value in drawn.items() if name in config.features}
 
 
-def _window(shape):
+def windows(shape):
     """Few static windows, each of which is a program of its own, and any number of traced ones."""
     static = st.sampled_from((1, shape.page_size + 1, INT32_MAX))
     traced = st.integers(1, shape.capacity + 3) | st.just(INT32_MAX)
     return static | traced.map(jnp.int32)
 
 
-def _length(shape, dtype):
+def lengths(shape, dtype):
     page, capacity, limits = shape.page_size, shape.capacity, np.iinfo(dtype)
     edges = [0, 1, page - 1, page, page + 1, capacity - 1, capacity, capacity + 1, -1,
              limits.min, limits.max, 2**32, 2**32 + 1, -(2**32) + 1]  # fmt: skip

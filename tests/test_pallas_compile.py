@@ -47,6 +47,17 @@ CALLS = {
     "narrow values": dict(sizes=(8, 2, 192, 16), value_head_dim=128),
     "deepseek-v3, a quarter": dict(sizes=(32, 1, 576, 16), value_head_dim=512, latent=True),
     "one slot a page": dict(sizes=(8, 2, 128, 1), pages_per_compute_block=32),
+    "llama-3-8b, fused": dict(sizes=(32, 8, 128, 16), fused=True),
+    "llama-3-8b, fused NHD": dict(sizes=(32, 8, 128, 16), fused=True, layout="NHD"),
+    "llama-3-8b, fused heads first": dict(
+        sizes=(32, 8, 128, 32), fused=True, layout="KV_HEADS_FIRST", dtype="float32"
+    ),
+    "llama-3-8b, a quarter, fused": dict(sizes=(8, 2, 128, 64), fused=True, num_splits=1),
+    "llama-3-8b, an eighth, fused": dict(
+        sizes=(4, 1, 128, 128), fused=True, more="sinks alibi window cap lse"
+    ),
+    "phi-2": dict(sizes=(32, 32, 80, 16), fused=True, more="lse"),
+    "short pages": dict(sizes=(32, 8, 128, 8), fused=True),
     "odd sizes": dict(sizes=(34, 2, 33, 3), layout="NHD", pages_per_compute_block=4),
 }
 MORE_CALLS = {
@@ -72,6 +83,7 @@ def call(
     more="",
     value_head_dim=None,
     latent=False,
+    fused=False,
     num_splits=0,
     num_seqs=5,
     max_blocks=64,
@@ -85,7 +97,10 @@ def call(
         layout, (heads, pages, slots)
     )
     sharding = device(generation)
-    row_major = Format(Layout((0, 1, 2, 3)), sharding)
+    if fused:
+        after_pages = axes.index(pages) + 1
+        axes = (*axes[:after_pages], 2, *axes[after_pages:])
+    row_major = Format(Layout(tuple(range(len(axes) + 1))), sharding)
 
     def array(shape, dtype, where=sharding):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -96,7 +111,7 @@ def call(
         context_lens=array((num_seqs,), "int32"),
         block_tables=array((num_seqs, max_blocks), "int32"),
         value_cache=None
-        if latent
+        if latent or fused
         else array((*axes, value_head_dim or head_dim), dtype, row_major),
     )
     options = dict(
@@ -155,14 +170,18 @@ def copied_pools(text: str, num_pages: int = 1000) -> list[str]:
 
 def check(generation, monkeypatch, **options):
     text, predicted = compile_for(generation, monkeypatch, **options)
-    assert used_vmem(text) <= predicted
+    used = used_vmem(text)
+    assert used <= predicted
     assert not copied_pools(text)
+    return used, predicted
 
 
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_in_the_memory_that_was_predicted(name, generation, monkeypatch):
-    check(generation, monkeypatch, **CALLS[name])
+    used, predicted = check(generation, monkeypatch, **CALLS[name])
+    if CALLS[name]["sizes"][3] % 8 == 0:  # other pages are no whole tiles
+        assert predicted <= 1.5 * used + 2**20
 
 
 @pytest.mark.thorough
@@ -179,10 +198,11 @@ def test_two_cores_compile(layout, mode, monkeypatch):
     check("v5p", monkeypatch, **options)
 
 
-def test_a_table_too_large_for_scalar_memory_is_run_in_parts(monkeypatch):
-    options = dict(sizes=(8, 2, 128, 16), num_seqs=200, max_blocks=2000)
+def test_a_table_too_large_for_scalar_memory_is_run_in_parts_by_one_kernel(monkeypatch):
+    options = dict(sizes=(8, 2, 128, 16), num_seqs=200, max_blocks=2000, fused=True)
     text, _ = compile_for("v6e", monkeypatch, **options)
-    assert len(re.findall(r"tpu_custom_call", text)) == 2
+    assert len(re.findall(r"tpu_custom_call", text)) == 1
+    assert not copied_pools(text)
 
 
 def test_the_scalar_memory_that_is_used_is_there(monkeypatch):
@@ -195,7 +215,7 @@ REFUSED = {
     "max_blocks=250000: ": dict(sizes=(8, 2, 128, 16), max_blocks=250000),
     "a block of 1 page ": dict(sizes=(64, 64, 256, 256), dtype="float32"),
     "a block of 9 pages ": dict(sizes=(64, 64, 256, 256), pages_per_compute_block=9),
-    "above vmem_limit_bytes=1000000": dict(sizes=(8, 2, 128, 16), vmem_limit_bytes=1_000_000),
+    "above vmem_limit_bytes=500000": dict(sizes=(8, 2, 128, 16), vmem_limit_bytes=500_000),
     "num_kv_heads=3 must be even": dict(sizes=(9, 3, 64, 16), megacore_mode="kv_head"),
     'cache_layout="NHD" keeps': dict(sizes=(8, 2, 128, 16), layout="NHD", megacore_mode="kv_head"),
 }

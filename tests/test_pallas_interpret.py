@@ -15,7 +15,7 @@ from shapes import Shape
 from strategies import Configuration
 
 import ejk
-from ejk.backends.pallas import page_attention_kernel as kernel
+from ejk.backends.pallas import page_attention as adapter
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 INT32 = np.iinfo(np.int32)
@@ -46,18 +46,33 @@ def check(case, backend=None, **options):
     tolerances.assert_close(case, out, lse)
 
 
+each_round = pytest.mark.parametrize("blocks_per_round", [1, 3])
+
+
+@each_round
 @pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_lengths(lengths, dma_execution_mode):
+def test_lengths(lengths, dma_execution_mode, blocks_per_round):
     case = strategies.build(Configuration(SHAPE, F32, "HND"), np.array(lengths, np.int32))
-    check(case, tpu_interpreter.backend(dma_execution_mode))
+    check(case, tpu_interpreter.backend(dma_execution_mode, blocks_per_round=blocks_per_round))
 
 
+@each_round
+@pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_fused_pools(layout, dma_execution_mode, blocks_per_round):
+    config = Configuration(SHAPE, BF16, layout, ALL, fused=True)
+    case = strategies.build(config, np.array((32, 0, 21)), window=np.asarray(27), invalid=0.2)
+    check(case, tpu_interpreter.backend(dma_execution_mode, blocks_per_round=blocks_per_round))
+
+
+@each_round
 @pytest.mark.parametrize("window", [1, 7, 8, 9, 16, 30, INT32.max])
-def test_windows(window):
+def test_windows(window, blocks_per_round):
     config = Configuration(SHAPE, F32, "HND", frozenset({"sliding_window"}))
     lengths = np.array((32, 8, 21), np.int32)
-    check(strategies.build(config, lengths, window=np.asarray(window, np.int32)))
+    case = strategies.build(config, lengths, window=np.asarray(window, np.int32))
+    check(case, tpu_interpreter.backend(blocks_per_round=blocks_per_round))
 
 
 @pytest.mark.parametrize("invalid", [0.3, 0.7, 1.0])
@@ -93,22 +108,25 @@ def test_shapes(shape, layout):
     check(strategies.build(config, lengths, window=shape.capacity - 2, invalid=0.1, share=True))
 
 
+@each_round
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("megacore_mode", ["batch", "kv_head"])
 @pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
-def test_two_cores(megacore_mode, dma_execution_mode):
-    backend = tpu_interpreter.backend(dma_execution_mode, cores=2, megacore_mode=megacore_mode)
+def test_two_cores(megacore_mode, dma_execution_mode, fused, blocks_per_round):
+    backend = tpu_interpreter.backend(
+        dma_execution_mode, cores=2, megacore_mode=megacore_mode, blocks_per_round=blocks_per_round
+    )
+    config = Configuration(SHAPE, F32, "HND", ALL, fused=fused)
     for lengths in ((9, 32, 0), (0, 0, 5), (17, 0, 0)):
-        config = Configuration(SHAPE, F32, "HND", ALL)
         check(strategies.build(config, np.array(lengths), window=np.asarray(20)), backend)
 
 
-def test_tables_that_do_not_fit_in_scalar_memory_are_run_in_parts(monkeypatch):
-    from ejk.backends.pallas import page_attention
-
-    monkeypatch.setattr(page_attention, "SMEM_LIMIT_BYTES", 4 * (5 * 128 + 2 * 5))
+@pytest.mark.parametrize("fitting", [1, 2])
+def test_tables_that_do_not_fit_in_scalar_memory_are_run_in_parts(fitting, monkeypatch):
+    monkeypatch.setattr(adapter, "SMEM_LIMIT_BYTES", 4 * (5 * 128 + fitting * 5))
     config = Configuration(SHAPE, F32, "HND", ALL)
     case = strategies.build(config, np.array((32, 0, 21)), window=np.asarray(20))
-    check(case, tpu_interpreter.backend(vmem_limit_bytes=2**26))
+    check(case, tpu_interpreter.backend(vmem_limit_bytes=2**26 + fitting))
 
 
 def test_new_lengths_do_not_compile_again(monkeypatch):
@@ -124,12 +142,14 @@ def test_new_lengths_do_not_compile_again(monkeypatch):
     assert len(launches) == 1
 
 
-def test_a_sequence_has_the_same_bits_in_any_batch():
+@each_round
+def test_a_sequence_has_the_same_bits_in_any_batch(blocks_per_round):
+    """And in rounds of any size, beside blocks that are masked and blocks that are not."""
     config = Configuration(SHAPE, BF16, "HND", ALL, num_splits=1)
     case = strategies.build(config, np.array((32, 5, 21)), window=np.asarray(20), seed=5)
-    backend = tpu_interpreter.backend(pages_per_compute_block=None)
-    out, lse = tpu_interpreter.run(case, backend)
-    for order in ((1,), (2, 0, 1), (0, 0)):
+    out, lse = tpu_interpreter.run(case, tpu_interpreter.backend())
+    backend = tpu_interpreter.backend(blocks_per_round=blocks_per_round)
+    for order in ((0, 1, 2), (1,), (2, 0, 1), (0, 0)):
         again = tpu_interpreter.run(case.rows(order, more_blocks=3), backend)
         np.testing.assert_array_equal(again[0], out[list(order)])
         np.testing.assert_array_equal(again[1], lse[list(order)])
@@ -150,54 +170,3 @@ def test_runs_eagerly_under_vmap_and_in_reverse_mode():
     np.testing.assert_allclose(twice, jnp.stack([out, out]), atol=1e-5)
     grads = [jax.grad(lambda q, b=b: attend(q, b).sum())(query) for b in (interpreted, xla)]
     np.testing.assert_allclose(*grads, atol=1e-5)
-
-
-def _without_waiting(buf, sem, slot, count):
-    pass
-
-
-def _one_page_on(entry, num_pages):
-    page, bad = PAGE_OR_HARMLESS(entry, num_pages)
-    return (page + 1) % num_pages, bad
-
-
-def _every_entry_good(entry, num_pages):
-    page, bad = PAGE_OR_HARMLESS(entry, num_pages)
-    return page, bad * 0
-
-
-PAGE_OR_HARMLESS = kernel.page_or_harmless
-FAULTS = {
-    "no wait": ("wait", _without_waiting),
-    "copies into the block that is read": ("other_slot", lambda slot: slot),
-    "values unmasked": ("hide_values", lambda values, *_: values),
-    "one page on": ("page_or_harmless", _one_page_on),
-    "out of the pool": ("page_or_harmless", lambda entry, num_pages: (entry, 0)),
-    "bad entries taken for good ones": ("page_or_harmless", _every_entry_good),
-}
-
-
-def case_that_shows_faults():
-    config = Configuration(SHAPE, F32, "HND", frozenset({"sliding_window"}))
-    lengths = np.array((32, 9, 21), np.int32)
-    return strategies.build(config, lengths, window=np.asarray(30), invalid=0.2, seed=1)
-
-
-@pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
-def test_the_sound_kernel_passes_where_faults_are_caught(dma_execution_mode):
-    case = case_that_shows_faults()
-    needed = case.block_tables[case.needed]
-    assert ((needed < 0) | (needed >= SHAPE.num_pages)).any()
-    check(case, tpu_interpreter.backend(dma_execution_mode))
-
-
-@pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_seeded_fault_is_caught(name, dma_execution_mode, monkeypatch):
-    # A field of its own, so that no program of the sound kernel is used again.
-    backend = tpu_interpreter.backend(
-        dma_execution_mode, vmem_limit_bytes=2**28 + list(FAULTS).index(name)
-    )
-    monkeypatch.setattr(kernel, *FAULTS[name])
-    with pytest.raises((AssertionError, IndexError, RuntimeError, tpu_interpreter.RaceError)):
-        check(case_that_shows_faults(), backend)

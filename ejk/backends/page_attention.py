@@ -1,13 +1,21 @@
-"""What every backend of `ejk.page_attention` is given: the problem, the operands, the layouts."""
+"""What every backend of `ejk.page_attention` is given: the problem, the operands, the layouts.
 
+`PagedProblem` is what it has in common with other operations that attend to pages.
+"""
+
+import abc
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from ejk._dispatch import Backend, Problem
+from ejk._partition import Axes, Shards, mesh_axes
 from ejk.backends.page_attention_plan import PlanProblem
 
 CacheLayout = Literal["HND", "NHD", "KV_HEADS_FIRST"]
@@ -70,10 +78,8 @@ class PageAttentionOperands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PageAttentionProblem(Problem):
-    """The static facts of one `ejk.page_attention` call. No axis is empty."""
-
-    operation: ClassVar[str] = "page_attention"
+class PagedProblem(Problem):
+    """The static facts of attention to pages. No axis is empty."""
 
     num_seqs: int
     num_heads: int
@@ -94,10 +100,6 @@ class PageAttentionProblem(Problem):
     has_sinks: bool
     has_alibi: bool
     return_lse: bool
-    num_splits: int
-    plan: PlanProblem | None
-    visible_bound: int
-    """No sequence is expected to see more tokens than this: for sizing work, nothing else."""
 
     @property
     def group(self) -> int:
@@ -130,11 +132,33 @@ class PageAttentionProblem(Problem):
         return frozenset(feature for feature, is_used in used.items() if is_used)
 
     @property
+    @abc.abstractmethod
+    def num_rows(self) -> int:
+        """Query tokens: the first axis of the results."""
+
+    @property
     def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        rows = (self.num_seqs, self.num_heads)
+        rows = (self.num_rows, self.num_heads)
         out = jax.ShapeDtypeStruct((*rows, self.value_head_dim), self.dtype)
         lse = jax.ShapeDtypeStruct(rows, jnp.float32)
         return (out, lse) if self.return_lse else (out,)
+
+
+@dataclasses.dataclass(frozen=True)
+class PageAttentionProblem(PagedProblem):
+    """The static facts of one `ejk.page_attention` call. No axis is empty."""
+
+    operation: ClassVar[str] = "page_attention"
+    derivatives: ClassVar[str] = "has first derivatives in reverse mode alone"
+
+    num_splits: int
+    plan: PlanProblem | None
+    visible_bound: int
+    """No sequence is expected to see more tokens than this: for sizing work, nothing else."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_seqs
 
     def fold(
         self, size: int, operands: PageAttentionOperands, axes: PageAttentionOperands
@@ -153,6 +177,93 @@ class PageAttentionProblem(Problem):
         # A plan is for one batch; the folded one makes its own.
         folded = dataclasses.replace(self, num_seqs=size * self.num_seqs, plan=None)
         return folded, operands._replace(plan=None, **{name: rows(name) for name in per_seq})
+
+    @property
+    def axes(self) -> Axes:
+        heads, sizes = ("kv_heads", "group"), {"group": self.group}
+        if 1 in (self.num_kv_heads, self.group):  # an axis holds two names only where it has to
+            heads, sizes = "kv_heads" if self.group == 1 else "group", {}
+        return Axes(
+            operands=self._operands(seqs="seqs", kv_heads="kv_heads", heads=heads),
+            results=(("seqs", heads, None), ("seqs", heads))[: len(self.results)],
+            sizes=sizes,
+        )
+
+    def shards(self, specs: PageAttentionOperands, mesh: Mapping[str, int]) -> Shards:
+        """Follow the pools, which stay where they are; all other arrays are small."""
+        kv_heads = self._split_of_pools(specs)
+
+        def parts(axes):
+            return math.prod(mesh[axis] for axis in axes)
+
+        if self.num_kv_heads % parts(kv_heads):
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} must be a multiple of the {parts(kv_heads)} "
+                f"devices of the mesh axes {kv_heads} that key_cache is split over"
+            )
+        # Where each device holds one KV head, several may share it and split its query heads.
+        heads = mesh_axes(specs.query[1])
+        shares = self.num_kv_heads == parts(kv_heads) and heads[: len(kv_heads)] == kv_heads
+        if not shares or self.num_heads % parts(heads):
+            heads = kv_heads
+        rows = (specs.block_tables, specs.query, specs.context_lens)
+        seqs = next(filter(None, (mesh_axes(row[0]) for row in rows)), ())
+        seqs = tuple(axis for axis in seqs if axis not in heads)
+        if self.num_seqs % parts(seqs):
+            seqs = ()
+        problem = dataclasses.replace(
+            self,
+            num_seqs=self.num_seqs // parts(seqs),
+            num_heads=self.num_heads // parts(heads),
+            num_kv_heads=self.num_kv_heads // parts(kv_heads),
+            plan=None,
+        )
+        kv_heads, heads, seqs = (axes or None for axes in (kv_heads, heads, seqs))
+        axes = self._operands(seqs=seqs, kv_heads=kv_heads, heads=heads)
+        operands = (None if of is None else PartitionSpec(*of) for of in axes)
+        results = PartitionSpec(seqs, heads, None), PartitionSpec(seqs, heads)
+        return Shards(problem, PageAttentionOperands(*operands), results[: len(self.results)])
+
+    def _operands(self, *, seqs: Any, kv_heads: Any, heads: Any) -> PageAttentionOperands:
+        """Say what the axes of each operand are."""
+        layout = self.layout
+        pool = tuple(
+            kv_heads if axis == layout.kv_heads else None for axis in range(4 + self.fused)
+        )
+        return PageAttentionOperands(
+            query=(seqs, heads, None),
+            key_cache=pool,
+            value_cache=None if self.fused or self.latent else pool,
+            context_lens=(seqs,),
+            block_tables=(seqs, None),
+            attn_scale=(),
+            sliding_window=() if self.has_window else None,
+            sinks=(heads,) if self.has_sinks else None,
+            alibi_slopes=(heads,) if self.has_alibi else None,
+            plan=None,  # it is for all sequences and sized for all heads: each device makes its own
+        )
+
+    def _split_of_pools(self, specs: PageAttentionOperands) -> tuple[str, ...]:
+        """Return the mesh axes of the pools' KV heads: nothing else of them may be split."""
+        found = []
+        for name in ("key_cache", "value_cache"):
+            spec = getattr(specs, name)
+            for axis, entry in enumerate(spec or ()):
+                if axis == self.layout.kv_heads:
+                    found.append(mesh_axes(entry))
+                elif mesh_axes(entry):
+                    raise ValueError(
+                        f"{name} is split as {spec}, but only its KV heads, axis "
+                        f"{self.layout.kv_heads}, can be: what reads other shards would gather "
+                        "the pool. For pages split over devices see "
+                        "ejk.context_parallel_attention"
+                    )
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"key_cache and value_cache must be split alike, not {specs.key_cache} and "
+                f"{specs.value_cache}"
+            )
+        return found[0]
 
 
 class PageAttentionBackend(Backend):

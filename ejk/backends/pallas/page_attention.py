@@ -16,8 +16,10 @@ from ejk.backends.page_attention import (
     PageAttentionProblem,
 )
 from ejk.backends.pallas.page_attention_tuned import (
+    BLOCK_KV,
     CHIPS,
-    MAX_BLOCK_KV,
+    LONG_BLOCK_KV,
+    ROUND_KEY_BYTES,
     SMEM_LIMIT_BYTES,
     TOO_OLD,
     UNKNOWN,
@@ -35,7 +37,10 @@ class PallasPageAttention(PageAttentionBackend):
     model and the chip alone, so a sequence's result has the same bits in any batch.
 
     Attributes:
-        pages_per_compute_block: pages that one step of the loop takes. None: by chip and sizes.
+        pages_per_compute_block: pages of a block, over which one softmax is taken. None: by sizes
+            and chip.
+        blocks_per_round: blocks that are computed together, of one sequence or of several. None: by
+            sizes; several where KV heads are few.
         megacore_mode: what the two cores of a megacore chip (v4, v5p) share: `"batch"`, the
             sequences, or `"kv_head"`, the KV heads. None: the sequences on such a chip, or the KV
             heads of a single one.
@@ -46,6 +51,7 @@ class PallasPageAttention(PageAttentionBackend):
     """
 
     pages_per_compute_block: int | None = None
+    blocks_per_round: int | None = None
     megacore_mode: Literal["batch", "kv_head"] | None = None
     vmem_limit_bytes: int | None = None
     interpret: bool | Hashable = False
@@ -58,6 +64,7 @@ class PallasPageAttention(PageAttentionBackend):
             "sinks",
             "alibi_slopes",
             "value_head_dim",
+            "fused_pools",
             "return_lse",
             'cache_layout="HND"',
             'cache_layout="NHD"',
@@ -70,7 +77,7 @@ class PallasPageAttention(PageAttentionBackend):
             raise ValueError(
                 f"megacore_mode={self.megacore_mode!r} must be 'batch', 'kv_head' or None"
             )
-        at_least(self, pages_per_compute_block=1, vmem_limit_bytes=1)
+        at_least(self, pages_per_compute_block=1, blocks_per_round=1, vmem_limit_bytes=1)
 
     @property
     def platforms(self) -> tuple[str, ...]:
@@ -114,19 +121,25 @@ class PallasPageAttention(PageAttentionBackend):
         return tuple(reasons)
 
     def run(self, problem, operands, platform):
-        step = seqs_per_launch(problem.max_blocks, SMEM_LIMIT_BYTES)
-        parts = []
-        for begin in range(0, problem.num_seqs, step):
-            end = min(begin + step, problem.num_seqs)
-            part = operands._replace(
-                query=operands.query[begin:end],
-                context_lens=operands.context_lens[begin:end],
-                block_tables=operands.block_tables[begin:end],
-            )
-            parts.append(self._launch(dataclasses.replace(problem, num_seqs=end - begin), part))
-        if len(parts) == 1:
-            return parts[0]
-        return tuple(jnp.concatenate(results) for results in zip(*parts))
+        most = seqs_per_launch(problem.max_blocks, SMEM_LIMIT_BYTES)
+        if problem.num_seqs <= most:
+            return self._launch(problem, operands)
+        # Parts of one size are one kernel: the last is filled up with sequences of length 0.
+        parts = -(-problem.num_seqs // most)
+        size = -(-problem.num_seqs // parts)
+        per_seq = ("query", "context_lens", "block_tables")
+
+        def in_parts(x):
+            x = jnp.pad(x, ((0, parts * size - x.shape[0]),) + ((0, 0),) * (x.ndim - 1))
+            return x.reshape(parts, size, *x.shape[1:])
+
+        def launch_part(rows):
+            part = dataclasses.replace(problem, num_seqs=size)
+            return self._launch(part, operands._replace(**rows))
+
+        rows = {name: in_parts(getattr(operands, name)) for name in per_seq}
+        results = jax.lax.map(launch_part, rows)
+        return tuple(x.reshape(-1, *x.shape[2:])[: problem.num_seqs] for x in results)
 
     def _launch(self, problem: PageAttentionProblem, operands: PageAttentionOperands):
         from jax.experimental.pallas import tpu as pltpu
@@ -142,32 +155,59 @@ class PallasPageAttention(PageAttentionBackend):
             return launch(self._work(problem), operands, self._vmem_limit(), interpret)
 
     def _work(self, problem: PageAttentionProblem) -> Work:
-        """Cut a launch in blocks and share it between cores."""
+        """Cut a launch in steps, rounds and blocks, and share it between cores."""
         chip = _chip()
         mode, cores = self.megacore_mode, chip.cores if self.megacore_mode is None else 2
         if mode is None:
             two_shares = problem.num_kv_heads % 2 == 0 and problem.cache_layout != "NHD"
             mode = "kv_head" if problem.num_seqs == 1 and two_shares else "batch"
-        num_seqs = round_up(problem.num_seqs, cores) if mode == "batch" else problem.num_seqs
-        # The size of a block must not follow from how many sequences there are.
-        block_pages = self.pages_per_compute_block or self._block_pages(problem, chip)
-        return Work(problem, num_seqs, block_pages, cores, mode)
+        sharing = cores if mode == "batch" else 1
+        core_seqs = -(-problem.num_seqs // sharing)
+        work = Work(
+            problem, core_seqs, self._block_pages(problem), cores=cores, shared=mode,
+            reordered_copies=chip.reordered_copies,
+        )  # fmt: skip
+        # How many blocks a round has changes no bit of them: it may follow from the batch.
+        blocks = core_seqs * -(-seen_pages(problem) // work.block_pages)
+        round_blocks = min(self.blocks_per_round or self._round_blocks(work), blocks)
+        step_seqs = min(round_blocks, core_seqs)
+        num_seqs = round_up(problem.num_seqs, step_seqs * sharing)
+        return dataclasses.replace(
+            work, num_seqs=num_seqs, round_blocks=round_blocks, step_seqs=step_seqs
+        )
 
-    def _block_pages(self, problem: PageAttentionProblem, chip: Chip) -> int:
-        page_bytes = sum(Work(problem, 1, 1).vmem()[name] for name in ("k_buf", "v_buf")) // 2
-        tokens = chip.block_bytes * problem.page_size // page_bytes
-        tokens = min(max(tokens, chip.block_kv), MAX_BLOCK_KV)
-        pages = -(-tokens // problem.page_size)
-        limit = self._vmem_limit()
-        while pages > 1 and sum(Work(problem, 1, pages).vmem().values()) > limit:
-            pages = -(-pages // 2)
-        if problem.num_splits > 0:
-            return pages  # the same for every batch and table
-        seen = -(-problem.visible_bound // problem.page_size) + problem.has_window
-        return min(pages, seen, problem.max_blocks)
+    def _block_pages(self, problem: PageAttentionProblem) -> int:
+        """Choose how many pages a block has: by the model and the chip alone if that is asked."""
+        if self.pages_per_compute_block is not None:
+            return self.pages_per_compute_block
+        one_page = Work(problem, 1, 1, reordered_copies=_chip().reordered_copies)
+        of_round = ROUND_KEY_BYTES * problem.page_size // one_page.key_bytes
+        longest = LONG_BLOCK_KV if of_round > 4 * BLOCK_KV else BLOCK_KV
+        tokens = min(of_round, longest)
+        pages = max(1, tokens // problem.page_size)
+        while pages > 1 and not self._fits(dataclasses.replace(one_page, block_pages=pages)):
+            pages //= 2
+        return pages if problem.num_splits > 0 else min(pages, seen_pages(problem))
+
+    def _round_blocks(self, work: Work) -> int:
+        blocks = min(max(ROUND_KEY_BYTES // work.key_bytes, 1), _chip().round_blocks)
+        while blocks > 1 and not self._fits(
+            dataclasses.replace(work, round_blocks=blocks, step_seqs=blocks)
+        ):
+            blocks //= 2
+        return blocks
+
+    def _fits(self, work: Work) -> bool:
+        return sum(work.vmem().values()) <= self._vmem_limit()
 
     def _vmem_limit(self) -> int:
         return self.vmem_limit_bytes or _chip().vmem_limit_bytes
+
+
+def seen_pages(problem: PageAttentionProblem) -> int:
+    """Return how many pages a sequence is expected to see at most."""
+    pages = -(-problem.visible_bound // problem.page_size) + problem.has_window
+    return min(pages, problem.max_blocks)
 
 
 def _tpu_info():

@@ -1,37 +1,40 @@
 """Decode attention over pages on a TPU: a flash-attention loop fed by double-buffered copies.
 
-Grid: `(cores, sequences of a core)`. A step is one sequence; cores share sequences or KV heads.
+Grid: `(cores, steps of a core)`. A step is one sequence, or a few where KV heads are few; cores
+share sequences or KV heads.
 
-In VMEM: two slots of `BLOCK_KV` tokens of keys and values with all KV heads of the core, fetched
-page by page from pools that stay in HBM; the query and output of one sequence; and the softmax's
-state. While a block is computed the next one is on its way: of this sequence, or the first one
-of the next sequence that sees anything.
+In VMEM: two rounds of blocks of `block_kv` tokens, keys and values with all KV heads of the core,
+fetched page by page from pools that stay in HBM; the queries and outputs of a step; and the state
+of one sequence. A round is one block, or a few where KV heads are few: of one sequence or of
+several. While a round is computed the next one is on its way: see `Paging`.
 
-With `s` the logits of a block, and `m`, `l`, `acc` starting from the sink (`sink`, 1, 0) or from
-nothing (`-inf`, 0, 0):
+With `s` the logits of a block, a block's part of the result is
 
-    m' = max(m, max s)    p = exp(s - m')           alpha = exp(m - m')
-    l  = l * alpha + sum p                          acc = acc * alpha + p v
-    out = acc / l                                   lse = m + log l
+    m_b = max s             p = exp(s - m_b)        l_b = sum p             acc_b = p v
 
-The logits of all heads come first, then one softmax, then all heads' values: a chain of product,
-maximum, exponential and product for each head would wait for itself.
+and a sequence's state, which starts from the sink (`sink`, 1, 0) or from nothing (`-inf`, 0, 0),
+takes one block after the other:
+
+    m' = max(m, m_b)        alpha = exp(m - m')     beta = exp(m_b - m')
+    l  = l * alpha + l_b * beta                     acc = acc * alpha + acc_b * beta
+    out = acc / l           lse = m + log l
+
+The logits of a round come first, all heads of all its blocks, then one softmax, then all values: a
+chain of product, maximum, exponential and product for each head would wait for itself. A block's
+part does not depend on the others of its round, and so its bits do not.
 
 Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); copies across the border of sequences as
 in Ragged Paged Attention (arXiv:2604.15464).
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from ejk.backends.pallas.page_attention_work import Work
-
-COPIES = 8  # started at most between two branches of the loop that starts them
+from ejk.backends.pallas.page_attention_paging import Paging, divide_up
+from ejk.backends.pallas.page_attention_work import LANES, Work
 
 
 def page_attention_kernel(
@@ -41,248 +44,189 @@ def page_attention_kernel(
     scale_ref,  # float32 [1]
     window_ref,  # int32 [1], or None
     # Inputs
-    q_ref,  # [1, 1, kv_heads, group, head_dim]
+    q_ref,  # [step_seqs, 1, kv_heads, group, head_dim]
     sinks_ref,  # float32 [1, rows, 1], or None
     slopes_ref,  # float32 [1, rows, 1], or None
-    k_hbm_ref,  # the pool of keys in its own layout
-    v_hbm_ref,  # the pool of values, or None: the values are the keys' first entries
+    k_hbm_ref,  # the pool of keys in its own layout, or of keys and values
+    v_hbm_ref,  # the pool of values, or None: they are in that of the keys
     # Outputs
-    out_ref,  # [1, 1, kv_heads, group, value_head_dim]
-    lse_ref,  # float32 [1, 1, 1, rows], or None
+    out_ref,  # [step_seqs, 1, kv_heads, group, value_head_dim]
+    lse_ref,  # float32 [step_seqs, 1, 1, rows], or None
     # Scratch
-    k_buf,  # [2, block_pages, *page]
-    v_buf,  # [2, block_pages, *page], or None
-    k_sem,  # [2]
-    v_sem,  # [2], or None
-    state_ref,  # int32 [3] in SMEM: the next block's slot; the bad entries of each slot
+    k_buf,  # [2, round_blocks, block_pages, *page]
+    v_buf,  # [2, round_blocks, block_pages, *page], or None
+    sem,  # [2]
+    chain_ref,  # int32 [4] in SMEM: the next round's slot, and a `Cursor` to the one after
+    blocks_ref,  # int32 [2 * round_blocks * 4] in SMEM: a `Block` each
     m_ref,  # float32 [rows, 128], all lanes the same
     l_ref,  # float32 [rows, 128], all lanes the same
     acc_ref,  # float32 [rows, value_head_dim]
     *,
     work: Work,
 ):
-    """Attend for one sequence, and start the copies of the next one."""
-    problem, block_pages = work.problem, work.block_pages
-    pools = [(k_hbm_ref, k_buf, k_sem), (v_hbm_ref, v_buf, v_sem)][: 1 if problem.latent else 2]
-    v_buf = k_buf if problem.latent else v_buf
+    """Attend for the sequences of a step, and start the copies of the next one."""
+    problem, group = work.problem, work.problem.group
+    pools = [(k_hbm_ref, k_buf), (v_hbm_ref, v_buf)][: 1 + work.has_two_pools]
 
-    # Which work is mine: the visible positions [first, length) of one sequence, in blocks.
+    # Which work is mine: the blocks of some sequences, in rounds.
     core, step = pl.program_id(0), pl.program_id(1)
     begin_seq = core * work.core_seqs if work.shared == "batch" else 0
-    paging = Paging(lengths_ref, tables_ref, window_ref, state_ref, pools, core, work)
-    seq, end_seq = begin_seq + step, begin_seq + work.core_seqs
-    length, first, first_page, num_pages = paging.context(seq)
-    num_blocks = lax.div(num_pages + (block_pages - 1), block_pages)
-    following = paging.next_seq(seq + 1, end_seq)
+    paging = Paging(
+        lengths_ref,
+        tables_ref,
+        window_ref,
+        chain_ref,
+        blocks_ref,
+        pools,
+        sem,
+        core,
+        begin_seq,
+        work,
+    )
+    first_seq = begin_seq + step * work.step_seqs
+    num_blocks = sum(paging.num_blocks(first_seq + i) for i in range(work.step_seqs))
+    pl.when(step == 0)(paging.start_chain)
 
-    @pl.when(step == 0)
-    def _start_of_core():
-        state_ref[0] = 0
-        paging.start(paging.next_seq(seq, end_seq), end_seq, 0, 0)
+    # Load once: a sequence's state starts from the sink, or from nothing.
+    m = jnp.full(m_ref.shape, -jnp.inf) if sinks_ref is None else across(sinks_ref[0], LANES)
+    initial = State(m, jnp.where(m == -jnp.inf, 0.0, 1.0), jnp.zeros(acc_ref.shape))
 
-    # Load once: the softmax's state starts from the sink, or from nothing.
-    sinks = jnp.full((work.rows, 1), -jnp.inf) if sinks_ref is None else sinks_ref[0]
-    m_ref[...] = jnp.broadcast_to(sinks, m_ref.shape)
-    l_ref[...] = jnp.where(m_ref[...] == -jnp.inf, 0.0, 1.0)
-    acc_ref[...] = jnp.zeros_like(acc_ref)
-
-    # Loop over the context: start the copies of the next block, wait for this one, compute it.
-    def logits(slot, positions):
+    # Loop over the context: start the copies of the next round, wait for this one, compute it.
+    def logits(slot, k, block):
+        seq = block.seq - first_seq
         heads = []
-        for head, keys in enumerate(heads_of(k_buf, slot, work)):  # [block_kv, head_dim]
-            heads.append(product(q_ref[0, 0, head], keys, contract=1))  # [group, block_kv]
+        for head, keys in enumerate(heads_of(k_buf, slot, k, 0, work)):  # [block_kv, head_dim]
+            heads.append(product(q_ref[seq, 0, head], keys, contract=1))  # [group, block_kv]
         s = jnp.concatenate(heads) * scale_ref[0]  # [rows, block_kv]
         if problem.soft_cap is not None:
             s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
-        if slopes_ref is not None:
-            s += slopes_ref[0] * (positions - (length - 1)).astype(jnp.float32)
+        if slopes_ref is not None:  # positions, counted from the query's
+            ages = lax.broadcasted_iota(jnp.int32, (1, work.block_kv), 1) - (block.left - 1)
+            s += slopes_ref[0] * ages.astype(jnp.float32)
         return s
 
-    def softmax(s):
-        m = m_ref[...]
-        m_new = jnp.maximum(m, s.max(axis=1, keepdims=True))  # [rows, 128]
-        m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-        p = jnp.exp(s - m_safe[:, :1])  # [rows, block_kv]
-        alpha = jnp.exp(m - m_safe)
-        m_ref[...] = m_new
-        l_ref[...] = l_ref[...] * alpha + p.sum(axis=1, keepdims=True)
-        return p, alpha
-
-    def weighted_values(slot, p, base, masked):
+    def part(slot, k, block, s, masked):
+        """Return a block's `m_b`, `l_b` and `acc_b`."""
+        begin, end = paging.visible(block)
+        if masked:
+            s = hide_logits(s, begin, end, paging.hide_bad_pages(block, slot, k))
+        m = s.max(axis=1, keepdims=True)  # [rows, 1]
+        p = jnp.exp(s - jnp.where(m == -jnp.inf, 0.0, m))  # [rows, block_kv]
         heads = []
-        for head, values in enumerate(heads_of(v_buf, slot, work)):
+        for head, values in enumerate(heads_of(pools[-1][1], slot, k, 1, work)):
             values = values[:, : problem.value_head_dim]
             if masked:
-                values = hide_values(values, base, first, length)
-            rows = slice(head * problem.group, (head + 1) * problem.group)
-            heads.append(product(p[rows].astype(values.dtype), values, contract=0))
-        return jnp.concatenate(heads)  # [rows, value_head_dim]
+                values = hide_values(values, begin, end)
+            of_head = p[head * group : (head + 1) * group].astype(values.dtype)
+            heads.append(product(of_head, values, contract=0))  # [group, value_head_dim]
+        l = p.sum(axis=1, keepdims=True)
+        return State(across(m, LANES), across(l, LANES), jnp.concatenate(heads))
 
-    def attend(block, slot, base, count, masked):
-        positions = base + lax.broadcasted_iota(jnp.int32, (1, work.block_kv), 1)
-        wait(k_buf, k_sem, slot, count)
-        if masked and not problem.latent:
-            wait(v_buf, v_sem, slot, count)
-        s = logits(slot, positions)
-        if masked:
-            hidden = paging.hide_bad_pages(seq, block, slot, v_buf)  # [1, block_kv]
-            visible = (positions >= first) & (positions < length) & (hidden == 0)
-            s = jnp.where(visible, s, -jnp.inf)
-        p, alpha = softmax(s)
-        if not masked and not problem.latent:
-            wait(v_buf, v_sem, slot, count)
-        acc_ref[...] = acc_ref[...] * alpha[:, :1] + weighted_values(slot, p, base, masked)
+    def finish(state):
+        """Return the output and the LSE: of a row that saw nothing, 0 and the sink or -inf."""
+        saw_any = state.l > 0
+        l = jnp.where(saw_any, state.l, 1.0)
+        out = (state.acc / across(l, problem.value_head_dim)).astype(problem.dtype)
+        lse = None
+        if lse_ref is not None:
+            lse = column_to_row(jnp.where(saw_any, state.m + jnp.log(l), -jnp.inf)[:, :1])
+        return out, lse
 
-    def step_of_loop(block, slot):
-        is_last = block + 1 == num_blocks
-        next_seq, next_block = jnp.where(is_last, following, seq), jnp.where(is_last, 0, block + 1)
-        paging.start(next_seq, end_seq, next_block, other_slot(slot))
-        base = (first_page + block * block_pages) * problem.page_size
-        count = jnp.minimum(num_pages - block * block_pages, block_pages)
+    def write(i, result):
+        out, lse = result
+        for head in range(work.kv_heads):
+            out_ref[i, 0, head] = out[head * group : (head + 1) * group]
+        if lse_ref is not None:
+            lse_ref[i, 0] = lse
+
+    def attend(slot, masked):
+        paging.wait(slot, whole=not masked)
+        blocks = [paging.noted(slot, k) for k in range(work.round_blocks)]
+        # Masking has loops, across which no block's logits would stay in registers.
+        s = {} if masked else {k: logits(slot, k, block) for k, block in enumerate(blocks)}
+        state, results = State(m_ref[...], l_ref[...], acc_ref[...]), []
+        for k, block in enumerate(blocks):
+            is_first = paging.is_first(block)
+            state = State(*(jnp.where(is_first, new, old) for new, old in zip(initial, state)))
+            s_block = logits(slot, k, block) if masked else s[k]
+            state = merge(state, part(slot, k, block, s_block, masked))
+            results.append(finish(state))
+        m_ref[...], l_ref[...], acc_ref[...] = state
+        for block, result in zip(blocks, results):
+            pl.when(paging.is_last(block))(lambda b=block, r=result: write(b.seq - first_seq, r))
+
+    # Rows of sequences that see nothing stay as they are written here.
+    nothing = finish(initial)
+    for i in range(work.step_seqs):
+        write(i, nothing)
+
+    def round_of_step(_, slot):
+        paging.start_round(other_slot(slot))
         # Only where a position or an entry may be invalid is there something to mask.
-        masked = (base < first) | (work.block_kv > length - base) | (state_ref[1 + slot] > 0)
-        pl.when(masked)(lambda: attend(block, slot, base, count, masked=True))
-        pl.when(~masked)(lambda: attend(block, slot, base, count, masked=False))
+        lax.cond(
+            paging.is_partial(slot),
+            lambda: attend(slot, masked=True),
+            lambda: attend(slot, masked=False),
+        )
         return other_slot(slot)
 
-    state_ref[0] = lax.fori_loop(0, num_blocks, step_of_loop, state_ref[0])
-
-    # Write: a row that saw nothing is 0, its LSE the sink or -inf.
-    m, l = m_ref[:, :1], l_ref[:, :1]  # [rows, 1]
-    saw_any = l > 0
-    l = jnp.where(saw_any, l, 1.0)
-    out = (acc_ref[...] / l).astype(out_ref.dtype)
-    for head in range(work.kv_heads):
-        out_ref[0, 0, head] = out[head * problem.group : (head + 1) * problem.group]
-    if lse_ref is not None:
-        lse = jnp.where(saw_any, m + jnp.log(l), -jnp.inf)
-        lse_ref[0, 0] = column_to_row(lse)
+    rounds = divide_up(num_blocks, work.round_blocks)
+    chain_ref[0] = lax.fori_loop(0, rounds, round_of_step, chain_ref[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Paging:
-    """Where a sequence's pages are, and their copies into VMEM."""
+class State(NamedTuple):
+    """What a softmax has seen."""
 
-    lengths_ref: Any
-    tables_ref: Any
-    window_ref: Any
-    state_ref: Any
-    pools: Any  # [(hbm_ref, buf, sem)]
-    core: Any
-    work: Work
-
-    def context(self, seq):
-        """Return a sequence's visible positions `[first, length)`, first page and pages."""
-        problem = self.work.problem
-        length = jnp.clip(self.lengths_ref[seq], 0, problem.capacity)
-        first = jnp.int32(0)
-        if self.window_ref is not None:
-            first = jnp.maximum(length - jnp.maximum(self.window_ref[0], 0), 0)
-        first_page = lax.div(first, problem.page_size)
-        end_page = lax.div(length - 1, problem.page_size) + 1
-        num_pages = jnp.where(first < length, end_page - first_page, 0)
-        return length, first, first_page, num_pages
-
-    def next_seq(self, seq, end_seq):
-        """Return the first sequence from `seq` on that sees anything, or `end_seq`."""
-
-        def sees_nothing(seq):
-            num_pages = self.context(jnp.minimum(seq, end_seq - 1))[3]
-            return (seq < end_seq) & (num_pages == 0)
-
-        return lax.while_loop(sees_nothing, lambda seq: seq + 1, seq)
-
-    def entries(self, seq, block):
-        """Return where a block's table entries begin, and how many there are."""
-        _, _, first_page, num_pages = self.context(seq)
-        page = block * self.work.block_pages
-        count = jnp.clip(num_pages - page, 0, self.work.block_pages)
-        return seq * self.work.problem.max_blocks + first_page + page, count
-
-    def start(self, seq, end_seq, block, slot):
-        """Start the copies of a block of `seq`; of nothing if `seq` is `end_seq`."""
-        entry, count = self.entries(jnp.minimum(seq, end_seq - 1), block)
-        count = jnp.where(seq < end_seq, count, 0)
-
-        def start_page(j, num_bad):
-            page, bad = page_or_harmless(self.tables_ref[entry + j], self.work.problem.num_pages)
-            for hbm_ref, buf, sem in self.pools:
-                page_ref = page_of(hbm_ref, page, self.core, self.work)
-                pltpu.make_async_copy(page_ref, buf.at[slot, j], sem.at[slot]).start()
-            return num_bad + bad
-
-        unroll = min(COPIES, self.work.block_pages)
-
-        def start_pages(i, num_bad):
-            for j in range(unroll):
-                num_bad = start_page(i * unroll + j, num_bad)
-            return num_bad
-
-        groups = lax.div(count, unroll)
-        num_bad = lax.fori_loop(0, groups, start_pages, jnp.int32(0))
-        self.state_ref[1 + slot] = lax.fori_loop(groups * unroll, count, start_page, num_bad)
-
-    def hide_bad_pages(self, seq, block, slot, v_buf):
-        """Zero the values behind bad entries, and return 1 for their tokens, `[1, block_kv]`."""
-        shape = (1, self.work.block_kv)
-        page_of_token = lax.div(
-            lax.broadcasted_iota(jnp.int32, shape, 1), self.work.problem.page_size
-        )
-        entry, count = self.entries(seq, block)
-
-        def hide(j, hidden):
-            _, bad = page_or_harmless(self.tables_ref[entry + j], self.work.problem.num_pages)
-
-            @pl.when(bad > 0)
-            def _zero_values():
-                v_buf[slot, j] = jnp.zeros(v_buf.shape[2:], v_buf.dtype)
-
-            return jnp.where(page_of_token == j, bad, hidden)
-
-        count = jnp.where(self.state_ref[1 + slot] > 0, count, 0)
-        return lax.fori_loop(0, count, hide, jnp.zeros(shape, jnp.int32))
+    m: Any  # [rows, 128], all lanes the same
+    l: Any  # [rows, 128], all lanes the same
+    acc: Any  # [rows, value_head_dim]
 
 
-def page_or_harmless(entry, num_pages):
-    """Return an entry's page, and 1 if it is bad: then the page is one that may be read."""
-    good = (entry >= 0) & (entry < num_pages)
-    return jnp.where(good, entry, 0), jnp.where(good, 0, 1)
+def merge(a: State, b: State) -> State:
+    """Return what both have seen."""
+    m = jnp.maximum(a.m, b.m)
+    m_safe = jnp.where(m == -jnp.inf, 0.0, m)
+    alpha, beta = jnp.exp(a.m - m_safe), jnp.exp(b.m - m_safe)
+    width = a.acc.shape[1]
+    acc = a.acc * across(alpha, width) + b.acc * across(beta, width)
+    return State(m, a.l * alpha + b.l * beta, acc)
 
 
-def page_of(hbm_ref, page, core, work):
-    """The part of a page that a core reads, for all its heads."""
-    heads = pl.ds(core * work.kv_heads, work.kv_heads) if work.shared == "kv_head" else slice(None)
-    if work.problem.cache_layout == "KV_HEADS_FIRST":
-        return hbm_ref.at[heads, page]
-    return hbm_ref.at[page] if work.shared == "batch" else hbm_ref.at[page, heads]
-
-
-def wait(buf, sem, slot, count):
-    """Wait for `count` pages of a block: a copy's semaphore counts bytes, whichever came first."""
-    pages = buf.at[slot, pl.ds(0, count)]
-    pltpu.make_async_copy(pages, pages, sem.at[slot]).wait()
+def across(x, width):
+    """Return `x [rows, 1]`, or `[rows, 128]` with all lanes the same, as wide as `width`."""
+    if x.shape[1] == 1:
+        return jnp.broadcast_to(x, (x.shape[0], width))
+    return jnp.concatenate([x] * (-(-width // LANES)), axis=1)[:, :width]
 
 
 def other_slot(slot):
     return 1 - slot
 
 
-def heads_of(buf, slot, work):
-    """Yield each head of a block, `[block_kv, head_dim]`."""
+def heads_of(buf, slot, k, half, work):
+    """Yield each head's keys (`half=0`) or values of a block, `[block_kv, head_dim]`."""
+    fused = (half,) if work.problem.fused else ()
     if work.problem.cache_layout == "NHD":
-        pages = jnp.transpose(buf[slot], (2, 0, 1, 3))
+        pages = jnp.transpose(buf[(slot, k, slice(None), *fused)], (2, 0, 1, 3))
         blocks = (pages[head] for head in range(work.kv_heads))
     else:
-        blocks = (buf[slot, :, head] for head in range(work.kv_heads))
+        order = slice(None, None, -1 if work.problem.cache_layout == "KV_HEADS_FIRST" else 1)
+        where = ((*fused, head)[order] for head in range(work.kv_heads))
+        blocks = (buf[(slot, k, slice(None), *index)] for index in where)
     for block in blocks:  # [block_pages, page_size, head_dim]
         yield block.reshape(work.block_kv, block.shape[-1])
 
 
-def hide_values(values, base, first, length):
+def hide_logits(s, begin, end, hidden):
+    """Select away the logits of what is not visible."""
+    offsets = lax.broadcasted_iota(jnp.int32, hidden.shape, 1)
+    return jnp.where((offsets >= begin) & (offsets < end) & (hidden == 0), s, -jnp.inf)
+
+
+def hide_values(values, begin, end):
     """Select away the values of positions that are not visible: 0 * NaN is not 0."""
-    positions = base + lax.broadcasted_iota(jnp.int32, values.shape, 0)
-    visible = (positions >= first) & (positions < length)
-    return jnp.where(visible, values, jnp.zeros_like(values))
+    offsets = lax.broadcasted_iota(jnp.int32, values.shape, 0)
+    return jnp.where((offsets >= begin) & (offsets < end), values, jnp.zeros_like(values))
 
 
 def product(a, b, *, contract):

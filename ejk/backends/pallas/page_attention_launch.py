@@ -24,13 +24,13 @@ def launch(
     lengths = jnp.pad(operands.context_lens, (0, pad)) if pad else operands.context_lens
 
     def per_seq(*shape):
-        """The block of one sequence and one share of the heads, of `[seqs, shares, *shape]`."""
+        """The block of a step and one share of the heads, of `[seqs, shares, *shape]`."""
 
         def index(core, step, *_):
-            at = (core * work.core_seqs + step, 0) if shares == 1 else (step, core)
+            at = (core * work.core_steps + step, 0) if shares == 1 else (step, core)
             return (*at, *(0 for _ in shape))
 
-        return pl.BlockSpec((1, 1, *shape), index)
+        return pl.BlockSpec((work.step_seqs, 1, *shape), index)
 
     per_share = pl.BlockSpec((1, work.rows, 1), lambda core, *_: (core % shares, 0, 0))
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -73,7 +73,7 @@ def launch(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(work.cores, work.core_seqs),
+            grid=(work.cores, work.core_steps),
             in_specs=[in_specs[name] for name in inputs],
             out_specs=[out_specs[name] for name in outputs],
             scratch_shapes=list(scratch.values()),
@@ -92,7 +92,7 @@ def launch(
     return tuple(x[: problem.num_seqs].reshape(s) for x, s in zip(results, shapes))
 
 
-OPTIONAL = {"window_ref", "sinks_ref", "slopes_ref", "v_hbm_ref", "lse_ref", "v_buf", "v_sem"}
+OPTIONAL = {"window_ref", "sinks_ref", "slopes_ref", "v_hbm_ref", "lse_ref", "v_buf"}
 """The kernel's parameters that a call may lack."""
 
 
@@ -108,14 +108,15 @@ def _scratch(work: Work) -> dict[str, Any]:
     problem = work.problem
 
     def pages(head_dim):
-        return pltpu.VMEM((2, work.block_pages, *work.page_shape(head_dim)), problem.dtype)
+        blocks = (2, work.round_blocks, work.block_pages)
+        return pltpu.VMEM((*blocks, *work.page_shape(head_dim)), problem.dtype)
 
     return dict(
         k_buf=pages(problem.head_dim),
-        v_buf=None if problem.latent else pages(problem.value_head_dim),
-        k_sem=pltpu.SemaphoreType.DMA((2,)),
-        v_sem=None if problem.latent else pltpu.SemaphoreType.DMA((2,)),
-        state_ref=pltpu.SMEM((3,), jnp.int32),
+        v_buf=pages(problem.value_head_dim) if work.has_two_pools else None,
+        sem=pltpu.SemaphoreType.DMA((2,)),
+        chain_ref=pltpu.SMEM((4,), jnp.int32),
+        blocks_ref=pltpu.SMEM((2 * work.round_blocks * 4,), jnp.int32),
         m_ref=pltpu.VMEM((work.rows, LANES), jnp.float32),
         l_ref=pltpu.VMEM((work.rows, LANES), jnp.float32),
         acc_ref=pltpu.VMEM((work.rows, problem.value_head_dim), jnp.float32),

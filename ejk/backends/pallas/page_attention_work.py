@@ -15,10 +15,13 @@ class Work:
     """The static shape of one launch."""
 
     problem: PageAttentionProblem
-    num_seqs: int  # of this launch: a multiple of the cores that share them
+    num_seqs: int  # of this launch: a multiple of what its cores take in a step
     block_pages: int
+    round_blocks: int = 1  # blocks that are computed together
+    step_seqs: int = 1  # sequences of a grid step
     cores: int = 1
     shared: str = "batch"  # what the cores share: "batch" or "kv_head"
+    reordered_copies: int = 0  # of a round, to put in order heads that lie inside tokens
 
     @property
     def block_kv(self) -> int:
@@ -27,6 +30,14 @@ class Work:
     @property
     def core_seqs(self) -> int:
         return self.num_seqs // self.cores if self.shared == "batch" else self.num_seqs
+
+    @property
+    def core_steps(self) -> int:
+        return self.core_seqs // self.step_seqs
+
+    @property
+    def has_two_pools(self) -> bool:
+        return not (self.problem.latent or self.problem.fused)
 
     @property
     def kv_heads(self) -> int:
@@ -39,11 +50,20 @@ class Work:
         """Query heads of a core."""
         return self.kv_heads * self.problem.group
 
-    def page_shape(self, head_dim: int) -> tuple[int, int, int]:
-        """Return the shape of a page in VMEM."""
-        heads, slots = self.kv_heads, self.problem.page_size
-        nhd = self.problem.cache_layout == "NHD"
-        return (slots, heads, head_dim) if nhd else (heads, slots, head_dim)
+    def page_shape(self, head_dim: int) -> tuple[int, ...]:
+        """Return the shape of a page in VMEM: that of the pool, less the pages."""
+        layout = self.problem.layout
+        sizes = {layout.kv_heads: self.kv_heads, layout.slots: self.problem.page_size}
+        if layout.halves is not None:
+            sizes[layout.halves] = 2
+        return (*(sizes[axis] for axis in sorted(sizes)), head_dim)
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a block's keys, each head's in whole lanes."""
+        problem = self.problem
+        head_bytes = round_up(problem.head_dim, LANES) * problem.dtype.itemsize
+        return self.block_kv * self.kv_heads * head_bytes
 
     def vmem(self) -> dict[str, int]:
         """Return the bytes of each buffer in VMEM; those of blocked operands count twice."""
@@ -54,27 +74,28 @@ class Work:
         # Below the line: what the compiler keeps of a block, found by compiling. float32 is split
         # in parts for the highest precision; heads inside a token, or pages that are no whole
         # tiles, are put in order first, in 32 bits where a chip has no 16-bit vectors.
-        copies = 4 if dtype == f32 else 2
+        copies = 2 if dtype == f32 else 1
         nhd, whole_tiles = problem.cache_layout == "NHD", problem.page_size % SUBLANES == 0
-        *lead, last = self.page_shape(max(keys, values))
+        *lead, last = self.page_shape(max(keys, values))[problem.fused :]
         page = tiled((*lead[:-1], round_up(lead[-1], SUBLANES), last), f32)
+        blocks = (2, self.round_blocks, self.block_pages)
+        steps = (2, self.step_seqs)  # one is computed while another is copied
         return {
-            "k_buf": 2 * tiled((self.block_pages, *self.page_shape(keys)), dtype),
-            "v_buf": 0 if problem.latent else 2 * tiled(
-                (self.block_pages, *self.page_shape(values)), dtype
-            ),
-            "q": 2 * tiled((*heads, keys), dtype),
-            "out": 2 * tiled((*heads, values), dtype),
-            "lse": 2 * tiled((1, rows), f32) * problem.return_lse,
+            "k_buf": tiled((*blocks, *self.page_shape(keys)), dtype),
+            "v_buf": tiled((*blocks, *self.page_shape(values)), dtype) * self.has_two_pools,
+            "q": tiled((*steps, *heads, keys), dtype),
+            "out": tiled((*steps, *heads, values), dtype),
+            "lse": tiled((*steps, 1, rows), f32) * problem.return_lse,
             "sinks and slopes": 2 * tiled((rows, 1), f32) * (problem.has_sinks + problem.has_alibi),
             "m and l": 2 * tiled((rows, LANES), f32),
             "acc": tiled((rows, values), f32),
-            "logits": 3 * tiled((rows, block_kv), f32),
+            "logits": 3 * tiled((self.round_blocks * rows, block_kv), f32),
             "operands of products": copies * tiled((block_kv, max(keys, values)), dtype),
             "reordered heads": self.block_pages * page * (
-                nhd * (1 + copies // 2) + 4 * (not whole_tiles)
+                nhd * max(copies, self.round_blocks * self.reordered_copies)
+                + 3 * (not whole_tiles)
             ),
-            "the compiler's own": 2**20,
+            "the compiler's own": 2**19,
         }  # fmt: skip
 
 

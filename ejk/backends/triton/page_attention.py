@@ -74,6 +74,10 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
     def only_if_asked(self):
         return () if self.interpret else ("rocm",)
 
+    @property
+    def host_callbacks(self):
+        return 3 if self.interpret else 0  # plan, attention, combination
+
     def limits(self, problem: PageAttentionProblem, platform: str):
         if missing := _launch.available(interpret=self.interpret):
             return (missing,)

@@ -61,6 +61,10 @@ class XlaPageAttention(PageAttentionBackend):
     def platforms(self):
         return _dispatch.PLATFORMS
 
+    @property
+    def is_opaque(self):
+        return False
+
     def limits(self, problem, platform):
         return ()
 
@@ -124,12 +128,7 @@ class Blocks:
             & jnp.repeat(valid, problem.page_size, axis=1)
         )  # [num_seqs, tokens]
         pages = jnp.where(valid, pages, 0)
-        keys = _gather(problem, operands.key_cache, pages, KEYS, visible)
-        if problem.latent:
-            values = keys[..., : problem.value_head_dim]
-        else:
-            pool = operands.key_cache if problem.fused else operands.value_cache
-            values = _gather(problem, pool, pages, VALUES, visible)
+        keys, values = load_pages(problem, operands, pages, visible)
         return pages, positions, visible, keys, values
 
     def pad(self, tables: jax.Array) -> jax.Array:
@@ -149,6 +148,15 @@ def page_index(problem, pages, half):
     return (slice(None),) * problem.layout.pages + chosen
 
 
+def load_pages(problem, operands, pages, visible):
+    """Read the keys and values of `pages [rows, pages]` where `visible [rows, tokens]`."""
+    keys = _gather(problem, operands.key_cache, pages, KEYS, visible)
+    if problem.latent:
+        return keys, keys[..., : problem.value_head_dim]
+    pool = operands.key_cache if problem.fused else operands.value_cache
+    return keys, _gather(problem, pool, pages, VALUES, visible)
+
+
 def _gather(problem, pool, pages, half, visible):
     """Read pages, with zeros for every slot that is not visible: it may hold NaN."""
     gathered = pool.at[page_index(problem, pages, half)].get(mode="promise_in_bounds")
@@ -160,13 +168,19 @@ def _gather(problem, pool, pages, half, visible):
 
 def logits(problem, operands, context, query, keys, positions):
     """Return every logit of a block, `[num_seqs, num_kv_heads, group, tokens]`, in float32."""
-    scores = operands.attn_scale * product("skgd,sktd->skgt", query, keys)
-    if problem.soft_cap is not None:
-        scores = problem.soft_cap * jnp.tanh(scores / problem.soft_cap)
+    scores = capped_products(problem, operands, query, keys)
     if problem.has_alibi:
         slopes = operands.alibi_slopes.reshape(1, problem.num_kv_heads, problem.group, 1)
         behind = positions[None] - (context.length[:, None] - 1)
         scores = scores + slopes * behind[:, None, None].astype(jnp.float32)
+    return scores
+
+
+def capped_products(problem, operands, query, keys):
+    """Return the logits but for what depends on positions."""
+    scores = operands.attn_scale * product("skgd,sktd->skgt", query, keys)
+    if problem.soft_cap is not None:
+        scores = problem.soft_cap * jnp.tanh(scores / problem.soft_cap)
     return scores
 
 
@@ -186,37 +200,49 @@ def _attend(problem, operands, context, blocks):
     tables = blocks.pad(operands.block_tables)
 
     def step(block, state):
-        m, l, acc = state
         _, positions, visible, keys, values = blocks.load(problem, operands, context, tables, block)
         scores = logits(problem, operands, context, query, keys, positions)
-        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-        m_new = jnp.maximum(m, scores.max(-1))
-        m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-        p = jnp.exp(scores - m_safe[..., None])
-        alpha = jnp.exp(m - m_safe)
-        acc = acc * alpha[..., None] + product("skgt,sktd->skgd", p.astype(values.dtype), values)
-        return m_new, l * alpha + p.sum(-1), acc
+        return accumulate(state, jnp.where(visible[:, None, None], scores, -jnp.inf), values)
 
-    rows = query.shape[:3]
     begin, end = blocks.span(context)
-    m, l, acc = lax.fori_loop(
-        begin,
-        end,
-        step,
-        (
-            jnp.full(rows, -jnp.inf, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros((*rows, problem.value_head_dim), jnp.float32),
-        ),
+    state = lax.fori_loop(begin, end, step, nothing_seen(query.shape[:3], problem.value_head_dim))
+    sinks = group_heads(problem, operands.sinks[None]) if problem.has_sinks else None
+    out, lse = finish(state, sinks)
+    heads = (problem.num_seqs, problem.num_heads)
+    return out.reshape(*heads, -1).astype(problem.dtype), lse.reshape(heads)
+
+
+State = tuple[jax.Array, jax.Array, jax.Array]
+"""The running maximum `m`, the sum `l` and the weighted values `acc` of an online softmax."""
+
+
+def nothing_seen(rows: tuple[int, ...], value_head_dim: int) -> State:
+    return (
+        jnp.full(rows, -jnp.inf, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, value_head_dim), jnp.float32),
     )
-    if problem.has_sinks:
-        sinks = group_heads(problem, operands.sinks[None])
+
+
+def accumulate(state: State, scores: jax.Array, values: jax.Array) -> State:
+    """See one more block: logits `[..., rows, tokens]`, -inf where a token is not visible."""
+    m, l, acc = state
+    m_new = jnp.maximum(m, scores.max(-1))
+    m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+    p = jnp.exp(scores - m_safe[..., None])
+    alpha = jnp.exp(m - m_safe)
+    acc = acc * alpha[..., None] + product("skgt,sktd->skgd", p.astype(values.dtype), values)
+    return m_new, l * alpha + p.sum(-1), acc
+
+
+def finish(state: State, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the output and the LSE of each row."""
+    m, l, acc = state
+    if sinks is not None:
         m_new = jnp.maximum(m, sinks)
         m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
         alpha = jnp.exp(m - m_safe)
         m, l, acc = m_new, l * alpha + jnp.exp(sinks - m_safe), acc * alpha[..., None]
     empty = l == 0
     out = jnp.where(empty[..., None], 0.0, acc / jnp.where(empty, 1.0, l)[..., None])
-    lse = jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1.0, l)))
-    heads = (problem.num_seqs, problem.num_heads)
-    return out.reshape(*heads, -1).astype(problem.dtype), lse.reshape(heads)
+    return out, jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1.0, l)))

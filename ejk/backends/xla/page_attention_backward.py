@@ -16,10 +16,12 @@ What no visible token owns gets exactly 0, whatever it holds.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
 
 from ejk import _dispatch
 from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
@@ -55,6 +57,21 @@ def _forward(problem, choice, operands):
 
 
 def _backward(problem, choice, residuals, cotangents):
+    pull_back: Any = functools.partial(_pull_back, problem)
+    types = jax.tree.map(jax.typeof, residuals[0])
+    mesh = types.query.sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+
+        def sharding(x):
+            is_float = jnp.issubdtype(x.dtype, jnp.floating)
+            return NamedSharding(mesh, x.sharding.spec) if is_float else None
+
+        # How gathers and scatters in between are split is for XLA to find.
+        pull_back = jax.sharding.auto_axes(pull_back, out_sharding=jax.tree.map(sharding, types))
+    return (pull_back(residuals, cotangents),)
+
+
+def _pull_back(problem, residuals, cotangents):
     operands, lse = residuals
     g = group_heads(problem, cotangents[0])
     h = group_heads(problem, cotangents[1] if problem.return_lse else jnp.zeros_like(lse))
@@ -132,7 +149,7 @@ def _backward(problem, choice, residuals, cotangents):
         grads = grads._replace(sinks=d_sinks.reshape(problem.num_heads))
     grads = grads._replace(query=grads.query.reshape(operands.query.shape))
     as_given = (None if d is None else d.astype(x.dtype) for d, x in zip(grads, operands))
-    return (PageAttentionOperands(*as_given),)
+    return PageAttentionOperands(*as_given)
 
 
 NOTHING = PageAttentionOperands(*(None for _ in PageAttentionOperands._fields))

@@ -21,6 +21,10 @@ class XlaPlan(PlanBackend):
     def platforms(self):
         return _dispatch.PLATFORMS
 
+    @property
+    def is_opaque(self):
+        return False
+
     def limits(self, problem, platform):
         return ()
 

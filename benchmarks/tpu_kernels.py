@@ -1,0 +1,126 @@
+"""What `tpu_static` prices: the workloads, `ejk` and the kernels of JAX itself."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ejk
+from benchmarks.workloads import Workload, uniform
+
+POOL_BYTES = 2**30  # far more than fits next to a core, where XLA would put smaller ones
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        uniform("page 16", 32, 8, 128, 16, 2048, 16),
+        uniform("page 128", 32, 8, 128, 16, 2048, 128),
+        uniform("4,096 tokens", 32, 8, 128, 16, 4096, 16),
+        uniform("2 KV heads", 8, 2, 128, 16, 2048, 64),
+        uniform("1 KV head", 8, 1, 128, 16, 2048, 128),
+        uniform("window", 32, 8, 128, 16, 32768, 16, sliding_window=1024),
+        uniform("head dimension 64", 32, 8, 64, 16, 2048, 16),
+        uniform("head dimension 96", 32, 8, 96, 16, 2048, 16),
+        uniform("head dimension 192", 32, 8, 192, 16, 2048, 16),
+        uniform("head dimension 256", 32, 8, 256, 16, 2048, 16),
+        dataclasses.replace(uniform("float32", 32, 8, 128, 16, 2048, 16), dtype="float32"),
+    )
+}
+
+PEER_WORKLOADS = ("page 16", "page 128", "2 KV heads", "1 KV head", "window", "head dimension 64",
+                  "float32")  # fmt: skip
+PEER_BLOCK = 2048
+"""Tokens that a step of JAX's kernels takes: the best of 512, 1,024 and 2,048 on v5e and v6e."""
+
+
+def workload(name: str, num_seqs: int) -> Workload:
+    """Return a workload of as many sequences, all alike."""
+    chosen = WORKLOADS[name]
+    return dataclasses.replace(chosen, context_lens=chosen.context_lens[:1] * num_seqs)
+
+
+def _num_pages(w: Workload) -> int:
+    return POOL_BYTES // (w.page_size * w.token_bytes)
+
+
+def _ejk(w: Workload, where: jax.sharding.Sharding, fused: bool = False, **fields: Any) -> None:
+    """Lower the public call; the backend is run on arrays of which it knows the values."""
+    options = dict(w.options)
+    known = dict(
+        context_lens=np.array(w.context_lens, np.int32),
+        attn_scale=np.full((), w.head_dim**-0.5, np.float32),
+    )
+    if "sliding_window" in options:
+        known["sliding_window"] = np.full((), options["sliding_window"], np.int32)
+
+    class Known(ejk.PallasPageAttention):
+        def run(self, problem, operands, platform):
+            values = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), operands)
+            with jax.ensure_compile_time_eval():
+                return super().run(problem, values._replace(**known), platform)
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    halves = (2,) if fused else ()
+    pool = array((_num_pages(w), *halves, w.num_kv_heads, w.page_size, w.head_dim), w.dtype)
+    jax.jit(functools.partial(ejk.page_attention, backend=Known(**fields), **options)).lower(
+        array((w.num_seqs, w.num_heads, w.head_dim), w.dtype),
+        pool,
+        None if fused else pool,
+        array((w.num_seqs,), jnp.int32),
+        array((w.num_seqs, w.max_blocks), jnp.int32),
+    )
+
+
+def _paged_attention(w: Workload, where: Any, **fields: Any) -> None:
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    _refuse_options(w)
+    pool = np.zeros((w.num_kv_heads, _num_pages(w), w.page_size, w.head_dim), w.dtype)
+    paged_attention.__wrapped__(
+        np.zeros((w.num_seqs, w.num_heads, w.head_dim), w.dtype),
+        pool,
+        pool,
+        np.array(w.context_lens, np.int32),
+        np.zeros((w.num_seqs, w.max_blocks), np.int32),
+        **dict(pages_per_compute_block=PEER_BLOCK // w.page_size) | fields,
+    )
+
+
+def _ragged_paged_attention(w: Workload, where: Any, **fields: Any) -> None:
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    rows = 4  # of a block of queries; with more of them it computes more that is not asked for
+    tokens = -(-w.num_seqs // rows) * rows
+    ragged_paged_attention.__wrapped__(
+        np.zeros((tokens, w.num_heads, w.head_dim), w.dtype),
+        np.zeros((_num_pages(w), w.page_size, 2 * w.num_kv_heads, w.head_dim), w.dtype),
+        np.array(w.context_lens, np.int32),
+        np.zeros((w.num_seqs, w.max_blocks), np.int32),
+        np.arange(w.num_seqs + 1, dtype=np.int32),
+        np.array([w.num_seqs], np.int32),
+        num_queries_per_block=rows,
+        vmem_limit_bytes=64 * 2**20,
+        **dict(num_kv_pages_per_block=PEER_BLOCK // w.page_size) | dict(w.options) | fields,
+    )
+
+
+def _refuse_options(w: Workload) -> None:
+    if w.options:
+        raise ValueError(f"takes no {w.options[0][0]}")
+
+
+KERNELS = {
+    "ejk": _ejk,
+    "ejk, fused pools": functools.partial(_ejk, fused=True),
+    "jax paged_attention": _paged_attention,
+    "jax ragged_paged_attention": _ragged_paged_attention,
+}
+"""Each launches one core's share of a workload."""
+
+ONE_CORE = ("jax ragged_paged_attention",)
+"""Those that leave a chip's second core idle."""

@@ -1,0 +1,201 @@
+"""Runs a problem shard by shard where XLA splits a computation over several devices.
+
+XLA knows nothing of what an opaque kernel does: handed a cache that is split over devices, it
+gathers all of it on each. So a problem whose axes have names is lowered as `custom_partitioning`:
+Shardy is told which axes of operands and results belong together and, once XLA has settled how the
+operands are split, asks for the program of one device: that of the problem of the local shapes. On
+one device and inside `shard_map` none of this is needed, nor is it used: such a program holds
+Python objects, which `jax.export` cannot save.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.core import ShapedArray
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+class Axes(NamedTuple):
+    """The axes of a problem's arrays, each a name, or a pair of names for one that holds two.
+
+    Axes of one name are split together or not at all; None stays whole.
+    """
+
+    operands: Any  # for each operand a tuple; None for one that shards do without
+    results: tuple[tuple[Any, ...], ...]
+    sizes: dict[str, int]  # of names that occur in pairs alone
+
+
+class Shards(NamedTuple):
+    """How a problem is split over devices."""
+
+    problem: Any  # what each of them runs
+    operands: Any  # for each operand a PartitionSpec
+    results: tuple[PartitionSpec, ...]
+
+
+def is_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
+    """Say whether XLA splits the computation: not on one device, nor inside `shard_map`."""
+    devices = getattr(ctx.module_context.axis_context, "device_assignment", None)
+    return devices is not None and len(devices) > 1
+
+
+REFUSAL = (
+    "cannot run where shard_map leaves the mesh axes {} to XLA, which would gather what is split "
+    "over them: leave out axis_names"
+)
+
+
+def left_to_xla(ctx: mlir.LoweringRuleContext) -> list[str]:
+    """Return the axes of the mesh around a `shard_map` that is over some of them alone."""
+    context: Any = ctx.module_context.axis_context
+    if not hasattr(context, "manual_axes"):
+        return []
+    sizes = context.mesh.shape.items()
+    return [name for name, size in sizes if size > 1 and name not in context.manual_axes]
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """Return the mesh axes of one entry of a `PartitionSpec`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def result_specs(problem: Any, operands: Any) -> list[PartitionSpec]:
+    """Return how the results are split, for the types of operands on a mesh with explicit axes.
+
+    Raises:
+        ValueError: an operand would have to be gathered, which explicit axes never do unasked.
+    """
+    paths, treedef = jax.tree.flatten_with_path(operands)
+    given = [PartitionSpec(*x.sharding.spec) for _, x in paths]
+    if problem.axes is None or not any(mesh_axes(entry) for spec in given for entry in spec):
+        return [PartitionSpec(*[None] * len(result.shape)) for result in problem.results]
+    mesh = paths[0][1].sharding.mesh
+    shards = problem.shards(jax.tree.unflatten(treedef, given), mesh.shape)
+    wanted = treedef.flatten_up_to(shards.operands)
+    for (path, _), spec, needed in zip(paths, given, wanted):
+        for had, has in zip(spec, needed or spec):
+            if mesh_axes(had) not in ((), mesh_axes(has)):
+                name = jax.tree_util.keystr(path).lstrip(".")
+                raise ValueError(f"{name} is split as {spec}; with the others it must be {needed}")
+    return list(shards.results)
+
+
+def lower(
+    ctx: mlir.LoweringRuleContext,
+    leaves: Sequence[Any],
+    problem: Any,
+    treedef: Any,
+    run: Callable[[Any, Any], Any],
+    host_callbacks: int,
+) -> Any:
+    """Lower `run(problem, operands)` so that each device runs the problem of its own shards.
+
+    Args:
+        ctx: of the primitive that is lowered.
+        leaves: its operands.
+        problem: of the whole arrays.
+        treedef: of the operands.
+        run: traced once the shards are known.
+        host_callbacks: the most calls back to Python that a run makes.
+    """
+    axes = problem.axes
+    kept = [of is not None for of in treedef.flatten_up_to(axes.operands)]
+    leaves = [x for x, keep in zip(leaves, kept) if keep]
+    ctx = ctx.replace(avals_in=[aval for aval, keep in zip(ctx.avals_in, kept) if keep])
+    treedef = jax.tree.structure(jax.tree.unflatten(treedef, [keep or None for keep in kept]))
+    callbacks = _HostCallbacks(ctx, host_callbacks)
+
+    def program(problem):
+        def run_leaves(*leaves):
+            # The mesh around the caller is not the shard's: it is one device's own.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                return run(problem, jax.tree.unflatten(treedef, leaves))
+
+        return functools.partial(
+            shard_p.bind, run=run_leaves, results=problem.results, callbacks=callbacks
+        )
+
+    def partition(mesh, arguments, results):
+        specs = jax.tree.unflatten(treedef, [_spec(problem, x) for x in arguments])
+        shards = problem.shards(specs, dict(mesh.shape))
+        if mesh.empty:  # then every device has all of every array
+            kept = [x.sharding for x in results], tuple(x.sharding for x in arguments)
+        else:
+            named = functools.partial(NamedSharding, mesh)
+            operands = treedef.flatten_up_to(shards.operands)
+            kept = [*map(named, shards.results)], tuple(map(named, operands))
+        return mesh, program(shards.problem), *kept
+
+    function = custom_partitioning(program(problem))
+    function.def_partition(partition, sharding_rule=_rule(axes, treedef), **axes.sizes)
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
+
+
+def _spec(problem, x):
+    """Return how XLA splits an operand, with an entry for every axis."""
+    spec = getattr(x.sharding, "spec", None)
+    if spec is None and not x.sharding.is_fully_replicated:
+        raise ValueError(f"{problem.operation}: arrays must be split by a `NamedSharding`")
+    spec = spec or ()
+    return PartitionSpec(*spec, *[None] * (len(x.shape) - len(spec)))
+
+
+def _rule(axes: Axes, treedef: Any) -> str:
+    """Write the axes as Shardy's rule: `seqs (kv_heads group) whole0, whole1 kv_heads ...`."""
+    unnamed = 0
+
+    def spell(array):
+        nonlocal unnamed
+        names = []
+        for axis in array:
+            if axis is None:
+                axis, unnamed = f"whole{unnamed}", unnamed + 1
+            names.append(axis if isinstance(axis, str) else f"({' '.join(axis)})")
+        return " ".join(names)
+
+    operands = treedef.flatten_up_to(axes.operands)
+    return " -> ".join(", ".join(map(spell, arrays)) for arrays in (operands, axes.results))
+
+
+class _HostCallbacks:
+    """Calls back to Python out of programs that are made when XLA has settled the shards.
+
+    XLA is given all callbacks of a computation before it asks for them: these stand in.
+    """
+
+    def __init__(self, ctx: mlir.LoweringRuleContext, count: int):
+        self.first = len(ctx.module_context.host_callbacks)
+        self.functions: list[Callable[..., Any]] = []
+        for index in range(count):
+            ctx.module_context.add_host_callback(functools.partial(self._call, index))
+
+    def _call(self, index, *args):
+        return self.functions[index](*args)
+
+    def lower(self, ctx, lower, args):
+        context = ctx.module_context.replace(host_callbacks=[None] * self.first)
+        results = lower(ctx.replace(module_context=context), *args)
+        self.functions = context.host_callbacks[self.first :]
+        return results
+
+
+shard_p = Primitive("ejk_shard")
+shard_p.multiple_results = True
+
+
+@shard_p.def_abstract_eval
+def _abstract_eval(*avals, run, results, callbacks):
+    return [ShapedArray(result.shape, result.dtype) for result in results]
+
+
+def _lower_shard(ctx, *args, run, results, callbacks):
+    return callbacks.lower(ctx, mlir.lower_fun(run, multiple_results=True), args)
+
+
+mlir.register_lowering(shard_p, _lower_shard)

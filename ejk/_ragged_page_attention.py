@@ -1,0 +1,268 @@
+"""`ejk.ragged_page_attention`: the signature and its prose, once for every backend."""
+
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+
+from ejk import _dispatch
+from ejk._dispatch import Backend
+from ejk._indices import as_int32, static_int
+from ejk._page_attention_problem import fail, shared_facts, visible_bound
+from ejk._typing import (
+    Bounds,
+    Cache,
+    Lengths,
+    PerHead,
+    PerToken,
+    Scalar,
+    ScalarInt,
+    Tables,
+    Tokens,
+    TreeMask,
+    typed,
+)
+from ejk.backends.page_attention import CacheLayout
+from ejk.backends.pallas.page_attention import PallasPageAttention
+from ejk.backends.ragged_page_attention import (
+    RaggedPageAttentionOperands,
+    RaggedPageAttentionProblem,
+)
+from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
+
+# Pallas has no kernel for it yet: who asks for it is told so by name.
+BACKENDS = (PallasPageAttention(), XlaRaggedPageAttention())
+
+
+@overload
+def ragged_page_attention(
+    *args: Any, return_lse: Literal[True], **kwargs: Any
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def ragged_page_attention(
+    query: Tokens,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    cu_q_lens: Bounds,
+    attn_scale: Scalar | None = None,
+    *,
+    max_q_len: int | None = None,
+    max_context_len: int | None = None,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: float | int | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: int | None = None,
+    positions: PerToken | None = None,
+    tree_mask: TreeMask | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | Backend | None = None,
+) -> jax.Array: ...
+@typed
+def ragged_page_attention(
+    query: Tokens,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    cu_q_lens: Bounds,
+    attn_scale: Scalar | None = None,
+    *,
+    max_q_len: int | None = None,
+    max_context_len: int | None = None,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: float | int | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: int | None = None,
+    positions: PerToken | None = None,
+    tree_mask: TreeMask | None = None,
+    return_lse: bool = False,
+    backend: str | Backend | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attend from the new tokens of each sequence, any number of them, to keys and values in pages.
+
+    Decode steps, chunks of prefills, whole prefills and verified drafts in one call: the queries
+    are packed, sequence after sequence, and their keys and values are in the pages already. With
+    `c` the running maximum of `cu_q_lens` clipped to `[0, total_tokens]`, sequence `s` has the
+    `q_len = c[s + 1] - c[s]` query rows from `c[s]` on, and `n = clip(context_lens[s], 0,
+    max_blocks * page_size)` tokens in all. Its new token `i`, row `c[s] + i`, is token
+    `t = n - q_len + i` of the sequence. As in `ejk.page_attention`,
+
+        l_j = attn_scale * (q . k_j)                                    for 0 <= j <= t
+        l_j = attn_logits_soft_cap * tanh(l_j / attn_logits_soft_cap)   if given
+        l_j = l_j + alibi_slopes[h] * (pos_j - pos_t)                   if given
+        j is visible if pos_t - pos_j < sliding_window and its table entry is in [0, num_pages)
+        lse = log(sum over visible j of exp(l_j)  +  exp(sinks[h]))
+        out = sum over visible j of exp(l_j - lse) * v_j
+
+    where `pos_j = j`, but for new tokens with `positions` given: `pos_t = max(positions[row], 0)`.
+    With a `tree_mask`, `t` sees all tokens before the new ones, and of these not those up to
+    itself but token `j` exactly where `tree_mask[row, j - (n - q_len)]`.
+
+    A row that sees no token, such as one with `t < 0`, is exactly 0, its LSE the sink or -inf. A
+    row of no sequence is 0, its LSE -inf. What is said of bad table entries, of memory that no
+    visible token owns and of accumulation in float32 is that of `ejk.page_attention`. Among new
+    tokens of one sequence, a value that is not finite may reach rows that do not see it. No
+    derivatives yet. Batches under `vmap`, one call after another.
+
+    Args:
+        query: the new tokens of all sequences. float32, bfloat16 or float16.
+        key_cache: as in `ejk.page_attention`.
+        value_cache: as in `ejk.page_attention`.
+        context_lens: tokens of each sequence, the new ones included. Any integer dtype.
+        block_tables: as in `ejk.page_attention`.
+        cu_q_lens: where each sequence's rows begin, and where the last one's end. Any integer
+            dtype.
+        attn_scale: multiplies the logits; `head_dim ** -0.5` if None. May be traced.
+        max_q_len: a bound on the new tokens of a sequence, used to size work; `total_tokens` if
+            None. Too small a bound may be slow, never wrong. With 1, or as many as a draft has,
+            what prefills need is left out.
+        max_context_len: a bound on the lengths, used to size work; the table's width if None. Too
+            small a bound may be slow, never wrong.
+        cache_layout: as in `ejk.page_attention`.
+        sliding_window: only positions less than so many behind are visible. At least 1. May be
+            traced: one that exceeds every length is no window.
+        attn_logits_soft_cap: above 0.
+        sinks: float32, one more logit a head in the denominator, neither scaled nor capped; -inf
+            is none.
+        alibi_slopes: float32, a slope a head.
+        value_head_dim: for latent attention only.
+        positions: of the new tokens, as queries and as keys, for window and slopes alone: depths
+            in a tree. Negative ones act as 0. Any integer dtype.
+        tree_mask: which new tokens of its own sequence a new token sees; column `j` is the
+            sequence's `j`-th, and those past the last column are not seen. Usually `positions` are
+            given, too.
+        return_lse: also return the natural-log LSE, float32 `[total_tokens, num_heads]`.
+        backend: None for the best backend of the platform that the computation is lowered for;
+            `"triton"`, `"xla"` or a backend object to run that one or be refused.
+
+    Returns:
+        `[total_tokens, num_heads, value_head_dim]` in the query's dtype; with `return_lse`, a pair.
+
+    Raises:
+        TypeError: an argument of the wrong rank or dtype kind.
+        ValueError: arguments that do not fit each other, or a value out of range.
+        UnsupportedError: no backend that was asked for can run the call; every reason is named.
+
+    Example:
+        >>> import jax.numpy as jnp, ejk
+        >>> pool, tables = jnp.ones((8, 2, 16, 64)), jnp.array([[3, 5], [1, 0]])
+        >>> lens, bounds = jnp.array([20, 7]), jnp.array([0, 1, 8])  # a decode and a prefill of 7
+        >>> ejk.ragged_page_attention(jnp.ones((8, 4, 64)), pool, pool, lens, tables, bounds).shape
+        (8, 4, 64)
+
+    Source:
+        chunked prefill: Sarathi (Agrawal et al., 2024, arXiv:2403.02310); tree masks: SpecInfer
+        (Miao et al., 2023, arXiv:2305.09781); one call for mixed batches after Ragged Paged
+        Attention (arXiv:2604.15464).
+    """
+    problem = _problem_of(
+        query,
+        key_cache,
+        value_cache,
+        context_lens,
+        block_tables,
+        cu_q_lens,
+        positions,
+        tree_mask,
+        max_q_len,
+        max_context_len,
+        cache_layout=cache_layout,
+        sliding_window=sliding_window,
+        soft_cap=attn_logits_soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        value_head_dim=value_head_dim,
+        return_lse=return_lse,
+    )
+    choice = _dispatch.choose(backend, RaggedPageAttentionProblem, BACKENDS)
+    bounds = as_int32(cu_q_lens, problem.total_tokens)
+    if 0 in (problem.total_tokens, problem.num_seqs, problem.capacity, problem.num_pages):
+        out, lse = _nothing_visible(problem, bounds, sinks)
+        return (out, lse) if return_lse else out
+    scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
+    operands = RaggedPageAttentionOperands(
+        query=jnp.asarray(query),
+        key_cache=jnp.asarray(key_cache),
+        value_cache=None if value_cache is None else jnp.asarray(value_cache),
+        context_lens=as_int32(context_lens, problem.capacity),
+        block_tables=as_int32(block_tables, problem.num_pages),
+        cu_q_lens=bounds,
+        attn_scale=jnp.asarray(scale).astype(jnp.float32),
+        sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
+        sinks=None if sinks is None else jnp.asarray(sinks),
+        alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
+        positions=as_int32(positions, 2**31 - 1) if problem.has_positions else None,
+        tree_mask=_without_empty_axis(tree_mask),
+    )
+    results = _dispatch.call(problem, choice, operands)
+    return (results[0], results[1]) if return_lse else results[0]
+
+
+def _problem_of(
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    block_tables,
+    cu_q_lens,
+    positions,
+    tree_mask,
+    max_q_len,
+    max_context_len,
+    **options,
+) -> RaggedPageAttentionProblem:
+    """Check the arguments and collect the static facts of the call."""
+    total_tokens, num_seqs = query.shape[0], context_lens.shape[0]
+    facts = shared_facts(
+        query,
+        key_cache,
+        value_cache,
+        context_lens,
+        block_tables,
+        num_seqs=num_seqs,
+        **options,
+    )
+    if cu_q_lens.shape[0] != num_seqs + 1:
+        fail(f"cu_q_lens.shape[0]={cu_q_lens.shape[0]} must be num_seqs + 1={num_seqs + 1}")
+    if total_tokens >= 2**31:
+        fail(f"total_tokens={total_tokens} must be below 2**31: rows are counted in 32 bits")
+    for name, value in (("positions", positions), ("tree_mask", tree_mask)):
+        if value is not None and value.shape[0] != total_tokens:
+            fail(f"{name}.shape[0]={value.shape[0]} must be total_tokens={total_tokens}")
+    q_len_bound = total_tokens
+    if max_q_len is not None:
+        q_len_bound = min(q_len_bound, static_int("max_q_len", max_q_len, at_least=0))
+    counts_positions = facts["has_window"] or facts["has_alibi"]
+    return RaggedPageAttentionProblem(
+        **facts,
+        total_tokens=total_tokens,
+        has_positions=positions is not None and counts_positions,
+        tree_width=0 if tree_mask is None else max(tree_mask.shape[1], 1),
+        q_len_bound=max(q_len_bound, 1),
+        visible_bound=visible_bound(facts, max_context_len, options["sliding_window"]),
+    )
+
+
+def _without_empty_axis(tree_mask) -> jax.Array | None:
+    """Return the mask; one without columns as one of which no token sees the first."""
+    if tree_mask is None or tree_mask.shape[1]:
+        return None if tree_mask is None else jnp.asarray(tree_mask)
+    return jnp.zeros((tree_mask.shape[0], 1), bool)
+
+
+def _nothing_visible(problem, bounds, sinks) -> tuple[jax.Array, jax.Array]:
+    """Answer a call whose static facts leave no token to see."""
+    out_shape = (problem.total_tokens, problem.num_heads, problem.value_head_dim)
+    lse = jnp.full(out_shape[:2], -jnp.inf, jnp.float32)
+    if sinks is not None:
+        bounds = jnp.clip(bounds, 0, problem.total_tokens)
+        rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
+        is_new = (rows >= bounds[0]) & (rows < bounds.max())
+        lse = jnp.where(is_new[:, None], jnp.asarray(sinks)[None], lse)
+    return jnp.zeros(out_shape, problem.dtype), lse

@@ -1,0 +1,69 @@
+"""What every backend of `ejk.ragged_page_attention` is given: the problem and the operands."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+from ejk._dispatch import Backend
+from ejk.backends.page_attention import PagedProblem
+
+
+class RaggedPageAttentionOperands(NamedTuple):
+    """The arrays of one call. Absent ones are None.
+
+    Integers are the caller's own values. A backend clips lengths to `[0, capacity]`, takes an entry
+    outside `[0, num_pages)` for invalid and a negative position for 0, and makes `cu_q_lens` sane:
+    clipped to `[0, total_tokens]`, then its running maximum.
+    """
+
+    query: Any  # [total_tokens, num_heads, head_dim]
+    key_cache: Any  # four axes, or five of fused pools: see LAYOUTS
+    value_cache: Any  # the same, its last axis value_head_dim; None: key_cache has the values, too
+    context_lens: Any  # int32 [num_seqs]
+    block_tables: Any  # int32 [num_seqs, max_blocks]
+    cu_q_lens: Any  # int32 [num_seqs + 1]
+    attn_scale: Any  # float32 []
+    sliding_window: Any  # int32 [], or None
+    sinks: Any  # float32 [num_heads], or None
+    alibi_slopes: Any  # float32 [num_heads], or None
+    positions: Any  # int32 [total_tokens], or None
+    tree_mask: Any  # bool [total_tokens, tree_width], or None
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedPageAttentionProblem(PagedProblem):
+    """The static facts of one `ejk.ragged_page_attention` call. No axis is empty."""
+
+    operation: ClassVar[str] = "ragged_page_attention"
+    derivatives: ClassVar[str] = "has no derivatives yet; ejk.page_attention has"
+
+    total_tokens: int
+    has_positions: bool
+    """Window or slopes count from positions that are given."""
+    tree_width: int
+    """Columns of the tree mask, 0 for none."""
+    q_len_bound: int
+    """No sequence is expected to have more new tokens than this: for sizing work, nothing else."""
+    visible_bound: int
+    """No token is expected to see more tokens than this: for sizing work, nothing else."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.total_tokens
+
+    @property
+    def features(self) -> frozenset[str]:
+        used = {"positions": self.has_positions, "tree_mask": self.tree_width > 0}
+        return super().features | {feature for feature, is_used in used.items() if is_used}
+
+    def fold(self, size, operands, axes):
+        return None  # the calls' new tokens would have to be packed anew
+
+
+class RaggedPageAttentionBackend(Backend):
+    """A way to run `ejk.ragged_page_attention`: subclass it to add your own.
+
+    As `ejk.PageAttentionBackend`, of `RaggedPageAttentionProblem` and
+    `RaggedPageAttentionOperands`.
+    """
+
+    problem_type = RaggedPageAttentionProblem

@@ -1,0 +1,244 @@
+"""`ejk.ragged_page_attention` as an XLA program: runs everything, anywhere.
+
+New tokens are taken in blocks, each of one sequence, and a few blocks at a time see the context in
+blocks of pages: an online softmax from the first block of pages that any of the tokens sees to the
+last. Temporary memory is what those few blocks hold: it grows with neither the width of the table
+nor the number of tokens.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ejk import _dispatch
+from ejk.backends._fields import at_least
+from ejk.backends.ragged_page_attention import (
+    RaggedPageAttentionBackend,
+    RaggedPageAttentionOperands,
+    RaggedPageAttentionProblem,
+)
+from ejk.backends.xla.page_attention import (
+    BLOCK_BYTES,
+    BLOCK_BYTES_ELSEWHERE,
+    XlaPageAttention,
+    accumulate,
+    capped_products,
+    finish,
+    load_pages,
+    nothing_seen,
+)
+
+MAX_BLOCK_Q = 64  # not measured
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaRaggedPageAttention(RaggedPageAttentionBackend):
+    """Run `ejk.ragged_page_attention` as an XLA program.
+
+    Attributes:
+        block_q: new tokens of a sequence that are taken at a time. None: at most 64.
+        block_kv: tokens of the context that a step of the loop takes, in whole pages. None: at
+            most 512, fewer where their keys exceed 2 MiB of float32 on a CPU, 32 MiB elsewhere.
+    """
+
+    block_q: int | None = None
+    block_kv: int | None = None
+
+    def __post_init__(self):
+        at_least(self, block_q=1, block_kv=1)
+
+    name = "xla"
+    features = XlaPageAttention.features | {"positions", "tree_mask"}
+
+    @property
+    def platforms(self):
+        return _dispatch.PLATFORMS
+
+    def limits(self, problem, platform):
+        return ()
+
+    def run(self, problem, operands, platform):
+        block_bytes = BLOCK_BYTES.get(platform, BLOCK_BYTES_ELSEWHERE)
+        sizes = Sizes.of(problem, block_bytes, self.block_q, self.block_kv)
+        out, lse = _attend(problem, operands, sizes)
+        return (out, lse) if problem.return_lse else (out,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How the work is cut."""
+
+    tokens: int  # new tokens of a query block
+    pages: int  # of a step
+    num_blocks: int  # as many query blocks as there may be
+    together: int  # query blocks of a step
+
+    @classmethod
+    def of(
+        cls,
+        problem: RaggedPageAttentionProblem,
+        block_bytes: int,
+        block_q: int | None = None,
+        block_kv: int | None = None,
+    ) -> "Sizes":
+        if block_q is None:
+            # Twice the mean: a batch of many decodes and a few prefills is nearly all decodes.
+            usual = -(-2 * problem.total_tokens // problem.num_seqs)
+            block_q = min(MAX_BLOCK_Q, problem.q_len_bound, usual)
+        token_bytes = 4 * problem.num_kv_heads * max(problem.head_dim, problem.value_head_dim)
+        if block_kv is None:
+            block_kv = min(512, block_bytes // token_bytes)
+        pages = min(max(block_kv // problem.page_size, 1), problem.max_blocks)
+        num_blocks = problem.total_tokens // block_q + min(problem.num_seqs, problem.total_tokens)
+        row_bytes = max(token_bytes, 4 * problem.num_heads * block_q)
+        together = block_bytes // (pages * problem.page_size * row_bytes)
+        return cls(block_q, pages, num_blocks, min(max(together, 1), num_blocks))
+
+
+class QueryBlocks(NamedTuple):
+    """A few query blocks: which tokens they are, and what those see."""
+
+    seq: jax.Array  # int32 [blocks]
+    token: jax.Array  # int32 [blocks, tokens]
+    place: jax.Array  # int32 [blocks, tokens]: which token of its sequence each is
+    position: jax.Array  # int32 [blocks, tokens]: what window and slopes count from
+    context: jax.Array  # int32 [blocks]: tokens of the sequence before its new ones
+    inside: jax.Array  # bool [blocks, tokens]: it is a token, and of this sequence
+    first: jax.Array  # int32 [blocks, tokens]: no token before it is visible
+    last: jax.Array  # int32 [blocks, tokens]: nor this one or one after it
+
+
+def sane_bounds(problem: RaggedPageAttentionProblem, cu_q_lens: jax.Array) -> jax.Array:
+    return lax.cummax(jnp.clip(cu_q_lens, 0, problem.total_tokens))
+
+
+def _query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
+    """Return the query blocks that `which` numbers: sequence by sequence."""
+    q_lens = bounds[1:] - bounds[:-1]
+    ends = _block_ends(bounds, sizes)
+    seq = jnp.searchsorted(ends, which, side="right", method="sort").astype(jnp.int32)
+    exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
+    nth = which - jnp.where(seq == 0, 0, ends[seq - 1])  # of its sequence's
+    local = nth[:, None] * sizes.tokens + jnp.arange(sizes.tokens, dtype=jnp.int32)[None]
+    token = bounds[seq][:, None] + local
+    length = jnp.clip(operands.context_lens, 0, problem.capacity)[seq]
+    context = length - q_lens[seq]
+    place = context[:, None] + local
+    inside = exists[:, None] & (local < q_lens[seq][:, None])
+    token = jnp.where(inside, token, problem.total_tokens)
+    position = place
+    if problem.has_positions:
+        given = operands.positions.at[token].get(mode="fill", fill_value=0)
+        position = jnp.maximum(given, 0)
+    first = jnp.zeros_like(place)
+    if problem.has_window:
+        first = jnp.maximum(position - (jnp.maximum(operands.sliding_window, 0) - 1), 0)
+        if problem.has_positions:  # those of new tokens may be anything
+            first = jnp.minimum(first, jnp.maximum(context, 0)[:, None])
+    last = jnp.broadcast_to(length[:, None], place.shape) if problem.tree_width else place + 1
+    return QueryBlocks(seq, token, place, position, context, inside, first, last)
+
+
+def _block_ends(bounds: jax.Array, sizes: Sizes) -> jax.Array:
+    """Return how many query blocks the sequences up to each have."""
+    blocks = -(-(bounds[1:] - bounds[:-1]) // sizes.tokens)
+    return jnp.cumsum(blocks, dtype=jnp.int32)
+
+
+def _visible(problem, operands, blocks: QueryBlocks, key, key_position):
+    """Say which of the tokens `key` each new token sees: `[blocks, tokens, keys]`."""
+    sees = blocks.inside & (blocks.place >= 0)
+    if problem.tree_width:
+        column = key[None] - blocks.context[:, None]  # [blocks, keys]
+        rows = operands.tree_mask.at[blocks.token].get(mode="fill", fill_value=False)
+        is_column = (column >= 0) & (column < problem.tree_width)
+        among_new = jnp.take_along_axis(rows, jnp.where(is_column, column, 0)[:, None], axis=2)
+        visible = (column < 0)[:, None] | (among_new & is_column[:, None])
+        visible = visible & (key[None] < (blocks.last[:, :1]))[:, None]
+    else:
+        visible = key[None, None] <= blocks.place[..., None]
+    if problem.has_window:
+        behind = blocks.position[..., None] - key_position[:, None]
+        visible = visible & (behind < jnp.maximum(operands.sliding_window, 0))
+    return visible & sees[..., None]
+
+
+def _key_positions(problem, operands, blocks: QueryBlocks, bounds, key):
+    """Return the positions of keys: new ones may have been given others."""
+    if not problem.has_positions:
+        return jnp.broadcast_to(key[None], (blocks.seq.shape[0], key.shape[0]))
+    new = key[None] - blocks.context[:, None]
+    token = jnp.where(new >= 0, bounds[blocks.seq][:, None] + new, problem.total_tokens)
+    given = operands.positions.at[token].get(mode="fill", fill_value=0)
+    return jnp.where(new >= 0, jnp.maximum(given, 0), key[None])
+
+
+def _attend_blocks(problem, operands, sizes, bounds, blocks: QueryBlocks):
+    """Return output and LSE of a few query blocks, `[blocks, tokens, num_heads, ...]`."""
+    rows = (*blocks.token.shape, problem.num_kv_heads, problem.group)
+    query = operands.query.at[blocks.token].get(mode="fill", fill_value=0)
+    # [blocks, num_kv_heads, tokens * group, head_dim]
+    query = query.reshape(*rows, -1).transpose(0, 2, 1, 3, 4)
+    query = query.reshape(*query.shape[:2], -1, problem.head_dim)
+    tokens = sizes.pages * problem.page_size
+
+    def step(block, state):
+        entry = block * sizes.pages + jnp.arange(sizes.pages, dtype=jnp.int32)
+        at = (blocks.seq[:, None], entry[None])
+        pages = operands.block_tables.at[at].get(mode="fill", fill_value=-1)
+        valid = (pages >= 0) & (pages < problem.num_pages)
+        key = block * tokens + jnp.arange(tokens, dtype=jnp.int32)
+        key_position = _key_positions(problem, operands, blocks, bounds, key)
+        visible = _visible(problem, operands, blocks, key, key_position)
+        visible = visible & jnp.repeat(valid, problem.page_size, axis=1)[:, None]
+        pages = jnp.where(valid, pages, 0)
+        keys, values = load_pages(problem, operands, pages, visible.any(1))
+        scores = capped_products(problem, operands, query, keys)
+        scores = scores.reshape(*scores.shape[:2], rows[1], problem.group, tokens)
+        if problem.has_alibi:
+            slopes = operands.alibi_slopes.reshape(1, problem.num_kv_heads, 1, problem.group, 1)
+            ahead = key_position[:, None] - blocks.position[..., None]
+            scores = scores + slopes * ahead[:, None, :, None].astype(jnp.float32)
+        scores = jnp.where(visible[:, None, :, None], scores, -jnp.inf)
+        return accumulate(state, scores.reshape(*query.shape[:3], tokens), values)
+
+    sees = blocks.inside & (blocks.place >= 0) & (blocks.first < blocks.last)
+    begin = jnp.min(jnp.where(sees, blocks.first, jnp.iinfo(jnp.int32).max)) // tokens
+    end = -(-jnp.max(jnp.where(sees, blocks.last, 0)) // tokens)
+    state = nothing_seen(query.shape[:3], problem.value_head_dim)
+    state = lax.fori_loop(begin, end, step, state)
+    sinks = None
+    if problem.has_sinks:
+        sinks = operands.sinks.reshape(1, problem.num_kv_heads, 1, problem.group)
+        sinks = jnp.broadcast_to(sinks, (rows[0], rows[2], rows[1], rows[3]))
+        sinks = sinks.reshape(query.shape[:3])
+
+    def by_token(x):
+        x = x.reshape(rows[0], rows[2], rows[1], rows[3], *x.shape[3:])
+        return x.swapaxes(1, 2).reshape(*rows[:2], problem.num_heads, *x.shape[4:])
+
+    out, lse = finish(state, sinks)
+    return by_token(out).astype(problem.dtype), by_token(lse)
+
+
+def _attend(
+    problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands, sizes: Sizes
+):
+    bounds = sane_bounds(problem, operands.cu_q_lens)
+    num_blocks = _block_ends(bounds, sizes)[-1]
+
+    def step(number, results):
+        which = number * sizes.together + jnp.arange(sizes.together, dtype=jnp.int32)
+        blocks = _query_blocks(problem, operands, sizes, bounds, which)
+        found = _attend_blocks(problem, operands, sizes, bounds, blocks)
+        return tuple(
+            result.at[blocks.token].set(x, mode="drop") for result, x in zip(results, found)
+        )
+
+    out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
+    # What is no sequence's stays as it is here.
+    results = (jnp.zeros(out_type.shape, out_type.dtype), jnp.full(lse_type.shape, -jnp.inf))
+    return lax.fori_loop(0, -(-num_blocks // sizes.together), step, results)

@@ -1,0 +1,173 @@
+"""Bugs put into the XLA backend of `ejk.ragged_page_attention`: the properties must catch each."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ragged_backends import RaggedEntry
+from ragged_strategies import EXTRAS, build_ragged
+from strategies import FEATURES
+from test_edges import config
+from test_ragged_page_attention import LENS
+from tolerances import assert_close
+
+import ejk
+import ejk._ragged_page_attention as public
+import ejk.backends.xla.page_attention as pages
+import ejk.backends.xla.ragged_page_attention as ragged
+
+BOUNDS = ([1, 5, 5, 9, 10, 11, 12, 12, 12, 12], [3, 9, 7, 8, 8, 20, 13, 12, 4, 4])
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant(ejk.XlaRaggedPageAttention):
+    bug: str = ""
+
+
+def holds(bug: str):
+    """The first property, on calls that every run of the suite has the like of."""
+    entry = RaggedEntry(bug, Mutant(block_q=4, block_kv=16, bug=bug), examples=0)
+    everything = frozenset(FEATURES)
+    lens = LENS.copy()
+    lens[0] = 3  # less than it has new tokens
+    for bounds in BOUNDS:
+        for features in (frozenset(), everything, everything - {"sliding_window", "sinks"}):
+            for extras in ((), EXTRAS):
+                case = build_ragged(
+                    config(features=features, fused=features == everything), lens,
+                    np.array(bounds, np.int32),
+                    window=17, invalid=0.2, extras=frozenset(extras),
+                )  # fmt: skip
+                assert_close(case, *entry(case))
+    wrapping = np.array(BOUNDS[0], np.int64)
+    wrapping[[0, -1]] -= 2**32
+    case = build_ragged(config(), LENS, wrapping)
+    assert_close(case, *entry(case))
+
+
+query_blocks, visible, key_positions = ragged._query_blocks, ragged._visible, ragged._key_positions
+sane_bounds, block_ends, gather = ragged.sane_bounds, ragged._block_ends, pages._gather
+
+
+def blocks_changed(change):
+    def changed(problem, operands, *rest):
+        return change(problem, query_blocks(problem, operands, *rest))
+
+    return changed
+
+
+def shifted_places(by):
+    def change(problem, blocks):
+        return blocks._replace(place=blocks.place + by, last=blocks.last + by)
+
+    return blocks_changed(change)
+
+
+def windows_longer_by(by):
+    def changed(problem, operands, *rest):
+        if problem.has_window:
+            operands = operands._replace(sliding_window=operands.sliding_window + by)
+        return visible(problem, operands, *rest)
+
+    return changed
+
+
+def columns_shifted(problem, operands, *rest):
+    if problem.tree_width:
+        operands = operands._replace(tree_mask=jnp.roll(operands.tree_mask, 1, axis=1))
+    return visible(problem, operands, *rest)
+
+
+def causal_trees(problem, operands, blocks, key, *rest):
+    seen = visible(problem, operands, blocks, key, *rest)
+    return seen & (key[None, None] <= blocks.place[..., None])
+
+
+def trees_without_context(problem, operands, blocks, key, *rest):
+    seen = visible(problem, operands, blocks, key, *rest)
+    hidden = (key[None] < blocks.context[:, None])[:, None] & (problem.tree_width > 0)
+    return seen & ~hidden
+
+
+def default_key_positions(problem, *rest):
+    return key_positions(dataclasses.replace(problem, has_positions=False), *rest)
+
+
+def given_positions_ignored(problem, *rest):
+    return query_blocks(dataclasses.replace(problem, has_positions=False), *rest)
+
+
+def contexts_from_the_start(problem, blocks):
+    return blocks._replace(place=blocks.place - jnp.maximum(blocks.context, 0)[:, None])
+
+
+def next_sequence(problem, blocks):
+    return blocks._replace(seq=(blocks.seq + 1) % problem.num_seqs)
+
+
+def next_rows(problem, blocks):
+    token = jnp.where(blocks.inside, (blocks.token + 1) % problem.total_tokens, blocks.token)
+    return blocks._replace(token=token)
+
+
+def whole_blocks(problem, blocks):
+    token = blocks.token[:, :1] + jnp.arange(blocks.token.shape[1], dtype=jnp.int32)[None]
+    return blocks._replace(token=token, inside=blocks.inside[:, :1] | jnp.zeros_like(blocks.inside))
+
+
+def seen_before_the_first(problem, blocks):
+    return blocks._replace(place=jnp.maximum(blocks.place, 0))
+
+
+def unselected_gather(problem, pool, pages, half, visible):
+    return gather(problem, pool, pages, half, jnp.ones_like(visible))
+
+
+def fewer_blocks(bounds, sizes):
+    return jnp.minimum(block_ends(bounds, sizes), block_ends(bounds, sizes)[-1] - 1)
+
+
+BUGS = {
+    "causality is off by one": (ragged, "_query_blocks", shifted_places(1)),
+    "a token does not see itself": (ragged, "_query_blocks", shifted_places(-1)),
+    "the window is one too long": (ragged, "_visible", windows_longer_by(1)),
+    "the window is one too short": (ragged, "_visible", windows_longer_by(-1)),
+    "another sequence's pages": (ragged, "_query_blocks", blocks_changed(next_sequence)),
+    "another row's queries": (ragged, "_query_blocks", blocks_changed(next_rows)),
+    "rows of the next sequence, too": (ragged, "_query_blocks", blocks_changed(whole_blocks)),
+    "new tokens come first": (ragged, "_query_blocks", blocks_changed(contexts_from_the_start)),
+    "tokens before the first see it": (
+        ragged, "_query_blocks", blocks_changed(seen_before_the_first),
+    ),
+    "columns of the mask are off by one": (ragged, "_visible", columns_shifted),
+    "trees are causal, too": (ragged, "_visible", causal_trees),
+    "trees hide the context": (ragged, "_visible", trees_without_context),
+    "positions are ignored": (ragged, "_query_blocks", given_positions_ignored),
+    "keys keep their default positions": (ragged, "_key_positions", default_key_positions),
+    "the last block of queries is dropped": (ragged, "_block_ends", fewer_blocks),
+    "bounds may fall": (
+        ragged, "sane_bounds", lambda problem, bounds: jnp.clip(bounds, 0, problem.total_tokens),
+    ),
+    "bounds are not clipped": (
+        ragged, "sane_bounds", lambda problem, bounds: sane_bounds(
+            dataclasses.replace(problem, total_tokens=2**31 - 1), bounds
+        ),
+    ),
+    "64-bit integers are narrowed first": (
+        public, "as_int32", lambda x, bound: jnp.asarray(np.asarray(x).astype(np.int32)),
+    ),
+    "unread slots are multiplied by zero": (pages, "_gather", unselected_gather),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bugs_are_caught(bug, monkeypatch):
+    target, name, replacement = BUGS[bug]
+    monkeypatch.setattr(target, name, replacement)
+    with pytest.raises(AssertionError):
+        holds(bug)
+
+
+def test_the_sound_backend_is_not_accused():
+    holds("none")
