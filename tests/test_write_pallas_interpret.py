@@ -1,5 +1,7 @@
 """The TPU write, interpreted: no race, no stray access, no copy that was not waited for."""
 
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -37,8 +39,15 @@ def _fresh_interpreter(monkeypatch):
     tpu_interpreter.reset()
 
 
-def check(case, dma_execution_mode="on_wait"):
-    backend = ejk.PallasWriteKVCache(interpret=tpu_interpreter.params(dma_execution_mode))
+@dataclasses.dataclass(frozen=True)
+class Mutant(ejk.PallasWriteKVCache):
+    """A backend of its own to JAX: no compiled program of the sound one is reused."""
+
+    bug: str = ""
+
+
+def check(case, dma_execution_mode="on_wait", bug=""):
+    backend = Mutant(interpret=tpu_interpreter.params(dma_execution_mode), bug=bug)
     write = jax.jit(ejk.write_kv_cache, static_argnames=("cache_layout", "backend"))
     try:
         caches = write(*case.arguments(), cache_layout=case.cache_layout, backend=backend)
@@ -123,8 +132,6 @@ def test_the_sound_kernel_passes_where_faults_are_caught(dma_execution_mode):
 @pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_seeded_fault_is_caught(name, dma_execution_mode, monkeypatch):
-    jax.clear_caches()  # or the sound program is used again
     monkeypatch.setattr(*FAULTS[name])
     with pytest.raises((AssertionError, IndexError, RuntimeError, tpu_interpreter.RaceError)):
-        check(case_that_shows_faults(), dma_execution_mode)
-    jax.clear_caches()
+        check(case_that_shows_faults(), dma_execution_mode, bug=name)

@@ -1,12 +1,16 @@
 """What every backend of `ejk.write_kv_cache` is given."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from ejk._dispatch import Backend, Problem
+from ejk._partition import Axes, Shards, mesh_axes
 from ejk.backends.page_attention import LAYOUTS, Layout
 
 
@@ -98,6 +102,61 @@ class WriteKVCacheProblem(Problem):
 
     def fold(self, size, operands, axes):
         return None  # each call has caches of its own: there is nothing to share
+
+    @property
+    def axes(self) -> Axes:
+        operands = self._operands("kv_heads")
+        pools = tuple(pool for pool in (operands.key_cache, operands.value_cache) if pool)
+        return Axes(operands, results=pools, sizes={})
+
+    def shards(self, specs: WriteKVCacheOperands, mesh: Mapping[str, int]) -> Shards:
+        """Follow the pools, which stay where they are; the new tokens are small."""
+        heads, pools = self.layout.kv_heads, [specs.key_cache, specs.value_cache]
+        pools = [spec for spec in pools if spec is not None]
+        split = mesh_axes(pools[0][heads])
+        for spec in pools:
+            if any(mesh_axes(entry) for axis, entry in enumerate(spec) if axis != heads):
+                raise ValueError(
+                    f"the caches are split as {spec}, but only their KV heads, axis {heads}, can "
+                    "be. Where pages are split over devices, write inside shard_map, each device "
+                    "with slots of its own"
+                )
+            if mesh_axes(spec[heads]) != split:
+                raise ValueError(f"key_cache and value_cache must be split alike, not {pools}")
+        parts = math.prod(mesh[axis] for axis in split)
+        if self.num_kv_heads % parts:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} must be a multiple of the {parts} devices of "
+                f"the mesh axes {split} that key_cache is split over"
+            )
+
+        def local(shape):
+            return shape and tuple(n // parts if a == heads else n for a, n in enumerate(shape))
+
+        problem = dataclasses.replace(
+            self, key_shape=local(self.key_shape), value_shape=local(self.value_shape)
+        )
+        operands = self._operands(split or None)
+        specs = WriteKVCacheOperands(*(of and PartitionSpec(*of) for of in operands))
+        results = tuple(
+            PartitionSpec(*of) for of in (operands.key_cache, operands.value_cache) if of
+        )
+        return Shards(problem, specs, results)
+
+    def _operands(self, kv_heads: Any) -> WriteKVCacheOperands:
+        """Say what the axes of each operand are."""
+        rows = (None, kv_heads, None)
+        pool = tuple(
+            kv_heads if axis == self.layout.kv_heads else None
+            for axis in range(len(self.key_shape))
+        )
+        return WriteKVCacheOperands(
+            key=rows,
+            value=None if self.latent else rows,
+            key_cache=pool,
+            value_cache=None if self.value_shape is None else pool,
+            slot_mapping=(None,),
+        )
 
 
 class WriteKVCacheBackend(Backend):

@@ -58,6 +58,10 @@ class TritonWriteKVCache(WriteKVCacheBackend):
     def only_if_asked(self):
         return () if self.interpret else ("rocm",)
 
+    @property
+    def host_callbacks(self):
+        return 1 if self.interpret else 0
+
     def limits(self, problem: WriteKVCacheProblem, platform: str):
         if missing := _launch.available(interpret=self.interpret):
             return (missing,)
