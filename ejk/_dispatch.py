@@ -17,7 +17,7 @@ from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ejk import _partition
 from ejk._batching import batch
@@ -159,19 +159,18 @@ class Choice:
     automatic: bool
 
     def select(
-        self, problem: Problem, platform: str | None, left_to_xla: Sequence[str] = ()
+        self, problem: Problem, platform: str | None, obstacle: str | None = None
     ) -> Backend:
         """Return the first backend that runs `problem` on `platform`, or raise every reason.
 
-        With no platform, on any of its own. `left_to_xla` are mesh axes over which XLA may have to
-        split what is run.
+        With no platform, on any of its own. An `obstacle` is why none may run that is opaque.
         """
         reasons = []
         for backend in self.backends:
             for target in (platform,) if platform else backend.platforms:
                 refusals = self.refusals(backend, problem, target)
-                if left_to_xla and backend.is_opaque and not refusals:
-                    refusals = (_partition.REFUSAL.format(", ".join(left_to_xla)),)
+                if obstacle and backend.is_opaque and not refusals:
+                    refusals = (obstacle,)
                 if not refusals:
                     return backend
                 reasons += [f"{backend.name}: {refusal}" for refusal in refusals]
@@ -216,6 +215,17 @@ def call(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ..
         # What was asked for and can run nowhere is refused while the caller's line is still on
         # the stack, not when the computation is lowered.
         choice.select(problem, platform=None)
+    if problem.axes and _partition.explicit_mesh(operands) is not None:
+        return _split(problem, choice, operands)
+    return _bind(problem, choice, operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _split(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ...]:
+    return _partition.split(problem, operands, lambda own, shards: _bind(own, choice, shards))
+
+
+def _bind(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ...]:
     leaves, treedef = jax.tree.flatten(vary_together(operands))
     manual = set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Manual}
     primitive = call_p if manual else split_p
@@ -249,25 +259,24 @@ def calls(jaxpr: Any) -> Iterator[tuple[Problem, Choice]]:
 def _abstract_eval(*avals, problem, choice, treedef):
     effects = frozenset().union(*(backend.effects for backend in choice.backends))
     mesh, varying = avals[0].sharding.mesh, avals[0].mat
-    specs = _partition.result_specs(problem, jax.tree.unflatten(treedef, avals))
     results = [
         ShapedArray(
             result.shape,
             result.dtype,
-            sharding=NamedSharding(mesh, spec),
+            sharding=NamedSharding(mesh, PartitionSpec(*(None for _ in result.shape))),
             manual_axis_type=varying,
         )
-        for result, spec in zip(problem.results, specs)
+        for result in problem.results
     ]
     return results, effects
 
 
 def _lowering(platform: str) -> Callable[..., Any]:
     def rule(ctx, *args, problem, choice, treedef):
-        left = _partition.left_to_xla(ctx)
+        obstacle = _partition.obstacle(ctx, platform)
 
         def run(problem, operands):
-            backend = choice.select(problem, platform, left)
+            backend = choice.select(problem, platform, obstacle)
             return list(backend.run(problem, operands, platform))
 
         def whole(*leaves):
@@ -277,8 +286,9 @@ def _lowering(platform: str) -> Callable[..., Any]:
         local = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
         inner = ctx.replace(avals_in=local)
         # The programs of shards cannot order their effects: an interpreter with any runs whole.
-        backend = choice.select(problem, platform, left)
-        if problem.axes and not backend.effects and _partition.is_partitioned(ctx):
+        backend = choice.select(problem, platform, obstacle)
+        splits = problem.axes and not (backend.effects or obstacle)
+        if splits and _partition.is_partitioned(ctx):
             callbacks = backend.host_callbacks
             return _partition.lower(inner, args, problem, treedef, run, callbacks)
         results = mlir.lower_fun(whole, multiple_results=True)(inner, *args)

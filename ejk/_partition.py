@@ -1,11 +1,15 @@
 """Runs a problem shard by shard where XLA splits a computation over several devices.
 
 XLA knows nothing of what an opaque kernel does: handed a cache that is split over devices, it
-gathers all of it on each. So a problem whose axes have names is lowered as `custom_partitioning`:
-Shardy is told which axes of operands and results belong together and, once XLA has settled how the
-operands are split, asks for the program of one device: that of the problem of the local shapes. On
-one device and inside `shard_map` none of this is needed, nor is it used: such a program holds
-Python objects, which `jax.export` cannot save.
+gathers all of it on each. What each device runs instead is the problem of its own shards:
+
+- on a mesh with explicit axes the operands' types say how they are split, and `shard_map` does it;
+- else only XLA knows. The problem is lowered as `custom_partitioning`: Shardy is told which axes of
+  operands and results belong together and, once it has settled how the operands are split, asks
+  for the program of one device. Such a program holds Python objects, which `jax.export` cannot
+  save, and libtpu does not ask (jax-ml/jax#38196).
+
+On one device and inside `shard_map` none of this is needed, nor is it used.
 """
 
 import functools
@@ -17,7 +21,7 @@ from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 class Axes(NamedTuple):
@@ -45,19 +49,24 @@ def is_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
     return devices is not None and len(devices) > 1
 
 
-REFUSAL = (
-    "cannot run where shard_map leaves the mesh axes {} to XLA, which would gather what is split "
-    "over them: leave out axis_names"
-)
-
-
-def left_to_xla(ctx: mlir.LoweringRuleContext) -> list[str]:
-    """Return the axes of the mesh around a `shard_map` that is over some of them alone."""
+def obstacle(ctx: mlir.LoweringRuleContext, platform: str) -> str | None:
+    """Say why what XLA cannot see into is not split here, or return None where it is."""
+    if platform == "tpu" and is_partitioned(ctx):
+        return (
+            "cannot be split by plain jit, as libtpu has no custom partitioning: give the mesh "
+            "explicit axes, or use jax.shard_map"
+        )
     context: Any = ctx.module_context.axis_context
     if not hasattr(context, "manual_axes"):
-        return []
+        return None
     sizes = context.mesh.shape.items()
-    return [name for name, size in sizes if size > 1 and name not in context.manual_axes]
+    left = [name for name, size in sizes if size > 1 and name not in context.manual_axes]
+    if not left:
+        return None
+    return (
+        f"cannot be split over the mesh axes {', '.join(left)}, which shard_map leaves to XLA: "
+        "leave out axis_names"
+    )
 
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:
@@ -65,25 +74,39 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def result_specs(problem: Any, operands: Any) -> list[PartitionSpec]:
-    """Return how the results are split, for the types of operands on a mesh with explicit axes.
+def explicit_mesh(operands: Any) -> Any:
+    """Return the mesh whose explicit axes some operand lies on, or None."""
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def split(problem: Any, operands: Any, run: Callable[[Any, Any], Any]) -> Any:
+    """Run `run(problem, operands)` shard by shard, as the types of the operands are split.
 
     Raises:
         ValueError: an operand would have to be gathered, which explicit axes never do unasked.
     """
+    mesh = explicit_mesh(operands)
     paths, treedef = jax.tree.flatten_with_path(operands)
-    given = [PartitionSpec(*x.sharding.spec) for _, x in paths]
-    if problem.axes is None or not any(mesh_axes(entry) for spec in given for entry in spec):
-        return [PartitionSpec(*[None] * len(result.shape)) for result in problem.results]
-    mesh = paths[0][1].sharding.mesh
-    shards = problem.shards(jax.tree.unflatten(treedef, given), mesh.shape)
-    wanted = treedef.flatten_up_to(shards.operands)
-    for (path, _), spec, needed in zip(paths, given, wanted):
+    specs = [_full_spec(jax.typeof(x)) for _, x in paths]
+    shards = problem.shards(jax.tree.unflatten(treedef, specs), mesh.shape)
+    placed = []
+    for (path, x), spec, needed in zip(paths, specs, treedef.flatten_up_to(shards.operands)):
         for had, has in zip(spec, needed or spec):
             if mesh_axes(had) not in ((), mesh_axes(has)):
                 name = jax.tree_util.keystr(path).lstrip(".")
                 raise ValueError(f"{name} is split as {spec}; with the others it must be {needed}")
-    return list(shards.results)
+        if needed is not None:
+            x = jax.sharding.reshard(x, NamedSharding(mesh, needed))
+        placed.append(None if needed is None else x)
+    names = zip(mesh.axis_names, mesh.axis_types)
+    return jax.shard_map(
+        functools.partial(run, shards.problem),
+        mesh=mesh,
+        in_specs=(shards.operands,),
+        out_specs=shards.results,
+        axis_names={name for name, kind in names if kind == AxisType.Explicit},
+    )(jax.tree.unflatten(treedef, placed))
 
 
 def lower(
@@ -138,11 +161,14 @@ def lower(
 
 
 def _spec(problem, x):
-    """Return how XLA splits an operand, with an entry for every axis."""
-    spec = getattr(x.sharding, "spec", None)
-    if spec is None and not x.sharding.is_fully_replicated:
+    """Return how XLA splits an operand."""
+    if not hasattr(x.sharding, "spec") and not x.sharding.is_fully_replicated:
         raise ValueError(f"{problem.operation}: arrays must be split by a `NamedSharding`")
-    spec = spec or ()
+    return _full_spec(x)
+
+
+def _full_spec(x):
+    spec = getattr(x.sharding, "spec", ())
     return PartitionSpec(*spec, *[None] * (len(x.shape) - len(spec)))
 
 

@@ -106,13 +106,14 @@ def test_a_plan_for_the_whole_batch_is_left_out(split, features):
     assert_close(case, *map(np.asarray, results))
 
 
-def test_eager_calls_are_split_too():
+@each_kind
+def test_eager_calls_are_split_too(kind):
     case = meshes.split_case(num_splits=1)
     given, options = meshes.arrays(case)
     placed = meshes.specs(given, case.cache_layout, **SPLITS["both"])
     function = meshes.attend(TRITON, options)
-    out, _ = function(meshes.put(meshes.mesh(), given, placed))
-    assert out.sharding.spec == PartitionSpec("data", "model")
+    out, _ = function(meshes.put(meshes.mesh(kind), given, placed))
+    assert out.sharding.spec[:2] == ("data", "model")
     np.testing.assert_array_equal(out, function(given)[0])
 
 
@@ -249,8 +250,71 @@ def test_shard_map_over_some_axes(backend):
             axis_names={"data"},
         )(given)  # fmt: skip
 
-    refused = pytest.raises(ejk.UnsupportedError, match="leaves the mesh axes model to XLA")
+    refused = pytest.raises(
+        ejk.UnsupportedError, match="the mesh axes model, which shard_map leaves"
+    )
     with refused if backend is TRITON else contextlib.nullcontext():
         results, program = meshes.run(function, meshes.put(mesh, given, placed))
         assert not meshes.collectives(program)
         assert_close(case, *map(np.asarray, results))
+
+
+def test_vmap_of_a_split_batch():
+    """With explicit axes each device folds the rows that it has."""
+    case = meshes.split_case(num_splits=1)
+    given, options = meshes.arrays(case)
+    mesh = meshes.mesh(AxisType.Explicit)
+    placed = meshes.specs(given, case.cache_layout, **SPLITS["both"])
+    split_up = meshes.put(mesh, given, placed)
+
+    def function(given):
+        def scaled(factor):
+            return meshes.attend(TRITON, options)(given | {"query": given["query"] * factor})[0]
+
+        return jax.vmap(scaled)(jnp.ones(2))
+
+    out, program = meshes.run(function, split_up)
+    assert not meshes.collectives(program)
+    once, _ = meshes.attend(TRITON, options)(jax.tree.map(jnp.asarray, given))
+    np.testing.assert_array_equal(out, jnp.stack([once, once]))
+
+
+def test_explicit_axes_can_be_exported():
+    given, options = meshes.arrays(meshes.split_case())
+    placed = meshes.specs(given, "HND", **SPLITS["both"])
+    split_up = meshes.put(meshes.mesh(AxisType.Explicit), given, placed)
+    function = jax.jit(meshes.attend(XLA, options))
+    exported = jax.export.export(function, platforms=["cpu", "cuda", "tpu"])(split_up)
+    read = jax.export.deserialize(bytearray(exported.serialize()))
+    for ours, whole in zip(jax.jit(read.call)(split_up), function(given)):
+        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
+
+
+def on_tpus(kind):
+    pytest.importorskip("libtpu")
+    topologies = pytest.importorskip("jax.experimental.topologies")
+    devices = np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices).reshape(2, 4)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(kind,) * 2)
+    given, options = meshes.arrays(meshes.split_case(Shape("tpu", 16, 4, 128, 16, num_seqs=8)))
+    placed = meshes.specs(given, "HND", **SPLITS["both"])
+    types = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, placed[name]))
+        for name, x in given.items()
+    }
+    return types, options
+
+
+def test_explicit_axes_on_tpus():
+    types, options = on_tpus(AxisType.Explicit)
+    options |= {"num_splits": 1}
+    program = jax.jit(meshes.attend("pallas", options)).lower(types).compile().as_text()
+    assert "tpu_custom_call" in program and not meshes.collectives(program)
+
+
+def test_tpus_do_not_ask_for_shards():
+    """The XLA program is split instead: libtpu knows no custom partitioning."""
+    types, options = on_tpus(AxisType.Auto)
+    with pytest.raises(ejk.UnsupportedError, match="pallas: cannot be split by plain jit"):
+        jax.jit(meshes.attend("pallas", options)).lower(types)
+    program = jax.jit(meshes.attend(None, options)).lower(types).compile().as_text()
+    assert all(moved <= 64 for _, moved in meshes.collectives(program)), "but for loop bounds"
