@@ -29,5 +29,8 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem as RaggedPageAttentionProblem,
 )
 from ejk.backends.triton.page_attention import TritonPageAttention as TritonPageAttention
+from ejk.backends.triton.ragged_page_attention import (
+    TritonRaggedPageAttention as TritonRaggedPageAttention,
+)
 from ejk.backends.xla.page_attention import XlaPageAttention as XlaPageAttention
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention as XlaRaggedPageAttention
