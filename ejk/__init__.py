@@ -31,6 +31,9 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem as RaggedPageAttentionProblem,
 )
 from ejk.backends.triton.page_attention import TritonPageAttention as TritonPageAttention
+from ejk.backends.triton.ragged_page_attention import (
+    TritonRaggedPageAttention as TritonRaggedPageAttention,
+)
 from ejk.backends.triton.write_kv_cache import TritonWriteKVCache as TritonWriteKVCache
 from ejk.backends.write_kv_cache import WriteKVCacheBackend as WriteKVCacheBackend
 from ejk.backends.write_kv_cache import WriteKVCacheOperands as WriteKVCacheOperands

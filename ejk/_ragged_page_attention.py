@@ -28,10 +28,11 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
 )
+from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
 
 # Pallas has no kernel for it yet: who asks for it is told so by name.
-BACKENDS = (PallasPageAttention(), XlaRaggedPageAttention())
+BACKENDS = (TritonRaggedPageAttention(), PallasPageAttention(), XlaRaggedPageAttention())
 
 
 @overload

@@ -14,6 +14,7 @@ if not os.environ.get("EJK_TEST_GPU"):
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # in several processes of pytest-xdist
 
 import hypothesis
 import jax

@@ -25,13 +25,23 @@ class RaggedEntry(Entry):
 
 
 def entries() -> list[RaggedEntry]:
-    small = ejk.XlaRaggedPageAttention(block_q=4, block_kv=16)
-    xla = RaggedEntry("ragged xla", ejk.XlaRaggedPageAttention(), examples=12)
     if os.environ.get("EJK_TEST_GPU"):
-        return [xla]
-    return [xla, RaggedEntry("ragged xla in small blocks", small, examples=6)]
+        return [
+            RaggedEntry("ragged xla on gpu", ejk.XlaRaggedPageAttention(), examples=20),
+            RaggedEntry("ragged triton on gpu", ejk.TritonRaggedPageAttention(), examples=40),
+        ]
+    small = ejk.XlaRaggedPageAttention(block_q=4, block_kv=16)
+    return [
+        RaggedEntry("ragged xla", ejk.XlaRaggedPageAttention(), examples=12),
+        RaggedEntry("ragged xla in small blocks", small, examples=6),
+        RaggedEntry("ragged triton interpreted", TRITON, examples=16),
+    ]
 
 
+# Small blocks, so that a few tokens are wide ones, and blocks of keys that need no mask occur.
+TRITON = ejk.TritonRaggedPageAttention(
+    block_rows=16, block_kv=16, few_block_kv=16, num_sms=6, interpret=True
+)
 RAGGED = entries()
 
 

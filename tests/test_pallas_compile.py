@@ -17,7 +17,6 @@ from ejk.backends.pallas import page_attention
 
 pytest.importorskip("libtpu")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout

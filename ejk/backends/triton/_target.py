@@ -30,6 +30,10 @@ class Target:
     shared_memory: int  # bytes a program
     stages_queries: bool = True  # the product reads its queries from shared memory, too
 
+    @property
+    def is_too_old(self) -> bool:
+        return self.compute_capability is not None and self.compute_capability < 80
+
     @classmethod
     def of(
         cls, platform: str, compute_capability: int | None, num_sms: int | None
@@ -50,6 +54,20 @@ class Target:
             major, minor = str(device.compute_capability).split(".")
             compute_capability = int(major) * 10 + int(minor)
         return cls(compute_capability, num_sms, _shared_memory(compute_capability))
+
+
+def cannot_compile(target: Target | None, platform: str) -> str:
+    """Say why nothing is compiled for a target that is not known, or too old."""
+    if target is None:
+        hint = (
+            "; compute_capability and num_sms (90 and 132 for an H100) say for which to, "
+            "interpret=True runs on the CPU"
+        )
+        return f"no {platform} device is here to compile for" + hint * (platform == "cuda")
+    return (
+        f"compute_capability={target.compute_capability} must be at least 80: older GPUs cannot "
+        "copy asynchronously"
+    )
 
 
 def _shared_memory(compute_capability: int) -> int:

@@ -9,10 +9,11 @@ from ejk.backends.page_attention import (
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
+    PagedProblem,
 )
 from ejk.backends.page_attention_plan import PlanOperands
 from ejk.backends.triton import _launch
-from ejk.backends.triton._target import Target
+from ejk.backends.triton._target import Target, cannot_compile
 from ejk.backends.triton.page_attention_launch import Launch, Tuning
 from ejk.backends.triton.page_attention_plan import run_plan
 
@@ -82,17 +83,8 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
         if missing := _launch.available(interpret=self.interpret):
             return (missing,)
         target = self.target(platform)
-        if target is None:
-            return (
-                f"no {platform} device is here to compile for"
-                + "; compute_capability and num_sms (90 and 132 for an H100) say for which to, "
-                "interpret=True runs on the CPU" * (platform == "cuda"),
-            )
-        if target.compute_capability is not None and target.compute_capability < 80:
-            return (
-                f"compute_capability={target.compute_capability} must be at least 80: older GPUs "
-                "cannot copy asynchronously",
-            )
+        if target is None or target.is_too_old:
+            return (cannot_compile(target, platform),)
         reasons = []
         launch = Launch.of(problem, self, target)
         if launch.grid(problem) > MAX_GRID:
@@ -105,15 +97,7 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
             )
         if launch.combine_grid(problem) > MAX_GRID:
             reasons.append(f"{launch.combine_grid(problem)} programs to combine exceed {MAX_GRID}")
-        if problem.capacity > MAX_CAPACITY:
-            reasons.append(
-                f"max_blocks * page_size={problem.capacity} must be at most {MAX_CAPACITY}: "
-                "positions past the last token are 32-bit, too"
-            )
-        head_dim = max(problem.head_dim, problem.value_head_dim)
-        if problem.page_size * problem.num_kv_heads * head_dim >= 2**31:
-            reasons.append(f"a page of page_size={problem.page_size} has 2**31 elements or more")
-        return reasons
+        return [*reasons, *size_refusals(problem)]
 
     def run(self, problem, operands, platform):
         from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
@@ -165,6 +149,20 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
     def target(self, platform: str) -> Target | None:
         """Return the GPU to compile for, None where none is known."""
         return Target.of(platform, self.compute_capability, self.num_sms)
+
+
+def size_refusals(problem: PagedProblem) -> list[str]:
+    """Say which of the sizes no kernel on pages can count in 32 bits."""
+    reasons = []
+    if problem.capacity > MAX_CAPACITY:
+        reasons.append(
+            f"max_blocks * page_size={problem.capacity} must be at most {MAX_CAPACITY}: "
+            "positions past the last token are 32-bit, too"
+        )
+    head_dim = max(problem.head_dim, problem.value_head_dim)
+    if problem.page_size * problem.num_kv_heads * head_dim >= 2**31:
+        reasons.append(f"a page of page_size={problem.page_size} has 2**31 elements or more")
+    return reasons
 
 
 def _inputs(operands: PageAttentionOperands, work: Any) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def page_attention_kernel(
             )
             s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision="ieee")
         if SOFT_CAP > 0:
-            s = SOFT_CAP * _tanh(s * (scale / SOFT_CAP)) * LOG2E
+            s = SOFT_CAP * tanh_f32(s * (scale / SOFT_CAP)) * LOG2E
         else:
             s = s * (scale * LOG2E)
         if HAS_ALIBI:
@@ -262,7 +262,7 @@ def add_sink(m, l, sink):
 
 @triton.jit
 @typing.no_type_check
-def _tanh(x):
+def tanh_f32(x):
     """Tanh to a few float32 ulp: the device library's is not there on every target.
 
     Below 1/4 its Taylor series to x^9, whose remainder is under 1e-8 of the result.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ejk.backends.page_attention import PageAttentionProblem
+from ejk.backends.page_attention import PageAttentionProblem, PagedProblem
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target
@@ -72,8 +72,8 @@ class Launch:
         launch = cls(
             block_group=rows,
             block_kv=0,
-            block_d=_two_parts(problem.head_dim),
-            block_dv=_two_parts(problem.value_head_dim),
+            block_d=two_parts(problem.head_dim),
+            block_dv=two_parts(problem.value_head_dim),
             num_warps=0,
             num_stages=0,
             num_splits=1,
@@ -194,8 +194,6 @@ class Launch:
         return problem.dtype.itemsize * elements
 
     def constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
-        k_strides = _strides(problem, problem.head_dim)
-        v_strides = k_strides if problem.latent else _strides(problem, problem.value_head_dim)
         return {
             "NUM_SEQS": problem.num_seqs,
             "NUM_HEADS": problem.num_heads,
@@ -208,9 +206,7 @@ class Launch:
             "NUM_SPLITS": self.num_splits,
             "SPLIT_BLOCKS": self.split_blocks,
             "NUM_PARTS": self.num_parts(problem),
-            **{f"stride_k_{axis}": stride for axis, stride in k_strides.items()},
-            **{f"stride_v_{axis}": stride for axis, stride in v_strides.items()},
-            "stride_half": k_strides["page"] // 2 if problem.fused else 0,
+            **stride_constants(problem),
             "SOFT_CAP": problem.soft_cap or 0.0,
             "HAS_WINDOW": problem.has_window,
             "HAS_SINKS": problem.has_sinks,
@@ -243,7 +239,7 @@ def block_group(group: int, value_head_dim: int) -> int:
     A row of the product costs registers for its weighted values: 16 rows of 512 floats are 64
     registers a thread on four warps. More than 64 rows spill whatever the width.
     """
-    most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(_two_parts(value_head_dim)))))
+    most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(two_parts(value_head_dim)))))
     return min(max(16, power_of_two(group)), most_rows)
 
 
@@ -268,7 +264,18 @@ def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: i
     return max(1, int(PIECES_PER_SM * num_sms / programs_per_piece))
 
 
-def _strides(problem: PageAttentionProblem, head_dim: int) -> dict[str, int]:
+def stride_constants(problem: PagedProblem) -> dict[str, int]:
+    """Return the strides of both pools, as the kernels take them."""
+    keys = strides(problem, problem.head_dim)
+    values = keys if problem.latent else strides(problem, problem.value_head_dim)
+    return {
+        **{f"stride_k_{axis}": stride for axis, stride in keys.items()},
+        **{f"stride_v_{axis}": stride for axis, stride in values.items()},
+        "stride_half": keys["page"] // 2 if problem.fused else 0,
+    }
+
+
+def strides(problem: PagedProblem, head_dim: int) -> dict[str, int]:
     """Elements from one page, KV head and slot of a pool to the next."""
     layout = problem.layout
     sizes = {
@@ -288,7 +295,7 @@ def _strides(problem: PageAttentionProblem, head_dim: int) -> dict[str, int]:
     }
 
 
-def _two_parts(head_dim: int) -> tuple[int, int]:
+def two_parts(head_dim: int) -> tuple[int, int]:
     """Cover `head_dim` with a power of two, or with two where that pads less: 576 is 512 + 64.
 
     Up to 128 one is better although it pads more: 80 as 128 took 150 us for ragged contexts on an

@@ -1,0 +1,101 @@
+"""Merges the parts of what blocks of query rows see.
+
+Grid, one axis, fastest first: KV head, rows of a block, block with several parts. As
+`page_attention_combine_kernel.py`, of `BLOCK_ROWS` rows at a time.
+
+Source: splits after Flash-Decoding (Dao et al., 2023).
+"""
+
+import typing
+
+import triton
+import triton.language as tl
+
+from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
+from ejk.backends.triton.ragged_softmax_kernel import write_rows
+
+
+@triton.jit
+@typing.no_type_check
+def ragged_combine_kernel(
+    # inputs
+    part_out_ptr,  # float32 [parts * part_rows, num_kv_heads, value_head_dim]
+    part_lse_ptr,  # float32, log2 [parts * part_rows, num_kv_heads]
+    sinks_ptr,  # float32 [num_heads]
+    work_ptr,  # int32 [rows, ITEM]: the plan
+    # inputs and outputs: rows in one piece are there already
+    out_ptr,  # [total_tokens, num_heads, value_head_dim]
+    lse_ptr,  # float32 [total_tokens, num_heads]
+    # sizes
+    ITEM: tl.constexpr,  # integers of an item of the plan
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    VALUE_HEAD_DIM: tl.constexpr,
+    COUNT: tl.constexpr,  # which integer of the plan counts this launch's blocks
+    FIRST_SPLIT: tl.constexpr,  # the row of the first of them
+    PART_ROWS: tl.constexpr,  # rows of a part
+    HAS_SINKS: tl.constexpr,
+    # blocks
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+
+    # Which work is mine.
+    pid = tl.program_id(0)
+    kv_head = pid % NUM_KV_HEADS
+    pid = pid // NUM_KV_HEADS
+    first_row = pid % (PART_ROWS // BLOCK_ROWS) * BLOCK_ROWS
+    index = pid // (PART_ROWS // BLOCK_ROWS)
+    if index >= tl.load(work_ptr + COUNT):
+        return
+    split_ptr = work_ptr + (FIRST_SPLIT + index) * ITEM
+    first_token = tl.load(split_ptr)
+    q_len = tl.load(split_ptr + 1)
+    block = tl.load(split_ptr + 2)
+    first_part = tl.load(split_ptr + 3)
+    num_parts = tl.load(split_ptr + 4)
+    offs_row = first_row + tl.arange(0, BLOCK_ROWS)  # of the block
+    rows = block * PART_ROWS + offs_row  # of the sequence and this KV head
+    mask_rows = rows < q_len * GROUP
+    if block * PART_ROWS + first_row >= q_len * GROUP:
+        return
+
+    # Load once: nothing, every part is read once.
+    offs_dv = tl.arange(0, BLOCK_DV)
+    m = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_DV], tl.float32)
+
+    # Loop over the parts.
+    for start in range(0, num_parts, BLOCK_PARTS):
+        parts = start + tl.arange(0, BLOCK_PARTS)
+        mask = (parts < num_parts)[:, None] & mask_rows[None, :]  # [BLOCK_PARTS, BLOCK_ROWS]
+        at = (first_part + parts)[:, None].to(tl.int64) * PART_ROWS + offs_row[None, :]
+        at = at * NUM_KV_HEADS + kv_head
+        lse = tl.load(part_lse_ptr + at, mask=mask, other=float("-inf"))
+        out_ptrs = part_out_ptr + at[:, :, None] * VALUE_HEAD_DIM + offs_dv[None, None, :]
+        out_mask = mask[:, :, None] & (offs_dv < VALUE_HEAD_DIM)[None, None, :]
+        out = tl.load(out_ptrs, mask=out_mask, other=0.0)
+        m_new = tl.maximum(m, tl.max(lse, 0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2(lse - m_safe[None, :])
+        alpha = tl.exp2(m - m_safe)
+        m = m_new
+        l = l * alpha + tl.sum(weight, 0)
+        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * out, 0)
+
+    # Write.
+    heads = kv_head * GROUP + rows % GROUP
+    row = (first_token + rows // GROUP).to(tl.int64) * NUM_HEADS + heads
+    saw_nothing = l == 0
+    inverse = 1 / tl.where(saw_nothing, 1.0, l)
+    sinks = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    if HAS_SINKS:
+        sinks = tl.load(sinks_ptr + heads, mask=mask_rows, other=float("-inf"))
+        m, l, alpha = add_sink(m, l, sinks * LOG2E)
+        inverse = alpha / tl.where(l == 0, 1.0, l)
+    lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
+    tl.store(lse_ptr + row, lse, mask=mask_rows)
+    write_rows(out_ptr, row, acc, inverse, mask_rows, 0, VALUE_HEAD_DIM)

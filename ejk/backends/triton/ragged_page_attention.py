@@ -1,0 +1,169 @@
+"""`ejk.ragged_page_attention` as Triton kernels: their tuning, what they refuse, their launches."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from ejk.backends._fields import at_least
+from ejk.backends.ragged_page_attention import (
+    RaggedPageAttentionBackend,
+    RaggedPageAttentionOperands,
+    RaggedPageAttentionProblem,
+)
+from ejk.backends.triton import _launch
+from ejk.backends.triton._target import Target, cannot_compile
+from ejk.backends.triton.page_attention import MAX_GRID, TritonPageAttention, size_refusals
+from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch, RaggedTuning
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
+    """Run `ejk.ragged_page_attention` as Triton kernels, through jax-triton.
+
+    Sequences of few query rows, new tokens times the heads of a group, are taken in blocks of as
+    few, as in decode; the others, in a launch of their own, in blocks of many.
+
+    Attributes:
+        block_rows: query rows of a block of many; a power of two, at least 16.
+        block_kv: tokens of the context that a step takes for these; a power of two, at least 16.
+        num_warps: warps that their programs run on.
+        num_stages: depth of their software pipeline.
+        few_block_kv: as `block_kv`, for blocks of few query rows.
+        few_num_warps: as `num_warps`, for these.
+        few_num_stages: as `num_stages`, for these.
+        compute_capability: compile for it, 90 for sm_90; the device's own if None.
+        num_sms: streaming multiprocessors to keep busy; the device's own if None.
+        interpret: run the kernels on the CPU with Triton's interpreter.
+    """
+
+    compute_capability: int | None = None
+    num_sms: int | None = None
+    interpret: bool = False
+
+    name = "triton"
+    features = TritonPageAttention.features | {"positions", "tree_mask"}
+
+    def __post_init__(self):
+        at_least(self, block_rows=16, block_kv=16, num_warps=1, num_stages=1)
+        at_least(self, few_block_kv=16, few_num_warps=1, few_num_stages=1)
+        at_least(self, compute_capability=80, num_sms=1)
+        for field in ("block_rows", "block_kv", "num_warps", "few_block_kv", "few_num_warps"):
+            value = getattr(self, field)
+            if value is not None and value & (value - 1):
+                raise ValueError(f"{field}={value} must be a power of two")
+            if value is not None and value > 32 and field.endswith("num_warps"):
+                raise ValueError(f"{field}={value} must be at most 32, 1,024 threads")
+
+    @property
+    def platforms(self):
+        return ("cpu",) if self.interpret else ("cuda", "rocm")
+
+    @property
+    def only_if_asked(self):
+        return () if self.interpret else ("rocm",)
+
+    def limits(self, problem: RaggedPageAttentionProblem, platform: str):
+        if missing := _launch.available(interpret=self.interpret):
+            return (missing,)
+        if not self.interpret and not _launch.can_run_in_place():
+            return ("needs jax-triton 0.4, whose kernels may write to what others have begun",)
+        target = self.target(platform)
+        if target is None or target.is_too_old:
+            return (cannot_compile(target, platform),)
+        launch = RaggedLaunch.of(problem, self, target)
+        reasons = size_refusals(problem)
+        grids = [launch.plan_grid(problem)]
+        for which, rows in enumerate(launch.launches):
+            grids += [launch.grid(problem, which), launch.combine_grid(problem, which)]
+            if rows.shared_memory > target.shared_memory:
+                reasons.append(
+                    f"blocks of {rows.rows} query rows and {rows.block_kv} tokens with "
+                    f"head_dim={problem.head_dim} take {rows.shared_memory} bytes of shared "
+                    f"memory; the target has {target.shared_memory}"
+                )
+        if max(grids) > MAX_GRID:
+            reasons.append(f"its grid of {max(grids)} programs exceeds {MAX_GRID}")
+        if problem.total_tokens * problem.group >= 2**31 - 2**20:
+            reasons.append(f"total_tokens={problem.total_tokens} query rows are counted in 32 bits")
+        return reasons
+
+    def run(self, problem, operands, platform):
+        from ejk.backends.triton.ragged_combine_kernel import ragged_combine_kernel
+        from ejk.backends.triton.ragged_page_attention_kernel import ragged_page_attention_kernel
+        from ejk.backends.triton.ragged_plan_kernel import ragged_plan_kernel
+
+        target = self.target(platform)
+        assert target is not None  # or `limits` would have refused
+        launch = RaggedLaunch.of(problem, self, target)
+        call = functools.partial(
+            _launch.call,
+            compute_capability=target.compute_capability,
+            interpret=self.interpret,
+        )
+        work, part_out, part_lse, out, lse = call(
+            ragged_plan_kernel,
+            {
+                "cu_q_lens_ptr": operands.cu_q_lens,
+                "context_lens_ptr": operands.context_lens,
+                "sliding_window_ptr": operands.sliding_window,
+            },
+            launch.types(problem),
+            launch.plan_constants(problem),
+            grid=launch.plan_grid(problem),
+            num_warps=4,
+            num_stages=1,
+        )
+        for which, rows in enumerate(launch.launches):
+            parts = {"part_out_ptr": part_out, "part_lse_ptr": part_lse}
+            *written, out, lse = call(
+                ragged_page_attention_kernel,
+                _inputs(operands, work) | ({} if rows.max_parts else parts),
+                {},
+                launch.constants(problem, which),
+                in_place=(parts if rows.max_parts else {}) | {"out_ptr": out, "lse_ptr": lse},
+                grid=launch.grid(problem, which),
+                num_warps=rows.num_warps,
+                num_stages=rows.num_stages,
+            )
+            part_out, part_lse = written or (None, None)
+            if not launch.combine_grid(problem, which):
+                continue
+            out, lse = call(
+                ragged_combine_kernel,
+                {
+                    "part_out_ptr": part_out,
+                    "part_lse_ptr": part_lse,
+                    "sinks_ptr": operands.sinks,
+                    "work_ptr": work,
+                },
+                {},
+                launch.combine_constants(problem, which),
+                in_place={"out_ptr": out, "lse_ptr": lse},
+                grid=launch.combine_grid(problem, which),
+                num_warps=4,
+                num_stages=2,
+            )
+        return (out, lse) if problem.return_lse else (out,)
+
+    def target(self, platform: str) -> Target | None:
+        """Return the GPU to compile for, None where none is known."""
+        return Target.of(platform, self.compute_capability, self.num_sms)
+
+
+def _inputs(operands: RaggedPageAttentionOperands, work: Any) -> dict[str, Any]:
+    """Return the attention kernel's inputs, in its order."""
+    values = operands.key_cache if operands.value_cache is None else operands.value_cache
+    return {
+        "query_ptr": operands.query,
+        "key_ptr": operands.key_cache,
+        "value_ptr": values,
+        "context_lens_ptr": operands.context_lens,
+        "block_tables_ptr": operands.block_tables,
+        "attn_scale_ptr": operands.attn_scale,
+        "sliding_window_ptr": operands.sliding_window,
+        "sinks_ptr": operands.sinks,
+        "alibi_slopes_ptr": operands.alibi_slopes,
+        "positions_ptr": operands.positions,
+        "tree_mask_ptr": operands.tree_mask,
+        "work_ptr": work,
+    }

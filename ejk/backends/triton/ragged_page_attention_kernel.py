@@ -1,0 +1,267 @@
+"""Attention of any number of query tokens a sequence over paged keys and values.
+
+Grid of `ragged_page_attention_kernel`, one axis, fastest first: KV head, item of the plan: a piece
+of what a block of query rows sees. The rows of a sequence and a KV head are its new tokens times
+the heads of the group: row `r` is head `r % GROUP` of new token `r // GROUP`. In registers: the
+queries `[BLOCK_ROWS, head_dim]`, the running maximum `m`, the sum `l` and the weighted values
+`acc`; keys and values stream through shared memory, a block of `BLOCK_KV` tokens at a time. In log2
+units, with `s` a block's logits:
+
+    m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
+    l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
+
+With `PEEL`, blocks of which every row sees every token, all of their pages being valid, come first
+and mask nothing; the edges of causality and window, blocks from the first bad page on and the last
+tokens come after. A head dimension that is no power of two is taken in two parts, as in
+`page_attention_kernel.py`.
+
+Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); heads packed with tokens after Ragged Paged
+Attention (arXiv:2604.15464).
+"""
+
+import typing
+
+import triton
+import triton.language as tl
+
+from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
+from ejk.backends.triton.ragged_softmax_kernel import first_bad, see_block, write_rows
+
+
+@triton.jit
+@typing.no_type_check
+def ragged_page_attention_kernel(
+    # inputs
+    query_ptr,  # [total_tokens, num_heads, head_dim]
+    key_ptr,  # pool of pages, its axes in any order
+    value_ptr,  # the same, or the very pool of the keys
+    context_lens_ptr,  # int32 [num_seqs]
+    block_tables_ptr,  # int32 [num_seqs, max_blocks]
+    attn_scale_ptr,  # float32 []
+    sliding_window_ptr,  # int32 []
+    sinks_ptr,  # float32 [num_heads]
+    alibi_slopes_ptr,  # float32 [num_heads]
+    positions_ptr,  # int32 [total_tokens]
+    tree_mask_ptr,  # bool [total_tokens, tree_width]
+    work_ptr,  # int32 [rows, ITEM]: the plan
+    # inputs and outputs
+    part_out_ptr,  # float32 [parts * block_rows, num_kv_heads, value_head_dim]
+    part_lse_ptr,  # float32, log2 [parts * block_rows, num_kv_heads]
+    out_ptr,  # [total_tokens, num_heads, value_head_dim]
+    lse_ptr,  # float32 [total_tokens, num_heads]
+    # sizes
+    ITEM: tl.constexpr,  # integers of an item of the plan
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_HEAD_DIM: tl.constexpr,
+    NUM_PAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    MAX_BLOCKS: tl.constexpr,
+    COUNT: tl.constexpr,  # which integer of the plan counts this launch's items
+    FIRST_ITEM: tl.constexpr,  # the row of the first of them
+    HAS_PARTS: tl.constexpr,
+    # strides: constants, or no load is wider than one element
+    stride_k_page: tl.constexpr,
+    stride_k_head: tl.constexpr,
+    stride_k_slot: tl.constexpr,
+    stride_v_page: tl.constexpr,
+    stride_v_head: tl.constexpr,
+    stride_v_slot: tl.constexpr,
+    stride_half: tl.constexpr,  # from the keys to the values of a page of both; 0 for none
+    # features
+    SOFT_CAP: tl.constexpr,  # 0 for none
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    TREE_WIDTH: tl.constexpr,  # 0 for none
+    # blocks
+    PEEL: tl.constexpr,
+    GRANULE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_D_REST: tl.constexpr,  # 0 for none
+    BLOCK_DV: tl.constexpr,
+    BLOCK_DV_REST: tl.constexpr,  # 0 for none
+):
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    tl.static_assert(NUM_HEADS % NUM_KV_HEADS == 0)
+    tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
+    tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
+
+    # Which work is mine: a KV head, a block of rows, a piece of what they see.
+    kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
+    item = tl.program_id(0) // NUM_KV_HEADS
+    if item >= tl.load(work_ptr + COUNT):
+        return
+    item_ptr = work_ptr + (FIRST_ITEM + item) * ITEM
+    seq = tl.load(item_ptr).to(tl.int64)
+    first_token = tl.load(item_ptr + 1)
+    q_len = tl.load(item_ptr + 2)
+    first_row = tl.load(item_ptr + 3) * BLOCK_ROWS
+    piece = tl.load(item_ptr + 4)
+    pieces = tl.load(item_ptr + 5)
+    part = tl.load(item_ptr + 6)
+    length = tl.load(context_lens_ptr + seq)
+    length = tl.minimum(tl.maximum(length, 0), MAX_BLOCKS * PAGE_SIZE)
+    context = length - q_len  # tokens before the new ones
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    mask_rows = rows < q_len * GROUP
+    # Rows past the last are copies of its token: they see nothing that others do not.
+    new = tl.minimum(rows, q_len * GROUP - 1) // GROUP  # [BLOCK_ROWS]
+    place = context + new
+    tokens = (first_token + new).to(tl.int64)
+    heads = kv_head * GROUP + rows % GROUP
+    position = place
+    if HAS_POSITIONS:
+        position = tl.maximum(tl.load(positions_ptr + tokens), 0)
+    # Some row sees the tokens [begin, end), every row those [all_begin, all_end).
+    first_place = context + first_row // GROUP
+    last_place = context + (tl.minimum(first_row + BLOCK_ROWS, q_len * GROUP) - 1) // GROUP
+    begin = 0
+    all_begin = 0
+    end = tl.maximum(last_place + 1, 0)
+    all_end = first_place + 1
+    if TREE_WIDTH > 0:
+        end = tl.where(last_place >= 0, length, 0)
+        all_end = context
+    window = 0
+    if HAS_WINDOW:
+        window = tl.maximum(tl.load(sliding_window_ptr), 0)
+        nearest = tl.min(position, 0) if HAS_POSITIONS else first_place
+        farthest = tl.max(position, 0) if HAS_POSITIONS else last_place
+        begin = tl.maximum(tl.maximum(nearest, 0) - (window - 1), 0)
+        all_begin = tl.maximum(tl.maximum(farthest, 0) - (window - 1), 0)
+        if HAS_POSITIONS:  # those of new tokens may be anything
+            begin = tl.minimum(begin, tl.maximum(context, 0))
+        begin = tl.minimum(begin, end)
+        end = tl.where(window > 0, end, begin)
+    if HAS_POSITIONS:
+        all_end = tl.minimum(all_end, context)
+    if HAS_PARTS:
+        size = tl.cdiv(tl.cdiv(end - begin, GRANULE), pieces) * GRANULE
+        begin = tl.minimum(begin + piece * size, end)
+        end = tl.minimum(begin + size, end)
+
+    # Load once: queries, scale, slopes; which blocks of the context need no mask.
+    offs_d = tl.arange(0, BLOCK_D)
+    query_row_ptrs = query_ptr + (tokens * NUM_HEADS + heads)[:, None] * HEAD_DIM
+    q = tl.load(
+        query_row_ptrs + offs_d, mask=mask_rows[:, None] & (offs_d < HEAD_DIM), other=0.0
+    )  # [BLOCK_ROWS, BLOCK_D]
+    scale = tl.load(attn_scale_ptr)
+    q_rest = q
+    if BLOCK_D_REST > 0:
+        offs_d_rest = BLOCK_D + tl.arange(0, BLOCK_D_REST)
+        mask_d_rest = mask_rows[:, None] & (offs_d_rest < HEAD_DIM)
+        q_rest = tl.load(query_row_ptrs + offs_d_rest, mask=mask_d_rest, other=0.0)
+    slopes = scale
+    if HAS_ALIBI:
+        slopes = tl.load(alibi_slopes_ptr + heads)
+    m = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_DV], tl.float32)
+    acc_rest = l
+    if BLOCK_DV_REST > 0:
+        acc_rest = tl.zeros([BLOCK_ROWS, BLOCK_DV_REST], tl.float32)
+    table_ptr = block_tables_ptr + seq * MAX_BLOCKS
+    k_head_ptr = key_ptr + kv_head * stride_k_head
+    v_head_ptr = value_ptr + stride_half + kv_head * stride_v_head
+    offs_kv = tl.arange(0, BLOCK_KV)
+    bulk_begin = begin
+    bulk_end = begin
+    if PEEL:
+        blocks = tl.cdiv(end - begin, BLOCK_KV)
+        before = tl.minimum(tl.cdiv(tl.maximum(all_begin - begin, 0), BLOCK_KV), blocks)
+        bulk_begin = begin + before * BLOCK_KV
+        # There the largest logit is the largest product times the scale.
+        bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
+        bulk_end = first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
+        bulk_end = bulk_begin + tl.maximum(bulk_end - bulk_begin, 0) // BLOCK_KV * BLOCK_KV
+
+    # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
+    # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
+    if PEEL:
+        key = bulk_begin + offs_kv
+        pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < bulk_end, other=0)
+        for start in range(bulk_begin, bulk_end, BLOCK_KV):
+            key = start + offs_kv
+            offs_page = pages.to(tl.int64)
+            k_ptrs = k_head_ptr + offs_page * stride_k_page + key % PAGE_SIZE * stride_k_slot
+            v_ptrs = v_head_ptr + offs_page * stride_v_page + key % PAGE_SIZE * stride_v_slot
+            ahead = key + BLOCK_KV
+            pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < bulk_end, other=0)
+            m, l, acc, acc_rest = see_block(
+                q, q_rest, m, l, acc, acc_rest, k_ptrs, v_ptrs, key, position, key, mask_rows,
+                slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
+                BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
+            )  # fmt: skip
+    before = (bulk_begin - begin) // BLOCK_KV
+    after = tl.cdiv(tl.maximum(end - bulk_end, 0), BLOCK_KV)
+    key = tl.where(before > 0, begin, bulk_end) + offs_kv
+    pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)
+    for block in range(0, before + after):
+        key = tl.where(block < before, begin, bulk_end - before * BLOCK_KV) + block * BLOCK_KV
+        key += offs_kv
+        exists = (pages >= 0) & (pages < NUM_PAGES)  # [BLOCK_KV]
+        offs_page = pages.to(tl.int64)
+        k_ptrs = k_head_ptr + offs_page * stride_k_page + key % PAGE_SIZE * stride_k_slot
+        v_ptrs = v_head_ptr + offs_page * stride_v_page + key % PAGE_SIZE * stride_v_slot
+        ahead = tl.where(block + 1 < before, begin, bulk_end - before * BLOCK_KV)
+        ahead += (block + 1) * BLOCK_KV + offs_kv
+        pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
+        key_position = key
+        if HAS_POSITIONS:
+            is_new = exists & (key >= context)
+            given = tl.load(positions_ptr + first_token + (key - context), mask=is_new, other=0)
+            key_position = tl.where(is_new, tl.maximum(given, 0), key)
+        visible = exists[None, :]  # [BLOCK_ROWS, BLOCK_KV]
+        if TREE_WIDTH > 0:
+            visible = visible & (place >= 0)[:, None]
+            column = (key - context)[None, :]
+            tree_ptrs = tree_mask_ptr + tokens[:, None] * TREE_WIDTH + column
+            is_column = visible & (column >= 0) & (column < TREE_WIDTH)
+            sees = tl.load(tree_ptrs, mask=is_column, other=0)
+            visible = visible & ((column < 0) | (sees != 0))
+        else:
+            visible = visible & (key[None, :] <= place[:, None])
+        if HAS_WINDOW:
+            visible = visible & (position[:, None] - key_position[None, :] < window)
+        if TREE_WIDTH > 0 or (HAS_WINDOW and HAS_POSITIONS):
+            # Not every token between those that are seen is: it may hold NaN.
+            exists = tl.max(visible.to(tl.int32), 0) > 0
+        m, l, acc, acc_rest = see_block(
+            q, q_rest, m, l, acc, acc_rest, k_ptrs, v_ptrs, key_position, position, exists, visible,
+            slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, True,
+            BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
+        )  # fmt: skip
+
+    # Write the result, or this piece's part of it.
+    saw_nothing = l == 0
+    inverse = 1 / tl.where(saw_nothing, 1.0, l)
+    if HAS_PARTS:
+        if part >= 0:
+            row = (part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+            row = row * NUM_KV_HEADS + kv_head
+            lse = tl.where(saw_nothing, float("-inf"), m + tl.log2(l))
+            tl.store(part_lse_ptr + row, lse, mask=mask_rows)
+            write_rows(part_out_ptr, row, acc, inverse, mask_rows, 0, VALUE_HEAD_DIM)
+            if BLOCK_DV_REST > 0:
+                write_rows(
+                    part_out_ptr, row, acc_rest, inverse, mask_rows, BLOCK_DV, VALUE_HEAD_DIM
+                )
+            return
+    sinks = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    if HAS_SINKS:
+        sinks = tl.load(sinks_ptr + heads)
+        m, l, alpha = add_sink(m, l, sinks * LOG2E)
+        inverse = alpha / tl.where(l == 0, 1.0, l)
+    row = tokens * NUM_HEADS + heads
+    # From base 2 and back would cost a sink that stands alone its last bit.
+    lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
+    tl.store(lse_ptr + row, lse, mask=mask_rows)
+    write_rows(out_ptr, row, acc, inverse, mask_rows, 0, VALUE_HEAD_DIM)
+    if BLOCK_DV_REST > 0:
+        write_rows(out_ptr, row, acc_rest, inverse, mask_rows, BLOCK_DV, VALUE_HEAD_DIM)

@@ -1,0 +1,277 @@
+"""Deals out what the query rows of a ragged batch see, and clears the rows of no sequence.
+
+Grid: blocks of `BLOCK_SEQS` sequences, then blocks of `BLOCK_TOKENS` rows to clear. As in
+`page_attention_plan_kernel.py`, every program reads all lengths and finds where its own sequences'
+items go. The rows of a sequence and a KV head, its new tokens times the heads of the group, are cut
+in blocks: narrow ones where one holds them all, wide ones else; each kind is dealt out for itself,
+to a launch of its own. With `b_s` the blocks of sequence `s` and `c_s` the granules that its last
+block sees:
+
+    chunk = max(c) if that is about a fair share, else ceil(sum(b * c) / cuts)
+    pieces_s = ceil(c_s / chunk) if c_s > 2 * chunk else 1;  size_s = ceil(c_s / pieces_s)
+    place_s = sum of b * pieces over the sequences with larger pieces, or the same and a lower index
+
+Largest pieces first, of a sequence its last blocks, which see most.
+
+Source: FlashInfer (Ye et al., 2025, arXiv:2501.01005), whose lists are made on the host.
+"""
+
+import typing
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+@typing.no_type_check
+def ragged_plan_kernel(
+    # inputs
+    cu_q_lens_ptr,  # int32 [num_seqs + 1]
+    context_lens_ptr,  # int32 [num_seqs]
+    sliding_window_ptr,  # int32 []
+    # outputs
+    work_ptr,  # int32 [rows, ITEM], see `RaggedPlan`
+    part_out_ptr,  # memory for the launches that follow
+    part_lse_ptr,
+    out_ptr,  # [total_tokens, num_heads, value_head_dim]: rows of no sequence
+    lse_ptr,  # float32 [total_tokens, num_heads]
+    # sizes
+    ITEM: tl.constexpr,  # integers of an item of the plan
+    NUM_SEQS: tl.constexpr,
+    TOTAL_TOKENS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUE_HEAD_DIM: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    NARROW_CUTS: tl.constexpr,
+    WIDE_CUTS: tl.constexpr,
+    FIRST_WIDE: tl.constexpr,  # rows of `work`
+    FIRST_NARROW_SPLIT: tl.constexpr,
+    FIRST_WIDE_SPLIT: tl.constexpr,
+    EVEN_NUMERATOR: tl.constexpr,
+    EVEN_DENOMINATOR: tl.constexpr,
+    # features
+    HAS_WINDOW: tl.constexpr,
+    # blocks
+    NARROW_ROWS: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,  # 0: all are narrow
+    GRANULE: tl.constexpr,
+    NUM_PLANNERS: tl.constexpr,
+    BLOCK_SEQS: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    # Which work is mine.
+    pid = tl.program_id(0)
+    if pid >= NUM_PLANNERS:
+        _clear(
+            pid - NUM_PLANNERS, cu_q_lens_ptr, out_ptr, lse_ptr,
+            NUM_SEQS, TOTAL_TOKENS, NUM_HEADS, VALUE_HEAD_DIM, BLOCK_OTHERS, BLOCK_TOKENS,
+        )  # fmt: skip
+        return
+    seqs = pid * BLOCK_SEQS + tl.arange(0, BLOCK_SEQS)
+    window = 0
+    if HAS_WINDOW:
+        window = tl.maximum(tl.load(sliding_window_ptr), 0)
+
+    # Load once: how much there is of each kind, and so how long a piece may be.
+    total_narrow = tl.zeros([1], tl.int64)
+    total_wide = tl.zeros([1], tl.int64)
+    longest_narrow = 0
+    longest_wide = 0
+    begin = tl.zeros([BLOCK_SEQS], tl.int32)
+    carry = 0
+    for start in range(0, NUM_SEQS, BLOCK_OTHERS):
+        others = start + tl.arange(0, BLOCK_OTHERS)
+        first, last, carry = _bounds(cu_q_lens_ptr, others, carry, NUM_SEQS, TOTAL_TOKENS)
+        own = seqs[:, None] == others[None, :]  # [BLOCK_SEQS, BLOCK_OTHERS]
+        begin += tl.sum(tl.where(own, first[None, :], 0), 1)
+        is_wide, blocks, granules = _work(
+            context_lens_ptr, others, last - first, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
+            NARROW_ROWS, WIDE_ROWS, GRANULE,
+        )  # fmt: skip
+        in_all = blocks.to(tl.int64) * granules
+        total_narrow += tl.sum(tl.where(is_wide, 0, in_all), 0)
+        total_wide += tl.sum(tl.where(is_wide, in_all, 0), 0)
+        longest_narrow = tl.maximum(longest_narrow, tl.max(tl.where(is_wide, 0, granules), 0))
+        longest_wide = tl.maximum(longest_wide, tl.max(tl.where(is_wide, granules, 0), 0))
+    chunk_narrow = _chunk(
+        total_narrow, longest_narrow, NARROW_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR
+    )
+    chunk_wide = _chunk(total_wide, longest_wide, WIDE_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR)
+    ends = _clipped(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS)
+    q_len = tl.maximum(ends - begin, 0)
+    is_wide, blocks, granules = _work(
+        context_lens_ptr, seqs, q_len, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
+        NARROW_ROWS, WIDE_ROWS, GRANULE,
+    )  # fmt: skip
+    pieces, size = _cut(blocks, granules, tl.where(is_wide, chunk_wide, chunk_narrow))
+
+    # Loop over all sequences: whose items come before mine?
+    place = tl.zeros([BLOCK_SEQS], tl.int32)
+    split = tl.zeros([BLOCK_SEQS], tl.int32)
+    part = tl.zeros([BLOCK_SEQS], tl.int32)
+    counts = tl.zeros([4], tl.int32)  # narrow items and splits, wide items and splits
+    offs_count = tl.arange(0, 4)
+    carry = 0
+    for start in range(0, NUM_SEQS, BLOCK_OTHERS):
+        others = start + tl.arange(0, BLOCK_OTHERS)
+        first, last, carry = _bounds(cu_q_lens_ptr, others, carry, NUM_SEQS, TOTAL_TOKENS)
+        wide, other_blocks, granules = _work(
+            context_lens_ptr, others, last - first, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
+            NARROW_ROWS, WIDE_ROWS, GRANULE,
+        )  # fmt: skip
+        other_pieces, other_size = _cut(
+            other_blocks, granules, tl.where(wide, chunk_wide, chunk_narrow)
+        )
+        before = (other_size[None, :] > size[:, None]) | (
+            (other_size[None, :] == size[:, None]) & (others[None, :] < seqs[:, None])
+        )  # [BLOCK_SEQS, BLOCK_OTHERS]
+        before = before & (wide[None, :] == is_wide[:, None])
+        items = other_blocks * other_pieces
+        splits = tl.where(other_pieces > 1, other_blocks, 0)
+        parts = splits * other_pieces
+        place += tl.sum(tl.where(before, items[None, :], 0), 1)
+        split += tl.sum(tl.where(before, splits[None, :], 0), 1)
+        part += tl.sum(tl.where(before, parts[None, :], 0), 1)
+        counts += tl.where(offs_count == 0, tl.sum(tl.where(wide, 0, items), 0), 0)
+        counts += tl.where(offs_count == 1, tl.sum(tl.where(wide, 0, splits), 0), 0)
+        counts += tl.where(offs_count == 2, tl.sum(tl.where(wide, items, 0), 0), 0)
+        counts += tl.where(offs_count == 3, tl.sum(tl.where(wide, splits, 0), 0), 0)
+
+    # Write: the counts, my sequences' items, and which of their blocks have parts to combine.
+    if pid == 0:
+        tl.store(work_ptr + offs_count, counts)
+    offs_item = tl.arange(0, BLOCK_ITEMS)[None, :]
+    wide_row = tl.where(is_wide, FIRST_WIDE, 1) + place
+    split_row = tl.where(is_wide, FIRST_WIDE_SPLIT, FIRST_NARROW_SPLIT) + split
+    one = tl.maximum(pieces, 1)[:, None]
+    for start in range(0, tl.max(blocks * pieces, 0), BLOCK_ITEMS):
+        item = start + offs_item  # [BLOCK_SEQS, BLOCK_ITEMS]
+        mask = item < (blocks * pieces)[:, None]
+        nth = item // one
+        ptrs = work_ptr + (wide_row[:, None] + item) * ITEM
+        tl.store(ptrs, seqs[:, None], mask=mask)
+        tl.store(ptrs + 1, begin[:, None], mask=mask)
+        tl.store(ptrs + 2, q_len[:, None], mask=mask)
+        tl.store(ptrs + 3, (blocks - 1)[:, None] - nth, mask=mask)
+        tl.store(ptrs + 4, item % one, mask=mask)
+        tl.store(ptrs + 5, one, mask=mask)
+        tl.store(ptrs + 6, tl.where(one > 1, part[:, None] + item, -1), mask=mask)
+        mask = mask & (item % one == 0) & (one > 1)
+        ptrs = work_ptr + (split_row[:, None] + nth) * ITEM
+        tl.store(ptrs, begin[:, None], mask=mask)
+        tl.store(ptrs + 1, q_len[:, None], mask=mask)
+        tl.store(ptrs + 2, (blocks - 1)[:, None] - nth, mask=mask)
+        tl.store(ptrs + 3, part[:, None] + item, mask=mask)
+        tl.store(ptrs + 4, one, mask=mask)
+
+
+@triton.jit
+@typing.no_type_check
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+@typing.no_type_check
+def _clipped(cu_q_lens_ptr, offs, NUM_SEQS: tl.constexpr, TOTAL_TOKENS: tl.constexpr):
+    bounds = tl.load(cu_q_lens_ptr + offs, mask=offs <= NUM_SEQS, other=0)
+    return tl.minimum(tl.maximum(bounds, 0), TOTAL_TOKENS)
+
+
+@triton.jit
+@typing.no_type_check
+def _bounds(cu_q_lens_ptr, seqs, carry, NUM_SEQS: tl.constexpr, TOTAL_TOKENS: tl.constexpr):
+    """Return where a block of sequences begin and end, and the largest bound so far."""
+    first = _clipped(cu_q_lens_ptr, seqs, NUM_SEQS, TOTAL_TOKENS)
+    first = tl.maximum(tl.associative_scan(first, 0, _larger), carry)
+    last = tl.maximum(first, _clipped(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS))
+    last = tl.where(seqs < NUM_SEQS, last, first)
+    return first, last, tl.max(last, 0)
+
+
+@triton.jit
+@typing.no_type_check
+def _work(
+    context_lens_ptr,
+    seqs,
+    q_len,
+    window,
+    NUM_SEQS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    NARROW_ROWS: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+    GRANULE: tl.constexpr,
+):
+    """Return each sequence's kind, its blocks of rows, and the granules that the last one sees."""
+    rows = tl.where(seqs < NUM_SEQS, q_len * GROUP, 0)
+    is_wide = (rows > NARROW_ROWS) & (WIDE_ROWS > 0)
+    block_rows = tl.where(is_wide, WIDE_ROWS, NARROW_ROWS)
+    blocks = tl.cdiv(rows, block_rows)
+    length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
+    length = tl.minimum(tl.maximum(length, 0), CAPACITY)
+    seen = length
+    if HAS_WINDOW:
+        nearest = length - q_len + (blocks - 1) * block_rows // GROUP
+        seen = length - tl.maximum(tl.maximum(nearest, 0) - (window - 1), 0)
+    return is_wide, blocks, tl.where(blocks > 0, tl.cdiv(tl.maximum(seen, 0), GRANULE), 0)
+
+
+@triton.jit
+@typing.no_type_check
+def _chunk(total, longest, CUTS: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr):
+    """Return the most granules of a piece: all, where no context is much longer than its share."""
+    even = longest.to(tl.int64) * CUTS * DENOMINATOR <= total * NUMERATOR
+    chunk = tl.where(even, longest, tl.cdiv(total, tl.maximum(CUTS, 1)))
+    return tl.maximum(tl.minimum(chunk, 2**30), 1).to(tl.int32)  # [1]
+
+
+@triton.jit
+@typing.no_type_check
+def _cut(blocks, granules, chunk):
+    """Cut what each block of a sequence sees in the fewest equal pieces of at most a chunk."""
+    pieces = tl.where(granules > 2 * chunk, tl.cdiv(granules, chunk), 1)
+    size = tl.cdiv(granules, pieces)
+    pieces = tl.maximum(tl.cdiv(granules, tl.maximum(size, 1)), 1)
+    return tl.where(blocks > 0, pieces, 0), size
+
+
+@triton.jit
+@typing.no_type_check
+def _clear(
+    pid,
+    cu_q_lens_ptr,
+    out_ptr,
+    lse_ptr,
+    NUM_SEQS: tl.constexpr,
+    TOTAL_TOKENS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    VALUE_HEAD_DIM: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Write the rows before the first sequence and after the last: 0, their LSE -inf."""
+    top = 0
+    for start in range(0, NUM_SEQS + 1, BLOCK_OTHERS):
+        offs = start + tl.arange(0, BLOCK_OTHERS)
+        top = tl.maximum(top, tl.max(_clipped(cu_q_lens_ptr, offs, NUM_SEQS, TOTAL_TOKENS), 0))
+    first = tl.minimum(tl.maximum(tl.load(cu_q_lens_ptr), 0), TOTAL_TOKENS)
+    tokens = pid * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    outside = (tokens < TOTAL_TOKENS) & ((tokens < first) | (tokens >= top))
+    if tl.max(outside.to(tl.int32), 0) == 0:
+        return
+    offs = tl.arange(0, 128)[None, :]
+    WIDTH: tl.constexpr = NUM_HEADS * VALUE_HEAD_DIM
+    zeros = tl.zeros([BLOCK_TOKENS, 128], out_ptr.dtype.element_ty)
+    row = tokens.to(tl.int64)[:, None]
+    for start in range(0, WIDTH, 128):
+        mask = outside[:, None] & (start + offs < WIDTH)
+        tl.store(out_ptr + row * WIDTH + start + offs, zeros, mask=mask)
+    for start in range(0, NUM_HEADS, 128):
+        mask = outside[:, None] & (start + offs < NUM_HEADS)
+        nothing = tl.full([BLOCK_TOKENS, 128], float("-inf"), tl.float32)
+        tl.store(lse_ptr + row * NUM_HEADS + start + offs, nothing, mask=mask)
