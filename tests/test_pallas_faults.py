@@ -90,7 +90,9 @@ def check(blocks_per_round, dma_execution_mode, fused, **fields):
 
 
 everywhere = (
-    pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"]),
+    pytest.mark.parametrize(
+        "fused", [pytest.param(False, id="split", marks=pytest.mark.thorough), True]
+    ),
     pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"]),
     pytest.mark.parametrize("blocks_per_round", [1, 2]),
 )

@@ -46,7 +46,9 @@ def check(case, backend=None, **options):
     tolerances.assert_close(case, out, lse)
 
 
-each_round = pytest.mark.parametrize("blocks_per_round", [1, 3])
+each_round = pytest.mark.parametrize(
+    "blocks_per_round", [3, pytest.param(1, marks=pytest.mark.thorough)]
+)
 
 
 @each_round
