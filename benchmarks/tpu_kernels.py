@@ -30,6 +30,8 @@ WORKLOADS = {
     )
 }
 
+SPLIT_WORKLOADS = ("page 16", "1 KV head", "window", "head dimension 64")
+FUSED_WORKLOADS = ("page 16", "page 128", "4,096 tokens", "2 KV heads")
 PEER_WORKLOADS = ("page 16", "page 128", "2 KV heads", "1 KV head", "window", "head dimension 64",
                   "float32")  # fmt: skip
 PEER_BLOCK = 2048

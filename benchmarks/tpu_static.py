@@ -136,12 +136,16 @@ def chosen(only: list[str]) -> list[tuple[str, str, str]]:
     if unknown := set(only) - set(itertools.chain(*axes)):
         sys.exit(f"{', '.join(sorted(unknown))}: no kernel, generation or workload of {axes}")
     cases = itertools.product(*([x for x in axis if x in only] or axis for axis in axes))
-    return [case for case in cases if not case[0].startswith("jax ") or is_priced_of_peers(*case)]
+    return [case for case in cases if is_priced(*case)]
 
 
-def is_priced_of_peers(_, generation: str, workload: str) -> bool:
-    """Say whether JAX's kernels are priced: only where something is predicted."""
-    return generation in CHIPS and workload in tpu_kernels.PEER_WORKLOADS
+def is_priced(kernel: str, generation: str, workload: str) -> bool:
+    """Say whether a case is priced: of other kernels only where something is predicted."""
+    if kernel == "ejk":
+        return workload in tpu_kernels.SPLIT_WORKLOADS
+    fused = kernel.startswith("ejk")
+    priced = tpu_kernels.FUSED_WORKLOADS if fused else tpu_kernels.PEER_WORKLOADS
+    return generation in CHIPS and workload in priced
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -99,7 +99,9 @@ def losses(prices) -> str:
     lines = []
     for workload, chip in sorted(times):
         of = times[workload, chip]
-        ours = min(us for kernel, us in of.items() if kernel.startswith("ejk"))
+        ours = min((us for kernel, us in of.items() if kernel.startswith("ejk")), default=None)
+        if ours is None:
+            continue
         lines += [
             f"- {workload}, {chip}: {kernel} {us:,.1f} us, `ejk` {ours:,.1f} us"
             for kernel, us in of.items()
