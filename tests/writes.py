@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
@@ -82,13 +83,22 @@ class WriteCase:
         return dataclasses.replace(self, **changes)
 
 
+# XLA of jax 0.10 computes bfloat16 in float32 on a CPU, moves included, and so do the programs that
+# stand in for kernels there: what a NaN carries is lost. Kernels and later versions keep it.
+KEEPS_PAYLOADS = jax.__version_info__ >= (0, 11)
+
+
 def build(shape, dtype, layout, slots, *, seed=0, as_jax=True) -> WriteCase:
     """Make a call of random bits: NaN of every payload among them, and none may change."""
     rng = np.random.default_rng(seed)
 
     def bits(*shape):
         raw = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
-        return raw.view(dtype)[..., 0]
+        x = raw.view(dtype)[..., 0]
+        if dtype == jnp.bfloat16 and not KEEPS_PAYLOADS:
+            with np.errstate(invalid="ignore"):  # of NaN that signal
+                x[np.isnan(x)] = np.nan
+        return x
 
     rows, width = (len(slots), shape.num_kv_heads), shape.value_head_dim
     return WriteCase(
