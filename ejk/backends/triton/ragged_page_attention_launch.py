@@ -25,13 +25,13 @@ ITEM = 8  # integers of an item of the plan
 # Query rows that one narrow block may have: more are wide, or several narrow ones.
 MOST_NARROW_ROWS = 64
 # Query rows, tokens and pipeline stages of wide blocks: of each the largest that fits, in this
-# order. Not measured.
-WIDE_ROWS, WIDE_KV, WIDE_STAGES = (128, 64, 32, 16), (128, 64, 32, 16), (4, 3, 2)
+# order. Not measured; four stages compile to more registers, and to spills on sm_89.
+WIDE_ROWS, WIDE_KV, WIDE_STAGES = (128, 64, 32, 16), (128, 64, 32, 16), (3, 2)
 WIDE_WARPS = 8
 # What a thread may hold of accumulators, logits and weights, in 32-bit registers, where the product
 # takes its queries from shared memory, where from registers, and on AMD, where copies pass through
 # registers, too. More spills: see `tests/test_ragged_triton_compile.py`.
-HELD_WGMMA, HELD_MMA, HELD_AMD = 152, 130, 64
+HELD_WGMMA, HELD_MMA, HELD_AMD = 124, 130, 64
 # Sequences of a planning program, those that it compares them with at a time, items and rows to
 # clear that it writes at a time. Not measured.
 BLOCK_SEQS, MOST_OTHERS, BLOCK_ITEMS, BLOCK_TOKENS = 4, 1024, 64, 16
@@ -266,7 +266,7 @@ def _wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
     one_stage = (*choices[:2], choices[2] if tuning.num_stages else (1,))
     candidates = itertools.chain(itertools.product(*choices), itertools.product(*one_stage))
     for rows, block_kv, num_stages in candidates:
-        shared = _wide_shared_memory(problem, target, rows, block_kv, num_stages)
+        shared = _wide_shared_memory(problem, target, rows, block_kv, num_warps, num_stages)
         found = Rows(rows, block_kv, num_warps, num_stages, shared, peel=True, cuts=0, max_blocks=0)
         if shared <= target.shared_memory and _fits_registers(problem, target, found):
             break  # or the smallest does not fit either: `limits` says so
@@ -299,7 +299,9 @@ def _fits_registers(problem, target: Target, rows: Rows) -> bool:
     return rows.rows * (dv + logits) <= limit * lanes * rows.num_warps
 
 
-def _wide_shared_memory(problem, target: Target, rows: int, block_kv: int, num_stages: int) -> int:
+def _wide_shared_memory(
+    problem, target: Target, rows: int, block_kv: int, num_warps: int, num_stages: int
+) -> int:
     """Bound the shared memory of a program, in bytes."""
     d, dv = _widths(problem)
     size = problem.dtype.itemsize
@@ -308,6 +310,9 @@ def _wide_shared_memory(problem, target: Target, rows: int, block_kv: int, num_s
     streamed = size * block_kv * ((d + dv) * buffers if buffers else max(d, dv))
     queries = size * rows * d
     weights = rows * block_kv * (4 if problem.tree_width else size) + 1024
+    if target.compute_capability == 90 and size == 2 and not problem.tree_width:
+        if rows >= 16 * num_warps:  # each warp multiplies weights of its own, from registers
+            weights = 1024
     if not target.stages_queries:  # they pass through before anything streams
         return max(queries, streamed + weights)
     return streamed + queries + weights

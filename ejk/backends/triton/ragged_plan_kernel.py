@@ -118,12 +118,12 @@ def ragged_plan_kernel(
     for start in range(0, NUM_SEQS, BLOCK_OTHERS):
         others = start + tl.arange(0, BLOCK_OTHERS)
         first, last, carry = _bounds(cu_q_lens_ptr, others, carry, NUM_SEQS, TOTAL_TOKENS)
-        wide, other_blocks, granules = _work(
+        wide, other_blocks, other_granules = _work(
             context_lens_ptr, others, last - first, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
             NARROW_ROWS, WIDE_ROWS, GRANULE,
         )  # fmt: skip
         other_pieces, other_size = _cut(
-            other_blocks, granules, tl.where(wide, chunk_wide, chunk_narrow)
+            other_blocks, other_granules, tl.where(wide, chunk_wide, chunk_narrow)
         )
         before = (other_size[None, :] > size[:, None]) | (
             (other_size[None, :] == size[:, None]) & (others[None, :] < seqs[:, None])
