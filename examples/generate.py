@@ -29,8 +29,8 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}")
 
-DEFAULT_PROMPTS = ("The capital of France is", "def fibonacci(n):\n    if n")
-DEFAULT_CHATS = ("Write one sentence about the sea.",)
+DEFAULT_PROMPTS = ("The capital of France is", "Once upon a time")
+DEFAULT_CHATS = ("Write one sentence about the moon.",)
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
 

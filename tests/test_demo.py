@@ -252,8 +252,9 @@ def test_chunks_and_pages_change_no_token_of_the_shipped_prompts_in_bfloat16():
     ]
 
     def run(**options):
-        return paged_decode.generate(model, prompts, max_new_tokens=32, **options)
+        return paged_decode.generate(model, prompts, max_new_tokens=64, **options)
 
     outputs = run()
     assert run(prefill_chunk=17, seed=1) == outputs
     assert run(prefill_chunk=7, page_size=4, seed=2) == outputs
+    assert run(prefill_chunk=1, cache_layout="NHD", page_size=32) == outputs

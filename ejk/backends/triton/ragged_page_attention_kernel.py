@@ -173,9 +173,9 @@ def ragged_page_attention_kernel(
     bulk_begin = begin
     bulk_end = begin
     if PEEL:
-        blocks = tl.cdiv(end - begin, BLOCK_KV)
-        before = tl.minimum(tl.cdiv(tl.maximum(all_begin - begin, 0), BLOCK_KV), blocks)
-        bulk_begin = begin + before * BLOCK_KV
+        # Clipped before it is rounded up: a position may be as large as an integer gets.
+        masked = tl.minimum(tl.maximum(all_begin, begin), end) - begin
+        bulk_begin = begin + tl.cdiv(masked, BLOCK_KV) * BLOCK_KV
         # There the largest logit is the largest product times the scale.
         bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
         bulk_end = first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
@@ -240,28 +240,31 @@ def ragged_page_attention_kernel(
 
     # Write the result, or this piece's part of it.
     saw_nothing = l == 0
-    inverse = 1 / tl.where(saw_nothing, 1.0, l)
     if HAS_PARTS:
         if part >= 0:
             row = (part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
             row = row * NUM_KV_HEADS + kv_head
             lse = tl.where(saw_nothing, float("-inf"), m + tl.log2(l))
             tl.store(part_lse_ptr + row, lse, mask=mask_rows)
-            write_rows(part_out_ptr, row, acc, inverse, mask_rows, 0, VALUE_HEAD_DIM)
+            inverse = (1 / tl.where(saw_nothing, 1.0, l))[:, None]
+            write_rows(part_out_ptr, row, acc * inverse, mask_rows, 0, VALUE_HEAD_DIM)
             if BLOCK_DV_REST > 0:
-                write_rows(
-                    part_out_ptr, row, acc_rest, inverse, mask_rows, BLOCK_DV, VALUE_HEAD_DIM
-                )
+                out = acc_rest * inverse
+                write_rows(part_out_ptr, row, out, mask_rows, BLOCK_DV, VALUE_HEAD_DIM)
             return
     sinks = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     if HAS_SINKS:
         sinks = tl.load(sinks_ptr + heads)
         m, l, alpha = add_sink(m, l, sinks * LOG2E)
-        inverse = alpha / tl.where(l == 0, 1.0, l)
+        acc *= alpha[:, None]
+        if BLOCK_DV_REST > 0:
+            acc_rest *= alpha[:, None]
     row = tokens * NUM_HEADS + heads
     # From base 2 and back would cost a sink that stands alone its last bit.
     lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
     tl.store(lse_ptr + row, lse, mask=mask_rows)
-    write_rows(out_ptr, row, acc, inverse, mask_rows, 0, VALUE_HEAD_DIM)
+    # Divided, as `page_attention_kernel` does: a single token's bits are the same there.
+    l = tl.where(l == 0, 1.0, l)
+    write_rows(out_ptr, row, acc / l[:, None], mask_rows, 0, VALUE_HEAD_DIM)
     if BLOCK_DV_REST > 0:
-        write_rows(out_ptr, row, acc_rest, inverse, mask_rows, BLOCK_DV, VALUE_HEAD_DIM)
+        write_rows(out_ptr, row, acc_rest / l[:, None], mask_rows, BLOCK_DV, VALUE_HEAD_DIM)

@@ -113,9 +113,9 @@ def first_bad(table_ptr, begin, end, NUM_PAGES: tl.constexpr, PAGE_SIZE: tl.cons
 
 @triton.jit
 @typing.no_type_check
-def write_rows(ptr, row, acc, inverse, mask_rows, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Store the weighted values over their sum, from entry `FIRST` of each row on."""
-    offs = FIRST + tl.arange(0, acc.shape[1])
-    out = (acc * inverse[:, None]).to(ptr.dtype.element_ty)
+def write_rows(ptr, row, out, mask_rows, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Store `out`, rounded, from entry `FIRST` of each row on."""
+    offs = FIRST + tl.arange(0, out.shape[1])
+    out = out.to(ptr.dtype.element_ty)
     mask = mask_rows[:, None] & (offs < WIDTH)
     tl.store(ptr + row[:, None] * WIDTH + offs, out, mask=mask)

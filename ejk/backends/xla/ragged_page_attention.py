@@ -162,7 +162,9 @@ def _visible(problem, operands, blocks: QueryBlocks, key, key_position):
         visible = key[None, None] <= blocks.place[..., None]
     if problem.has_window:
         behind = blocks.position[..., None] - key_position[:, None]
-        visible = visible & (behind < jnp.maximum(operands.sliding_window, 0))
+        # New tokens may lie ahead of each other: a window below 1 still shows nothing.
+        window = operands.sliding_window
+        visible = visible & (behind < window) & (window > 0)
     return visible & sees[..., None]
 
 
