@@ -51,7 +51,7 @@ def entries() -> list[RaggedEntry]:
 
 # Small blocks, so that a few tokens are wide ones, and blocks of keys that need no mask occur.
 TRITON = ejk.TritonRaggedPageAttention(
-    block_rows=16, block_kv=16, few_block_kv=16, num_sms=6, interpret=True
+    block_rows=16, block_kv=32, few_block_kv=16, num_sms=6, interpret=True
 )
 DECODE = ejk.TritonPageAttention(block_kv=16, num_sms=6, interpret=True)
 RAGGED = entries()

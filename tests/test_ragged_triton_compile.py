@@ -131,8 +131,9 @@ def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, var
     assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
     # Keys and values, each thread 16 bytes at a time, in the prologue of each loop, one block less
     # than there are stages, and in the loop. Blackwell's products peel off more of the prologue.
-    block_bytes = rows.block_kv * (problem.head_dim + problem.value_head_dim) * 2
-    loads = rows.num_stages * block_bytes // (rows.num_warps * 32 * 16) * (1 + rows.peel)
+    tokens = rows.num_stages * (rows.block_kv + rows.edge_kv if rows.peel else rows.block_kv)
+    token_bytes = (problem.head_dim + problem.value_head_dim) * 2
+    loads = tokens * token_bytes // (rows.num_warps * 32 * 16)
     assert set(program.async_copies) <= {16, 4}, "4: table entries and positions"
     if target == "sm_100" and which == WIDE:
         assert program.wide_async_copies >= loads

@@ -13,7 +13,8 @@ from ejk.backends.ragged_page_attention import (
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target, cannot_compile
 from ejk.backends.triton.page_attention import MAX_GRID, TritonPageAttention, size_refusals
-from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch, RaggedTuning
+from ejk.backends.triton.ragged_page_attention_blocks import RaggedTuning
+from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
 
     Attributes:
         block_rows: query rows of a block of many; a power of two, at least 16.
-        block_kv: tokens of the context that a step takes for these; a power of two, at least 16.
+        block_kv: tokens of the context that a step takes for these, half as many where it has to
+            mask some; a power of two, at least 16.
         num_warps: warps that their programs run on.
         num_stages: depth of their software pipeline.
         few_block_kv: as `block_kv`, for blocks of few query rows.

@@ -12,8 +12,8 @@ units, with `s` a block's logits:
 
 With `PEEL`, blocks of which every row sees every token, all of their pages being valid, come first
 and mask nothing; the edges of causality and window, blocks from the first bad page on and the last
-tokens come after. A head dimension that is no power of two is taken in two parts, as in
-`page_attention_kernel.py`.
+tokens come after, in blocks of `EDGE_KV` tokens. A head dimension that is no power of two is taken
+in two parts, as in `page_attention_kernel.py`.
 
 Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); heads packed with tokens after Ragged Paged
 Attention (arXiv:2604.15464).
@@ -81,6 +81,7 @@ def ragged_page_attention_kernel(
     GRANULE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    EDGE_KV: tl.constexpr,  # the same for blocks that are masked
     BLOCK_D: tl.constexpr,
     BLOCK_D_REST: tl.constexpr,  # 0 for none
     BLOCK_DV: tl.constexpr,
@@ -90,6 +91,7 @@ def ragged_page_attention_kernel(
     tl.static_assert(NUM_HEADS % NUM_KV_HEADS == 0)
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
+    tl.static_assert(BLOCK_KV % EDGE_KV == 0)
 
     # Which work is mine: a KV head, a block of rows, a piece of what they see.
     kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
@@ -188,9 +190,9 @@ def ragged_page_attention_kernel(
         pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < bulk_end, other=0)
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
             key = start + offs_kv
-            offs_page = pages.to(tl.int64)
-            k_ptrs = k_head_ptr + offs_page * stride_k_page + key % PAGE_SIZE * stride_k_slot
-            v_ptrs = v_head_ptr + offs_page * stride_v_page + key % PAGE_SIZE * stride_v_slot
+            offs_page, offs_slot = pages.to(tl.int64), key % PAGE_SIZE
+            k_ptrs = k_head_ptr + (offs_page * stride_k_page + offs_slot * stride_k_slot)
+            v_ptrs = v_head_ptr + (offs_page * stride_v_page + offs_slot * stride_v_slot)
             ahead = key + BLOCK_KV
             pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < bulk_end, other=0)
             m, l, acc, acc_rest = see_block(
@@ -198,26 +200,27 @@ def ragged_page_attention_kernel(
                 slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
                 BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
             )  # fmt: skip
-    before = (bulk_begin - begin) // BLOCK_KV
-    after = tl.cdiv(tl.maximum(end - bulk_end, 0), BLOCK_KV)
+    offs_kv = tl.arange(0, EDGE_KV)
+    before = (bulk_begin - begin) // EDGE_KV
+    after = tl.cdiv(tl.maximum(end - bulk_end, 0), EDGE_KV)
     key = tl.where(before > 0, begin, bulk_end) + offs_kv
     pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)
     for block in range(0, before + after):
-        key = tl.where(block < before, begin, bulk_end - before * BLOCK_KV) + block * BLOCK_KV
+        key = tl.where(block < before, begin, bulk_end - before * EDGE_KV) + block * EDGE_KV
         key += offs_kv
-        exists = (pages >= 0) & (pages < NUM_PAGES)  # [BLOCK_KV]
-        offs_page = pages.to(tl.int64)
-        k_ptrs = k_head_ptr + offs_page * stride_k_page + key % PAGE_SIZE * stride_k_slot
-        v_ptrs = v_head_ptr + offs_page * stride_v_page + key % PAGE_SIZE * stride_v_slot
-        ahead = tl.where(block + 1 < before, begin, bulk_end - before * BLOCK_KV)
-        ahead += (block + 1) * BLOCK_KV + offs_kv
+        exists = (pages >= 0) & (pages < NUM_PAGES)  # [EDGE_KV]
+        offs_page, offs_slot = pages.to(tl.int64), key % PAGE_SIZE
+        k_ptrs = k_head_ptr + (offs_page * stride_k_page + offs_slot * stride_k_slot)
+        v_ptrs = v_head_ptr + (offs_page * stride_v_page + offs_slot * stride_v_slot)
+        ahead = tl.where(block + 1 < before, begin, bulk_end - before * EDGE_KV)
+        ahead += (block + 1) * EDGE_KV + offs_kv
         pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
         key_position = key
         if HAS_POSITIONS:
             is_new = exists & (key >= context)
             given = tl.load(positions_ptr + first_token + (key - context), mask=is_new, other=0)
             key_position = tl.where(is_new, tl.maximum(given, 0), key)
-        visible = exists[None, :]  # [BLOCK_ROWS, BLOCK_KV]
+        visible = exists[None, :]  # [BLOCK_ROWS, EDGE_KV]
         if TREE_WIDTH > 0:
             visible = visible & (place >= 0)[:, None]
             column = (key - context)[None, :]
