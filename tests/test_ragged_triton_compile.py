@@ -88,6 +88,7 @@ def compile_for(target: str, options: dict, which: int):
     rows, dtype = launch.launches[which], problem.dtype.name
     pointers = {
         "query_ptr": dtype,
+        "cu_q_lens_ptr": "int32",
         "key_ptr": dtype,
         "value_ptr": dtype,
         "context_lens_ptr": "int32",
@@ -199,9 +200,8 @@ def test_planning_and_combining_do_not_spill(target):
     parts = {"part_out_ptr": "float32", "part_lse_ptr": "float32"}
     results = {"out_ptr": "bfloat16", "lse_ptr": "float32"}
     plan = offline.compile_cuda(
-        ragged_plan_kernel, integers | parts | results, launch.plan_constants(MIXED), target,
-        num_stages=1,
-    )  # fmt: skip
+        ragged_plan_kernel, integers, launch.plan_constants(MIXED), target, num_stages=1
+    )
     assert plan.spill_store_bytes == 0
     inputs = parts | {"sinks_ptr": "float32", "work_ptr": "int32"}
     for which in (NARROW, WIDE):

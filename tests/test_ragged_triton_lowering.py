@@ -57,6 +57,15 @@ def test_a_mixed_batch_is_one_plan_and_two_kinds_of_blocks():
     assert sorted(names(text)[1:]) == sorted([ATTENTION, COMBINATION] * 2)
 
 
+def test_every_option_lowers():
+    heads = jnp.zeros(32, jnp.float32)
+    text = lower(
+        64, sliding_window=100, attn_logits_soft_cap=30.0, sinks=heads, alibi_slopes=heads,
+        positions=jnp.zeros(64, jnp.int32), tree_mask=jnp.zeros((64, 8), bool), return_lse=True,
+    )  # fmt: skip
+    assert names(text).count(ATTENTION) == 2
+
+
 def test_a_batch_of_few_new_tokens_leaves_out_wide_blocks():
     assert names(lower(32, max_q_len=8)) == [b"ragged_plan_kernel", ATTENTION, COMBINATION]
 
@@ -68,15 +77,29 @@ def test_results_and_parts_are_written_in_place_one_kernel_after_the_other():
     assert len(calls) == 5
     for name, (_, operands, results) in zip(names(text), calls):
         operands, results = operands.split(", "), results.split(", ")
-        if name == b"ragged_plan_kernel":
-            assert len(results) == 5
-            continue
-        assert operands[-len(results) :] == results
-        # Of two, output and LSE; of four, parts and their LSE come before.
-        assert len(results) == (4 if name == ATTENTION else 2)
+        # Output and LSE; before them parts and their LSE.
+        assert len(results) == {ATTENTION: 4, COMBINATION: 2}.get(name, 1)
+        if len(operands) > 13 or name == COMBINATION:  # not the plan, nor the first attention
+            assert operands[-len(results) :] == results
     found = aliases(text)
-    assert [result for result, _ in found] == [0, 1, 2, 3, 0, 1] * 2
-    assert [operand for _, operand in found] == [12, 13, 14, 15, 4, 5] * 2
+    assert [result for result, _ in found] == [0, 1, 0, 1, 2, 3, 0, 1]
+    assert [operand for _, operand in found] == [4, 5, 13, 14, 15, 16, 4, 5]
+
+
+def test_layers_have_one_plan_and_no_result_in_common():
+    """Or XLA would copy whole results, and memory for parts, in front of each layer's kernels."""
+    pool = struct(4096, 8, 16, 128)
+    integers = (struct(4, dtype=jnp.int32), struct(4, 1024, dtype=jnp.int32))
+
+    def step(query, pool, lens, tables, bounds):
+        for _ in range(2):
+            query = ejk.ragged_page_attention(query, pool, pool, lens, tables, bounds)
+        return query
+
+    arguments = (struct(2048, 32, 128), pool, *integers, struct(5, dtype=jnp.int32))
+    text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    plans = [call for call, name in zip(custom_calls(text), names(text)) if b"plan" in name]
+    assert {results.count("tensor") for *_, results in plans} == {1}
 
 
 def test_one_export_holds_the_kernel_and_the_cpu_program():

@@ -1,11 +1,13 @@
 """Attention of any number of query tokens a sequence over paged keys and values.
 
 Grid of `ragged_page_attention_kernel`, one axis, fastest first: KV head, item of the plan: a piece
-of what a block of query rows sees. The rows of a sequence and a KV head are its new tokens times
-the heads of the group: row `r` is head `r % GROUP` of new token `r // GROUP`. In registers: the
-queries `[BLOCK_ROWS, head_dim]`, the running maximum `m`, the sum `l` and the weighted values
-`acc`; keys and values stream through shared memory, a block of `BLOCK_KV` tokens at a time. In log2
-units, with `s` a block's logits:
+of what a block of query rows sees. In the first launch programs follow that clear the rows of no
+sequence. (The plan's launch could do so, but all layers of a step share it, and none may share a
+result.) The rows of a sequence and a KV head are its new tokens times the heads of the group: row
+`r` is head `r % GROUP` of new token `r // GROUP`. In registers: the queries `[BLOCK_ROWS,
+head_dim]`, the running maximum `m`, the sum `l` and the weighted values `acc`; keys and values
+stream through shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a
+block's logits:
 
     m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
     l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
@@ -25,6 +27,7 @@ import triton
 import triton.language as tl
 
 from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
+from ejk.backends.triton.ragged_plan_kernel import clear_rows
 from ejk.backends.triton.ragged_softmax_kernel import first_bad, see_block, write_rows
 
 
@@ -33,6 +36,7 @@ from ejk.backends.triton.ragged_softmax_kernel import first_bad, see_block, writ
 def ragged_page_attention_kernel(
     # inputs
     query_ptr,  # [total_tokens, num_heads, head_dim]
+    cu_q_lens_ptr,  # int32 [num_seqs + 1]
     key_ptr,  # pool of pages, its axes in any order
     value_ptr,  # the same, or the very pool of the keys
     context_lens_ptr,  # int32 [num_seqs]
@@ -44,13 +48,15 @@ def ragged_page_attention_kernel(
     positions_ptr,  # int32 [total_tokens]
     tree_mask_ptr,  # bool [total_tokens, tree_width]
     work_ptr,  # int32 [rows, ITEM]: the plan
-    # inputs and outputs
+    # outputs of the first launch, which the next one adds to
     part_out_ptr,  # float32 [parts * block_rows, num_kv_heads, value_head_dim]
     part_lse_ptr,  # float32, log2 [parts * block_rows, num_kv_heads]
     out_ptr,  # [total_tokens, num_heads, value_head_dim]
     lse_ptr,  # float32 [total_tokens, num_heads]
     # sizes
     ITEM: tl.constexpr,  # integers of an item of the plan
+    NUM_SEQS: tl.constexpr,
+    TOTAL_TOKENS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -60,6 +66,8 @@ def ragged_page_attention_kernel(
     MAX_BLOCKS: tl.constexpr,
     COUNT: tl.constexpr,  # which integer of the plan counts this launch's items
     FIRST_ITEM: tl.constexpr,  # the row of the first of them
+    MAX_ITEMS: tl.constexpr,
+    CLEARS: tl.constexpr,  # programs after those of the items clear rows of no sequence
     HAS_PARTS: tl.constexpr,
     # strides: constants, or no load is wider than one element
     stride_k_page: tl.constexpr,
@@ -86,6 +94,8 @@ def ragged_page_attention_kernel(
     BLOCK_D_REST: tl.constexpr,  # 0 for none
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
+    BLOCK_BOUNDS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
 ):
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     tl.static_assert(NUM_HEADS % NUM_KV_HEADS == 0)
@@ -96,6 +106,13 @@ def ragged_page_attention_kernel(
     # Which work is mine: a KV head, a block of rows, a piece of what they see.
     kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
     item = tl.program_id(0) // NUM_KV_HEADS
+    if CLEARS:
+        if item >= MAX_ITEMS:
+            clear_rows(
+                tl.program_id(0) - MAX_ITEMS * NUM_KV_HEADS, cu_q_lens_ptr, out_ptr, lse_ptr,
+                NUM_SEQS, TOTAL_TOKENS, NUM_HEADS, VALUE_HEAD_DIM, BLOCK_BOUNDS, BLOCK_TOKENS,
+            )  # fmt: skip
+            return
     if item >= tl.load(work_ptr + COUNT):
         return
     item_ptr = work_ptr + (FIRST_ITEM + item) * ITEM

@@ -25,8 +25,8 @@ from ejk.backends.triton.ragged_page_attention_blocks import (
 )
 
 ITEM = 8  # integers of an item of the plan
-# Sequences of a planning program, those that it compares them with at a time, items and rows to
-# clear that it writes at a time. Not measured.
+# Sequences of a planning program, those that it compares them with at a time, items that it writes
+# at a time; rows of a program that clears. Not measured.
 BLOCK_SEQS, MOST_OTHERS, BLOCK_ITEMS, BLOCK_TOKENS = 4, 1024, 64, 16
 COMBINED = 8192  # entries of parts that a program of the combination holds
 
@@ -85,24 +85,23 @@ class RaggedLaunch:
             ends.append(ends[-1] + size)
         return tuple(ends)  # type: ignore[return-value]
 
+    def plan_types(self) -> dict[str, jax.ShapeDtypeStruct | None]:
+        return {"work_ptr": jax.ShapeDtypeStruct((self.first_rows[-1], ITEM), jnp.int32)}
+
     def types(self, problem: RaggedPageAttentionProblem) -> dict[str, jax.ShapeDtypeStruct | None]:
-        """Return the plan's array, the memory for parts, and the results."""
+        """Return the memory for parts, and the results."""
         out, lse = dataclasses.replace(problem, return_lse=True).results
         rows = (max(x.max_parts * x.rows for x in self.launches), problem.num_kv_heads)
         parts = jax.ShapeDtypeStruct((*rows, problem.value_head_dim), jnp.float32)
         return {
-            "work_ptr": jax.ShapeDtypeStruct((self.first_rows[-1], ITEM), jnp.int32),
             "part_out_ptr": parts if rows[0] else None,
             "part_lse_ptr": jax.ShapeDtypeStruct(rows, jnp.float32) if rows[0] else None,
             "out_ptr": out,
             "lse_ptr": lse,
         }
 
-    def planners(self, problem: RaggedPageAttentionProblem) -> int:
-        return -(-problem.num_seqs // BLOCK_SEQS)
-
     def plan_grid(self, problem: RaggedPageAttentionProblem) -> int:
-        return self.planners(problem) + -(-problem.total_tokens // BLOCK_TOKENS)
+        return -(-problem.num_seqs // BLOCK_SEQS)
 
     def plan_constants(self, problem: RaggedPageAttentionProblem) -> dict[str, Any]:
         _, first_wide, first_narrow_split, first_wide_split, _ = self.first_rows
@@ -110,9 +109,7 @@ class RaggedLaunch:
             "ITEM": ITEM,
             "NUM_SEQS": problem.num_seqs,
             "TOTAL_TOKENS": problem.total_tokens,
-            "NUM_HEADS": problem.num_heads,
             "GROUP": problem.group,
-            "VALUE_HEAD_DIM": problem.value_head_dim,
             "CAPACITY": problem.capacity,
             "NARROW_CUTS": self.narrow.cuts,
             "WIDE_CUTS": self.wide.cuts if self.wide else 0,
@@ -125,21 +122,22 @@ class RaggedLaunch:
             "NARROW_ROWS": self.narrow.rows,
             "WIDE_ROWS": self.wide.rows if self.wide else 0,
             "GRANULE": GRANULE,
-            "NUM_PLANNERS": self.planners(problem),
             "BLOCK_SEQS": BLOCK_SEQS,
-            "BLOCK_OTHERS": min(MOST_OTHERS, power_of_two(problem.num_seqs + 1)),
+            "BLOCK_OTHERS": _block_others(problem),
             "BLOCK_ITEMS": BLOCK_ITEMS,
-            "BLOCK_TOKENS": BLOCK_TOKENS,
         }
 
     def grid(self, problem: RaggedPageAttentionProblem, which: int) -> int:
-        return self.launches[which].max_items * problem.num_kv_heads
+        clearing = -(-problem.total_tokens // BLOCK_TOKENS) if which == 0 else 0
+        return self.launches[which].max_items * problem.num_kv_heads + clearing
 
     def constants(self, problem: RaggedPageAttentionProblem, which: int) -> dict[str, Any]:
         rows = self.launches[which]
         block_d, block_dv = two_parts(problem.head_dim), two_parts(problem.value_head_dim)
         return {
             "ITEM": ITEM,
+            "NUM_SEQS": problem.num_seqs,
+            "TOTAL_TOKENS": problem.total_tokens,
             "NUM_HEADS": problem.num_heads,
             "NUM_KV_HEADS": problem.num_kv_heads,
             "HEAD_DIM": problem.head_dim,
@@ -149,6 +147,8 @@ class RaggedLaunch:
             "MAX_BLOCKS": problem.max_blocks,
             "COUNT": 2 * which,
             "FIRST_ITEM": self.first_rows[which],
+            "MAX_ITEMS": rows.max_items,
+            "CLEARS": which == 0,
             "HAS_PARTS": rows.max_parts > 0,
             **stride_constants(problem),
             "SOFT_CAP": problem.soft_cap or 0.0,
@@ -166,6 +166,8 @@ class RaggedLaunch:
             "BLOCK_D_REST": block_d[1],
             "BLOCK_DV": block_dv[0],
             "BLOCK_DV_REST": block_dv[1],
+            "BLOCK_BOUNDS": _block_others(problem),
+            "BLOCK_TOKENS": BLOCK_TOKENS,
         }
 
     def combine_rows(self, which: int) -> int:
@@ -191,3 +193,7 @@ class RaggedLaunch:
             "BLOCK_ROWS": rows,
             "BLOCK_DV": block_dv,
         }
+
+
+def _block_others(problem: RaggedPageAttentionProblem) -> int:
+    return min(MOST_OTHERS, power_of_two(problem.num_seqs + 1))

@@ -1,11 +1,10 @@
-"""Deals out what the query rows of a ragged batch see, and clears the rows of no sequence.
+"""Deals out what the query rows of a ragged batch see.
 
-Grid: blocks of `BLOCK_SEQS` sequences, then blocks of `BLOCK_TOKENS` rows to clear. As in
-`page_attention_plan_kernel.py`, every program reads all lengths and finds where its own sequences'
-items go. The rows of a sequence and a KV head, its new tokens times the heads of the group, are cut
-in blocks: narrow ones where one holds them all, wide ones else; each kind is dealt out for itself,
-to a launch of its own. With `b_s` the blocks of sequence `s` and `c_s` the granules that its last
-block sees:
+Grid: blocks of `BLOCK_SEQS` sequences. As in `page_attention_plan_kernel.py`, every program reads
+all lengths and finds where its own sequences' items go. The rows of a sequence and a KV head, its
+new tokens times the heads of the group, are cut in blocks: narrow ones where one holds them all,
+wide ones else; each kind is dealt out for itself, to a launch of its own. With `b_s` the blocks of
+sequence `s` and `c_s` the granules that its last block sees:
 
     chunk = max(c) if that is about a fair share, else ceil(sum(b * c) / cuts)
     pieces_s = ceil(c_s / chunk) if c_s > 2 * chunk else 1;  size_s = ceil(c_s / pieces_s)
@@ -30,18 +29,12 @@ def ragged_plan_kernel(
     context_lens_ptr,  # int32 [num_seqs]
     sliding_window_ptr,  # int32 []
     # outputs
-    work_ptr,  # int32 [rows, ITEM], see `RaggedPlan`
-    part_out_ptr,  # memory for the launches that follow
-    part_lse_ptr,
-    out_ptr,  # [total_tokens, num_heads, value_head_dim]: rows of no sequence
-    lse_ptr,  # float32 [total_tokens, num_heads]
+    work_ptr,  # int32 [rows, ITEM], see `RaggedLaunch`
     # sizes
     ITEM: tl.constexpr,  # integers of an item of the plan
     NUM_SEQS: tl.constexpr,
     TOTAL_TOKENS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    VALUE_HEAD_DIM: tl.constexpr,
     CAPACITY: tl.constexpr,
     NARROW_CUTS: tl.constexpr,
     WIDE_CUTS: tl.constexpr,
@@ -56,20 +49,12 @@ def ragged_plan_kernel(
     NARROW_ROWS: tl.constexpr,
     WIDE_ROWS: tl.constexpr,  # 0: all are narrow
     GRANULE: tl.constexpr,
-    NUM_PLANNERS: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
 ):
     # Which work is mine.
     pid = tl.program_id(0)
-    if pid >= NUM_PLANNERS:
-        _clear(
-            pid - NUM_PLANNERS, cu_q_lens_ptr, out_ptr, lse_ptr,
-            NUM_SEQS, TOTAL_TOKENS, NUM_HEADS, VALUE_HEAD_DIM, BLOCK_OTHERS, BLOCK_TOKENS,
-        )  # fmt: skip
-        return
     seqs = pid * BLOCK_SEQS + tl.arange(0, BLOCK_SEQS)
     window = 0
     if HAS_WINDOW:
@@ -242,7 +227,7 @@ def _cut(blocks, granules, chunk):
 
 @triton.jit
 @typing.no_type_check
-def _clear(
+def clear_rows(
     pid,
     cu_q_lens_ptr,
     out_ptr,
