@@ -28,7 +28,7 @@ import triton.language as tl
 
 from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
 from ejk.backends.triton.ragged_plan_kernel import clear_rows
-from ejk.backends.triton.ragged_softmax_kernel import first_bad, see_block, write_rows
+from ejk.backends.triton.ragged_softmax_kernel import block_rows, first_bad, see_block, write_rows
 
 
 @triton.jit
@@ -117,7 +117,6 @@ def ragged_page_attention_kernel(
         return
     item_ptr = work_ptr + (FIRST_ITEM + item) * ITEM
     seq = tl.load(item_ptr).to(tl.int64)
-    first_token = tl.load(item_ptr + 1)
     q_len = tl.load(item_ptr + 2)
     first_row = tl.load(item_ptr + 3) * BLOCK_ROWS
     piece = tl.load(item_ptr + 4)
@@ -126,13 +125,8 @@ def ragged_page_attention_kernel(
     length = tl.load(context_lens_ptr + seq)
     length = tl.minimum(tl.maximum(length, 0), MAX_BLOCKS * PAGE_SIZE)
     context = length - q_len  # tokens before the new ones
-    rows = first_row + tl.arange(0, BLOCK_ROWS)
-    mask_rows = rows < q_len * GROUP
-    # Rows past the last are copies of its token: they see nothing that others do not.
-    new = tl.minimum(rows, q_len * GROUP - 1) // GROUP  # [BLOCK_ROWS]
+    new, tokens, heads, mask_rows = block_rows(item_ptr, kv_head, GROUP, BLOCK_ROWS)
     place = context + new
-    tokens = (first_token + new).to(tl.int64)
-    heads = kv_head * GROUP + rows % GROUP
     position = place
     if HAS_POSITIONS:
         position = tl.maximum(tl.load(positions_ptr + tokens), 0)
@@ -217,6 +211,13 @@ def ragged_page_attention_kernel(
                 slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
                 BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
             )  # fmt: skip
+        # Anew, or they would take registers in the loop that needs them most.
+        new, tokens, heads, mask_rows = block_rows(item_ptr, kv_head, GROUP, BLOCK_ROWS)
+        place = context + new
+        position = place
+        if HAS_POSITIONS:
+            position = tl.maximum(tl.load(positions_ptr + tokens), 0)
+    first_token = tl.load(item_ptr + 1)
     offs_kv = tl.arange(0, EDGE_KV)
     before = (bulk_begin - begin) // EDGE_KV
     after = tl.cdiv(tl.maximum(end - bulk_end, 0), EDGE_KV)
