@@ -9,8 +9,8 @@ decode call for the same contexts. Yardsticks of the same run: the rate of a bfl
 8,192 x 8,192 matrices, and cuDNN's dense causal attention to contiguous tensors.
 
 Device time is how long the device was busy with a program of chained calls, over their number, from
-CUPTI through `jax.profiler`: the mean of five runs. The plan of a ragged call is part of it; that
-of `ejk.page_attention`, which a step makes once for all its layers, is not.
+CUPTI through `jax.profiler`: the mean of five runs. The plan, of which XLA makes one for all calls
+of a program, is not in it.
 """
 
 import argparse
@@ -204,8 +204,7 @@ def measure(batch: Batch, name: str, step: Step, matmul_tflops: float) -> dict:
 
     found = device_kernels(lambda: run(own))
     plans = [kernel for kernel in found if "plan" in kernel.name]
-    counted = [k for k in found if k not in plans] if name == "ejk page_attention" else found
-    device_us = timing.busy_us(counted) / timing.REPEATS / CALLS
+    device_us = timing.busy_us(k for k in found if k not in plans) / timing.REPEATS / CALLS
     tflops = batch.flops / device_us / 1e6
     plan_us = [kernel.end_us - kernel.begin_us for kernel in plans]
     return {

@@ -91,7 +91,6 @@ def compile_for(target: str, options: dict, which: int):
         "cu_q_lens_ptr": "int32",
         "key_ptr": dtype,
         "value_ptr": dtype,
-        "context_lens_ptr": "int32",
         "block_tables_ptr": "int32",
         "attn_scale_ptr": "float32",
         "sliding_window_ptr": "int32",

@@ -168,7 +168,6 @@ def _inputs(operands: RaggedPageAttentionOperands, work: Any) -> dict[str, Any]:
         "cu_q_lens_ptr": operands.cu_q_lens,
         "key_ptr": operands.key_cache,
         "value_ptr": values,
-        "context_lens_ptr": operands.context_lens,
         "block_tables_ptr": operands.block_tables,
         "attn_scale_ptr": operands.attn_scale,
         "sliding_window_ptr": operands.sliding_window,

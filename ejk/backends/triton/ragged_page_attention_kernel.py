@@ -28,7 +28,12 @@ import triton.language as tl
 
 from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
 from ejk.backends.triton.ragged_plan_kernel import clear_rows
-from ejk.backends.triton.ragged_softmax_kernel import block_rows, first_bad, see_block, write_rows
+from ejk.backends.triton.ragged_softmax_kernel import (
+    first_bad,
+    rows_of_block,
+    see_block,
+    write_rows,
+)
 
 
 @triton.jit
@@ -39,7 +44,6 @@ def ragged_page_attention_kernel(
     cu_q_lens_ptr,  # int32 [num_seqs + 1]
     key_ptr,  # pool of pages, its axes in any order
     value_ptr,  # the same, or the very pool of the keys
-    context_lens_ptr,  # int32 [num_seqs]
     block_tables_ptr,  # int32 [num_seqs, max_blocks]
     attn_scale_ptr,  # float32 []
     sliding_window_ptr,  # int32 []
@@ -113,19 +117,23 @@ def ragged_page_attention_kernel(
                 NUM_SEQS, TOTAL_TOKENS, NUM_HEADS, VALUE_HEAD_DIM, BLOCK_BOUNDS, BLOCK_TOKENS,
             )  # fmt: skip
             return
-    if item >= tl.load(work_ptr + COUNT):
-        return
+    # Loaded before it is known whether there is such an item: one wait instead of two.
     item_ptr = work_ptr + (FIRST_ITEM + item) * ITEM
     seq = tl.load(item_ptr).to(tl.int64)
+    first_token = tl.load(item_ptr + 1)
     q_len = tl.load(item_ptr + 2)
-    first_row = tl.load(item_ptr + 3) * BLOCK_ROWS
+    row_block = tl.load(item_ptr + 3)
     piece = tl.load(item_ptr + 4)
     pieces = tl.load(item_ptr + 5)
     part = tl.load(item_ptr + 6)
-    length = tl.load(context_lens_ptr + seq)
-    length = tl.minimum(tl.maximum(length, 0), MAX_BLOCKS * PAGE_SIZE)
+    length = tl.load(item_ptr + 7)
+    if item >= tl.load(work_ptr + COUNT):
+        return
+    first_row = row_block * BLOCK_ROWS
     context = length - q_len  # tokens before the new ones
-    new, tokens, heads, mask_rows = block_rows(item_ptr, kv_head, GROUP, BLOCK_ROWS)
+    new, tokens, heads, mask_rows = rows_of_block(
+        first_token, q_len, row_block, kv_head, GROUP, BLOCK_ROWS
+    )
     place = context + new
     position = place
     if HAS_POSITIONS:
@@ -211,13 +219,18 @@ def ragged_page_attention_kernel(
                 slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
                 BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
             )  # fmt: skip
-        # Anew, or they would take registers in the loop that needs them most.
-        new, tokens, heads, mask_rows = block_rows(item_ptr, kv_head, GROUP, BLOCK_ROWS)
+        # Anew, or they would take registers in the loop that needs them most. The loads are
+        # volatile, so that the compiler does not know that it has seen them.
+        first_token = tl.load(item_ptr + 1, volatile=True)
+        q_len = tl.load(item_ptr + 2, volatile=True)
+        row_block = tl.load(item_ptr + 3, volatile=True)
+        new, tokens, heads, mask_rows = rows_of_block(
+            first_token, q_len, row_block, kv_head, GROUP, BLOCK_ROWS
+        )
         place = context + new
         position = place
         if HAS_POSITIONS:
             position = tl.maximum(tl.load(positions_ptr + tokens), 0)
-    first_token = tl.load(item_ptr + 1)
     offs_kv = tl.arange(0, EDGE_KV)
     before = (bulk_begin - begin) // EDGE_KV
     after = tl.cdiv(tl.maximum(end - bulk_end, 0), EDGE_KV)

@@ -39,7 +39,7 @@ class RaggedLaunch:
 
     - row 0: items and splits of narrow blocks, then of wide ones;
     - the narrow items, then the wide ones: sequence, its first token and how many it has, block of
-      rows, piece, pieces, part or -1;
+      rows, piece, pieces, part or -1, and the sequence's length;
     - the narrow splits, then the wide ones: first token, tokens, block, first part, parts.
 
     What lies beyond the counts is not initialised.

@@ -132,6 +132,7 @@ def ragged_plan_kernel(
     wide_row = tl.where(is_wide, FIRST_WIDE, 1) + place
     split_row = tl.where(is_wide, FIRST_WIDE_SPLIT, FIRST_NARROW_SPLIT) + split
     one = tl.maximum(pieces, 1)[:, None]
+    length = _length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
     for start in range(0, tl.max(blocks * pieces, 0), BLOCK_ITEMS):
         item = start + offs_item  # [BLOCK_SEQS, BLOCK_ITEMS]
         mask = item < (blocks * pieces)[:, None]
@@ -144,6 +145,7 @@ def ragged_plan_kernel(
         tl.store(ptrs + 4, item % one, mask=mask)
         tl.store(ptrs + 5, one, mask=mask)
         tl.store(ptrs + 6, tl.where(one > 1, part[:, None] + item, -1), mask=mask)
+        tl.store(ptrs + 7, length[:, None], mask=mask)
         mask = mask & (item % one == 0) & (one > 1)
         ptrs = work_ptr + (split_row[:, None] + nth) * ITEM
         tl.store(ptrs, begin[:, None], mask=mask)
@@ -179,6 +181,13 @@ def _bounds(cu_q_lens_ptr, seqs, carry, NUM_SEQS: tl.constexpr, TOTAL_TOKENS: tl
 
 @triton.jit
 @typing.no_type_check
+def _length(context_lens_ptr, seqs, NUM_SEQS: tl.constexpr, CAPACITY: tl.constexpr):
+    length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
+    return tl.minimum(tl.maximum(length, 0), CAPACITY)
+
+
+@triton.jit
+@typing.no_type_check
 def _work(
     context_lens_ptr,
     seqs,
@@ -197,8 +206,7 @@ def _work(
     is_wide = (rows > NARROW_ROWS) & (WIDE_ROWS > 0)
     block_rows = tl.where(is_wide, WIDE_ROWS, NARROW_ROWS)
     blocks = tl.cdiv(rows, block_rows)
-    length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
-    length = tl.minimum(tl.maximum(length, 0), CAPACITY)
+    length = _length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
     seen = length
     if HAS_WINDOW:
         nearest = length - q_len + (blocks - 1) * block_rows // GROUP

@@ -12,18 +12,17 @@ SCANNED = tl.constexpr(512)  # table entries that are looked at together
 
 @triton.jit
 @typing.no_type_check
-def block_rows(item_ptr, kv_head, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Return the rows of an item: which new token and which token of the batch, head, and if it is.
+def rows_of_block(
+    first_token, q_len, row_block, kv_head, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):
+    """Return which new token, token of the batch and head each row is, and whether it is one.
 
-    Rows past the last are copies of its token: they see nothing that others do not. The loads are
-    volatile so that what is asked for twice is computed twice.
+    Rows past the last are copies of its token: they see nothing that others do not.
     """
-    first_token = tl.load(item_ptr + 1, volatile=True)
-    num_rows = tl.load(item_ptr + 2, volatile=True) * GROUP
-    rows = tl.load(item_ptr + 3, volatile=True) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    new = tl.minimum(rows, num_rows - 1) // GROUP  # [BLOCK_ROWS]
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    new = tl.minimum(rows, q_len * GROUP - 1) // GROUP  # [BLOCK_ROWS]
     tokens = (first_token + new).to(tl.int64)
-    return new, tokens, kv_head * GROUP + rows % GROUP, rows < num_rows
+    return new, tokens, kv_head * GROUP + rows % GROUP, rows < q_len * GROUP
 
 
 @triton.jit
