@@ -197,6 +197,9 @@ def ragged_page_attention_kernel(
         # Clipped before it is rounded up: a position may be as large as an integer gets.
         masked = tl.minimum(tl.maximum(all_begin, begin), end) - begin
         bulk_begin = begin + tl.cdiv(masked, BLOCK_KV) * BLOCK_KV
+        # Under way while the table is scanned; where that ends the bulk, they are not used.
+        key = bulk_begin + offs_kv
+        pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=0)
         # There the largest logit is the largest product times the scale.
         bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
         bulk_end = first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
@@ -205,8 +208,6 @@ def ragged_page_attention_kernel(
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
     if PEEL:
-        key = bulk_begin + offs_kv
-        pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < bulk_end, other=0)
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
             key = start + offs_kv
             offs_page, offs_slot = pages.to(tl.int64), key % PAGE_SIZE
