@@ -21,7 +21,11 @@ endif
 PLATFORMS := $(patsubst cuda12,cuda,$(patsubst cuda13,cuda,$(ACCELERATOR)))
 CUDA := $(if $(filter cuda12,$(ACCELERATOR)),cuda12,cuda13)
 
-.PHONY: help demo test lint static prices clean
+# What runs the real kernels where there is a GPU; the other tests are the same on a CPU.
+GPU_TESTS := $(patsubst %,tests/test_%.py,gpu page_attention edges gradients vmap fused_pools \
+	ragged_page_attention ragged_gradients write_kv_cache write_transformations)
+
+.PHONY: help demo test gpu lint static prices clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +33,7 @@ help:
 	@echo '             ARGS="--backend triton --interpret" or ARGS="\"Why is the sky blue?\"";'
 	@echo '             ARGS=--help lists all; ACCELERATOR=cpu leaves the GPU alone'
 	@echo 'make test    the tests, on the CPU; ARGS="-k name" is passed on to pytest'
+	@echo 'make gpu     the tests of the real kernels, on an NVIDIA GPU; ARGS="-n 10": side by side'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make static  the static prices of the TPU kernels, against the results that are committed'
 	@echo 'make clean   removes $(VENV) and all caches'
@@ -39,6 +44,9 @@ demo: $(VENV)/.demo-$(ACCELERATOR)
 
 test: $(VENV)/.test
 	@$(PY) -m pytest $(ARGS)
+
+gpu: $(VENV)/.test $(VENV)/.demo-$(ACCELERATOR)
+	@$(PY) -m pytest --gpu $(GPU_TESTS) $(ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

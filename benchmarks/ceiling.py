@@ -1,4 +1,4 @@
-"""How fast this GPU reads: the best of several shapes of a kernel that does nothing else."""
+"""How fast this GPU reads and copies: the best of several shapes of a kernel that only does so."""
 
 import functools
 import itertools
@@ -34,29 +34,56 @@ def read_kernel(
     tl.store(sums_ptr + pid, tl.sum(total, 0))
 
 
+@triton.jit
+@typing.no_type_check
+def copy_kernel(
+    source_ptr,  # float32 [num_elements]
+    target_ptr,
+    NUM_ELEMENTS: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy every `NUM_PROGRAMS`-th block of the source."""
+    pid = tl.program_id(0)
+    for start in range(pid, NUM_ELEMENTS // BLOCK, NUM_PROGRAMS):
+        offs = start.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(target_ptr + offs, tl.load(source_ptr + offs))
+
+
 @functools.cache
 def read_ceiling(num_bytes: int) -> float:
     """Return the best rate in GB/s of reading `num_bytes`, of buffers that exceed the caches."""
+    buffers = _buffers(num_bytes)
+    best_us = min(_device_us(read_kernel, "sums_ptr", buffers, *shape) for shape in SHAPES)
+    return 4 * buffers[0].size / best_us / 1e3
+
+
+@functools.cache
+def copy_ceiling(num_bytes: int) -> float:
+    """Return the best rate in GB/s, bytes read and bytes written, of copying `num_bytes`."""
+    buffers = _buffers(num_bytes)
+    best_us = min(_device_us(copy_kernel, "target_ptr", buffers, *shape) for shape in SHAPES)
+    return 2 * 4 * buffers[0].size / best_us / 1e3
+
+
+def _buffers(num_bytes: int) -> list[jax.Array]:
     elements = num_bytes // 4 // 8192 * 8192
     copies = max(1, -(-(2**28) // num_bytes))
-    buffers = [
-        jax.random.normal(jax.random.key(i), (elements,), jnp.float32) for i in range(copies)
-    ]
-    best_us = min(_read_us(buffers, *shape) for shape in SHAPES)
-    return 4 * elements / best_us / 1e3
+    return [jax.random.normal(jax.random.key(i), (elements,), jnp.float32) for i in range(copies)]
 
 
-def _read_us(buffers, programs_per_sm: int, block: int, num_warps: int) -> float:
+def _device_us(kernel, output: str, buffers, programs_per_sm: int, block: int, num_warps: int):
     programs = programs_per_sm * jax.devices()[0].core_count
     constants = {"NUM_ELEMENTS": buffers[0].size, "NUM_PROGRAMS": programs, "BLOCK": block}
+    size = programs if output == "sums_ptr" else buffers[0].size
 
     @jax.jit
     def run(*buffers):
         return [
             _launch.call(
-                read_kernel,
+                kernel,
                 {"source_ptr": buffer},
-                {"sums_ptr": jax.ShapeDtypeStruct((programs,), jnp.float32)},
+                {output: jax.ShapeDtypeStruct((size,), jnp.float32)},
                 constants,
                 grid=programs,
                 num_warps=num_warps,
@@ -68,4 +95,4 @@ def _read_us(buffers, programs_per_sm: int, block: int, num_warps: int) -> float
         ]
 
     found = timing.kernels(lambda: run(*buffers), repeats=3)
-    return statistics.median(k.end_us - k.begin_us for k in found if k.name == "read_kernel")
+    return statistics.median(k.end_us - k.begin_us for k in found if k.name == kernel.fn.__name__)

@@ -45,6 +45,7 @@ def page(device: str, lines: dict) -> str:
     text += own_table(lines, "options", "Options")
     text += own_table(lines, "order", "Random order of pages, and their size")
     text += loop_table(lines)
+    text += ragged_table(lines) + against_parts_table(lines) + write_table(lines)
     return text
 
 
@@ -120,6 +121,69 @@ def loop_table(lines) -> str:
     for way in ways:
         cells = (f"{lines[name, way]['wall_us_per_layer']:.1f}" for name in batches)
         text += f"| {way} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def ragged_table(lines) -> str:
+    """Write what prefills and chunks reach of a large product, and of dense attention."""
+    found = [w for w, c in lines if c == "ejk" and w.startswith(("prefill", "8 chunks"))]
+    found = [w for w in found if "device_us" in lines[w, "ejk"]]
+    if not found:
+        return ""
+    rate = lines[found[0], "ejk"]["matmul_tflops"]
+    text = (
+        "\nMany new tokens a sequence, 32/8/128, causal, bfloat16. A product of two matrices of "
+        f"8,192 x 8,192 ran at {rate:.0f} TFLOP/s:\n\n"
+        "| | device, us | TFLOP/s | of the product | of cuDNN's dense attention |\n"
+        "|---|---|---|---|---|\n"
+    )
+    for name in found:
+        line, dense = lines[name, "ejk"], lines.get((name, "cuDNN dense, contiguous"), {})
+        share = f"{dense['device_us'] / line['device_us']:.1%}" if "device_us" in dense else "-"
+        text += f"| {name} | {line['device_us']:,.1f} | {line['tflops']:.0f} |"
+        text += f" {line['of_matmul']:.1%} | {share} |\n"
+    return text
+
+
+def against_parts_table(lines) -> str:
+    """Write what one call costs against its parts, or a draft against its decode, alone."""
+
+    def best(name):
+        return min(
+            (line["device_us"] for (w, _), line in lines.items() if w == name and "tflops" in line),
+            default=None,
+        )
+
+    rows = ""
+    for name, parts in {
+        "mixed": ("mixed: its chunks", "mixed: its decodes"),
+        "verification of 8 on 8,192": ("verification: its decode",),
+    }.items():
+        for page in ("page 16", "page 64"):
+            alone = [best(f"{part}, {page}") for part in parts]
+            ours = lines.get((f"{name}, {page}", "ejk"), {}).get("device_us")
+            if ours and all(alone):
+                rows += f"| {name}, {page} | {ours:,.1f} |"
+                rows += f" {' + '.join(f'{us:,.1f}' for us in alone)} | {ours / sum(alone):.2f} |\n"
+    head = (
+        "\nFour chunks of 512 tokens on 4,096 and 60 decodes at 4,096 in one call, against each "
+        "part in the best call for it; and 8 drafted tokens of 32 sequences on 8,192 against the "
+        "decode of one:\n\n| | device, us | alone, us | ratio |\n|---|---|---|---|\n"
+    )
+    return head + rows if rows else ""
+
+
+def write_table(lines) -> str:
+    """Write what `ejk.write_kv_cache` reaches of a copy."""
+    found = [w for w, _ in lines if w.startswith("write ")]
+    if not found:
+        return ""
+    text = "\nWrites of new tokens, 8 KV heads of 128, bfloat16, pages of 16:\n\n"
+    text += "| | device, us | GB/s | of the copy ceiling |\n|---|---|---|---|\n"
+    for name in found:
+        line = lines[name, "ejk"]
+        text += f"| {name} | {line['device_us']:.2f} | {line['gb_per_s']:,.0f} |"
+        text += f" {line['of_ceiling']:.1%} |\n"
     return text
 
 

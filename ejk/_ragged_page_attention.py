@@ -30,6 +30,7 @@ from ejk.backends.ragged_page_attention import (
 )
 from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
+from ejk.backends.xla.ragged_page_attention_backward import differentiable
 
 # Pallas has no kernel for it yet: who asks for it is told so by name.
 BACKENDS = (TritonRaggedPageAttention(), PallasPageAttention(), XlaRaggedPageAttention())
@@ -108,8 +109,9 @@ def ragged_page_attention(
     A row that sees no token, such as one with `t < 0`, is exactly 0, its LSE the sink or -inf. A
     row of no sequence is 0, its LSE -inf. What is said of bad table entries, of memory that no
     visible token owns and of accumulation in float32 is that of `ejk.page_attention`. Among new
-    tokens of one sequence, a value that is not finite may reach rows that do not see it. No
-    derivatives yet. Batches under `vmap`, one call after another.
+    tokens of one sequence, a value that is not finite may reach rows that do not see it. Has
+    first derivatives in reverse mode, as `ejk.page_attention` has. Batches under `vmap`, one call
+    after another.
 
     Args:
         query: the new tokens of all sequences. float32, bfloat16 or float16.
@@ -201,7 +203,7 @@ def ragged_page_attention(
         positions=as_int32(positions, 2**31 - 1) if problem.has_positions else None,
         tree_mask=_without_empty_axis(tree_mask),
     )
-    results = _dispatch.call(problem, choice, operands)
+    results = differentiable(problem, choice, _dispatch.vary_together(operands))
     return (results[0], results[1]) if return_lse else results[0]
 
 

@@ -4,7 +4,8 @@
     python examples/generate.py "Why is the sky blue?"    answer this one
     python examples/generate.py --prompt "Once upon a time" --backend triton --interpret
 
-All prompts are decoded as one batch. The model is in `smollm2.py`, the loop in `paged_decode.py`.
+All prompts are read and continued as one batch. The model is in `smollm2.py`, the loop in
+`paged_decode.py`.
 """
 
 import argparse
@@ -28,8 +29,8 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}")
 
-DEFAULT_PROMPTS = ("The capital of France is", "def fibonacci(n):\n    if n")
-DEFAULT_CHATS = ("Write one sentence about the sea.",)
+DEFAULT_PROMPTS = ("The capital of France is", "Once upon a time")
+DEFAULT_CHATS = ("Write one sentence about the moon.",)
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
 
@@ -137,6 +138,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="default: f32 on a CPU, else bf16")
     add("--cache-layout", choices=("HND", "NHD", "KV_HEADS_FIRST"), default="HND")
     add("--page-size", type=int, default=16, metavar="N", help="default: %(default)s")
+    add(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens read in one call"
+    )
     add("--seed", type=int, default=0, help="of the order in which pages are handed out")
     args = parser.parse_args(argv)
     args.chats = [*args.chat, *args.chats]
@@ -144,8 +148,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.chats, args.prompts = list(DEFAULT_CHATS), list(DEFAULT_PROMPTS)
     if args.interpret and args.backend not in ("triton", "pallas"):
         parser.error("--interpret needs --backend triton or --backend pallas")
-    if args.max_new_tokens < 1 or args.page_size < 1:
-        parser.error("--max-new-tokens and --page-size must be at least 1")
+    if min(args.max_new_tokens, args.page_size, args.prefill_chunk) < 1:
+        parser.error("--max-new-tokens, --page-size and --prefill-chunk must be at least 1")
     if not all(args.prompts):
         parser.error("--prompt needs some text to continue")
     return args
@@ -154,16 +158,23 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 Choice: TypeAlias = str | ejk.Backend | None
 
 
-def backend_choices(name: str, interpret: bool) -> tuple[Choice, Choice]:
-    """Turn the options into what `page_attention` and `write_kv_cache` take as `backend=`."""
+def backend_choices(name: str, interpret: bool) -> dict[str, Choice]:
+    """Turn the options into the backends of decoding, prefill and write, as `stream` takes them."""
     if interpret:
-        attention, write = {
-            "triton": (ejk.TritonPageAttention, ejk.TritonWriteKVCache),
-            "pallas": (ejk.PallasPageAttention, ejk.PallasWriteKVCache),
+        kinds = {
+            "triton": (
+                ejk.TritonPageAttention,
+                ejk.TritonRaggedPageAttention,
+                ejk.TritonWriteKVCache,
+            ),
+            "pallas": (ejk.PallasPageAttention, None, ejk.PallasWriteKVCache),
         }[name]
-        return attention(interpret=True), write(interpret=True)
-    # jax-triton 0.3 runs the attention, and cannot write in place: then XLA writes.
-    return None if name == "auto" else name, "xla" if name == "xla" else None
+        choices = [kind and kind(interpret=True) for kind in kinds]
+    else:
+        # jax-triton 0.3 runs decode attention, and cannot write in place: then XLA does the rest.
+        rest = "xla" if name == "xla" else None
+        choices = [None if name == "auto" else name, rest, rest]
+    return dict(zip(("backend", "prefill_backend", "write_backend"), choices))
 
 
 def backend_report(model: smollm2.SmolLM2, spec: CacheSpec, num_seqs: int, backend):
@@ -190,21 +201,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         *(Passage("Completion", text, model.encode(text)) for text in args.prompts),
         *(Passage("Chat", f"> {text}\n", model.encode_chat(text)) for text in args.chats),
     ]
-    backend, write_backend = backend_choices(args.backend, args.interpret)
+    backends = backend_choices(args.backend, args.interpret)
     # How many pages there are decides nothing here.
     spec = CacheSpec(num_pages=1, page_size=args.page_size, layout=args.cache_layout)
-    report = backend_report(model, spec, len(passages), backend)
+    report = backend_report(model, spec, len(passages), backends["backend"])
     if report.chosen is None:
         sys.exit(f"error: {report}")
     steps = stream(
         model,
         [passage.prompt for passage in passages],
         max_new_tokens=args.max_new_tokens,
-        backend=backend,
-        write_backend=write_backend,
+        prefill_chunk=args.prefill_chunk,
         cache_layout=args.cache_layout,
         page_size=args.page_size,
         seed=args.seed,
+        **backends,
     )
 
     def advance() -> set[int]:

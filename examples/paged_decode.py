@@ -1,4 +1,8 @@
-"""Decoding many prompts as one batch over a paged cache: the loop to copy.
+"""Reading and continuing many prompts as one batch over a paged cache: the loop to copy.
+
+Prompts are read in chunks: each call of `prefill_step` takes the next tokens of all of them that
+fit, packed row after row, whichever sequences they are of. Then each call of `decode_step` appends
+a token to every sequence.
 
 Keys and values live in two pools of pages. A sequence takes a page from the pool whenever its last
 one is full, so its pages lie anywhere; its row of `block_tables` says where. All layers share one
@@ -106,40 +110,80 @@ def write(
     )
 
 
+class Chunk(NamedTuple):
+    """Prompt tokens of several sequences, packed: those of sequence `s` are the rows
+    `[cu_q_lens[s], cu_q_lens[s + 1])`.
+    """
+
+    tokens: np.ndarray  # int32 [rows]
+    seqs: np.ndarray  # int32 [rows]: whose they are
+    positions: np.ndarray  # int32 [rows]: where in the prompt; -1 for rows of padding
+    cu_q_lens: np.ndarray  # int32 [num_seqs + 1]
+    context_lens: np.ndarray  # int32 [num_seqs]: tokens read of each prompt, these included
+
+
+def chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
+    """Deal out the prompts, one after the other, `size` tokens at a time; pad the last chunk."""
+    lens = np.array([len(prompt) for prompt in prompts])
+    tokens, seqs = np.concatenate(prompts), np.repeat(np.arange(len(lens)), lens)
+    ends = np.cumsum(lens)
+    positions = np.arange(len(tokens)) - (ends - lens)[seqs]
+    rows = min(size, len(tokens))
+    for begin in range(0, len(tokens), rows):
+        chosen = slice(begin, begin + rows)
+        pad = (0, max(begin + rows - len(tokens), 0))
+        bounds = np.clip(np.append(0, ends) - begin, 0, rows)
+        bounds = np.minimum(bounds, len(tokens) - begin)
+        read = np.clip(begin + rows - (ends - lens), 0, lens)
+        chunk = (
+            np.pad(tokens[chosen], pad),
+            np.pad(seqs[chosen], pad),
+            np.pad(positions[chosen], pad, constant_values=-1),
+            bounds,
+            read,
+        )
+        yield Chunk(*(x.astype(np.int32) for x in chunk))
+
+
 @functools.partial(
-    jax.jit, static_argnames=("config", "spec", "write_backend"), donate_argnames="pools"
+    jax.jit, static_argnames=("config", "spec", "backend", "write_backend"), donate_argnames="pools"
 )
-def prefill(
+def prefill_step(
     params: smollm2.Params,
     pools: Pools,
-    tokens: jax.Array,
-    prompt_lens: jax.Array,
+    chunk: Chunk,
     block_tables: jax.Array,
     *,
     config: smollm2.Config,
     spec: CacheSpec,
+    backend: str | ejk.Backend | None = None,
     write_backend: str | ejk.Backend | None = None,
 ) -> tuple[jax.Array, Pools]:
-    """Write prompts (`tokens [num_seqs, padded_len]`) into their pages; choose the next tokens."""
-    num_seqs, padded_len = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(padded_len)[None, :], tokens.shape)
-    written = jnp.where(positions < prompt_lens[:, None], positions, -1)
-    slots = spec.slot_mapping(block_tables, written).reshape(-1)
+    """Read a chunk of the prompts into their pages; choose what follows the last row of each.
+
+    Each token sees what its sequence has in the pages: earlier chunks, and this one up to itself.
+    """
+    slots = spec.slot_mapping(block_tables[chunk.seqs], chunk.positions[:, None])[:, 0]
 
     def attend(layer, query, key, value, pools):
-        layer_slots, _ = spec.of_layer(layer, slots, block_tables)
+        layer_slots, layer_tables = spec.of_layer(layer, slots, block_tables)
         pools = write(spec, pools, key, value, layer_slots, write_backend)
-        # Prompts are padded on the right, so a causal mask alone hides the padding.
-        query, key, value = (
-            x.reshape(num_seqs, padded_len, *x.shape[1:]) for x in (query, key, value)
+        out = ejk.ragged_page_attention(
+            query,
+            pools.key,
+            pools.value,
+            chunk.context_lens,
+            layer_tables,
+            chunk.cu_q_lens,
+            cache_layout=spec.layout,
+            backend=backend,
         )
-        out = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return out.reshape(num_seqs * padded_len, *out.shape[2:]), pools
+        return out, pools
 
     hidden, pools = smollm2.hidden_states(
-        config, params, tokens.reshape(-1), positions.reshape(-1), attend, pools
+        config, params, chunk.tokens, chunk.positions, attend, pools
     )
-    last_rows = jnp.arange(num_seqs) * padded_len + prompt_lens - 1
+    last_rows = jnp.maximum(chunk.cu_q_lens[1:] - 1, 0)
     return _choose(params, hidden[last_rows]), pools
 
 
@@ -193,7 +237,9 @@ def stream(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 64,
+    prefill_chunk: int = 512,
     backend: str | ejk.Backend | None = None,
+    prefill_backend: str | ejk.Backend | None = None,
     write_backend: str | ejk.Backend | None = None,
     cache_layout: CacheLayout = "HND",
     page_size: int = 16,
@@ -201,20 +247,24 @@ def stream(
 ) -> Iterator[dict[int, int]]:
     """Continue all prompts greedily, and yield after each step `{sequence: its new token}`.
 
-    A sequence that has reached an end token is missing from there on. The first step runs (and, if
-    need be, compiles) the prefill, every later one a single call of `decode_step`.
+    A sequence that has reached an end token is missing from there on. The first step reads the
+    prompts, every later one is a single call of `decode_step`.
 
     Args:
         prompts: tokens of each prompt, none empty.
+        prefill_chunk: prompt tokens, of all sequences together, that one call reads.
         backend: passed on to `ejk.page_attention`: None, a name or an object.
+        prefill_backend: passed on to `ejk.ragged_page_attention`.
         write_backend: passed on to `ejk.write_kv_cache`.
         seed: of the order in which pages are taken from the pool.
     """
     num_seqs = len(prompts)
     context_lens = np.array([len(prompt) for prompt in prompts], np.int32)
     full_lens = context_lens + max_new_tokens
-    if num_seqs == 0 or context_lens.min() == 0 or max_new_tokens < 1:
-        raise ValueError("there must be a prompt, a token in each and max_new_tokens >= 1")
+    if num_seqs == 0 or context_lens.min() == 0 or min(max_new_tokens, prefill_chunk) < 1:
+        raise ValueError(
+            "there must be a prompt, a token in each, max_new_tokens >= 1 and prefill_chunk >= 1"
+        )
     if full_lens.max() > model.config.max_context_len:
         raise ValueError(
             f"the longest prompt and max_new_tokens={max_new_tokens} make {full_lens.max()} "
@@ -223,22 +273,24 @@ def stream(
     blocks = -(-full_lens // page_size)
     spec = CacheSpec(2 * int(blocks.sum()), page_size, cache_layout)  # half of it stays poison
     tables = PageTables(num_seqs, int(blocks.max()), spec, seed)
-    padded = np.zeros((num_seqs, context_lens.max()), np.int32)
     for seq, prompt in enumerate(prompts):
         tables.reserve(seq, len(prompt))
-        padded[seq, : len(prompt)] = prompt
 
     pools = spec.poisoned_pools(model.config, model.dtype)
-    tokens, pools = prefill(
-        model.params,
-        pools,
-        padded,
-        context_lens,
-        tables.block_tables,
-        config=model.config,
-        spec=spec,
-        write_backend=write_backend,
-    )
+    tokens = jnp.zeros(num_seqs, jnp.int32)
+    for chunk in chunks(prompts, prefill_chunk):
+        chosen, pools = prefill_step(
+            model.params,
+            pools,
+            chunk,
+            tables.block_tables,
+            config=model.config,
+            spec=spec,
+            backend=prefill_backend,
+            write_backend=write_backend,
+        )
+        # What was chosen in the middle of a prompt gives way to what its next chunk chooses.
+        tokens = jnp.where(np.diff(chunk.cu_q_lens) > 0, chosen, tokens)
     live = set(range(num_seqs))
     for remaining in reversed(range(max_new_tokens)):
         chosen = np.asarray(tokens).tolist()  # waits until the device is done with the tables

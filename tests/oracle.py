@@ -74,7 +74,8 @@ def ragged_rows(total, lens, cu_q_lens, sliding_window=None, positions=None, tre
                 seen = [*range(context), *new]
             distances = [(j, position(j) - position(t)) for j in seen]
             if sliding_window is not None:
-                distances = [(j, d) for j, d in distances if -d < int(sliding_window)]
+                # Below 1 it shows nothing, whatever the positions.
+                distances = [(j, d) for j, d in distances if -d < int(sliding_window) >= 1]
             rows[row] = s, distances
     return rows
 

@@ -12,7 +12,13 @@ import ejk
 
 @dataclasses.dataclass(frozen=True)
 class RaggedEntry(Entry):
-    """One backend under test."""
+    """One backend under test.
+
+    Attributes:
+        decode: the backend of `ejk.page_attention` that takes single tokens in the same blocks.
+    """
+
+    decode: ejk.Backend | None = None
 
     def __call__(self, case, **overrides):
         """Run a case; return the output and the LSE as NumPy arrays."""
@@ -28,20 +34,26 @@ def entries() -> list[RaggedEntry]:
     if os.environ.get("EJK_TEST_GPU"):
         return [
             RaggedEntry("ragged xla on gpu", ejk.XlaRaggedPageAttention(), examples=20),
-            RaggedEntry("ragged triton on gpu", ejk.TritonRaggedPageAttention(), examples=40),
+            RaggedEntry(
+                "ragged triton on gpu",
+                ejk.TritonRaggedPageAttention(),
+                examples=40,
+                decode=ejk.TritonPageAttention(),
+            ),
         ]
     small = ejk.XlaRaggedPageAttention(block_q=4, block_kv=16)
     return [
         RaggedEntry("ragged xla", ejk.XlaRaggedPageAttention(), examples=12),
         RaggedEntry("ragged xla in small blocks", small, examples=6),
-        RaggedEntry("ragged triton interpreted", TRITON, examples=16),
+        RaggedEntry("ragged triton interpreted", TRITON, examples=16, decode=DECODE),
     ]
 
 
 # Small blocks, so that a few tokens are wide ones, and blocks of keys that need no mask occur.
 TRITON = ejk.TritonRaggedPageAttention(
-    block_rows=16, block_kv=16, few_block_kv=16, num_sms=6, interpret=True
+    block_rows=16, block_kv=32, few_block_kv=16, num_sms=6, interpret=True
 )
+DECODE = ejk.TritonPageAttention(block_kv=16, num_sms=6, interpret=True)
 RAGGED = entries()
 
 

@@ -50,6 +50,10 @@ class RaggedCase(Case):
         return oracle.only_pages([self.rows_seen[row]], keys, tables, self.cache_layout)[0]
 
     @property
+    def outside(self):
+        return np.array([row is None for row in self.rows_seen])
+
+    @property
     def bounds(self) -> list[int]:
         """`cu_q_lens` made sane."""
         clipped = [min(max(int(c), 0), len(self.query)) for c in self.cu_q_lens]
@@ -62,11 +66,10 @@ class RaggedCase(Case):
         blind = np.array([not (row and row[1]) for row in self.rows_seen])
         junk = fill(rng, self.query.shape, self.dtype)
         query = np.where(blind[:, None, None], junk, self.query)
-        outside = np.array([row is None for row in self.rows_seen])
         options = dict(self.options)
         if "positions" in options:
             anything = rng.integers(-(2**31), 2**31, len(query)).astype(np.int32)
-            options["positions"] = np.where(outside, anything, options["positions"])
+            options["positions"] = np.where(self.outside, anything, options["positions"])
         if "tree_mask" in options:
             mask = options["tree_mask"]
             q_lens = np.array([0 if row is None else self._q_len(row[0]) for row in self.rows_seen])

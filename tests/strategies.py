@@ -123,6 +123,11 @@ class Case:
         visible = oracle.visible_positions(*where, self.options.get(window))
         return row, [(j, j - last) for j in visible]
 
+    @property
+    def outside(self) -> np.ndarray:
+        """Which rows are no sequence's."""
+        return np.zeros(len(self.query), bool)
+
     def lengths(self) -> list[int]:
         """The clipped length of every sequence."""
         capacity = self.block_tables.shape[1] * self.shape.page_size

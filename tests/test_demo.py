@@ -6,12 +6,11 @@ import sys
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
-
-import ejk
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -116,23 +115,66 @@ def test_tokenizer_round_trip():
 
 @pytest.fixture(scope="module")
 def read_anew(tiny):
-    """The tokens that follow when each is chosen by reading everything before it anew."""
-    rows = [list(prompt) for prompt in PROMPTS]
-    for _ in range(6):
-        for row, (token,) in zip(rows, paged_decode.generate(tiny, rows, max_new_tokens=1)):
-            row.append(token)
-    return [row[len(prompt) :] for prompt, row in zip(PROMPTS, rows)]
+    """The tokens that follow when each is chosen by dense attention to all tokens before it."""
+
+    def attend(layer, query, key, value, cache):
+        out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True)
+        return out[0], cache
+
+    @jax.jit
+    def choose(tokens, last):
+        # What follows the last token is padding, which a causal mask hides.
+        positions = jnp.arange(len(tokens))
+        x, _ = smollm2.hidden_states(TINY, tiny.params, tokens, positions, attend, None)
+        return smollm2.logits(tiny.params, x)[last].argmax()
+
+    def follow(prompt):
+        row = list(prompt)
+        for _ in range(6):
+            row.append(int(choose(jnp.array(row + [0] * (16 - len(row))), len(row) - 1)))
+        return row[len(prompt) :]
+
+    return [follow(prompt) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize(
-    ("layout", "page_size"),
-    [("HND", 1), ("HND", 4), ("HND", 16), ("NHD", 4), ("KV_HEADS_FIRST", 4)],
+    ("layout", "page_size", "prefill_chunk"),
+    [
+        ("HND", 1, 512),
+        ("HND", 4, 1),
+        ("HND", 4, 3),
+        ("HND", 4, 5),
+        ("HND", 16, 13),
+        ("NHD", 4, 3),
+        ("KV_HEADS_FIRST", 4, 512),
+    ],
 )
-def test_decoding_agrees_with_reading_everything_anew(tiny, read_anew, layout, page_size):
+def test_tokens_are_those_of_reading_everything_anew(
+    tiny, read_anew, layout, page_size, prefill_chunk
+):
+    """Whatever the layout, the size and the order of pages, and the size of chunks."""
     outputs = paged_decode.generate(
-        tiny, PROMPTS, max_new_tokens=6, cache_layout=layout, page_size=page_size, seed=page_size
-    )
+        tiny, PROMPTS, max_new_tokens=6, prefill_chunk=prefill_chunk, cache_layout=layout,
+        page_size=page_size, seed=page_size,
+    )  # fmt: skip
     assert outputs == read_anew
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 14, 99])
+def test_chunks_are_all_tokens_in_order(size):
+    lens = [len(prompt) for prompt in PROMPTS]
+    read = [[] for _ in PROMPTS]
+    for chunk in paged_decode.chunks(PROMPTS, size):
+        assert len(chunk.tokens) == min(size, sum(lens))
+        for seq, (begin, end) in enumerate(zip(chunk.cu_q_lens, chunk.cu_q_lens[1:])):
+            rows = slice(begin, end)
+            positions = range(len(read[seq]), len(read[seq]) + end - begin)
+            assert chunk.positions[rows].tolist() == list(positions)
+            assert (chunk.seqs[rows] == seq).all()
+            read[seq] += chunk.tokens[rows].tolist()
+        assert chunk.context_lens.tolist() == [len(tokens) for tokens in read]
+        assert (chunk.positions[chunk.cu_q_lens[-1] :] == -1).all()
+    assert read == [list(prompt) for prompt in PROMPTS]
 
 
 def test_sequences_end_alone(tiny):
@@ -173,17 +215,15 @@ def model():
     return smollm2.load()
 
 
-def write(model, backend, write_backend):
+def write(model, **options):
     texts = ("The capital of France is", "def fibonacci(n):\n    if n")
     prompts = [model.encode(text) for text in texts]
-    return paged_decode.generate(
-        model, prompts, max_new_tokens=16, backend=backend, write_backend=write_backend
-    )
+    return paged_decode.generate(model, prompts, max_new_tokens=16, **options)
 
 
 @pytest.fixture(scope="module")
 def written(model):
-    return write(model, ejk.XlaPageAttention(), ejk.XlaWriteKVCache())
+    return write(model, **generate.backend_choices("xla", interpret=False))
 
 
 @pytest.mark.demo
@@ -194,4 +234,27 @@ def test_the_model_knows_paris(model, written):
 @pytest.mark.demo
 @pytest.mark.parametrize("name", ["triton", "pallas"])
 def test_backends_write_the_same_tokens(model, written, name):
-    assert write(model, *generate.backend_choices(name, interpret=True)) == written
+    assert write(model, **generate.backend_choices(name, interpret=True)) == written
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize(("prefill_chunk", "page_size", "seed"), [(1, 16, 1), (5, 4, 2), (9, 1, 3)])
+def test_chunks_and_pages_change_no_token(model, written, prefill_chunk, page_size, seed):
+    assert written == write(model, prefill_chunk=prefill_chunk, page_size=page_size, seed=seed)
+
+
+@pytest.mark.demo
+def test_chunks_and_pages_change_no_token_of_the_shipped_prompts_in_bfloat16():
+    model = smollm2.load(jnp.bfloat16)
+    prompts = [
+        *map(model.encode, generate.DEFAULT_PROMPTS),
+        *map(model.encode_chat, generate.DEFAULT_CHATS),
+    ]
+
+    def run(**options):
+        return paged_decode.generate(model, prompts, max_new_tokens=64, **options)
+
+    outputs = run()
+    assert run(prefill_chunk=17, seed=1) == outputs
+    assert run(prefill_chunk=7, page_size=4, seed=2) == outputs
+    assert run(prefill_chunk=1, cache_layout="NHD", page_size=32) == outputs

@@ -109,6 +109,73 @@ def test_tokens_written_to_the_far_end_of_a_large_pool(num_tokens):
     assert tails[0].any()
 
 
+def mixed(num_pages, max_blocks=32):
+    """A decode, a draft of 8, a chunk of 200 and a whole prefill of 300; rows of nobody around."""
+    rng = np.random.default_rng(0)
+    lens = jnp.asarray([500, 77, 411, 300], jnp.int32)
+    bounds = jnp.asarray([3, 4, 12, 212, 512], jnp.int32)
+    query = jnp.asarray(rng.standard_normal((520, 32, HEAD_DIM)), jnp.bfloat16)
+    tables = rng.permutation(num_pages)[: 4 * max_blocks].reshape(4, max_blocks)
+    return query, lens, jnp.asarray(tables, jnp.int32), bounds
+
+
+def test_a_mixed_batch_on_a_pool_above_2_31_elements():
+    """Bit for bit what the same pages at the start of a small pool give, and what XLA says."""
+    few, far = 256, 2**31 // (KV_HEADS * PAGE * HEAD_DIM) + 1024
+    query, lens, tables, bounds = mixed(few)
+    small_keys, small_values = pool(few, 1), pool(few, 2)
+    attend = functools.partial(ejk.ragged_page_attention, backend="triton", return_lse=True)
+    small = attend(query, small_keys, small_values, lens, tables, bounds)
+    xla = ejk.ragged_page_attention(
+        query, small_keys, small_values, lens, tables, bounds, backend="xla", return_lse=True
+    )
+    for a, b in zip(small, xla, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=2e-2)
+    outside = np.r_[0:3, 512:520]
+    assert not np.asarray(small[0], np.float32)[outside].any()
+
+    @jax.jit
+    def place(pages):
+        large = jnp.full((far, *pages.shape[1:]), jnp.nan, pages.dtype)
+        return large.at[far - few :].set(pages)
+
+    keys, values = place(small_keys), place(small_values)
+    assert keys.size > 2**31
+    large = attend(query, keys, values, lens, tables + (far - few), bounds)
+    for a, b in zip(small, large, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_layers_of_a_mixed_batch_write_in_place_and_copy_no_pool():
+    query, lens, tables, bounds = mixed(NUM_PAGES)
+
+    def step(query, keys, values, lens, tables, bounds):
+        for index in range(LAYERS):
+            slots = jnp.arange(len(query), dtype=jnp.int32) + index * NUM_PAGES * PAGE
+            keys, values = ejk.write_kv_cache(query[:, ::4], query[:, 1::4], keys, values, slots)
+            own = tables + index * NUM_PAGES
+            query = ejk.ragged_page_attention(query, keys, values, lens, own, bounds)
+        return query, keys, values
+
+    keys, values = pool(LAYERS * NUM_PAGES, 1), pool(LAYERS * NUM_PAGES, 2)
+    pool_bytes, shape = keys.nbytes, f"bf16[{','.join(map(str, keys.shape))}]"
+    arguments = (query, keys, values, lens, tables, bounds)
+    compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()
+    assert not re.findall(rf"= {re.escape(shape)}\S* copy(?:-start)?\(", compiled.as_text())
+    assert "triton_kernel_call" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * pool_bytes
+    assert np.isfinite(np.asarray(compiled(*arguments)[0], np.float32)).all()
+
+
+def test_a_mixed_batch_does_not_wait_for_the_device():
+    query, lens, tables, bounds = mixed(NUM_PAGES)
+    keys, values = pool(NUM_PAGES, 1), pool(NUM_PAGES, 2)
+    call = jax.jit(ejk.ragged_page_attention)
+    with jax.transfer_guard("disallow"):
+        out = call(query, keys, values, lens, tables, bounds)
+    assert out.shape == query.shape
+
+
 def test_nothing_waits_for_the_device():
     """Lengths and tables stay on the device: a call compiles and runs with transfers forbidden."""
     query, lens, tables = batch(NUM_PAGES)

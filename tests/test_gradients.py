@@ -19,7 +19,7 @@ FLOATS = ("query", "key_cache", "value_cache", "attn_scale", "sinks", "alibi_slo
 
 def operands(case: Case) -> dict:
     """Split a case in what is differentiated; the scale always given."""
-    query, keys, values, _, _ = case.operands()
+    query, keys, values, *_ = case.operands()
     scale = case.options.get("attn_scale", case.shape.head_dim**-0.5)
     given = {
         "query": query,
@@ -45,7 +45,7 @@ def attend(case: Case, backend, floats: dict):
 def spread(case: Case, floats: dict) -> dict:
     """Give every logit its own scale and slope, and every row its own sink."""
     shape = case.shape
-    rows = (len(case.context_lens), shape.num_heads)
+    rows = (len(case.query), shape.num_heads)
     logits = (*rows, case.block_tables.shape[1] * shape.page_size)
     spread = dict(floats)
     spread["attn_scale"] = jnp.broadcast_to(floats["attn_scale"], logits)
@@ -63,17 +63,19 @@ SUMMED = {"attn_scale": (0, 1, 2), "alibi_slopes": (0, 2), "sinks": (0,)}
 def dense(case: Case, floats: dict):
     """Attention over gathered tokens as one softmax; no poison, the small operands spread."""
     order = {"HND": (0, 2, 1, 3), "NHD": (0, 1, 2, 3), "KV_HEADS_FIRST": (1, 2, 0, 3)}
-    tables, shape = case.block_tables, case.shape
-    valid = (tables >= 0) & (tables < shape.num_pages)
-    n = np.array(case.lengths())[:, None]
-    positions = np.arange(tables.shape[1] * shape.page_size)[None]
-    window = int(case.options.get("sliding_window", 2**31))
-    visible = (positions < n) & (positions >= n - window)
-    visible &= np.repeat(valid, shape.page_size, axis=1)
+    shape = case.shape
+    rows = (len(case.query), case.block_tables.shape[1] * shape.page_size)
+    visible, ahead = np.zeros(rows, bool), np.zeros(rows)
+    tables = np.zeros((rows[0], case.block_tables.shape[1]), np.int64)
+    for row in range(rows[0]):
+        s, seen = case.seen(row)
+        for j, distance in seen:
+            visible[row, j], ahead[row, j] = True, distance
+            tables[row, j // shape.page_size] = int(case.block_tables[s, j // shape.page_size])
 
     def gather(pool):
         canonical = pool.transpose(order[case.cache_layout])
-        pages = canonical[np.where(valid, tables, 0).astype(np.int64)]
+        pages = canonical[tables]
         tokens = pages.reshape(len(tables), -1, *pages.shape[3:])
         tokens = jnp.where(visible[..., None, None], tokens, jnp.zeros((), tokens.dtype))
         return jnp.repeat(tokens, shape.num_heads // shape.num_kv_heads, axis=2)
@@ -92,16 +94,17 @@ def dense(case: Case, floats: dict):
     wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
     logits = logits.astype(wide)
     if "alibi_slopes" in floats:
-        behind = jnp.broadcast_to((positions - (n - 1))[:, None], logits.shape).astype(wide)
-        logits = logits + floats["alibi_slopes"].astype(wide) * behind
+        distance = jnp.broadcast_to(ahead[:, None], logits.shape).astype(wide)
+        logits = logits + floats["alibi_slopes"].astype(wide) * distance
     logits = jnp.where(visible[:, None], logits, -jnp.inf)
     if "sinks" in floats:
         sinks = floats["sinks"].astype(wide)[..., None]
+        sinks = jnp.where(case.outside[:, None, None], -jnp.inf, sinks)
         logits = jnp.concatenate([logits, sinks], axis=2)
     some = (logits > -jnp.inf).any(-1, keepdims=True)
     safe = jnp.where(some, logits, 0.0)
     lse = jax.nn.logsumexp(safe, axis=-1, keepdims=True)
-    p = jnp.where(some, jnp.exp(safe - lse), 0.0)[..., : positions.shape[1]]
+    p = jnp.where(some, jnp.exp(safe - lse), 0.0)[..., : rows[1]]
     out = product("sht,sthd->shd", p.astype(values.dtype), values)
     return out, jnp.where(some, lse, -jnp.inf)[..., 0]
 
@@ -117,7 +120,7 @@ def gradients(function, floats: dict, cotangents):
     return {name: np.asarray(grad).astype(np.float64) for name, grad in grads.items()}
 
 
-def check(case: Case, entry):
+def check(case: Case, entry, attend=attend):
     """Compare, by operand and in max-norm: twice plain autodiff's error and a few roundings.
 
     As for outputs, a float32 gradient may be off by 2e-6 of its largest entry in any case: the
@@ -125,7 +128,7 @@ def check(case: Case, entry):
     one that happens to be exact.
     """
     rng = np.random.default_rng(7)
-    rows = (len(case.context_lens), case.shape.num_heads)
+    rows = (len(case.query), case.shape.num_heads)
     cotangents = (
         rng.standard_normal((*rows, case.shape.width)).astype(np.float32),
         rng.standard_normal(rows).astype(np.float32),

@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -95,14 +94,3 @@ def test_the_right_call_is_right():
 def test_pallas_is_refused_by_name():
     with pytest.raises(ejk.UnsupportedError, match="pallas: is a backend of page_attention, not"):
         ejk.ragged_page_attention(**arguments(), backend="pallas")
-
-
-def test_there_are_no_derivatives_yet():
-    given = {name: jnp.asarray(x) for name, x in arguments().items()}
-    query = given.pop("query")
-
-    def total(query):
-        return ejk.ragged_page_attention(query, **given).sum()
-
-    with pytest.raises(NotImplementedError, match="ragged_page_attention has no derivatives yet"):
-        jax.grad(total)(query)

@@ -46,8 +46,8 @@ def holds(bug: str):
     assert_close(case, *entry(case))
 
 
-query_blocks, visible, key_positions = ragged._query_blocks, ragged._visible, ragged._key_positions
-sane_bounds, block_ends, gather = ragged.sane_bounds, ragged._block_ends, pages._gather
+query_blocks, visible, key_positions = ragged.query_blocks, ragged._visible, ragged._key_positions
+sane_bounds, block_ends, gather = ragged.sane_bounds, ragged.block_ends, pages._gather
 
 
 def blocks_changed(change):
@@ -129,23 +129,23 @@ def fewer_blocks(bounds, sizes):
 
 
 BUGS = {
-    "causality is off by one": (ragged, "_query_blocks", shifted_places(1)),
-    "a token does not see itself": (ragged, "_query_blocks", shifted_places(-1)),
+    "causality is off by one": (ragged, "query_blocks", shifted_places(1)),
+    "a token does not see itself": (ragged, "query_blocks", shifted_places(-1)),
     "the window is one too long": (ragged, "_visible", windows_longer_by(1)),
     "the window is one too short": (ragged, "_visible", windows_longer_by(-1)),
-    "another sequence's pages": (ragged, "_query_blocks", blocks_changed(next_sequence)),
-    "another row's queries": (ragged, "_query_blocks", blocks_changed(next_rows)),
-    "rows of the next sequence, too": (ragged, "_query_blocks", blocks_changed(whole_blocks)),
-    "new tokens come first": (ragged, "_query_blocks", blocks_changed(contexts_from_the_start)),
+    "another sequence's pages": (ragged, "query_blocks", blocks_changed(next_sequence)),
+    "another row's queries": (ragged, "query_blocks", blocks_changed(next_rows)),
+    "rows of the next sequence, too": (ragged, "query_blocks", blocks_changed(whole_blocks)),
+    "new tokens come first": (ragged, "query_blocks", blocks_changed(contexts_from_the_start)),
     "tokens before the first see it": (
-        ragged, "_query_blocks", blocks_changed(seen_before_the_first),
+        ragged, "query_blocks", blocks_changed(seen_before_the_first),
     ),
     "columns of the mask are off by one": (ragged, "_visible", columns_shifted),
     "trees are causal, too": (ragged, "_visible", causal_trees),
     "trees hide the context": (ragged, "_visible", trees_without_context),
-    "positions are ignored": (ragged, "_query_blocks", given_positions_ignored),
+    "positions are ignored": (ragged, "query_blocks", given_positions_ignored),
     "keys keep their default positions": (ragged, "_key_positions", default_key_positions),
-    "the last block of queries is dropped": (ragged, "_block_ends", fewer_blocks),
+    "the last block of queries is dropped": (ragged, "block_ends", fewer_blocks),
     "bounds may fall": (
         ragged, "sane_bounds", lambda problem, bounds: jnp.clip(bounds, 0, problem.total_tokens),
     ),

@@ -19,6 +19,7 @@ from tolerances import assert_close
 
 import ejk
 import ejk._page_attention as public
+import ejk.backends.xla.attention_backward as shared
 import ejk.backends.xla.page_attention as forward
 import ejk.backends.xla.page_attention_backward as backward
 
@@ -203,7 +204,7 @@ def overwriting_scatter(problem, grad, pages, half, blocks):
 
 
 def scatter_into_keys(problem, grad, pages, half, blocks):
-    return scatter(problem, grad, pages, backward.KEYS, blocks)
+    return scatter(problem, grad, pages, shared.KEYS, blocks)
 
 
 def scatter_of_first_readers(problem, grad, pages, half, blocks):
@@ -217,13 +218,13 @@ def no_slope_gradient(problem, operands, *rest):
     )
 
 
-scatter = backward._scatter
+scatter = shared._scatter
 
 BACKWARD = {
     "unread slots are multiplied by zero": (forward, "_gather", unselected_gather),
-    "blocks overwrite each other's gradient": (backward, "_scatter", overwriting_scatter),
-    "values' gradient goes to the keys": (backward, "_scatter", scatter_into_keys),
-    "shared pages count once": (backward, "_scatter", scatter_of_first_readers),
+    "blocks overwrite each other's gradient": (shared, "_scatter", overwriting_scatter),
+    "values' gradient goes to the keys": (shared, "_scatter", scatter_into_keys),
+    "shared pages count once": (shared, "_scatter", scatter_of_first_readers),
     "slopes have no gradient": (backward, "logits", no_slope_gradient),
     "the cap is ignored": (backward, "logits", no_cap),
     "the last block is dropped": (forward.Blocks, "span", last_block_dropped),

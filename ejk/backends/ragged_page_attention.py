@@ -34,7 +34,7 @@ class RaggedPageAttentionProblem(PagedProblem):
     """The static facts of one `ejk.ragged_page_attention` call. No axis is empty."""
 
     operation: ClassVar[str] = "ragged_page_attention"
-    derivatives: ClassVar[str] = "has no derivatives yet; ejk.page_attention has"
+    derivatives: ClassVar[str] = "has first derivatives in reverse mode alone"
 
     total_tokens: int
     has_positions: bool

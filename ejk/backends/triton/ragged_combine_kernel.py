@@ -98,4 +98,4 @@ def ragged_combine_kernel(
         inverse = alpha / tl.where(l == 0, 1.0, l)
     lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
     tl.store(lse_ptr + row, lse, mask=mask_rows)
-    write_rows(out_ptr, row, acc, inverse, mask_rows, 0, VALUE_HEAD_DIM)
+    write_rows(out_ptr, row, acc * inverse[:, None], mask_rows, 0, VALUE_HEAD_DIM)

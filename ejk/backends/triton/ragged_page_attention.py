@@ -13,7 +13,8 @@ from ejk.backends.ragged_page_attention import (
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target, cannot_compile
 from ejk.backends.triton.page_attention import MAX_GRID, TritonPageAttention, size_refusals
-from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch, RaggedTuning
+from ejk.backends.triton.ragged_page_attention_blocks import RaggedTuning
+from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
 
     Attributes:
         block_rows: query rows of a block of many; a power of two, at least 16.
-        block_kv: tokens of the context that a step takes for these; a power of two, at least 16.
+        block_kv: tokens of the context that a step takes for these, half as many where it has to
+            mask some; a power of two, at least 16.
         num_warps: warps that their programs run on.
         num_stages: depth of their software pipeline.
         few_block_kv: as `block_kv`, for blocks of few query rows.
@@ -100,49 +102,57 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
             compute_capability=target.compute_capability,
             interpret=self.interpret,
         )
-        work, part_out, part_lse, out, lse = call(
+        # The plan alone: XLA makes one of the equal ones of all layers, and what they share cannot
+        # be written in place.
+        (work,) = call(
             ragged_plan_kernel,
             {
                 "cu_q_lens_ptr": operands.cu_q_lens,
                 "context_lens_ptr": operands.context_lens,
                 "sliding_window_ptr": operands.sliding_window,
             },
-            launch.types(problem),
+            launch.plan_types(),
             launch.plan_constants(problem),
             grid=launch.plan_grid(problem),
             num_warps=4,
             num_stages=1,
         )
+        made: dict[str, Any] = {}  # what the first launch makes, and the next ones add to
         for which, rows in enumerate(launch.launches):
-            parts = {"part_out_ptr": part_out, "part_lse_ptr": part_lse}
-            *written, out, lse = call(
+            inputs, outputs = _inputs(operands, work), {} if made else launch.types(problem)
+            in_place = {name: x for name, x in made.items() if x is not None}
+            absent = {name: None for name, x in made.items() if x is None}
+            written = call(
                 ragged_page_attention_kernel,
-                _inputs(operands, work) | ({} if rows.max_parts else parts),
-                {},
+                inputs | absent,
+                outputs,
                 launch.constants(problem, which),
-                in_place=(parts if rows.max_parts else {}) | {"out_ptr": out, "lse_ptr": lse},
+                in_place=in_place,
                 grid=launch.grid(problem, which),
                 num_warps=rows.num_warps,
                 num_stages=rows.num_stages,
             )
-            part_out, part_lse = written or (None, None)
+            made |= dict(zip(outputs or in_place, written))
             if not launch.combine_grid(problem, which):
                 continue
-            out, lse = call(
+            results = {name: made[name] for name in ("out_ptr", "lse_ptr")}
+            written = call(
                 ragged_combine_kernel,
                 {
-                    "part_out_ptr": part_out,
-                    "part_lse_ptr": part_lse,
+                    "part_out_ptr": made["part_out_ptr"],
+                    "part_lse_ptr": made["part_lse_ptr"],
                     "sinks_ptr": operands.sinks,
                     "work_ptr": work,
                 },
                 {},
                 launch.combine_constants(problem, which),
-                in_place={"out_ptr": out, "lse_ptr": lse},
+                in_place=results,
                 grid=launch.combine_grid(problem, which),
                 num_warps=4,
                 num_stages=2,
             )
+            made |= dict(zip(results, written))
+        out, lse = made["out_ptr"], made["lse_ptr"]
         return (out, lse) if problem.return_lse else (out,)
 
     def target(self, platform: str) -> Target | None:
@@ -155,9 +165,9 @@ def _inputs(operands: RaggedPageAttentionOperands, work: Any) -> dict[str, Any]:
     values = operands.key_cache if operands.value_cache is None else operands.value_cache
     return {
         "query_ptr": operands.query,
+        "cu_q_lens_ptr": operands.cu_q_lens,
         "key_ptr": operands.key_cache,
         "value_ptr": values,
-        "context_lens_ptr": operands.context_lens,
         "block_tables_ptr": operands.block_tables,
         "attn_scale_ptr": operands.attn_scale,
         "sliding_window_ptr": operands.sliding_window,

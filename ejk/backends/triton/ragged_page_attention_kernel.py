@@ -1,19 +1,21 @@
 """Attention of any number of query tokens a sequence over paged keys and values.
 
 Grid of `ragged_page_attention_kernel`, one axis, fastest first: KV head, item of the plan: a piece
-of what a block of query rows sees. The rows of a sequence and a KV head are its new tokens times
-the heads of the group: row `r` is head `r % GROUP` of new token `r // GROUP`. In registers: the
-queries `[BLOCK_ROWS, head_dim]`, the running maximum `m`, the sum `l` and the weighted values
-`acc`; keys and values stream through shared memory, a block of `BLOCK_KV` tokens at a time. In log2
-units, with `s` a block's logits:
+of what a block of query rows sees. In the first launch programs follow that clear the rows of no
+sequence. (The plan's launch could do so, but all layers of a step share it, and none may share a
+result.) The rows of a sequence and a KV head are its new tokens times the heads of the group: row
+`r` is head `r % GROUP` of new token `r // GROUP`. In registers: the queries `[BLOCK_ROWS,
+head_dim]`, the running maximum `m`, the sum `l` and the weighted values `acc`; keys and values
+stream through shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a
+block's logits:
 
     m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
     l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
 
 With `PEEL`, blocks of which every row sees every token, all of their pages being valid, come first
 and mask nothing; the edges of causality and window, blocks from the first bad page on and the last
-tokens come after. A head dimension that is no power of two is taken in two parts, as in
-`page_attention_kernel.py`.
+tokens come after, in blocks of `EDGE_KV` tokens. A head dimension that is no power of two is taken
+in two parts, as in `page_attention_kernel.py`.
 
 Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); heads packed with tokens after Ragged Paged
 Attention (arXiv:2604.15464).
@@ -25,7 +27,13 @@ import triton
 import triton.language as tl
 
 from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
-from ejk.backends.triton.ragged_softmax_kernel import first_bad, see_block, write_rows
+from ejk.backends.triton.ragged_plan_kernel import clear_rows
+from ejk.backends.triton.ragged_softmax_kernel import (
+    first_bad,
+    rows_of_block,
+    see_block,
+    write_rows,
+)
 
 
 @triton.jit
@@ -33,9 +41,9 @@ from ejk.backends.triton.ragged_softmax_kernel import first_bad, see_block, writ
 def ragged_page_attention_kernel(
     # inputs
     query_ptr,  # [total_tokens, num_heads, head_dim]
+    cu_q_lens_ptr,  # int32 [num_seqs + 1]
     key_ptr,  # pool of pages, its axes in any order
     value_ptr,  # the same, or the very pool of the keys
-    context_lens_ptr,  # int32 [num_seqs]
     block_tables_ptr,  # int32 [num_seqs, max_blocks]
     attn_scale_ptr,  # float32 []
     sliding_window_ptr,  # int32 []
@@ -44,13 +52,15 @@ def ragged_page_attention_kernel(
     positions_ptr,  # int32 [total_tokens]
     tree_mask_ptr,  # bool [total_tokens, tree_width]
     work_ptr,  # int32 [rows, ITEM]: the plan
-    # inputs and outputs
+    # outputs of the first launch, which the next one adds to
     part_out_ptr,  # float32 [parts * block_rows, num_kv_heads, value_head_dim]
     part_lse_ptr,  # float32, log2 [parts * block_rows, num_kv_heads]
     out_ptr,  # [total_tokens, num_heads, value_head_dim]
     lse_ptr,  # float32 [total_tokens, num_heads]
     # sizes
     ITEM: tl.constexpr,  # integers of an item of the plan
+    NUM_SEQS: tl.constexpr,
+    TOTAL_TOKENS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -60,6 +70,8 @@ def ragged_page_attention_kernel(
     MAX_BLOCKS: tl.constexpr,
     COUNT: tl.constexpr,  # which integer of the plan counts this launch's items
     FIRST_ITEM: tl.constexpr,  # the row of the first of them
+    MAX_ITEMS: tl.constexpr,
+    CLEARS: tl.constexpr,  # programs after those of the items clear rows of no sequence
     HAS_PARTS: tl.constexpr,
     # strides: constants, or no load is wider than one element
     stride_k_page: tl.constexpr,
@@ -81,39 +93,48 @@ def ragged_page_attention_kernel(
     GRANULE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    EDGE_KV: tl.constexpr,  # the same for blocks that are masked
     BLOCK_D: tl.constexpr,
     BLOCK_D_REST: tl.constexpr,  # 0 for none
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
+    BLOCK_BOUNDS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
 ):
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     tl.static_assert(NUM_HEADS % NUM_KV_HEADS == 0)
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
+    tl.static_assert(BLOCK_KV % EDGE_KV == 0)
 
     # Which work is mine: a KV head, a block of rows, a piece of what they see.
     kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
     item = tl.program_id(0) // NUM_KV_HEADS
-    if item >= tl.load(work_ptr + COUNT):
-        return
+    if CLEARS:
+        if item >= MAX_ITEMS:
+            clear_rows(
+                tl.program_id(0) - MAX_ITEMS * NUM_KV_HEADS, cu_q_lens_ptr, out_ptr, lse_ptr,
+                NUM_SEQS, TOTAL_TOKENS, NUM_HEADS, VALUE_HEAD_DIM, BLOCK_BOUNDS, BLOCK_TOKENS,
+            )  # fmt: skip
+            return
+    # Loaded before it is known whether there is such an item: one wait instead of two.
     item_ptr = work_ptr + (FIRST_ITEM + item) * ITEM
     seq = tl.load(item_ptr).to(tl.int64)
     first_token = tl.load(item_ptr + 1)
     q_len = tl.load(item_ptr + 2)
-    first_row = tl.load(item_ptr + 3) * BLOCK_ROWS
+    row_block = tl.load(item_ptr + 3)
     piece = tl.load(item_ptr + 4)
     pieces = tl.load(item_ptr + 5)
     part = tl.load(item_ptr + 6)
-    length = tl.load(context_lens_ptr + seq)
-    length = tl.minimum(tl.maximum(length, 0), MAX_BLOCKS * PAGE_SIZE)
+    length = tl.load(item_ptr + 7)
+    if item >= tl.load(work_ptr + COUNT):
+        return
+    first_row = row_block * BLOCK_ROWS
     context = length - q_len  # tokens before the new ones
-    rows = first_row + tl.arange(0, BLOCK_ROWS)
-    mask_rows = rows < q_len * GROUP
-    # Rows past the last are copies of its token: they see nothing that others do not.
-    new = tl.minimum(rows, q_len * GROUP - 1) // GROUP  # [BLOCK_ROWS]
+    new, tokens, heads, mask_rows = rows_of_block(
+        first_token, q_len, row_block, kv_head, GROUP, BLOCK_ROWS
+    )
     place = context + new
-    tokens = (first_token + new).to(tl.int64)
-    heads = kv_head * GROUP + rows % GROUP
     position = place
     if HAS_POSITIONS:
         position = tl.maximum(tl.load(positions_ptr + tokens), 0)
@@ -173,9 +194,12 @@ def ragged_page_attention_kernel(
     bulk_begin = begin
     bulk_end = begin
     if PEEL:
-        blocks = tl.cdiv(end - begin, BLOCK_KV)
-        before = tl.minimum(tl.cdiv(tl.maximum(all_begin - begin, 0), BLOCK_KV), blocks)
-        bulk_begin = begin + before * BLOCK_KV
+        # Clipped before it is rounded up: a position may be as large as an integer gets.
+        masked = tl.minimum(tl.maximum(all_begin, begin), end) - begin
+        bulk_begin = begin + tl.cdiv(masked, BLOCK_KV) * BLOCK_KV
+        # Under way while the table is scanned; where that ends the bulk, they are not used.
+        key = bulk_begin + offs_kv
+        pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=0)
         # There the largest logit is the largest product times the scale.
         bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
         bulk_end = first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
@@ -184,13 +208,11 @@ def ragged_page_attention_kernel(
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
     if PEEL:
-        key = bulk_begin + offs_kv
-        pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < bulk_end, other=0)
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
             key = start + offs_kv
-            offs_page = pages.to(tl.int64)
-            k_ptrs = k_head_ptr + offs_page * stride_k_page + key % PAGE_SIZE * stride_k_slot
-            v_ptrs = v_head_ptr + offs_page * stride_v_page + key % PAGE_SIZE * stride_v_slot
+            offs_page, offs_slot = pages.to(tl.int64), key % PAGE_SIZE
+            k_ptrs = k_head_ptr + (offs_page * stride_k_page + offs_slot * stride_k_slot)
+            v_ptrs = v_head_ptr + (offs_page * stride_v_page + offs_slot * stride_v_slot)
             ahead = key + BLOCK_KV
             pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < bulk_end, other=0)
             m, l, acc, acc_rest = see_block(
@@ -198,26 +220,39 @@ def ragged_page_attention_kernel(
                 slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
                 BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
             )  # fmt: skip
-    before = (bulk_begin - begin) // BLOCK_KV
-    after = tl.cdiv(tl.maximum(end - bulk_end, 0), BLOCK_KV)
+        # Anew, or they would take registers in the loop that needs them most. The loads are
+        # volatile, so that the compiler does not know that it has seen them.
+        first_token = tl.load(item_ptr + 1, volatile=True)
+        q_len = tl.load(item_ptr + 2, volatile=True)
+        row_block = tl.load(item_ptr + 3, volatile=True)
+        new, tokens, heads, mask_rows = rows_of_block(
+            first_token, q_len, row_block, kv_head, GROUP, BLOCK_ROWS
+        )
+        place = context + new
+        position = place
+        if HAS_POSITIONS:
+            position = tl.maximum(tl.load(positions_ptr + tokens), 0)
+    offs_kv = tl.arange(0, EDGE_KV)
+    before = (bulk_begin - begin) // EDGE_KV
+    after = tl.cdiv(tl.maximum(end - bulk_end, 0), EDGE_KV)
     key = tl.where(before > 0, begin, bulk_end) + offs_kv
     pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)
     for block in range(0, before + after):
-        key = tl.where(block < before, begin, bulk_end - before * BLOCK_KV) + block * BLOCK_KV
+        key = tl.where(block < before, begin, bulk_end - before * EDGE_KV) + block * EDGE_KV
         key += offs_kv
-        exists = (pages >= 0) & (pages < NUM_PAGES)  # [BLOCK_KV]
-        offs_page = pages.to(tl.int64)
-        k_ptrs = k_head_ptr + offs_page * stride_k_page + key % PAGE_SIZE * stride_k_slot
-        v_ptrs = v_head_ptr + offs_page * stride_v_page + key % PAGE_SIZE * stride_v_slot
-        ahead = tl.where(block + 1 < before, begin, bulk_end - before * BLOCK_KV)
-        ahead += (block + 1) * BLOCK_KV + offs_kv
+        exists = (pages >= 0) & (pages < NUM_PAGES)  # [EDGE_KV]
+        offs_page, offs_slot = pages.to(tl.int64), key % PAGE_SIZE
+        k_ptrs = k_head_ptr + (offs_page * stride_k_page + offs_slot * stride_k_slot)
+        v_ptrs = v_head_ptr + (offs_page * stride_v_page + offs_slot * stride_v_slot)
+        ahead = tl.where(block + 1 < before, begin, bulk_end - before * EDGE_KV)
+        ahead += (block + 1) * EDGE_KV + offs_kv
         pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
         key_position = key
         if HAS_POSITIONS:
             is_new = exists & (key >= context)
             given = tl.load(positions_ptr + first_token + (key - context), mask=is_new, other=0)
             key_position = tl.where(is_new, tl.maximum(given, 0), key)
-        visible = exists[None, :]  # [BLOCK_ROWS, BLOCK_KV]
+        visible = exists[None, :]  # [BLOCK_ROWS, EDGE_KV]
         if TREE_WIDTH > 0:
             visible = visible & (place >= 0)[:, None]
             column = (key - context)[None, :]
@@ -240,28 +275,31 @@ def ragged_page_attention_kernel(
 
     # Write the result, or this piece's part of it.
     saw_nothing = l == 0
-    inverse = 1 / tl.where(saw_nothing, 1.0, l)
     if HAS_PARTS:
         if part >= 0:
             row = (part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
             row = row * NUM_KV_HEADS + kv_head
             lse = tl.where(saw_nothing, float("-inf"), m + tl.log2(l))
             tl.store(part_lse_ptr + row, lse, mask=mask_rows)
-            write_rows(part_out_ptr, row, acc, inverse, mask_rows, 0, VALUE_HEAD_DIM)
+            inverse = (1 / tl.where(saw_nothing, 1.0, l))[:, None]
+            write_rows(part_out_ptr, row, acc * inverse, mask_rows, 0, VALUE_HEAD_DIM)
             if BLOCK_DV_REST > 0:
-                write_rows(
-                    part_out_ptr, row, acc_rest, inverse, mask_rows, BLOCK_DV, VALUE_HEAD_DIM
-                )
+                out = acc_rest * inverse
+                write_rows(part_out_ptr, row, out, mask_rows, BLOCK_DV, VALUE_HEAD_DIM)
             return
     sinks = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     if HAS_SINKS:
         sinks = tl.load(sinks_ptr + heads)
         m, l, alpha = add_sink(m, l, sinks * LOG2E)
-        inverse = alpha / tl.where(l == 0, 1.0, l)
+        acc *= alpha[:, None]
+        if BLOCK_DV_REST > 0:
+            acc_rest *= alpha[:, None]
     row = tokens * NUM_HEADS + heads
     # From base 2 and back would cost a sink that stands alone its last bit.
     lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
     tl.store(lse_ptr + row, lse, mask=mask_rows)
-    write_rows(out_ptr, row, acc, inverse, mask_rows, 0, VALUE_HEAD_DIM)
+    # Divided, as `page_attention_kernel` does: a single token's bits are the same there.
+    l = tl.where(l == 0, 1.0, l)
+    write_rows(out_ptr, row, acc / l[:, None], mask_rows, 0, VALUE_HEAD_DIM)
     if BLOCK_DV_REST > 0:
-        write_rows(out_ptr, row, acc_rest, inverse, mask_rows, BLOCK_DV, VALUE_HEAD_DIM)
+        write_rows(out_ptr, row, acc_rest / l[:, None], mask_rows, BLOCK_DV, VALUE_HEAD_DIM)

@@ -1,11 +1,10 @@
-"""Deals out what the query rows of a ragged batch see, and clears the rows of no sequence.
+"""Deals out what the query rows of a ragged batch see.
 
-Grid: blocks of `BLOCK_SEQS` sequences, then blocks of `BLOCK_TOKENS` rows to clear. As in
-`page_attention_plan_kernel.py`, every program reads all lengths and finds where its own sequences'
-items go. The rows of a sequence and a KV head, its new tokens times the heads of the group, are cut
-in blocks: narrow ones where one holds them all, wide ones else; each kind is dealt out for itself,
-to a launch of its own. With `b_s` the blocks of sequence `s` and `c_s` the granules that its last
-block sees:
+Grid: blocks of `BLOCK_SEQS` sequences. As in `page_attention_plan_kernel.py`, every program reads
+all lengths and finds where its own sequences' items go. The rows of a sequence and a KV head, its
+new tokens times the heads of the group, are cut in blocks: narrow ones where one holds them all,
+wide ones else; each kind is dealt out for itself, to a launch of its own. With `b_s` the blocks of
+sequence `s` and `c_s` the granules that its last block sees:
 
     chunk = max(c) if that is about a fair share, else ceil(sum(b * c) / cuts)
     pieces_s = ceil(c_s / chunk) if c_s > 2 * chunk else 1;  size_s = ceil(c_s / pieces_s)
@@ -30,18 +29,12 @@ def ragged_plan_kernel(
     context_lens_ptr,  # int32 [num_seqs]
     sliding_window_ptr,  # int32 []
     # outputs
-    work_ptr,  # int32 [rows, ITEM], see `RaggedPlan`
-    part_out_ptr,  # memory for the launches that follow
-    part_lse_ptr,
-    out_ptr,  # [total_tokens, num_heads, value_head_dim]: rows of no sequence
-    lse_ptr,  # float32 [total_tokens, num_heads]
+    work_ptr,  # int32 [rows, ITEM], see `RaggedLaunch`
     # sizes
     ITEM: tl.constexpr,  # integers of an item of the plan
     NUM_SEQS: tl.constexpr,
     TOTAL_TOKENS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    VALUE_HEAD_DIM: tl.constexpr,
     CAPACITY: tl.constexpr,
     NARROW_CUTS: tl.constexpr,
     WIDE_CUTS: tl.constexpr,
@@ -56,20 +49,12 @@ def ragged_plan_kernel(
     NARROW_ROWS: tl.constexpr,
     WIDE_ROWS: tl.constexpr,  # 0: all are narrow
     GRANULE: tl.constexpr,
-    NUM_PLANNERS: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
 ):
     # Which work is mine.
     pid = tl.program_id(0)
-    if pid >= NUM_PLANNERS:
-        _clear(
-            pid - NUM_PLANNERS, cu_q_lens_ptr, out_ptr, lse_ptr,
-            NUM_SEQS, TOTAL_TOKENS, NUM_HEADS, VALUE_HEAD_DIM, BLOCK_OTHERS, BLOCK_TOKENS,
-        )  # fmt: skip
-        return
     seqs = pid * BLOCK_SEQS + tl.arange(0, BLOCK_SEQS)
     window = 0
     if HAS_WINDOW:
@@ -118,12 +103,12 @@ def ragged_plan_kernel(
     for start in range(0, NUM_SEQS, BLOCK_OTHERS):
         others = start + tl.arange(0, BLOCK_OTHERS)
         first, last, carry = _bounds(cu_q_lens_ptr, others, carry, NUM_SEQS, TOTAL_TOKENS)
-        wide, other_blocks, granules = _work(
+        wide, other_blocks, other_granules = _work(
             context_lens_ptr, others, last - first, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
             NARROW_ROWS, WIDE_ROWS, GRANULE,
         )  # fmt: skip
         other_pieces, other_size = _cut(
-            other_blocks, granules, tl.where(wide, chunk_wide, chunk_narrow)
+            other_blocks, other_granules, tl.where(wide, chunk_wide, chunk_narrow)
         )
         before = (other_size[None, :] > size[:, None]) | (
             (other_size[None, :] == size[:, None]) & (others[None, :] < seqs[:, None])
@@ -147,6 +132,7 @@ def ragged_plan_kernel(
     wide_row = tl.where(is_wide, FIRST_WIDE, 1) + place
     split_row = tl.where(is_wide, FIRST_WIDE_SPLIT, FIRST_NARROW_SPLIT) + split
     one = tl.maximum(pieces, 1)[:, None]
+    length = _length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
     for start in range(0, tl.max(blocks * pieces, 0), BLOCK_ITEMS):
         item = start + offs_item  # [BLOCK_SEQS, BLOCK_ITEMS]
         mask = item < (blocks * pieces)[:, None]
@@ -159,6 +145,7 @@ def ragged_plan_kernel(
         tl.store(ptrs + 4, item % one, mask=mask)
         tl.store(ptrs + 5, one, mask=mask)
         tl.store(ptrs + 6, tl.where(one > 1, part[:, None] + item, -1), mask=mask)
+        tl.store(ptrs + 7, length[:, None], mask=mask)
         mask = mask & (item % one == 0) & (one > 1)
         ptrs = work_ptr + (split_row[:, None] + nth) * ITEM
         tl.store(ptrs, begin[:, None], mask=mask)
@@ -194,6 +181,13 @@ def _bounds(cu_q_lens_ptr, seqs, carry, NUM_SEQS: tl.constexpr, TOTAL_TOKENS: tl
 
 @triton.jit
 @typing.no_type_check
+def _length(context_lens_ptr, seqs, NUM_SEQS: tl.constexpr, CAPACITY: tl.constexpr):
+    length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
+    return tl.minimum(tl.maximum(length, 0), CAPACITY)
+
+
+@triton.jit
+@typing.no_type_check
 def _work(
     context_lens_ptr,
     seqs,
@@ -212,8 +206,7 @@ def _work(
     is_wide = (rows > NARROW_ROWS) & (WIDE_ROWS > 0)
     block_rows = tl.where(is_wide, WIDE_ROWS, NARROW_ROWS)
     blocks = tl.cdiv(rows, block_rows)
-    length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
-    length = tl.minimum(tl.maximum(length, 0), CAPACITY)
+    length = _length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
     seen = length
     if HAS_WINDOW:
         nearest = length - q_len + (blocks - 1) * block_rows // GROUP
@@ -242,7 +235,7 @@ def _cut(blocks, granules, chunk):
 
 @triton.jit
 @typing.no_type_check
-def _clear(
+def clear_rows(
     pid,
     cu_q_lens_ptr,
     out_ptr,

@@ -12,6 +12,21 @@ SCANNED = tl.constexpr(512)  # table entries that are looked at together
 
 @triton.jit
 @typing.no_type_check
+def rows_of_block(
+    first_token, q_len, row_block, kv_head, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):
+    """Return which new token, token of the batch and head each row is, and whether it is one.
+
+    Rows past the last are copies of its token: they see nothing that others do not.
+    """
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    new = tl.minimum(rows, q_len * GROUP - 1) // GROUP  # [BLOCK_ROWS]
+    tokens = (first_token + new).to(tl.int64)
+    return new, tokens, kv_head * GROUP + rows % GROUP, rows < q_len * GROUP
+
+
+@triton.jit
+@typing.no_type_check
 def see_block(
     q,  # [BLOCK_ROWS, BLOCK_D]
     q_rest,
@@ -113,9 +128,9 @@ def first_bad(table_ptr, begin, end, NUM_PAGES: tl.constexpr, PAGE_SIZE: tl.cons
 
 @triton.jit
 @typing.no_type_check
-def write_rows(ptr, row, acc, inverse, mask_rows, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Store the weighted values over their sum, from entry `FIRST` of each row on."""
-    offs = FIRST + tl.arange(0, acc.shape[1])
-    out = (acc * inverse[:, None]).to(ptr.dtype.element_ty)
+def write_rows(ptr, row, out, mask_rows, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Store `out`, rounded, from entry `FIRST` of each row on."""
+    offs = FIRST + tl.arange(0, out.shape[1])
+    out = out.to(ptr.dtype.element_ty)
     mask = mask_rows[:, None] & (offs < WIDTH)
     tl.store(ptr + row[:, None] * WIDTH + offs, out, mask=mask)

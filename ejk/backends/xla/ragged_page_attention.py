@@ -115,10 +115,10 @@ def sane_bounds(problem: RaggedPageAttentionProblem, cu_q_lens: jax.Array) -> ja
     return lax.cummax(jnp.clip(cu_q_lens, 0, problem.total_tokens))
 
 
-def _query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
+def query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
     """Return the query blocks that `which` numbers: sequence by sequence."""
     q_lens = bounds[1:] - bounds[:-1]
-    ends = _block_ends(bounds, sizes)
+    ends = block_ends(bounds, sizes)
     seq = jnp.searchsorted(ends, which, side="right", method="sort").astype(jnp.int32)
     exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
     nth = which - jnp.where(seq == 0, 0, ends[seq - 1])  # of its sequence's
@@ -142,7 +142,7 @@ def _query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
     return QueryBlocks(seq, token, place, position, context, inside, first, last)
 
 
-def _block_ends(bounds: jax.Array, sizes: Sizes) -> jax.Array:
+def block_ends(bounds: jax.Array, sizes: Sizes) -> jax.Array:
     """Return how many query blocks the sequences up to each have."""
     blocks = -(-(bounds[1:] - bounds[:-1]) // sizes.tokens)
     return jnp.cumsum(blocks, dtype=jnp.int32)
@@ -162,7 +162,9 @@ def _visible(problem, operands, blocks: QueryBlocks, key, key_position):
         visible = key[None, None] <= blocks.place[..., None]
     if problem.has_window:
         behind = blocks.position[..., None] - key_position[:, None]
-        visible = visible & (behind < jnp.maximum(operands.sliding_window, 0))
+        # New tokens may lie ahead of each other: a window below 1 still shows nothing.
+        window = operands.sliding_window
+        visible = visible & (behind < window) & (window > 0)
     return visible & sees[..., None]
 
 
@@ -176,63 +178,104 @@ def _key_positions(problem, operands, blocks: QueryBlocks, bounds, key):
     return jnp.where(new >= 0, jnp.maximum(given, 0), key[None])
 
 
-def _attend_blocks(problem, operands, sizes, bounds, blocks: QueryBlocks):
-    """Return output and LSE of a few query blocks, `[blocks, tokens, num_heads, ...]`."""
-    rows = (*blocks.token.shape, problem.num_kv_heads, problem.group)
-    query = operands.query.at[blocks.token].get(mode="fill", fill_value=0)
-    # [blocks, num_kv_heads, tokens * group, head_dim]
-    query = query.reshape(*rows, -1).transpose(0, 2, 1, 3, 4)
-    query = query.reshape(*query.shape[:2], -1, problem.head_dim)
-    tokens = sizes.pages * problem.page_size
+def by_kv_head(problem, x):
+    """Turn `[blocks, tokens, num_heads, ...]` to `[blocks, num_kv_heads, tokens * group, ...]`."""
+    x = x.reshape(*x.shape[:2], problem.num_kv_heads, problem.group, *x.shape[3:]).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
-    def step(block, state):
+
+def by_token(problem, x):
+    """Turn it back."""
+    x = x.reshape(*x.shape[:2], -1, problem.group, *x.shape[3:]).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], problem.num_heads, *x.shape[4:])
+
+
+def tokens_of(x, blocks: QueryBlocks):
+    """Return the tokens of the blocks, `[blocks, tokens, ...]`; zeros for those of none."""
+    return x.at[blocks.token].get(mode="fill", fill_value=0)
+
+
+class Keys(NamedTuple):
+    """One block of the context of a few query blocks."""
+
+    pages: jax.Array  # int32 [blocks, pages], of which none is invalid
+    ahead: jax.Array  # int32 [blocks, tokens, keys]: positions from each new token on
+    visible: jax.Array  # bool [blocks, tokens, keys]
+    keys: jax.Array  # [blocks, num_kv_heads, keys, head_dim], zero where nobody sees them
+    values: jax.Array
+
+    @classmethod
+    def load(cls, problem, operands, sizes, bounds, blocks: QueryBlocks, block) -> "Keys":
         entry = block * sizes.pages + jnp.arange(sizes.pages, dtype=jnp.int32)
         at = (blocks.seq[:, None], entry[None])
         pages = operands.block_tables.at[at].get(mode="fill", fill_value=-1)
         valid = (pages >= 0) & (pages < problem.num_pages)
-        key = block * tokens + jnp.arange(tokens, dtype=jnp.int32)
+        num_keys = sizes.pages * problem.page_size
+        key = block * num_keys + jnp.arange(num_keys, dtype=jnp.int32)
         key_position = _key_positions(problem, operands, blocks, bounds, key)
         visible = _visible(problem, operands, blocks, key, key_position)
         visible = visible & jnp.repeat(valid, problem.page_size, axis=1)[:, None]
         pages = jnp.where(valid, pages, 0)
         keys, values = load_pages(problem, operands, pages, visible.any(1))
-        scores = capped_products(problem, operands, query, keys)
-        scores = scores.reshape(*scores.shape[:2], rows[1], problem.group, tokens)
-        if problem.has_alibi:
-            slopes = operands.alibi_slopes.reshape(1, problem.num_kv_heads, 1, problem.group, 1)
-            ahead = key_position[:, None] - blocks.position[..., None]
-            scores = scores + slopes * ahead[:, None, :, None].astype(jnp.float32)
-        scores = jnp.where(visible[:, None, :, None], scores, -jnp.inf)
-        return accumulate(state, scores.reshape(*query.shape[:3], tokens), values)
+        ahead = key_position[:, None] - blocks.position[..., None]
+        return cls(pages, ahead, visible, keys, values)
 
+    def logits(self, problem, operands, query, keys):
+        """Return the logits, `[blocks, num_kv_heads, tokens * group, keys]`, in float32."""
+        scores = capped_products(problem, operands, query, keys)
+        if not problem.has_alibi:
+            return scores
+        slopes = operands.alibi_slopes.reshape(1, problem.num_kv_heads, 1, problem.group, 1)
+        ahead = slopes * self.ahead[:, None, :, None].astype(jnp.float32)
+        return scores + ahead.reshape(scores.shape)
+
+    def visible_rows(self, problem):
+        """Say which tokens each row of the logits sees: `[blocks, 1, tokens * group, keys]`."""
+        return jnp.repeat(self.visible, problem.group, axis=1)[:, None]
+
+
+def span(problem, sizes, blocks: QueryBlocks) -> tuple[jax.Array, jax.Array]:
+    """Return the blocks of pages `[begin, end)` that some of the new tokens sees a token of."""
+    num_keys = sizes.pages * problem.page_size
     sees = blocks.inside & (blocks.place >= 0) & (blocks.first < blocks.last)
-    begin = jnp.min(jnp.where(sees, blocks.first, jnp.iinfo(jnp.int32).max)) // tokens
-    end = -(-jnp.max(jnp.where(sees, blocks.last, 0)) // tokens)
+    begin = jnp.min(jnp.where(sees, blocks.first, jnp.iinfo(jnp.int32).max)) // num_keys
+    return begin, -(-jnp.max(jnp.where(sees, blocks.last, 0)) // num_keys)
+
+
+def sinks_of_rows(problem, operands, blocks: QueryBlocks) -> jax.Array | None:
+    """Return each row's sink, `[blocks, num_kv_heads, tokens * group]`."""
+    if not problem.has_sinks:
+        return None
+    of_tokens = jnp.broadcast_to(operands.sinks, (*blocks.token.shape, problem.num_heads))
+    return by_kv_head(problem, of_tokens)
+
+
+def _attend_blocks(problem, operands, sizes, bounds, blocks: QueryBlocks):
+    """Return output and LSE of a few query blocks, `[blocks, tokens, num_heads, ...]`."""
+    query = by_kv_head(problem, tokens_of(operands.query, blocks))
+
+    def step(block, state):
+        seen = Keys.load(problem, operands, sizes, bounds, blocks, block)
+        scores = seen.logits(problem, operands, query, seen.keys)
+        scores = jnp.where(seen.visible_rows(problem), scores, -jnp.inf)
+        return accumulate(state, scores, seen.values)
+
+    begin, end = span(problem, sizes, blocks)
     state = nothing_seen(query.shape[:3], problem.value_head_dim)
     state = lax.fori_loop(begin, end, step, state)
-    sinks = None
-    if problem.has_sinks:
-        sinks = operands.sinks.reshape(1, problem.num_kv_heads, 1, problem.group)
-        sinks = jnp.broadcast_to(sinks, (rows[0], rows[2], rows[1], rows[3]))
-        sinks = sinks.reshape(query.shape[:3])
-
-    def by_token(x):
-        x = x.reshape(rows[0], rows[2], rows[1], rows[3], *x.shape[3:])
-        return x.swapaxes(1, 2).reshape(*rows[:2], problem.num_heads, *x.shape[4:])
-
-    out, lse = finish(state, sinks)
-    return by_token(out).astype(problem.dtype), by_token(lse)
+    out, lse = finish(state, sinks_of_rows(problem, operands, blocks))
+    return by_token(problem, out).astype(problem.dtype), by_token(problem, lse)
 
 
 def _attend(
     problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands, sizes: Sizes
 ):
     bounds = sane_bounds(problem, operands.cu_q_lens)
-    num_blocks = _block_ends(bounds, sizes)[-1]
+    num_blocks = block_ends(bounds, sizes)[-1]
 
     def step(number, results):
         which = number * sizes.together + jnp.arange(sizes.together, dtype=jnp.int32)
-        blocks = _query_blocks(problem, operands, sizes, bounds, which)
+        blocks = query_blocks(problem, operands, sizes, bounds, which)
         found = _attend_blocks(problem, operands, sizes, bounds, blocks)
         return tuple(
             result.at[blocks.token].set(x, mode="drop") for result, x in zip(results, found)

@@ -1,0 +1,146 @@
+"""Which blocks of query rows and of tokens `ragged_page_attention_kernel` takes on a GPU."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+
+from ejk.backends.page_attention import PageAttentionProblem, PagedProblem
+from ejk.backends.triton._target import Target
+from ejk.backends.triton.page_attention_launch import Launch, Tuning, two_parts
+
+# Query rows that one narrow block may have: more are wide, or several narrow ones.
+MOST_NARROW_ROWS = 64
+# Query rows, tokens and pipeline stages of wide blocks: of each the largest that fits, in this
+# order. Not measured; four stages compile to more registers, and to spills on sm_89.
+WIDE_ROWS, WIDE_KV, WIDE_STAGES = (128, 64, 32, 16), (128, 64, 32, 16), (3, 2)
+WIDE_WARPS = 8
+# What a thread may hold of accumulators, logits and weights, in 32-bit registers, where the product
+# takes its queries from shared memory (on Hopper, on Blackwell), where from registers, and on AMD,
+# where copies pass through registers, too. More spills: see `tests/test_ragged_triton_compile.py`.
+HELD_WGMMA, HELD_TCGEN05, HELD_MMA, HELD_AMD = 160, 120, 130, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedTuning:
+    """What a caller may fix; None leaves it to `RaggedLaunch.of`."""
+
+    block_rows: int | None = None
+    block_kv: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    few_block_kv: int | None = None
+    few_num_warps: int | None = None
+    few_num_stages: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One launch of the attention kernel: blocks of so many query rows, and their items.
+
+    With `peel`, blocks of keys that need no mask are taken apart.
+    """
+
+    rows: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+    shared_memory: int  # bytes of a program, at most
+    peel: bool
+    cuts: int  # pieces to cut contexts in, about; 0: none is cut
+    max_blocks: int  # of rows
+
+    @property
+    def edge_kv(self) -> int:
+        """Tokens of a step that is masked: masks take registers, and what needs them is short."""
+        return max(self.block_kv // 2, 16) if self.peel else self.block_kv
+
+    @property
+    def max_parts(self) -> int:
+        """Pieces of blocks that are cut: they have more than two chunks, and pieces of one."""
+        return self.cuts * 3 // 2
+
+    @property
+    def max_items(self) -> int:
+        return self.max_blocks + self.max_parts
+
+    @property
+    def max_splits(self) -> int:
+        """Blocks in several pieces: only what is above two cuts' share is."""
+        return min(self.max_blocks, self.cuts // 2)
+
+
+def narrow_rows(problem, tuning: RaggedTuning, target: Target, rows: int) -> Rows:
+    """Take the blocks of decode with as many heads a group as there are rows."""
+    facts = {f.name: getattr(problem, f.name) for f in dataclasses.fields(PagedProblem)}
+    facts["num_heads"] = rows * problem.num_kv_heads
+    decode = PageAttentionProblem(**facts, num_splits=1, plan=None, visible_bound=1)
+    own = Tuning(tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
+    launch = Launch.of(decode, own, target)
+    shared = launch.shared_memory(decode, target)
+    blocks = (launch.block_group, launch.block_kv, launch.num_warps, launch.num_stages)
+    return Rows(*blocks, shared, peel=False, cuts=0, max_blocks=0)
+
+
+def wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
+    """Choose the largest blocks that fit the target's shared memory and registers."""
+    fixed = (tuning.block_rows, tuning.block_kv, tuning.num_stages)
+    choices = [
+        (value,) if value else most for value, most in zip(fixed, (WIDE_ROWS, WIDE_KV, WIDE_STAGES))
+    ]
+    num_warps = tuning.num_warps or WIDE_WARPS
+    found = None
+    one_stage = (*choices[:2], choices[2] if tuning.num_stages else (1,))
+    candidates = itertools.chain(itertools.product(*choices), itertools.product(*one_stage))
+    for rows, block_kv, num_stages in candidates:
+        shared = _wide_shared_memory(problem, target, rows, block_kv, num_warps, num_stages)
+        found = Rows(rows, block_kv, num_warps, num_stages, shared, peel=True, cuts=0, max_blocks=0)
+        if shared <= target.shared_memory and _fits_registers(problem, target, found):
+            break  # or the smallest does not fit either: `limits` says so
+    assert found is not None
+    return found
+
+
+def _is_hopper(target: Target) -> bool:
+    """Say whether products take their operands from shared memory, and are waited for."""
+    capability = target.compute_capability
+    return capability is not None and 90 <= capability < 120
+
+
+def _widths(problem) -> tuple[int, int]:
+    return sum(two_parts(problem.head_dim)), sum(two_parts(problem.value_head_dim))
+
+
+def _fits_registers(problem, target: Target, rows: Rows) -> bool:
+    d, dv = _widths(problem)
+    if problem.dtype == jnp.float32:  # taken on the ordinary cores, operands from registers
+        return rows.rows <= 32 and rows.block_kv <= 32
+    lanes, limit = (32, HELD_MMA) if target.stages_queries else (64, HELD_AMD)
+    logits = rows.block_kv * 3 // 2  # and the weights, in 16 bits
+    if problem.tree_width:
+        logits += 2 * rows.block_kv  # pointers to the mask
+    if _is_hopper(target):
+        limit = HELD_WGMMA if target.compute_capability == 90 else HELD_TCGEN05
+    else:
+        logits += d // 2
+    return rows.rows * (dv + logits) <= limit * lanes * rows.num_warps
+
+
+def _wide_shared_memory(
+    problem, target: Target, rows: int, block_kv: int, num_warps: int, num_stages: int
+) -> int:
+    """Bound the shared memory of a program, in bytes."""
+    d, dv = _widths(problem)
+    size = problem.dtype.itemsize
+    # A product that is waited for later keeps its block of values, and so a buffer.
+    buffers = num_stages if _is_hopper(target) else num_stages - 1
+    streamed = size * block_kv * ((d + dv) * buffers if buffers else max(d, dv))
+    queries = size * rows * d
+    weights = rows * block_kv * (4 if problem.tree_width else size) + 1024
+    if target.compute_capability == 90 and size == 2 and not problem.tree_width:
+        if rows >= 16 * num_warps:  # each warp multiplies weights of its own, from registers
+            weights = 1024
+    if not target.stages_queries:  # they pass through before anything streams
+        return max(queries, streamed + weights)
+    # In the end the results pass through, beside where the queries did.
+    return max(streamed + weights, size * rows * dv + 1024) + queries

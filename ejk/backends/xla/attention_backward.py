@@ -1,0 +1,177 @@
+"""Reverse mode of attention to pages: what is the same for every operation and every backend.
+
+The forward pass keeps the LSE; the backward pass recomputes the weights from it, a block of tokens
+at a time, as an XLA program. With `p_j = exp(l_j - lse)`, the output's cotangent `g` and the LSE's
+`h`:
+
+    D      = sum over j of p_j * (g . v_j)
+    d l_j  = p_j * (g . v_j - D + h)
+    d sink = exp(sink - lse) * (h - D)
+    d v_j  = p_j * g
+
+A first pass over the context sums `D` and the weights, which the second divides by their sum: the
+LSE's rounding would otherwise be an error of every weight, and that of a 16-bit output one of `D`.
+What no visible token owns gets exactly 0, whatever it holds.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+
+from ejk import _dispatch
+from ejk.backends.page_attention import PagedProblem
+from ejk.backends.xla.page_attention import KEYS, VALUES, page_index, product
+
+# One size for all platforms: the backward pass does not know which it is lowered for.
+BLOCK_BYTES = 8 * 2**20
+
+
+def reverse_mode(pull_back: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+    """Return a function `(problem, choice, operands)` that runs a backend and can be pulled back.
+
+    `pull_back(problem, (operands, lse), cotangents)` returns the operands' cotangents.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+    def differentiable(problem: Any, choice: _dispatch.Choice, operands: Any) -> Any:
+        return _dispatch.call(problem, choice, operands)
+
+    def forward(problem, choice, operands):
+        with_lse = dataclasses.replace(problem, return_lse=True)
+        out, lse = _dispatch.call(with_lse, choice, operands)
+        return (out, lse) if problem.return_lse else (out,), (operands, lse)
+
+    def backward(problem, choice, residuals, cotangents):
+        pull: Any = functools.partial(pull_back, problem)
+        types = jax.tree.map(jax.typeof, residuals[0])
+        mesh = types.query.sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+
+            def sharding(x):
+                is_float = jnp.issubdtype(x.dtype, jnp.floating)
+                return NamedSharding(mesh, x.sharding.spec) if is_float else None
+
+            # How gathers and scatters in between are split is for XLA to find.
+            pull = jax.sharding.auto_axes(pull, out_sharding=jax.tree.map(sharding, types))
+        return (pull(residuals, cotangents),)
+
+    differentiable.defvjp(forward, backward)
+    return differentiable
+
+
+class Rows(NamedTuple):
+    """Query rows, `[batch, num_kv_heads, rows, ...]`, and what came back for their results."""
+
+    query: jax.Array
+    g: jax.Array  # cotangent of the output
+    h: jax.Array  # of the LSE
+    lse: jax.Array
+    sinks: jax.Array | None  # [1, num_kv_heads, rows], or with all of the batch
+
+    def without_minus_infinity(self) -> "Rows":
+        """Give rows that see nothing an LSE that makes no NaN: they have no gradient anyway."""
+        return self._replace(lse=jnp.where(self.lse == -jnp.inf, 0.0, self.lse))
+
+
+class Sums(NamedTuple):
+    """What the first pass adds up, `[batch, num_kv_heads, rows]`."""
+
+    weights: jax.Array
+    weighted: jax.Array  # each weight times `g . v_j`
+
+    @classmethod
+    def none(cls, rows: Rows) -> "Sums":
+        return cls(jnp.zeros_like(rows.lse), jnp.zeros_like(rows.lse))
+
+    def add(self, rows: Rows, scores, visible, values) -> "Sums":
+        """Add a block: its logits, which of them count, and its values."""
+        p = jnp.where(visible, jnp.exp(scores - rows.lse[..., None]), 0.0)
+        dp = product("skgd,sktd->skgt", rows.g, values)
+        return Sums(self.weights + p.sum(-1), self.weighted + (p * dp).sum(-1))
+
+
+class Softmax(NamedTuple):
+    """Query rows once all that they see is known."""
+
+    rows: Rows
+    total: jax.Array  # what weights are to be divided by
+    delta: jax.Array  # h - D
+
+    @classmethod
+    def of(cls, rows: Rows, sums: Sums) -> "Softmax":
+        # The query of a row that sees nothing may hold NaN, which times 0 is NaN.
+        sees = sums.weights > 0
+        rows = rows._replace(query=jnp.where(sees[..., None], rows.query, 0))
+        total = sums.weights
+        if rows.sinks is not None:
+            total = total + jnp.exp(rows.sinks - rows.lse)
+        total = jnp.where(total == 0, 1.0, total)
+        return cls(rows, total, rows.h - sums.weighted / total)
+
+    def pull_back(self, problem: PagedProblem, logits, keys, values, visible, scale, slopes):
+        """Return the cotangents of query, keys, values, scale and slopes that a block makes.
+
+        `logits(query, keys, scale, slopes)` are the block's, `[batch, num_kv_heads, rows, tokens]`.
+        """
+
+        def visible_logits(*inputs):
+            return jnp.where(visible, logits(*inputs), 0.0)
+
+        rows = self.rows
+        scores, pullback = jax.vjp(visible_logits, rows.query, keys, scale, slopes)
+        p = jnp.exp(scores - rows.lse[..., None]) / self.total[..., None]
+        p = jnp.where(visible, p, 0.0)
+        dp = product("skgd,sktd->skgt", rows.g, values)
+        d_query, d_keys, d_scale, d_slopes = pullback(p * (dp + self.delta[..., None]))
+        d_values = product("skgt,skgd->sktd", p.astype(rows.g.dtype), rows.g)
+        if problem.latent:
+            width = problem.head_dim - problem.value_head_dim
+            d_keys = d_keys + jnp.pad(d_values, ((0, 0),) * 3 + ((0, width),)).astype(d_keys.dtype)
+        return d_query.astype(jnp.float32), d_keys, d_values, d_scale, d_slopes
+
+    def pull_back_sinks(self) -> jax.Array:
+        """Return what each row adds to the cotangent of its sink."""
+        assert self.rows.sinks is not None
+        return jnp.exp(self.rows.sinks - self.rows.lse) / self.total * self.delta
+
+
+def add_to_pools(problem: PagedProblem, grads, pages, d_keys, d_values):
+    """Add a block's cotangents to those of `key_cache` and `value_cache` in `grads`."""
+    key_cache = _scatter(problem, grads.key_cache, pages, KEYS, d_keys)
+    value_cache = grads.value_cache
+    if problem.fused:
+        key_cache = _scatter(problem, key_cache, pages, VALUES, d_values)
+    elif not problem.latent:
+        value_cache = _scatter(problem, value_cache, pages, VALUES, d_values)
+    return grads._replace(key_cache=key_cache, value_cache=value_cache)
+
+
+def _scatter(problem, grad, pages, half, blocks):
+    """Add `[batch, num_kv_heads, tokens, head_dim]` to the pool; pages may occur twice."""
+    batch, num_kv_heads, _, head_dim = blocks.shape
+    blocks = blocks.astype(jnp.float32)
+    blocks = blocks.reshape(batch, num_kv_heads, -1, problem.page_size, head_dim)
+    blocks = jnp.moveaxis(blocks, (0, 1, 2, 3), problem.layout.gathered)
+    return grad.at[page_index(problem, pages, half)].add(blocks, mode="promise_in_bounds")
+
+
+def float_zeros(operands: Any) -> Any:
+    """Return float32 zeros for each float operand, None for the integers."""
+
+    def zeros(x):
+        if x is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            return None
+        return jnp.zeros_like(x, jnp.float32)
+
+    return type(operands)(*map(zeros, operands))
+
+
+def as_given(grads: Any, operands: Any) -> Any:
+    """Round each cotangent to its operand's dtype."""
+    rounded = (None if d is None else d.astype(x.dtype) for d, x in zip(grads, operands))
+    return type(operands)(*rounded)

@@ -1,0 +1,90 @@
+"""The scripts of `benchmarks/` that only a GPU can time run, small, wherever the tests do."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(FOLDER / script), "--tiny", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def lines_of(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_ragged_batches_are_checked_and_timed(tmp_path):
+    path = tmp_path / "ragged.jsonl"
+    batches = [f"{name}, page 16" for name in ("mixed", "mixed: its decodes", "prefill 8 x 4,096")]
+    run("ragged.py", "--output", str(path), "--batch", *batches)
+    found = {(line["workload"], line["contender"]) for line in lines_of(path)}
+    assert found == {
+        *((batch, "ejk") for batch in batches),
+        (batches[1], "ejk page_attention"),
+        (batches[2], "cuDNN dense, contiguous"),
+    }
+    for line in lines_of(path):
+        assert line["device_us"] > 0 and line["error"] < 1e-2
+
+
+def test_writes_are_checked_and_timed(tmp_path):
+    path = tmp_path / "write.jsonl"
+    run("write.py", "--output", str(path))
+    assert [line["workload"] for line in lines_of(path)] == [
+        "write 16, HND",
+        "write 16, NHD",
+        "write 3, HND",
+        "write 3, NHD",
+    ]
+
+
+def test_ragged_tuning_names_the_best_of_each_batch():
+    printed = run("tune_ragged.py")
+    assert "prefill 8 x 4,096, page 16: " in printed.split("\n\n")[-1]
+    assert "verification of 8 on 8,192, page 16: " in printed.split("\n\n")[-1]
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import report
+
+    return report
+
+
+def test_tables_of_ragged_batches_and_writes(report):
+    def line(us, **more):
+        return {"device_us": us, "tflops": 400.0, "of_matmul": 0.5, "matmul_tflops": 777.0, **more}
+
+    lines = {
+        ("prefill 8 x 4,096, page 16", "ejk"): line(2000.0),
+        ("prefill 8 x 4,096, page 16", "cuDNN dense, contiguous"): line(1800.0),
+        ("mixed, page 16", "ejk"): line(630.0),
+        ("mixed: its chunks, page 16", "ejk"): line(300.0),
+        ("mixed: its decodes, page 16", "ejk"): line(420.0),
+        ("mixed: its decodes, page 16", "ejk page_attention"): line(400.0),
+        ("write 64, HND", "ejk"): {"device_us": 3.5, "gb_per_s": 100.0, "of_ceiling": 0.25},
+    }
+    assert "777 TFLOP/s" in report.ragged_table(lines)
+    assert "| prefill 8 x 4,096, page 16 | 2,000.0 | 400 | 50.0% | 90.0% |" in (
+        report.ragged_table(lines)
+    )
+    assert "| mixed, page 16 | 630.0 | 300.0 + 400.0 | 0.90 |" in report.against_parts_table(lines)
+    assert "verification" not in report.against_parts_table(lines).split("|---")[-1]
+    assert "| write 64, HND | 3.50 | 100 | 25.0% |" in report.write_table(lines)
+
+
+def test_what_was_not_measured_has_no_table(report):
+    assert report.ragged_table({}) == report.against_parts_table({}) == report.write_table({}) == ""
+
+
+def test_the_page_is_what_the_results_say():
+    """But for the plot, which needs matplotlib."""
+    command = [sys.executable, str(FOLDER / "report.py"), "--check"]
+    subprocess.run(command, check=True)
