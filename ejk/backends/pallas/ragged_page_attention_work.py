@@ -40,11 +40,20 @@ class RaggedWork(Work):
     def vmem(self) -> dict[str, int]:
         problem, (parts, rows), f32 = self.problem, self.state_shape, jnp.dtype(jnp.float32)
         lanes = tiled((parts, rows, LANES), f32)
+        # Found by compiling: what is kept of logits and weights, and of keys and values, of which
+        # masking makes copies, and float32 parts for the highest precision.
+        is_f32 = problem.dtype == f32
+        width = max(problem.head_dim, problem.value_head_dim)
+        operand = tiled((self.block_kv, width), problem.dtype)
         per_head = tiled((self.kv_heads, self.head_rows, LANES), f32)
-        return super().vmem() | {
+        needs = super().vmem()
+        return needs | {
             "lse": 2 * per_head * problem.return_lse,
             "sinks and slopes": 2 * lanes * (problem.has_sinks + problem.has_alibi),
             "m and l": 2 * lanes,
             "acc": tiled((parts, rows, problem.value_head_dim), f32),
-            "logits": 4 * tiled((rows, self.block_kv), f32),
+            "logits": (14 if is_f32 else 4) * tiled((rows, self.block_kv), f32),
+            "operands of products": (2 + is_f32) * (self.heads_at_once + 1) * operand,
+            "reordered heads": 2 * needs["reordered heads"],
+            "the compiler's own": 2**20,
         }
