@@ -38,7 +38,7 @@ def entries() -> list[RaggedEntry]:
         RaggedEntry(
             "ragged pallas interpreted",
             PALLAS,
-            examples=8,
+            examples=5,
             may_refuse=(
                 r"float16: the matrix unit takes float32 and bfloat16",
                 r"does not support (positions|tree_mask|positions, tree_mask)$",
