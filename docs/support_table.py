@@ -49,7 +49,11 @@ def triton(title: str, compute_capability: int, num_sms: int) -> Target:
 
 
 BACKENDS = (ejk.XlaPageAttention, ejk.TritonPageAttention, ejk.PallasPageAttention)
-RAGGED_BACKENDS = (ejk.XlaRaggedPageAttention, ejk.TritonRaggedPageAttention)
+RAGGED_BACKENDS = (
+    ejk.XlaRaggedPageAttention,
+    ejk.TritonRaggedPageAttention,
+    ejk.PallasRaggedPageAttention,
+)
 WRITE_BACKENDS = (ejk.XlaWriteKVCache, ejk.TritonWriteKVCache, ejk.PallasWriteKVCache)
 INTERPRETED = (
     ejk.TritonPageAttention(interpret=True),
@@ -178,7 +182,7 @@ def add_features(page: Page) -> None:
         "axes. What a backend does not declare, it refuses."
     )
     add_feature_table(page, BACKENDS)
-    page.add("Of `ejk.ragged_page_attention`, which has no Pallas kernel yet.")
+    page.add("Of `ejk.ragged_page_attention`.")
     add_feature_table(page, RAGGED_BACKENDS)
     page.add("Of `ejk.write_kv_cache`; `latent_pools`: keys alone, `value=None`.")
     add_feature_table(page, WRITE_BACKENDS)

@@ -20,6 +20,9 @@ from ejk.backends.page_attention import PageAttentionOperands as PageAttentionOp
 from ejk.backends.page_attention import PageAttentionProblem as PageAttentionProblem
 from ejk.backends.page_attention_plan import PageAttentionPlan as PageAttentionPlan
 from ejk.backends.pallas.page_attention import PallasPageAttention as PallasPageAttention
+from ejk.backends.pallas.ragged_page_attention import (
+    PallasRaggedPageAttention as PallasRaggedPageAttention,
+)
 from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache as PallasWriteKVCache
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend as RaggedPageAttentionBackend,

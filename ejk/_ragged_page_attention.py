@@ -23,7 +23,7 @@ from ejk._typing import (
     typed,
 )
 from ejk.backends.page_attention import CacheLayout
-from ejk.backends.pallas.page_attention import PallasPageAttention
+from ejk.backends.pallas.ragged_page_attention import PallasRaggedPageAttention
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
@@ -32,8 +32,7 @@ from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
 from ejk.backends.xla.ragged_page_attention_backward import differentiable
 
-# Pallas has no kernel for it yet: who asks for it is told so by name.
-BACKENDS = (TritonRaggedPageAttention(), PallasPageAttention(), XlaRaggedPageAttention())
+BACKENDS = (TritonRaggedPageAttention(), PallasRaggedPageAttention(), XlaRaggedPageAttention())
 
 
 @overload

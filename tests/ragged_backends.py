@@ -46,6 +46,15 @@ def entries() -> list[RaggedEntry]:
         RaggedEntry("ragged xla", ejk.XlaRaggedPageAttention(), examples=12),
         RaggedEntry("ragged xla in small blocks", small, examples=6),
         RaggedEntry("ragged triton interpreted", TRITON, examples=16, decode=DECODE),
+        RaggedEntry(
+            "ragged pallas interpreted",
+            PALLAS,
+            examples=5,
+            may_refuse=(
+                r"float16: the matrix unit takes float32 and bfloat16",
+                r"does not support (positions|tree_mask|positions, tree_mask)$",
+            ),
+        ),
     ]
 
 
@@ -54,6 +63,7 @@ TRITON = ejk.TritonRaggedPageAttention(
     block_rows=16, block_kv=32, few_block_kv=16, num_sms=6, interpret=True
 )
 DECODE = ejk.TritonPageAttention(block_kv=16, num_sms=6, interpret=True)
+PALLAS = ejk.PallasRaggedPageAttention(block_q=3, pages_per_block=2, interpret=True)
 RAGGED = entries()
 
 

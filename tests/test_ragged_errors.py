@@ -91,6 +91,6 @@ def test_the_right_call_is_right():
     assert ejk.ragged_page_attention(**arguments()).shape == (5, 4, 64)
 
 
-def test_pallas_is_refused_by_name():
+def test_a_backend_of_another_operation_is_refused_by_name():
     with pytest.raises(ejk.UnsupportedError, match="pallas: is a backend of page_attention, not"):
-        ejk.ragged_page_attention(**arguments(), backend="pallas")
+        ejk.ragged_page_attention(**arguments(), backend=ejk.PallasPageAttention())

@@ -26,6 +26,7 @@ from ejk.backends.pallas.page_attention_tuned import (
     Chip,
 )
 from ejk.backends.pallas.page_attention_work import Work, round_up, seqs_per_launch
+from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,7 @@ class PallasPageAttention(PageAttentionBackend):
         return self.vmem_limit_bytes or _chip().vmem_limit_bytes
 
 
-def seen_pages(problem: PageAttentionProblem) -> int:
+def seen_pages(problem: PageAttentionProblem | RaggedPageAttentionProblem) -> int:
     """Return how many pages a sequence is expected to see at most."""
     pages = -(-problem.visible_bound // problem.page_size) + problem.has_window
     return min(pages, problem.max_blocks)

@@ -146,10 +146,7 @@ class Paging:
             body = lambda i, flaws: start_pages(begin + i * size, flaws, size)  # noqa: E731
             return begin + groups * size, lax.fori_loop(0, groups, body, flaws)
 
-        ends = left < self.work.block_kv
-        if self.window_ref is not None:
-            ends |= base < self.first_position(base + left)
-        flaws = jnp.where(ends, ENDS, 0)
+        flaws = jnp.where(self.has_ends(cursor), ENDS, 0)
 
         @pl.when(count == block_pages)
         def _start_all():
@@ -199,6 +196,13 @@ class Paging:
                     wait(buf.at[slot, k, pl.ds(0, count)], self.sem.at[slot])
 
     # What of a block may be seen.
+
+    def has_ends(self, cursor: Cursor):
+        """Whether a position of the block there may be invalid."""
+        ends = cursor.left < self.work.block_kv
+        if self.window_ref is not None:
+            ends |= cursor.base < self.first_position(cursor.base + cursor.left)
+        return ends
 
     def is_first(self, block: Block):
         """Whether a block is its sequence's first."""

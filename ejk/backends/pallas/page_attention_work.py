@@ -48,7 +48,12 @@ class Work:
     @property
     def rows(self) -> int:
         """Query heads of a core."""
-        return self.kv_heads * self.problem.group
+        return self.kv_heads * self.head_rows
+
+    @property
+    def head_rows(self) -> int:
+        """Query rows of a KV head."""
+        return self.problem.group
 
     def page_shape(self, head_dim: int) -> tuple[int, ...]:
         """Return the shape of a page in VMEM: that of the pool, less the pages."""
@@ -70,7 +75,7 @@ class Work:
         problem, rows, block_kv = self.problem, self.rows, self.block_kv
         dtype, f32 = problem.dtype, jnp.dtype(jnp.float32)
         keys, values = problem.head_dim, problem.value_head_dim
-        heads = (self.kv_heads, problem.group)
+        heads = (self.kv_heads, self.head_rows)
         # Below the line: what the compiler keeps of a block, found by compiling. float32 is split
         # in parts for the highest precision; heads inside a token, or pages that are no whole
         # tiles, are put in order first, in 32 bits where a chip has no 16-bit vectors.

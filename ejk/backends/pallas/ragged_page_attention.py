@@ -1,0 +1,143 @@
+"""`ejk.ragged_page_attention` on TPUs: which calls the kernel takes, and how they are cut."""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ejk.backends._fields import at_least
+from ejk.backends.pallas.page_attention import (
+    PallasPageAttention,
+    _callback_effects,
+    _chip,
+    _chip_version,
+    seen_pages,
+)
+from ejk.backends.pallas.page_attention_tuned import SMEM_LIMIT_BYTES, TOO_OLD
+from ejk.backends.pallas.page_attention_work import LANES, round_up
+from ejk.backends.pallas.ragged_page_attention_work import ROWS_AT_ONCE, RaggedWork
+from ejk.backends.ragged_page_attention import (
+    RaggedPageAttentionBackend,
+    RaggedPageAttentionProblem,
+)
+
+BLOCK_KV = 512  # tokens of the context, at most; not priced
+FEW_TOKENS = 8  # new tokens of a sequence that one block of queries takes: drafts to verify
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasRaggedPageAttention(RaggedPageAttentionBackend):
+    """Run `ejk.ragged_page_attention` as a Pallas kernel on a TPU.
+
+    New tokens are taken in blocks, each of one sequence. With a `max_q_len` of at most 8 a block
+    takes them all; else sequences of one new token have blocks of one, in a launch of their own.
+
+    Attributes:
+        block_q: new tokens of a block, where sequences may have more than 8. None: by sizes and
+            chip.
+        pages_per_block: pages of the context that are fetched and computed together. None: by
+            sizes and chip.
+        vmem_limit_bytes: memory next to the cores that the kernel may use. None: by chip.
+        interpret: as of `ejk.PallasPageAttention`.
+    """
+
+    block_q: int | None = None
+    pages_per_block: int | None = None
+    vmem_limit_bytes: int | None = None
+    interpret: bool | Hashable = False
+
+    name = "pallas"
+    features = PallasPageAttention.features
+
+    def __post_init__(self):
+        at_least(self, block_q=1, pages_per_block=1, vmem_limit_bytes=1)
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        return ("cpu",) if self.interpret else ("tpu",)
+
+    @property
+    def effects(self) -> frozenset[Any]:
+        """The interpreter's callbacks run in order."""
+        return _callback_effects() if self.interpret else frozenset()
+
+    def limits(self, problem: RaggedPageAttentionProblem, platform: str) -> tuple[str, ...]:
+        reasons = []
+        if (version := _chip_version()) in TOO_OLD:
+            reasons.append(f"TPU {version}: the kernel needs a v4 or later")
+        if problem.dtype not in (jnp.float32, jnp.bfloat16):
+            reasons.append(f"dtype={problem.dtype}: the matrix unit takes float32 and bfloat16")
+        works, limit = self._works(problem), self._vmem_limit()
+        table = problem.num_seqs * problem.max_blocks
+        words = table + 3 * max(work.num_seqs for work in works)
+        if 4 * (words + 6 * LANES) > SMEM_LIMIT_BYTES:
+            reasons.append(
+                f"num_seqs={problem.num_seqs}, max_blocks={problem.max_blocks}, "
+                f"total_tokens={problem.total_tokens}: tables and blocks of queries must fit in "
+                f"{SMEM_LIMIT_BYTES} bytes of scalar memory"
+            )
+        for work in works:
+            needs = {name: size for name, size in work.vmem().items() if size}
+            if (total := sum(needs.values())) > limit:
+                parts = ", ".join(f"{name} {size}" for name, size in needs.items())
+                reasons.append(
+                    f"blocks of {work.block_q} new tokens and {work.block_pages} pages of "
+                    f"page_size={problem.page_size} need {total} bytes of VMEM, above "
+                    f"vmem_limit_bytes={limit}: {parts}"
+                )
+        return tuple(reasons)
+
+    def run(self, problem, operands, platform):
+        from jax.experimental.pallas import tpu as pltpu
+
+        from ejk.backends.pallas.ragged_page_attention_launch import launch
+
+        interpret = self.interpret
+        if interpret is True:
+            interpret = pltpu.InterpretParams(
+                uninitialized_memory="nan", out_of_bounds_reads="raise"
+            )
+        with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
+            return launch(self._works(problem), operands, self._vmem_limit(), interpret)
+
+    def _works(self, problem: RaggedPageAttentionProblem) -> tuple[RaggedWork, ...]:
+        """Cut the call in one launch, or in two: one new token a sequence, and more."""
+        total, q_len = problem.total_tokens, problem.q_len_bound
+        most = min(problem.num_seqs, total)
+        if q_len <= FEW_TOKENS and self.block_q is None:
+            work = self._fitting(problem, q_len, (1, total))
+            return (_with_items(work, min(total // work.block_q + most, total)),)
+        block_q = min(self.block_q or max(FEW_TOKENS, ROWS_AT_ONCE // problem.group), q_len)
+        many = self._fitting(problem, block_q, (2, total))
+        # Of sequences of two new tokens or more there are at most half as many as of tokens.
+        items = total // many.block_q + max(min(most, total // 2), 1)
+        return _with_items(self._fitting(problem, 1, (1, 1)), most), _with_items(many, items)
+
+    def _fitting(self, problem, block_q: int, q_lens: tuple[int, int]) -> RaggedWork:
+        """Return blocks that fit in VMEM: those of the context are made shorter, then the others.
+
+        Fields of the object stay as they are.
+        """
+        chip, pages = _chip(), self.pages_per_block
+        if pages is None:
+            pages = min(max(BLOCK_KV // problem.page_size, 1), seen_pages(problem))
+        work = RaggedWork(
+            problem, 0, pages, cores=chip.cores, reordered_copies=chip.reordered_copies,
+            block_q=block_q, q_lens=q_lens,
+        )  # fmt: skip
+        for field, given in (("block_pages", self.pages_per_block), ("block_q", self.block_q)):
+            while given is None and getattr(work, field) > 1 and not self._fits(work):
+                work = dataclasses.replace(work, **{field: -(-getattr(work, field) // 2)})
+        return work
+
+    def _fits(self, work: RaggedWork) -> bool:
+        return sum(work.vmem().values()) <= self._vmem_limit()
+
+    def _vmem_limit(self) -> int:
+        return self.vmem_limit_bytes or _chip().vmem_limit_bytes
+
+
+def _with_items(work: RaggedWork, items: int) -> RaggedWork:
+    return dataclasses.replace(work, num_seqs=round_up(items, work.cores))

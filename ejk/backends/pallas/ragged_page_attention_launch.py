@@ -1,0 +1,188 @@
+"""The launches of the ragged kernel: items dealt out, rows put in blocks and back, `pallas_call`.
+
+A sequence's first row lies anywhere in `query`, and a copy moves whole tiles. So XLA gathers the
+rows of each item into a padded block of its own, and the results back: little next to the pools.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ejk.backends.pallas.page_attention_launch import OPTIONAL, _given, _scratch
+from ejk.backends.pallas.page_attention_work import LANES
+from ejk.backends.pallas.ragged_page_attention_kernel import ragged_page_attention_kernel
+from ejk.backends.pallas.ragged_page_attention_work import RaggedWork
+from ejk.backends.ragged_page_attention import (
+    RaggedPageAttentionOperands,
+    RaggedPageAttentionProblem,
+)
+
+
+def launch(
+    works: tuple[RaggedWork, ...],
+    operands: RaggedPageAttentionOperands,
+    vmem_limit_bytes: int,
+    interpret: Any,
+) -> tuple[jax.Array, ...]:
+    """Launch the kernel once for each of `works`; returns the results of their problem."""
+    problem = works[0].problem
+    bounds = lax.cummax(jnp.clip(operands.cu_q_lens, 0, problem.total_tokens))
+    rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
+    seq = jnp.searchsorted(bounds[1:], rows, side="right", method="sort").astype(jnp.int32)
+    is_new, seq = (rows >= bounds[0]) & (seq < problem.num_seqs), jnp.minimum(seq, len(bounds) - 2)
+    # What is no sequence's stays as it is here.
+    results = [jnp.zeros(of.shape, of.dtype) for of in problem.results]
+    if problem.return_lse:
+        results[1] = jnp.full(results[1].shape, -jnp.inf)
+    for work in works:
+        blocks = _blocks(bounds, work)
+        begins = jnp.cumsum(blocks, dtype=jnp.int32) - blocks
+        found = _launch_items(work, operands, bounds, begins, blocks, vmem_limit_bytes, interpret)
+        at = begins[seq] * work.block_q + rows - bounds[seq]
+        mine = is_new & (blocks[seq] > 0)
+        at = jnp.where(mine, at, 0)
+        results = [
+            jnp.where(mine.reshape(-1, *(1 for _ in old.shape[1:])), new[at], old)
+            for old, new in zip(results, found)
+        ]
+    return tuple(results)
+
+
+def _blocks(bounds: jax.Array, work: RaggedWork) -> jax.Array:
+    """Return how many items each sequence has in a launch."""
+    q_lens = bounds[1:] - bounds[:-1]
+    mine = (q_lens >= work.q_lens[0]) & (q_lens <= work.q_lens[1])
+    return jnp.where(mine, lax.div(q_lens + work.block_q - 1, work.block_q), 0)
+
+
+def _launch_items(work, operands, bounds, begins, blocks, vmem_limit_bytes, interpret):
+    """Return output and LSE of all items' tokens, `[items * block_q, num_heads, ...]`."""
+    problem: RaggedPageAttentionProblem = work.problem
+    ends = begins + blocks
+    which = jnp.arange(work.num_seqs, dtype=jnp.int32)
+    seq = jnp.searchsorted(ends, which, side="right", method="sort").astype(jnp.int32)
+    exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
+    begin = (which - begins[seq]) * work.block_q  # of the sequence's new tokens
+    q_lens = bounds[1:] - bounds[:-1]
+    count = jnp.where(exists, jnp.minimum(q_lens[seq] - begin, work.block_q), 0)
+    length = jnp.clip(operands.context_lens, 0, problem.capacity)[seq]
+    first = length - q_lens[seq] + begin
+    end = jnp.where(exists, jnp.maximum(first + count, 0), 0)
+
+    local = jnp.arange(work.block_q, dtype=jnp.int32)[None]
+    token = (bounds[seq] + begin)[:, None] + local
+    token = jnp.where(local < count[:, None], token, problem.total_tokens)
+    query = operands.query.at[token].get(mode="fill", fill_value=0)
+    heads = (problem.num_kv_heads, work.block_q, problem.group)
+    query = query.reshape(-1, heads[1], heads[0], heads[2], problem.head_dim)
+    query = query.swapaxes(1, 2).reshape(-1, heads[0], work.head_rows, problem.head_dim)
+
+    def per_row(x):
+        """Spread what heads have over the rows of their tokens."""
+        if x is None:
+            return None
+        x = jnp.broadcast_to(x.reshape(heads[0], 1, heads[2]), heads)
+        return x.reshape(*work.state_shape, 1)
+
+    window = operands.sliding_window
+    scalars = _given(
+        seqs_ref=seq,
+        firsts_ref=first,
+        ends_ref=end,
+        tables_ref=operands.block_tables.reshape(-1),
+        scale_ref=operands.attn_scale.reshape(1),
+        window_ref=None if window is None else window.reshape(1),
+    )
+    inputs = _given(
+        q_ref=query,
+        sinks_ref=per_row(operands.sinks),
+        slopes_ref=per_row(operands.alibi_slopes),
+        k_hbm_ref=operands.key_cache,
+        v_hbm_ref=operands.value_cache,
+    )
+    found = _call(work, scalars, inputs, vmem_limit_bytes, interpret)
+
+    def by_token(x):
+        x = x.reshape(-1, *heads, x.shape[-1]).swapaxes(1, 2)
+        return x.reshape(-1, problem.num_heads, x.shape[-1])
+
+    out, *lse = (by_token(x) for x in found)
+    return (out, *(x[..., 0] for x in lse))
+
+
+def _call(work: RaggedWork, scalars, inputs, vmem_limit_bytes, interpret):
+    problem = work.problem
+
+    def per_item(*shape):
+        index = lambda core, step, *_: (core * work.core_steps + step, 0, 0, 0)  # noqa: E731
+        return pl.BlockSpec((1, *shape), index)
+
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    per_row = pl.BlockSpec((*work.state_shape, 1), lambda *_: (0, 0, 0))
+    heads = (work.kv_heads, work.head_rows)
+    in_specs = dict(
+        q_ref=per_item(*heads, problem.head_dim),
+        sinks_ref=per_row,
+        slopes_ref=per_row,
+        k_hbm_ref=in_hbm,
+        v_hbm_ref=in_hbm,
+    )
+    # `shard_map` asks over which mesh axes a result varies: as the operands do, all alike.
+    varying = jax.typeof(inputs["q_ref"]).mat
+
+    def result(width, dtype):
+        shape = (work.num_seqs, *heads, width)
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
+
+    lse = result(LANES, jnp.float32) if problem.return_lse else None
+    outputs = _given(out_ref=result(problem.value_head_dim, problem.dtype), lse_ref=lse)
+    state = {
+        "m_ref": pltpu.VMEM((*work.state_shape, LANES), jnp.float32),
+        "l_ref": pltpu.VMEM((*work.state_shape, LANES), jnp.float32),
+        "acc_ref": pltpu.VMEM((*work.state_shape, problem.value_head_dim), jnp.float32),
+    }
+    scratch = _given(**_scratch(work) | state)
+    names = [*scalars, *inputs, *outputs, *scratch]
+    absent = dict.fromkeys(OPTIONAL - set(names))
+
+    def kernel(*refs):
+        ragged_page_attention_kernel(**dict(zip(names, refs)), **absent, work=work)
+
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(work.cores, work.core_steps),
+            in_specs=[in_specs[name] for name in inputs],
+            out_specs=[per_item(*x.shape[1:]) for x in outputs.values()],
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=list(outputs.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_limit_bytes,
+            disable_bounds_checks=True,  # table entries are range-checked in the kernel
+        ),
+        cost_estimate=_cost(work),
+        interpret=interpret,
+        name="ejk_ragged_page_attention",
+    )(*scalars.values(), *inputs.values())
+
+
+def _cost(work: RaggedWork) -> pl.CostEstimate:
+    """What the launch would cost if every item saw all that the call allows for."""
+    problem = work.problem
+    keys, values = problem.head_dim, problem.value_head_dim
+    tokens = work.num_seqs * problem.visible_bound
+    token_elements = problem.num_kv_heads * (keys if problem.latent else keys + values)
+    item_elements = work.rows * (keys + values)
+    return pl.CostEstimate(
+        flops=2 * tokens * work.rows * (keys + values),
+        bytes_accessed=problem.dtype.itemsize
+        * (tokens * token_elements + work.num_seqs * item_elements),
+        transcendentals=tokens * work.rows,
+    )

@@ -1,0 +1,143 @@
+"""The ragged TPU kernel, interpreted: no race, no stray read, and faults put in are caught."""
+
+import jax
+import numpy as np
+import pytest
+import tpu_interpreter
+from ragged_strategies import build_ragged
+from strategies import FEATURES, Configuration
+from test_pallas_interpret import BF16, F32, SHAPE
+from tolerances import assert_close
+
+import ejk
+from ejk.backends.pallas import page_attention_paging as paging
+from ejk.backends.pallas import ragged_page_attention_kernel as kernel
+
+ALL = frozenset(FEATURES)
+STATIC = ("cache_layout", "attn_logits_soft_cap", "value_head_dim", "return_lse", "backend")
+thorough = pytest.mark.thorough
+
+BATCHES = {
+    "mixed": ((32, 7, 19), (0, 9, 10, 13)),
+    "nothing but padding": ((32, 7, 19), (4, 4, 4, 4)),
+    "the last is empty": ((17, 25, 0), (0, 6, 13, 13)),
+    "more new tokens than tokens": ((3, 32, 9), (1, 7, 9, 12)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_interpreter():
+    yield
+    tpu_interpreter.reset()
+
+
+def check(case, dma_execution_mode="on_wait", cores=1, **fields):
+    interpret = tpu_interpreter.params(dma_execution_mode, num_cores_or_threads=cores)
+    fields = dict(block_q=3, pages_per_block=2, interpret=interpret) | fields
+    call = jax.jit(ejk.ragged_page_attention, static_argnames=STATIC)
+    backend = ejk.PallasRaggedPageAttention(**fields)
+    try:
+        out, lse = call(*case.arguments(), **case.semantics(), return_lse=True, backend=backend)
+        out, lse = np.asarray(out), np.asarray(lse)
+    except Exception as error:
+        if "RACE DETECTED" in str(error):
+            raise tpu_interpreter.RaceError(str(error)) from error
+        raise
+    if tpu_interpreter._flagged():
+        raise tpu_interpreter.RaceError("the interpreter flagged a race")
+    assert_close(case, out, lse)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches(name, dma_execution_mode):
+    lens, bounds = (np.array(x, np.int32) for x in BATCHES[name])
+    check(build_ragged(Configuration(SHAPE, F32, "HND"), lens, bounds), dma_execution_mode)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
+@pytest.mark.parametrize("layout", ["HND", pytest.param("NHD", marks=thorough)])
+def test_everything_at_once(layout, dma_execution_mode):
+    config = Configuration(SHAPE, BF16, layout, ALL, fused=True)
+    lens, bounds = (np.array(x, np.int32) for x in BATCHES["mixed"])
+    case = build_ragged(config, lens, bounds, window=np.asarray(11), invalid=0.2, seed=2)
+    check(case, dma_execution_mode)
+
+
+def without_waiting(self, slot, whole):
+    pass
+
+
+def entries_of_another_sequence(self, seq, base, left):
+    entry, count = entries(self, seq, base, left)
+    return entry ^ SHAPE.max_blocks, count
+
+
+def never_masked(self, cursor):
+    return has_ends(self, cursor) & (cursor.left < 0)
+
+
+def all_see_the_last(self, block, position, hidden):
+    return seen(self, block, position * 0 + self.lengths_ref[block.seq] - 1, hidden)
+
+
+def one_position_on(self, item):
+    return self.firsts_ref[item] + 1
+
+
+def every_entry_good(entry, num_pages):
+    page, bad = page_or_harmless(entry, num_pages)
+    return page, bad & False
+
+
+Ragged = kernel.RaggedPaging
+entries, has_ends, seen = Ragged.entries, Ragged.has_ends, Ragged.seen
+page_or_harmless = paging.page_or_harmless
+
+FAULTS = {
+    "no wait": (paging.Paging, "wait", without_waiting),
+    "copies into the slot that is read": (kernel, "other_slot", lambda slot: slot),
+    "values unmasked": (kernel, "hide_values", lambda values, *_: values),
+    "logits unmasked": (kernel, "hide_logits", lambda s, _: s),
+    "another sequence's pages": (Ragged, "entries", entries_of_another_sequence),
+    "no block is masked": (Ragged, "has_ends", never_masked),
+    "tokens see those after them": (Ragged, "seen", all_see_the_last),
+    "positions are off by one": (Ragged, "first", one_position_on),
+    "bad entries taken for good ones": (paging, "page_or_harmless", every_entry_good),
+}
+
+QUICK = ("no wait", "logits unmasked", "another sequence's pages", "no block is masked")
+REST = sorted(FAULTS.keys() - set(QUICK))
+
+
+def faulty(dma_execution_mode, **fields):
+    config = Configuration(SHAPE, F32, "HND", frozenset({"sliding_window"}), fused=True)
+    lens, bounds = (np.array(x, np.int32) for x in BATCHES["mixed"])
+    case = build_ragged(config, lens, bounds, window=np.asarray(25), invalid=0.2, seed=1)
+    needed = case.block_tables[case.needed]
+    assert ((needed < 0) | (needed >= SHAPE.num_pages)).any()
+    check(case, dma_execution_mode, **fields)
+
+
+modes = pytest.mark.parametrize(
+    "dma_execution_mode", ["on_wait", pytest.param("eager", marks=thorough)]
+)
+
+
+@pytest.mark.timeout(60)
+@modes
+def test_the_sound_kernel_is_not_accused(dma_execution_mode):
+    faulty(dma_execution_mode)
+
+
+@pytest.mark.timeout(60)
+@modes
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=thorough) for n in REST)])
+def test_a_fault_is_caught(name, dma_execution_mode, monkeypatch):
+    monkeypatch.setattr(*FAULTS[name])
+    # A field of its own, so that no program of the sound kernel is used again.
+    number = 2**28 + list(FAULTS).index(name)
+    with pytest.raises((AssertionError, IndexError, RuntimeError, tpu_interpreter.RaceError)):
+        faulty(dma_execution_mode, vmem_limit_bytes=number)
