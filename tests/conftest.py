@@ -59,6 +59,13 @@ def seeds():
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+    """Forget the programs of a file: a process may map only so many, and XLA dies of one more."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["tally"] = tally.dump()
