@@ -9,7 +9,18 @@ from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32
 from ejk._page_attention_problem import problem_of
-from ejk._typing import Cache, Lengths, PerHead, Query, Scalar, ScalarInt, Tables, typed
+from ejk._typing import (
+    Cache,
+    Lengths,
+    PerHead,
+    Query,
+    Scalar,
+    ScalarInt,
+    StaticFloat,
+    StaticInt,
+    Tables,
+    typed,
+)
 from ejk.backends.page_attention import (
     CacheLayout,
     PageAttentionOperands,
@@ -37,15 +48,15 @@ def page_attention(
     context_lens: Lengths,
     block_tables: Tables,
     attn_scale: Scalar | None = None,
-    max_context_len: int | None = None,
-    num_splits: int = 0,
+    max_context_len: StaticInt | None = None,
+    num_splits: StaticInt = 0,
     *,
     cache_layout: CacheLayout = "HND",
     sliding_window: ScalarInt | None = None,
-    attn_logits_soft_cap: float | int | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
-    value_head_dim: int | None = None,
+    value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
     return_lse: Literal[False] = False,
     backend: str | Backend | None = None,
@@ -58,15 +69,15 @@ def page_attention(
     context_lens: Lengths,
     block_tables: Tables,
     attn_scale: Scalar | None = None,
-    max_context_len: int | None = None,
-    num_splits: int = 0,
+    max_context_len: StaticInt | None = None,
+    num_splits: StaticInt = 0,
     *,
     cache_layout: CacheLayout = "HND",
     sliding_window: ScalarInt | None = None,
-    attn_logits_soft_cap: float | int | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
-    value_head_dim: int | None = None,
+    value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
     return_lse: bool = False,
     backend: str | Backend | None = None,
@@ -110,7 +121,8 @@ def page_attention(
             `[num_kv_heads, num_pages, page_size, head_dim]`; of fused pools `[num_pages, 2, ...]`
             and `[num_kv_heads, num_pages, 2, ...]`. Read in place, never transposed.
         sliding_window: only the last so many positions are visible, the current one included. At
-            least 1. May be traced: one that exceeds every length is no window.
+            least 1. May be traced: one that exceeds every length is no window, one below 1 shows
+            nothing.
         attn_logits_soft_cap: above 0.
         sinks: float32, one more logit a head in the denominator, neither scaled nor capped; -inf
             is none.
@@ -160,7 +172,8 @@ def page_attention(
     )
     choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
     if 0 in (problem.num_seqs, problem.capacity, problem.num_pages):
-        results = _nothing_visible(problem, sinks)
+        given = (query, key_cache, value_cache, context_lens, block_tables, sinks)
+        results = _dispatch.vary_together((given, _nothing_visible(problem, sinks)))[1]
     else:
         scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
         operands = PageAttentionOperands(

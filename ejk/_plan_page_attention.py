@@ -97,6 +97,8 @@ def plan_page_attention(
         value = getattr(facts, field.name)
         if isinstance(value, int):
             static_int(field.name, value, at_least=int(field.name not in MAY_BE_0))
+    if value_head_dim is not None:
+        static_int("value_head_dim", value_head_dim, at_least=1)
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
     capacity = max_blocks * page_size
@@ -111,7 +113,9 @@ def plan_page_attention(
     targets = [t for triton in tritons if (t := triton.target(triton.platforms[0])) is not None]
     num_sms = targets[0].num_sms if targets else DEFAULT_NUM_SMS
     group = num_heads // num_kv_heads
-    programs = num_kv_heads * -(-group // block_group(group, value_head_dim or head_dim))
+    programs = num_kv_heads * -(
+        -group // block_group(group, head_dim if value_head_dim is None else value_head_dim)
+    )
     window = facts.sliding_window
     longest = min(capacity, window) if isinstance(window, int) else capacity
     problem = PlanProblem(

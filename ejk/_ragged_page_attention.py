@@ -17,6 +17,8 @@ from ejk._typing import (
     PerToken,
     Scalar,
     ScalarInt,
+    StaticFloat,
+    StaticInt,
     Tables,
     Tokens,
     TreeMask,
@@ -49,14 +51,14 @@ def ragged_page_attention(
     cu_q_lens: Bounds,
     attn_scale: Scalar | None = None,
     *,
-    max_q_len: int | None = None,
-    max_context_len: int | None = None,
+    max_q_len: StaticInt | None = None,
+    max_context_len: StaticInt | None = None,
     cache_layout: CacheLayout = "HND",
     sliding_window: ScalarInt | None = None,
-    attn_logits_soft_cap: float | int | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
-    value_head_dim: int | None = None,
+    value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
     return_lse: Literal[False] = False,
@@ -72,14 +74,14 @@ def ragged_page_attention(
     cu_q_lens: Bounds,
     attn_scale: Scalar | None = None,
     *,
-    max_q_len: int | None = None,
-    max_context_len: int | None = None,
+    max_q_len: StaticInt | None = None,
+    max_context_len: StaticInt | None = None,
     cache_layout: CacheLayout = "HND",
     sliding_window: ScalarInt | None = None,
-    attn_logits_soft_cap: float | int | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
-    value_head_dim: int | None = None,
+    value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
     return_lse: bool = False,
@@ -185,7 +187,9 @@ def ragged_page_attention(
     choice = _dispatch.choose(backend, RaggedPageAttentionProblem, BACKENDS)
     bounds = as_int32(cu_q_lens, problem.total_tokens)
     if 0 in (problem.total_tokens, problem.num_seqs, problem.capacity, problem.num_pages):
-        out, lse = _nothing_visible(problem, bounds, sinks)
+        given = (query, key_cache, value_cache, context_lens, block_tables, bounds, sinks)
+        nothing = _nothing_visible(problem, bounds, sinks)
+        out, lse = _dispatch.vary_together((given, nothing))[1]
         return (out, lse) if return_lse else out
     scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
     operands = RaggedPageAttentionOperands(

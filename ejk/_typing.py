@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import numpy as np
-from beartype.door import is_bearable
 from jaxtyping import Bool, Float, Integer, Num
 
 Array = jax.Array | np.ndarray
@@ -30,8 +29,11 @@ TreeMask = Annotated[
 ]
 PerHead = Float[Array, " num_heads"]
 Scalar = Annotated[
-    float | int | np.floating | np.integer | Num[Array, ""], "a number or a 0-d array"
+    float | int | np.floating | np.integer | Float[Array, ""] | Integer[Array, ""],
+    "a number or a 0-d array",
 ]
+StaticInt = Annotated[int | np.integer, "an int"]
+StaticFloat = Annotated[float | int | np.floating | np.integer, "a number"]
 ScalarInt = Annotated[int | np.integer | Integer[Array, ""], "an int or a 0-d integer array"]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,12 +59,16 @@ def typed(function: F) -> F:
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
+        from beartype.door import is_bearable  # a quarter of what importing ejk would cost
+
         try:
             arguments = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise TypeError(f"{function.__name__}() {error}") from None
         for name, value in arguments.items():
-            if not is_bearable(value, hints.get(name, Any)):
+            hint = hints.get(name, Any)
+            is_flag = isinstance(value, bool) and hint not in (bool, Any)
+            if is_flag or not is_bearable(value, hint):
                 raise TypeError(f"{name}={_describe(value)} must be {_spell(hints[name])}")
         return function(*args, **kwargs)
 

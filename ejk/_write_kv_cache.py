@@ -83,6 +83,7 @@ def write_kv_cache(
         slot_mapping=as_int32(slot_mapping, problem.num_slots),
     )
     if 0 in (problem.num_tokens, problem.num_slots):
+        operands = _dispatch.vary_together(operands)
         return operands.key_cache, operands.value_cache
     results = differentiable(problem, choice, _dispatch.vary_together(operands))
     return results[0], None if value_cache is None else results[1]

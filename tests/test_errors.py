@@ -65,6 +65,9 @@ RANK_AND_KIND = {
     "tables of floats": ({"block_tables": zeros(2, 3)}, "block_tables=float32[2, 3]"),
     "a scale a head": ({"attn_scale": zeros(4)}, "attn_scale=float32[4] must be"),
     "a scale in words": ({"attn_scale": "auto"}, "attn_scale='auto' must be"),
+    "a complex scale": ({"attn_scale": np.complex64(1j)}, "attn_scale=complex64[] must be"),
+    "a truth as scale": ({"attn_scale": True}, "attn_scale=True must be a number"),
+    "a truth as cap": ({"attn_logits_soft_cap": True}, "attn_logits_soft_cap=True must be"),
     "a window a sequence": (
         {"sliding_window": zeros(2, dtype=np.int32)},
         "sliding_window=int32[2] must be",
@@ -196,6 +199,16 @@ def test_misfits_and_values_out_of_range_are_value_errors(change, message):
 def test_the_right_call_is_right():
     """Or the tables above would prove nothing."""
     assert ejk.page_attention(**arguments()).shape == (NUM_SEQS, NUM_HEADS, HEAD_DIM)
+
+
+def test_numbers_may_be_those_of_numpy():
+    number, python = np.int64(3), 3
+    names = ("max_context_len", "num_splits", "sliding_window")
+    cap = {"attn_logits_soft_cap": np.float32(5), "attn_scale": np.float64(0.5)}
+    of_numpy = ejk.page_attention(**arguments(**dict.fromkeys(names, number), **cap))
+    cap = {"attn_logits_soft_cap": 5.0, "attn_scale": 0.5}
+    of_python = ejk.page_attention(**arguments(**dict.fromkeys(names, python), **cap))
+    np.testing.assert_array_equal(of_numpy, of_python)
 
 
 def test_optional_arguments_after_the_eighth_are_by_keyword_only():

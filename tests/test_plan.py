@@ -198,6 +198,7 @@ WRONG = {
     "no head dimension": (ValueError, {"head_dim": 0}, "head_dim=0 must be at least 1"),
     "no slots": (ValueError, {"page_size": 0}, "page_size=0 must be at least 1"),
     "less than no blocks": (ValueError, {"max_blocks": -1}, "max_blocks=-1 must be at least"),
+    "no values": (ValueError, {"value_head_dim": 0}, "value_head_dim=0 must be at least 1"),
     "a window of nothing": (ValueError, {"sliding_window": 0}, "sliding_window=0 must be at"),
     "a window of less": (ValueError, {"sliding_window": np.int8(-3)}, "sliding_window=-3 must"),
     "heads that no group divides": (

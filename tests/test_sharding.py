@@ -108,6 +108,27 @@ def test_gradients_of_shards_equal_those_of_the_whole(entry, what):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=NAMES[i])
 
 
+def test_what_static_facts_answer_varies_as_the_operands_do():
+    """Else it could not be a carry beside them."""
+    arrays = [jnp.asarray(x) for x in long_case(features=frozenset()).rows([0, 1]).operands()]
+    query, pools, (lens, tables) = arrays[0], arrays[1:3], arrays[3:]
+
+    def repeat(query, key_cache, value_cache, lens, tables):
+        def step(query, _):
+            out = ejk.page_attention(
+                query, key_cache, value_cache, lens, tables[:, :0], cache_layout="NHD"
+            )
+            return out, None
+
+        return jax.lax.scan(step, query, None, length=2)[0]
+
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    rows, whole = PartitionSpec("x"), PartitionSpec()
+    inputs = (rows, whole, whole, rows, rows)
+    split = jax.jit(jax.shard_map(repeat, mesh=mesh, in_specs=inputs, out_specs=rows))
+    assert not split(query, *pools, lens, tables).any()
+
+
 def test_shards_with_long_contexts_are_cut():
     case = long_case(features=frozenset())
     arrays = [jnp.asarray(x) for x in case.rows([*range(7), *range(7)]).operands()]

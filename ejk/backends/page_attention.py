@@ -171,7 +171,11 @@ class PageAttentionProblem(PagedProblem):
 
         def rows(name):
             x, axis = getattr(operands, name), getattr(axes, name)
-            lead = jnp.moveaxis(x, axis, 0) if axis >= 0 else jnp.stack([x] * size)
+            lead = (
+                jnp.moveaxis(x, axis, 0)
+                if axis >= 0
+                else jnp.broadcast_to(x[None], (size, *x.shape))
+            )
             return lead.reshape(size * self.num_seqs, *lead.shape[2:])
 
         # A plan is for one batch; the folded one makes its own.
@@ -255,8 +259,8 @@ class PageAttentionProblem(PagedProblem):
                     raise ValueError(
                         f"{name} is split as {spec}, but only its KV heads, axis "
                         f"{self.layout.kv_heads}, can be: what reads other shards would gather "
-                        "the pool. For pages split over devices see "
-                        "ejk.context_parallel_attention"
+                        "the pool. Where pages are, attend inside jax.shard_map, each device to "
+                        "its own with return_lse=True, and use ejk.merge_attention_states"
                     )
         if len(set(found)) > 1:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from ejk.backends.page_attention_plan import EVEN_SHARE, PlanBackend, PlanOperands, PlanProblem
 from ejk.backends.triton import _launch
-from ejk.backends.triton._target import Target
+from ejk.backends.triton._target import Target, cannot_compile
 
 # Sequences of a program, sequences that it compares them with at a time, warps. All at a time is
 # best, and few to a program: its code has to be fetched from memory once a step. On an H100, of
@@ -42,8 +42,9 @@ class TritonPlan(PlanBackend):
     def limits(self, problem, platform):
         if missing := _launch.available(interpret=self.interpret):
             return (missing,)
-        if Target.of(platform, self.compute_capability, 1) is None:
-            return (f"no {platform} device is here to ask for its compute capability",)
+        target = Target.of(platform, self.compute_capability, 1)
+        if target is None or target.is_too_old:
+            return (cannot_compile(target, platform),)
         return ()
 
     def run(self, problem: PlanProblem, operands: PlanOperands, platform):
