@@ -167,9 +167,13 @@ def backend_choices(name: str, interpret: bool) -> dict[str, Choice]:
                 ejk.TritonRaggedPageAttention,
                 ejk.TritonWriteKVCache,
             ),
-            "pallas": (ejk.PallasPageAttention, None, ejk.PallasWriteKVCache),
+            "pallas": (
+                ejk.PallasPageAttention,
+                ejk.PallasRaggedPageAttention,
+                ejk.PallasWriteKVCache,
+            ),
         }[name]
-        choices = [kind and kind(interpret=True) for kind in kinds]
+        choices = [kind(interpret=True) for kind in kinds]
     else:
         # jax-triton 0.3 runs decode attention, and cannot write in place: then XLA does the rest.
         rest = "xla" if name == "xla" else None
