@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import zlib
 
 if "--gpu" in sys.argv:
     os.environ["EJK_TEST_GPU"] = "1"  # workers of pytest-xdist inherit it
@@ -43,13 +44,20 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a GPU, unless it was asked for."""
+    """Leave out what needs a GPU, and most cases of what is `one_in(n)`, unless asked for."""
     if os.environ.get("EJK_TEST_GPU"):
         return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    if left_out:
+    by_name = any("::" in argument for argument in config.args)
+
+    def is_run(item):
+        mark = item.get_closest_marker("one_in")
+        every = by_name or mark is None or os.environ.get("EJK_TEST_THOROUGH")
+        chosen = every or zlib.crc32(item.nodeid.encode()) % mark.args[0] == 0
+        return chosen and not item.get_closest_marker("gpu")
+
+    if left_out := [item for item in items if not is_run(item)]:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if is_run(item)]
 
 
 @pytest.fixture(autouse=True)

@@ -43,9 +43,9 @@ def entries() -> list[RaggedEntry]:
         ]
     small = ejk.XlaRaggedPageAttention(block_q=4, block_kv=16)
     return [
-        RaggedEntry("ragged xla", ejk.XlaRaggedPageAttention(), examples=12),
-        RaggedEntry("ragged xla in small blocks", small, examples=6),
-        RaggedEntry("ragged triton interpreted", TRITON, examples=16, decode=DECODE),
+        RaggedEntry("ragged xla", ejk.XlaRaggedPageAttention(), examples=8),
+        RaggedEntry("ragged xla in small blocks", small, examples=5),
+        RaggedEntry("ragged triton interpreted", TRITON, examples=12, decode=DECODE),
         RaggedEntry(
             "ragged pallas interpreted",
             PALLAS,

@@ -59,6 +59,7 @@ def test_lengths(lengths, dma_execution_mode, blocks_per_round):
     check(case, tpu_interpreter.backend(dma_execution_mode, blocks_per_round=blocks_per_round))
 
 
+@pytest.mark.one_in(2)
 @each_round
 @pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
@@ -85,6 +86,7 @@ def test_entries_that_name_no_page(layout, invalid):
     check(strategies.build(config, lengths, invalid=invalid, window=np.asarray(27), seed=3))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_groups(dtype, group):
@@ -94,6 +96,7 @@ def test_groups(dtype, group):
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
 @pytest.mark.parametrize(
     "shape",
@@ -110,6 +113,7 @@ def test_shapes(shape, layout):
     check(strategies.build(config, lengths, window=shape.capacity - 2, invalid=0.1, share=True))
 
 
+@pytest.mark.one_in(3)
 @each_round
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("megacore_mode", ["batch", "kv_head"])

@@ -49,6 +49,7 @@ def check(case, backend, split, mesh=None):
             np.testing.assert_array_equal(ours, whole)
 
 
+@pytest.mark.one_in(2)
 @each_kernel
 @each_split
 @each_kind

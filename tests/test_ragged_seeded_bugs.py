@@ -161,6 +161,7 @@ BUGS = {
 }  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bug", BUGS)
 def test_bugs_are_caught(bug, monkeypatch):
     target, name, replacement = BUGS[bug]

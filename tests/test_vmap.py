@@ -84,6 +84,7 @@ def test_sequences_fold_into_the_batch(entry, batched):
     assert not {"scan", "while"} & set(found)
 
 
+@pytest.mark.one_in(3)
 @edge
 @pytest.mark.parametrize(
     "batched",

@@ -84,6 +84,7 @@ def test_the_last_of_several_tokens_stays(entry, layout, num_tokens):
     check(entry, build(SHAPES[0], F32, layout, slots.astype(np.int32)))
 
 
+@pytest.mark.one_in(2)
 @writer_edge
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)

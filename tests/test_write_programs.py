@@ -80,6 +80,7 @@ def step(layout, kind, scan, key, value, key_cache, value_cache, slots, query, l
     return carry
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("num_seqs", [1, 4])
 @pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
 @pytest.mark.parametrize("kind", ["split", "fused", "latent"])
