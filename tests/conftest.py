@@ -45,11 +45,11 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what needs a GPU, and most cases of what is `one_in(n)`, unless asked for."""
-    if os.environ.get("EJK_TEST_GPU"):
-        return
     by_name = any("::" in argument for argument in config.args)
 
     def is_run(item):
+        if os.environ.get("EJK_TEST_GPU"):
+            return not item.get_closest_marker("cpu")
         mark = item.get_closest_marker("one_in")
         every = by_name or mark is None or os.environ.get("EJK_TEST_THOROUGH")
         chosen = every or zlib.crc32(item.nodeid.encode()) % mark.args[0] == 0

@@ -182,6 +182,7 @@ def test_shards_and_their_gradients_equal_the_whole(entry, layout, what):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.cpu
 def test_a_plan_fits_split_and_fused_pools_alike():
     case = dataclasses.replace(long_case(features=frozenset()), fused=True)
     plan = plan_for(case, TRITON.backend)
@@ -213,6 +214,7 @@ def made_of(text: str, num_pages: int = 1009) -> set[str]:
     return set(re.findall(pattern, text))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_xla_copies_no_pool(layout):
     """Nor takes it apart: no operation has a result of its size, and memory is two blocks'."""

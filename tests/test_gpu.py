@@ -167,6 +167,63 @@ def test_layers_of_a_mixed_batch_write_in_place_and_copy_no_pool():
     assert np.isfinite(np.asarray(compiled(*arguments)[0], np.float32)).all()
 
 
+def equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_layers_that_a_loop_cuts_out_and_stacks():
+    """XLA may give a kernel slices where they lie: what is written in place has to come through.
+
+    Caches that a scan takes apart and puts together are bit for bit those of XLA, and those that
+    were handed over are as before.
+    """
+    query, _, tables = batch(NUM_PAGES)
+    keys, values = (pool(LAYERS * NUM_PAGES, seed) for seed in (1, 2))
+    caches = [x.reshape(LAYERS, NUM_PAGES, *x.shape[1:]) for x in (keys, values)]
+    before = jax.tree.map(np.asarray, caches)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(backend, query, caches):
+        def layer(query, caches):
+            slots = tables[:, 0] * PAGE
+            caches = ejk.write_kv_cache(
+                query[:, ::4], query[:, 1::4], *caches, slots, backend=backend
+            )
+            return query * 0.5, tuple(caches)
+
+        return jax.lax.scan(layer, query, tuple(caches))
+
+    by_triton, by_xla = step("triton", query, caches), step("xla", query, caches)
+    equal(by_triton, by_xla)
+    equal(caches, before)
+
+
+def test_results_that_a_loop_stacks():
+    """Kernels that add to one another's results, in a loop that keeps each round's."""
+    query, lens, tables, bounds = mixed(NUM_PAGES)
+    keys, values = pool(NUM_PAGES, 1), pool(NUM_PAGES, 2)
+    queries = jnp.stack([query * (0.5 + i) for i in range(3)])
+    attend = functools.partial(ejk.ragged_page_attention, backend="triton", return_lse=True)
+    stacked = jax.jit(
+        lambda all: jax.lax.map(lambda q: attend(q, keys, values, lens, tables, bounds), all)
+    )(queries)
+    for i in range(3):
+        alone = attend(queries[i], keys, values, lens, tables, bounds)
+        equal([x[i] for x in stacked], alone)
+
+    # Long enough a context to be cut: parts, and rows between them.
+    tables = jnp.arange(2 * 256, dtype=jnp.int32).reshape(2, 256) % NUM_PAGES
+    lens = jnp.asarray([256 * PAGE - 3, 200], jnp.int32)
+    attend = functools.partial(ejk.page_attention, backend="triton", return_lse=True)
+    queries = queries[:, :2]
+    stacked = jax.jit(
+        lambda all: jax.lax.map(lambda q: attend(q, keys, values, lens, tables), all)
+    )(queries)
+    for i in range(3):
+        equal([x[i] for x in stacked], attend(queries[i], keys, values, lens, tables))
+
+
 def test_a_mixed_batch_does_not_wait_for_the_device():
     query, lens, tables, bounds = mixed(NUM_PAGES)
     keys, values = pool(NUM_PAGES, 1), pool(NUM_PAGES, 2)

@@ -56,7 +56,9 @@ def aliases(text):
 def test_for_cuda_it_is_one_kernel_in_place(layout, kind, for_an_h100):
     text = lower_write("cuda", layout, kind)
     assert kernels(text) == {"cuda"}
-    assert pool_results(text) == ["custom_call"]
+    # Barriers, or XLA would hand the kernel slices of what a loop stacks: see `_launch.call`.
+    assert pool_results(text).count("custom_call") == 1
+    assert set(pool_results(text)) == {"custom_call", "optimization_barrier"}
     # After keys, values and slots come the pools; where there is one, a dummy has a result's place.
     assert aliases(text) == ([(0, 3), (1, 4)] if kind == "split" else [(1, 3)])
     assert len(re.findall(r"tf\.aliasing_output", text)) == (2 if kind == "split" else 1)
@@ -79,7 +81,8 @@ def test_for_cuda_layers_pass_the_pool_from_kernel_to_kernel(kind, scan, for_an_
     )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     made = set(pool_results(text))
-    assert "custom_call" in made and made <= {"custom_call", "while", "call", "func.call"}
+    assert {"custom_call", "optimization_barrier"} <= made
+    assert made <= {"custom_call", "optimization_barrier", "while", "call", "func.call"}
 
 
 def test_more_tokens_than_are_compared_are_sorted_first(for_an_h100):

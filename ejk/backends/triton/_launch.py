@@ -82,6 +82,10 @@ def call(
     result_types = [absent if value is None else value for value in outputs.values()]
     result_types += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in in_place.values()]
     aliases = {len(inputs) + i: len(outputs) + i for i in range(len(in_place))}
+    # XLA from jaxlib 0.11 on lets a kernel read a slice of an array, or write one, where it lies,
+    # and forgets that a result has to lie where its operand does: a loop's stacked results were
+    # never written. Behind a barrier it sees no slice, and still makes no copy.
+    written = jax.lax.optimization_barrier(tuple(in_place.values()))
     jax_triton, is_ffi_line = _import_jax_triton()
     assert is_ffi_line or not aliases, "see can_run_in_place"
     # Fusing a product and a sum into one instruction changes rounding, so the choice is written
@@ -95,7 +99,7 @@ def call(
         warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
         results = jax_triton.triton_call(
             *operands,
-            *in_place.values(),
+            *written,
             kernel=kernel,
             grid=(grid,),
             name=kernel.fn.__name__,
@@ -106,6 +110,8 @@ def call(
             **options,
             **constants,
         )
+    if aliases:
+        results = jax.lax.optimization_barrier(results)
     kept = [*outputs.values(), *in_place.values()]
     return tuple(None if k is None else result for k, result in zip(kept, results))
 
