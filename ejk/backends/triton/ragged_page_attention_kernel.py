@@ -12,10 +12,10 @@ block's logits:
     m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
     l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
 
-With `PEEL`, blocks of which every row sees every token, all of their pages being valid, come first
-and mask nothing; the edges of causality and window, blocks from the first bad page on and the last
-tokens come after, in blocks of `EDGE_KV` tokens. A head dimension that is no power of two is taken
-in two parts, as in `page_attention_kernel.py`.
+With `PEEL`, the edges of causality and window, blocks from the first bad page on and the last
+tokens come first, in blocks of `EDGE_KV` tokens; then, free of what masks need, blocks of which
+every row sees every token, all of their pages being valid. A head dimension that is no power of two
+is taken in two parts, as in `page_attention_kernel.py`.
 
 Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); heads packed with tokens after Ragged Paged
 Attention (arXiv:2604.15464).
@@ -32,6 +32,7 @@ from ejk.backends.triton.ragged_softmax_kernel import (
     first_bad,
     rows_of_block,
     see_block,
+    token_ptrs,
     write_rows,
 )
 
@@ -198,8 +199,8 @@ def ragged_page_attention_kernel(
         masked = tl.minimum(tl.maximum(all_begin, begin), end) - begin
         bulk_begin = begin + tl.cdiv(masked, BLOCK_KV) * BLOCK_KV
         # Under way while the table is scanned; where that ends the bulk, they are not used.
-        key = bulk_begin + offs_kv
-        pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=0)
+        seen = bulk_begin + offs_kv
+        pages = tl.load(table_ptr + seen // PAGE_SIZE, mask=seen < end, other=0)
         # There the largest logit is the largest product times the scale.
         bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
         bulk_end = first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
@@ -207,46 +208,20 @@ def ragged_page_attention_kernel(
 
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
-    if PEEL:
-        for start in range(bulk_begin, bulk_end, BLOCK_KV):
-            key = start + offs_kv
-            offs_page, offs_slot = pages.to(tl.int64), key % PAGE_SIZE
-            k_ptrs = k_head_ptr + (offs_page * stride_k_page + offs_slot * stride_k_slot)
-            v_ptrs = v_head_ptr + (offs_page * stride_v_page + offs_slot * stride_v_slot)
-            ahead = key + BLOCK_KV
-            pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < bulk_end, other=0)
-            m, l, acc, acc_rest = see_block(
-                q, q_rest, m, l, acc, acc_rest, k_ptrs, v_ptrs, key, position, key, mask_rows,
-                slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
-                BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
-            )  # fmt: skip
-        # Anew, or they would take registers in the loop that needs them most. The loads are
-        # volatile, so that the compiler does not know that it has seen them.
-        first_token = tl.load(item_ptr + 1, volatile=True)
-        q_len = tl.load(item_ptr + 2, volatile=True)
-        row_block = tl.load(item_ptr + 3, volatile=True)
-        new, tokens, heads, mask_rows = rows_of_block(
-            first_token, q_len, row_block, kv_head, GROUP, BLOCK_ROWS
-        )
-        place = context + new
-        position = place
-        if HAS_POSITIONS:
-            position = tl.maximum(tl.load(positions_ptr + tokens), 0)
-    offs_kv = tl.arange(0, EDGE_KV)
+    offs_edge = tl.arange(0, EDGE_KV)
     before = (bulk_begin - begin) // EDGE_KV
     after = tl.cdiv(tl.maximum(end - bulk_end, 0), EDGE_KV)
-    key = tl.where(before > 0, begin, bulk_end) + offs_kv
-    pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)
+    key = tl.where(before > 0, begin, bulk_end) + offs_edge
+    edge_pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)
     for block in range(0, before + after):
         key = tl.where(block < before, begin, bulk_end - before * EDGE_KV) + block * EDGE_KV
-        key += offs_kv
-        exists = (pages >= 0) & (pages < NUM_PAGES)  # [EDGE_KV]
-        offs_page, offs_slot = pages.to(tl.int64), key % PAGE_SIZE
-        k_ptrs = k_head_ptr + (offs_page * stride_k_page + offs_slot * stride_k_slot)
-        v_ptrs = v_head_ptr + (offs_page * stride_v_page + offs_slot * stride_v_slot)
+        key += offs_edge
+        exists = (edge_pages >= 0) & (edge_pages < NUM_PAGES)  # [EDGE_KV]
+        k_ptrs = token_ptrs(k_head_ptr, edge_pages, key, PAGE_SIZE, stride_k_page, stride_k_slot)
+        v_ptrs = token_ptrs(v_head_ptr, edge_pages, key, PAGE_SIZE, stride_v_page, stride_v_slot)
         ahead = tl.where(block + 1 < before, begin, bulk_end - before * EDGE_KV)
-        ahead += (block + 1) * EDGE_KV + offs_kv
-        pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
+        ahead += (block + 1) * EDGE_KV + offs_edge
+        edge_pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
         key_position = key
         if HAS_POSITIONS:
             is_new = exists & (key >= context)
@@ -272,6 +247,27 @@ def ragged_page_attention_kernel(
             slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, True,
             BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
         )  # fmt: skip
+    if PEEL:
+        for start in range(bulk_begin, bulk_end, BLOCK_KV):
+            seen = start + offs_kv
+            k_tokens = token_ptrs(k_head_ptr, pages, seen, PAGE_SIZE, stride_k_page, stride_k_slot)
+            v_tokens = token_ptrs(v_head_ptr, pages, seen, PAGE_SIZE, stride_v_page, stride_v_slot)
+            later = seen + BLOCK_KV
+            pages = tl.load(table_ptr + later // PAGE_SIZE, mask=later < bulk_end, other=0)
+            m, l, acc, acc_rest = see_block(
+                q, q_rest, m, l, acc, acc_rest, k_tokens, v_tokens, seen, position, seen, mask_rows,
+                slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
+                BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
+            )  # fmt: skip
+        # Anew, or they would take registers in the loop that needs them most. The loads are
+        # volatile, so that the compiler does not know that it has seen them.
+        first_token = tl.load(item_ptr + 1, volatile=True)
+        q_len = tl.load(item_ptr + 2, volatile=True)
+        row_block = tl.load(item_ptr + 3, volatile=True)
+        part = tl.load(item_ptr + 6, volatile=True)
+        new, tokens, heads, mask_rows = rows_of_block(
+            first_token, q_len, row_block, kv_head, GROUP, BLOCK_ROWS
+        )
 
     # Write the result, or this piece's part of it.
     saw_nothing = l == 0

@@ -27,6 +27,16 @@ def rows_of_block(
 
 @triton.jit
 @typing.no_type_check
+def token_ptrs(
+    head_ptr, pages, key, PAGE_SIZE: tl.constexpr, stride_page: tl.constexpr,
+    stride_slot: tl.constexpr,
+):  # fmt: skip
+    """Return where a KV head's tokens `key` begin, that lie in `pages`."""
+    return head_ptr + (pages.to(tl.int64) * stride_page + (key % PAGE_SIZE) * stride_slot)
+
+
+@triton.jit
+@typing.no_type_check
 def see_block(
     q,  # [BLOCK_ROWS, BLOCK_D]
     q_rest,
