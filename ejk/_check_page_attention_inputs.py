@@ -8,8 +8,9 @@ import numpy as np
 from jax.core import Tracer
 
 from ejk._indices import as_int32
+from ejk._page_attention_problem import check_pool, fail
 from ejk._typing import Cache, Lengths, Query, ScalarInt, Tables, typed
-from ejk.backends.page_attention import LAYOUTS, CacheLayout, layout_of
+from ejk.backends.page_attention import CacheLayout
 
 
 @typed
@@ -28,7 +29,7 @@ def check_page_attention_inputs(
     `ejk.page_attention` never reads outside its arrays: it clips a length and hides the tokens of
     a bad entry. Nearly always those are a caller's mistakes, and this finds them. The arguments are
     the first five of `ejk.page_attention`, and its `cache_layout` and `sliding_window`; of query
-    and pools only the shapes are used.
+    and pools only the shapes are used, and what the call itself refuses is left to it.
 
     With concrete arrays this waits for the device and raises. Under `jit` it adds checks of
     `jax.experimental.checkify`: transform the function with `checkify.checkify`.
@@ -44,15 +45,11 @@ def check_page_attention_inputs(
         Traceback (most recent call last):
         ValueError: block_tables[0, 1]=8 must be in [0, 8): sequence 0 sees tokens of that page
     """
-    if cache_layout not in LAYOUTS:
-        names = ", ".join(map(repr, LAYOUTS))
-        raise ValueError(f"cache_layout={cache_layout!r} must be one of {names}")
+    num_pages, _, page_size = check_pool(key_cache, cache_layout)
     num_seqs = query.shape[0]
     for name, x in (("context_lens", context_lens), ("block_tables", block_tables)):
         if x.shape[0] != num_seqs:
-            raise ValueError(f"{name}.shape[0]={x.shape[0]} must be num_seqs={num_seqs}")
-    layout = layout_of(key_cache, cache_layout)
-    num_pages, page_size = key_cache.shape[layout.pages], key_cache.shape[layout.slots]
+            fail(f"{name}.shape[0]={x.shape[0]} must be num_seqs={num_seqs}")
     capacity = block_tables.shape[1] * page_size
     arrays = (context_lens, block_tables, 2**31 - 1 if sliding_window is None else sliding_window)
     if any(isinstance(x, Tracer) for x in arrays):

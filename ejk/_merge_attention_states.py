@@ -17,8 +17,8 @@ def merge_attention_states(
         out = sum over parts of exp(lses - lse) * outs
 
     A part whose LSE is -inf saw nothing: its output is selected away and may hold anything. Rows
-    of which no part saw a token are 0, their LSE -inf. At most one part may have counted the
-    sinks. Accumulates in float32.
+    of which no part saw a token are 0, their LSE -inf; an LSE of +inf or NaN makes its row NaN. At
+    most one part may have counted the sinks. Accumulates in float32.
 
     Args:
         outs: partial outputs; float32 keeps what a 16-bit type would round off.

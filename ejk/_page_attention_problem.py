@@ -70,12 +70,9 @@ def shared_facts(
     return_lse,
 ) -> dict[str, Any]:
     """Check what every attention to pages is given; return the fields of `PagedProblem`."""
-    if cache_layout not in LAYOUTS:
-        fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
-    layout = layout_of(key_cache, cache_layout)
     _, num_heads, head_dim = query.shape
-    num_pages, num_kv_heads, page_size = (
-        key_cache.shape[axis] for axis in (layout.pages, layout.kv_heads, layout.slots)
+    num_pages, num_kv_heads, page_size = check_pool(
+        key_cache, cache_layout, num_heads=num_heads, head_dim=head_dim
     )
     capacity = block_tables.shape[1] * page_size
 
@@ -86,19 +83,6 @@ def shared_facts(
             f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}; "
             "quantised caches are not supported yet"
         )
-    if layout.halves is not None and key_cache.shape[layout.halves] != 2:
-        fail(
-            f"key_cache.shape[{layout.halves}]={key_cache.shape[layout.halves]} must be 2, keys "
-            f"and values (key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
-        )
-    for name, size in (
-        ("num_heads", num_heads),
-        ("head_dim", head_dim),
-        ("num_kv_heads", num_kv_heads),
-        ("page_size", page_size),
-    ):
-        if size < 1:
-            fail(f"{name}={size} must be at least 1 (cache_layout={cache_layout!r})")
     if num_heads % num_kv_heads:
         fail(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
@@ -149,6 +133,30 @@ def shared_facts(
         "has_alibi": alibi_slopes is not None,
         "return_lse": bool(return_lse),
     }
+
+
+def check_pool(key_cache, cache_layout, **sizes) -> tuple[int, int, int]:
+    """Check a pool's axes, and that `sizes` and its own are not 0.
+
+    Returns its pages, its KV heads and the slots of a page.
+    """
+    if cache_layout not in LAYOUTS:
+        fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
+    layout = layout_of(key_cache, cache_layout)
+    pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
+    if layout.halves is not None and key_cache.shape[layout.halves] != 2:
+        fail(
+            f"key_cache.shape[{layout.halves}]={key_cache.shape[layout.halves]} must be 2, keys "
+            f"and values {pool}"
+        )
+    num_pages, num_kv_heads, page_size = (
+        key_cache.shape[axis] for axis in (layout.pages, layout.kv_heads, layout.slots)
+    )
+    sizes |= {"num_kv_heads": num_kv_heads, "page_size": page_size}
+    for name, size in sizes.items():
+        if size < 1:
+            fail(f"{name}={size} must be at least 1 {pool}")
+    return num_pages, num_kv_heads, page_size
 
 
 def visible_bound(facts, max_context_len, sliding_window) -> int:

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32
-from ejk._page_attention_problem import DTYPES
+from ejk._page_attention_problem import DTYPES, check_pool, fail
 from ejk._typing import Cache, Slots, TokenRows, typed
-from ejk.backends.page_attention import LAYOUTS, CacheLayout, layout_of
+from ejk.backends.page_attention import CacheLayout
 from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache
 from ejk.backends.triton.write_kv_cache import TritonWriteKVCache
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
@@ -93,46 +93,29 @@ def _problem_of(
     key, value, key_cache, value_cache, slot_mapping, cache_layout
 ) -> WriteKVCacheProblem:
     """Check the arguments and collect the static facts of the call."""
-    if cache_layout not in LAYOUTS:
-        _fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
-    layout = layout_of(key_cache, cache_layout)
-    pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
-    num_pages, num_kv_heads, page_size = (
-        key_cache.shape[axis] for axis in (layout.pages, layout.kv_heads, layout.slots)
-    )
     num_tokens, _, head_dim = key.shape
     if key.dtype.name not in DTYPES:
         raise TypeError(f"key.dtype={key.dtype.name} must be one of {', '.join(DTYPES)}")
-    if layout.halves is not None and key_cache.shape[layout.halves] != 2:
-        _fail(
-            f"key_cache.shape[{layout.halves}]={key_cache.shape[layout.halves]} must be 2, keys "
-            f"and values {pool}"
-        )
-    for name, size in (
-        ("num_kv_heads", num_kv_heads),
-        ("head_dim", head_dim),
-        ("page_size", page_size),
-    ):
-        if size < 1:
-            _fail(f"{name}={size} must be at least 1 {pool}")
+    num_pages, num_kv_heads, page_size = check_pool(key_cache, cache_layout, head_dim=head_dim)
+    pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
     if key.shape[1] != num_kv_heads:
-        _fail(f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}")
+        fail(f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache is not None and cache.dtype != key.dtype:
-            _fail(
+            fail(
                 f"{name}.dtype={cache.dtype} must be the keys' dtype {key.dtype}: convert the new "
                 "tokens first; quantised caches are not supported yet"
             )
     if key_cache.shape[-1] != head_dim:
-        _fail(
+        fail(
             f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the keys' "
             f"head_dim={head_dim}"
         )
     _check_values(key, value, key_cache, value_cache)
     if slot_mapping.shape[0] != num_tokens:
-        _fail(f"slot_mapping.shape[0]={slot_mapping.shape[0]} must be num_tokens={num_tokens}")
+        fail(f"slot_mapping.shape[0]={slot_mapping.shape[0]} must be num_tokens={num_tokens}")
     if num_pages * page_size >= 2**31:
-        _fail(
+        fail(
             f"num_pages * page_size={num_pages * page_size} must be below 2**31: slots are 32-bit "
             f"{pool}"
         )
@@ -149,36 +132,32 @@ def _check_values(key, value, key_cache, value_cache) -> None:
     """Check that there are values exactly where there is room for them, and that they fit."""
     if key_cache.ndim == 5:
         if value_cache is not None:
-            _fail(
+            fail(
                 f"value_cache{list(value_cache.shape)} must be None with a key_cache of five axes, "
                 "which holds keys and values"
             )
         if value is None:
-            _fail("value=None must be an array with a key_cache of five axes, which holds values")
+            fail("value=None must be an array with a key_cache of five axes, which holds values")
     elif (value is None) != (value_cache is None):
         name = "value" if value is None else "value_cache"
-        _fail(
+        fail(
             f"{name}=None must be an array, or value and value_cache both None: latent attention "
             "reads the values out of the keys"
         )
     if value is None:
         return
     if value.dtype != key.dtype:
-        _fail(f"value.dtype={value.dtype} must be the keys' dtype {key.dtype}")
+        fail(f"value.dtype={value.dtype} must be the keys' dtype {key.dtype}")
     if value.shape[:2] != key.shape[:2]:
-        _fail(f"value.shape={value.shape} must be key.shape={key.shape} but for the last axis")
+        fail(f"value.shape={value.shape} must be key.shape={key.shape} but for the last axis")
     if value_cache is not None and value_cache.shape[:-1] != key_cache.shape[:-1]:
-        _fail(
+        fail(
             f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} but "
             "for the last axis"
         )
     cache, name = (key_cache, "key_cache") if value_cache is None else (value_cache, "value_cache")
     if cache.shape[-1] != value.shape[-1] or value.shape[-1] < 1:
-        _fail(
+        fail(
             f"{name}.shape[{cache.ndim - 1}]={cache.shape[-1]} must be the values' "
             f"value_head_dim={value.shape[-1]}, and at least 1"
         )
-
-
-def _fail(message: str) -> None:
-    raise ValueError(message)
