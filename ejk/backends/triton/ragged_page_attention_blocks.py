@@ -104,9 +104,9 @@ def wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
     found = None
     one_stage = (*choices[:3], choices[3] if tuning.num_stages else (1,))
     candidates = itertools.chain(itertools.product(*choices), itertools.product(*one_stage))
-    for blocks in candidates:
-        shared = _wide_shared_memory(problem, target, *blocks)
-        found = Rows(*blocks, shared, peel=True, cuts=0, max_blocks=0)
+    for rows, block_kv, num_warps, num_stages in candidates:
+        shared = _wide_shared_memory(problem, target, rows, block_kv, num_warps, num_stages)
+        found = Rows(rows, block_kv, num_warps, num_stages, shared, peel=True, cuts=0, max_blocks=0)
         if shared <= target.shared_memory and _fits_registers(problem, target, found):
             break  # or the smallest does not fit either: `limits` says so
     assert found is not None
