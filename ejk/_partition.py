@@ -196,7 +196,7 @@ class _HostCallbacks:
     """
 
     def __init__(self, ctx: mlir.LoweringRuleContext, count: int):
-        self.first = len(ctx.module_context.host_callbacks)
+        self.first, self.count = len(ctx.module_context.host_callbacks), count
         self.functions: list[Callable[..., Any]] = []
         for index in range(count):
             ctx.module_context.add_host_callback(functools.partial(self._call, index))
@@ -208,6 +208,7 @@ class _HostCallbacks:
         context = ctx.module_context.replace(host_callbacks=[None] * self.first)
         results = lower(ctx.replace(module_context=context), *args)
         self.functions = context.host_callbacks[self.first :]
+        assert len(self.functions) <= self.count, "see Backend.host_callbacks"
         return results
 
 

@@ -5,18 +5,17 @@
 
 import abc
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from ejk._dispatch import Backend, Problem
-from ejk._partition import Axes, Shards, mesh_axes
+from ejk._partition import Axes, Shards
 from ejk.backends.page_attention_plan import PlanProblem
+from ejk.backends.page_attention_shards import axes_of, shards_of
 
 CacheLayout = Literal["HND", "NHD", "KV_HEADS_FIRST"]
 
@@ -81,6 +80,9 @@ class PageAttentionOperands(NamedTuple):
 class PagedProblem(Problem):
     """The static facts of attention to pages. No axis is empty."""
 
+    splits_sequences: ClassVar[bool]
+    """Each sequence is a row of queries and results, so that devices can share them out."""
+
     num_seqs: int
     num_heads: int
     num_kv_heads: int
@@ -143,6 +145,22 @@ class PagedProblem(Problem):
         lse = jax.ShapeDtypeStruct(rows, jnp.float32)
         return (out, lse) if self.return_lse else (out,)
 
+    @abc.abstractmethod
+    def operand_axes(self, *, seqs: Any, kv_heads: Any, heads: Any) -> Any:
+        """Say what the axes of each operand are, by these names; None for those that stay whole."""
+
+    def pool_axes(self, kv_heads: Any) -> tuple[Any, ...]:
+        """Say what the axes of a pool are."""
+        axes = range(4 + self.fused)
+        return tuple(kv_heads if axis == self.layout.kv_heads else None for axis in axes)
+
+    @property
+    def axes(self) -> Axes:
+        return axes_of(self)
+
+    def shards(self, specs: Any, mesh: Mapping[str, int]) -> Shards:
+        return shards_of(self, specs, mesh)
+
 
 @dataclasses.dataclass(frozen=True)
 class PageAttentionProblem(PagedProblem):
@@ -150,6 +168,7 @@ class PageAttentionProblem(PagedProblem):
 
     operation: ClassVar[str] = "page_attention"
     derivatives: ClassVar[str] = "has first derivatives in reverse mode alone"
+    splits_sequences: ClassVar[bool] = True
 
     num_splits: int
     plan: PlanProblem | None
@@ -182,58 +201,12 @@ class PageAttentionProblem(PagedProblem):
         folded = dataclasses.replace(self, num_seqs=size * self.num_seqs, plan=None)
         return folded, operands._replace(plan=None, **{name: rows(name) for name in per_seq})
 
-    @property
-    def axes(self) -> Axes:
-        heads, sizes = ("kv_heads", "group"), {"group": self.group}
-        if 1 in (self.num_kv_heads, self.group):  # an axis holds two names only where it has to
-            heads, sizes = "kv_heads" if self.group == 1 else "group", {}
-        return Axes(
-            operands=self._operands(seqs="seqs", kv_heads="kv_heads", heads=heads),
-            results=(("seqs", heads, None), ("seqs", heads))[: len(self.results)],
-            sizes=sizes,
-        )
-
     def shards(self, specs: PageAttentionOperands, mesh: Mapping[str, int]) -> Shards:
-        """Follow the pools, which stay where they are; all other arrays are small."""
-        kv_heads = self._split_of_pools(specs)
+        # A plan is for all sequences and sized for all heads: each device makes its own.
+        return shards_of(dataclasses.replace(self, plan=None), specs, mesh)
 
-        def parts(axes):
-            return math.prod(mesh[axis] for axis in axes)
-
-        if self.num_kv_heads % parts(kv_heads):
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} must be a multiple of the {parts(kv_heads)} "
-                f"devices of the mesh axes {kv_heads} that key_cache is split over"
-            )
-        # Where each device holds one KV head, several may share it and split its query heads.
-        heads = mesh_axes(specs.query[1])
-        shares = self.num_kv_heads == parts(kv_heads) and heads[: len(kv_heads)] == kv_heads
-        if not shares or self.num_heads % parts(heads):
-            heads = kv_heads
-        rows = (specs.block_tables, specs.query, specs.context_lens)
-        seqs = next(filter(None, (mesh_axes(row[0]) for row in rows)), ())
-        seqs = tuple(axis for axis in seqs if axis not in heads)
-        if self.num_seqs % parts(seqs):
-            seqs = ()
-        problem = dataclasses.replace(
-            self,
-            num_seqs=self.num_seqs // parts(seqs),
-            num_heads=self.num_heads // parts(heads),
-            num_kv_heads=self.num_kv_heads // parts(kv_heads),
-            plan=None,
-        )
-        kv_heads, heads, seqs = (axes or None for axes in (kv_heads, heads, seqs))
-        axes = self._operands(seqs=seqs, kv_heads=kv_heads, heads=heads)
-        operands = (None if of is None else PartitionSpec(*of) for of in axes)
-        results = PartitionSpec(seqs, heads, None), PartitionSpec(seqs, heads)
-        return Shards(problem, PageAttentionOperands(*operands), results[: len(self.results)])
-
-    def _operands(self, *, seqs: Any, kv_heads: Any, heads: Any) -> PageAttentionOperands:
-        """Say what the axes of each operand are."""
-        layout = self.layout
-        pool = tuple(
-            kv_heads if axis == layout.kv_heads else None for axis in range(4 + self.fused)
-        )
+    def operand_axes(self, *, seqs: Any, kv_heads: Any, heads: Any) -> PageAttentionOperands:
+        pool = self.pool_axes(kv_heads)
         return PageAttentionOperands(
             query=(seqs, heads, None),
             key_cache=pool,
@@ -244,30 +217,8 @@ class PageAttentionProblem(PagedProblem):
             sliding_window=() if self.has_window else None,
             sinks=(heads,) if self.has_sinks else None,
             alibi_slopes=(heads,) if self.has_alibi else None,
-            plan=None,  # it is for all sequences and sized for all heads: each device makes its own
+            plan=None,
         )
-
-    def _split_of_pools(self, specs: PageAttentionOperands) -> tuple[str, ...]:
-        """Return the mesh axes of the pools' KV heads: nothing else of them may be split."""
-        found = []
-        for name in ("key_cache", "value_cache"):
-            spec = getattr(specs, name)
-            for axis, entry in enumerate(spec or ()):
-                if axis == self.layout.kv_heads:
-                    found.append(mesh_axes(entry))
-                elif mesh_axes(entry):
-                    raise ValueError(
-                        f"{name} is split as {spec}, but only its KV heads, axis "
-                        f"{self.layout.kv_heads}, can be: what reads other shards would gather "
-                        "the pool. Where pages are, attend inside jax.shard_map, each device to "
-                        "its own with return_lse=True, and use ejk.merge_attention_states"
-                    )
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"key_cache and value_cache must be split alike, not {specs.key_cache} and "
-                f"{specs.value_cache}"
-            )
-        return found[0]
 
 
 class PageAttentionBackend(Backend):

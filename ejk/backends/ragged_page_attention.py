@@ -35,6 +35,7 @@ class RaggedPageAttentionProblem(PagedProblem):
 
     operation: ClassVar[str] = "ragged_page_attention"
     derivatives: ClassVar[str] = "has first derivatives in reverse mode alone"
+    splits_sequences: ClassVar[bool] = False  # their rows are packed: no axis divides them
 
     total_tokens: int
     has_positions: bool
@@ -57,6 +58,23 @@ class RaggedPageAttentionProblem(PagedProblem):
 
     def fold(self, size, operands, axes):
         return None  # the calls' new tokens would have to be packed anew
+
+    def operand_axes(self, *, seqs: Any, kv_heads: Any, heads: Any) -> RaggedPageAttentionOperands:
+        pool = self.pool_axes(kv_heads)
+        return RaggedPageAttentionOperands(
+            query=(None, heads, None),
+            key_cache=pool,
+            value_cache=None if self.fused or self.latent else pool,
+            context_lens=(None,),
+            block_tables=(None, None),
+            cu_q_lens=(None,),
+            attn_scale=(),
+            sliding_window=() if self.has_window else None,
+            sinks=(heads,) if self.has_sinks else None,
+            alibi_slopes=(heads,) if self.has_alibi else None,
+            positions=(None,) if self.has_positions else None,
+            tree_mask=(None, None) if self.tree_width else None,
+        )
 
 
 class RaggedPageAttentionBackend(Backend):

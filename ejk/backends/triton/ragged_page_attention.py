@@ -64,6 +64,10 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
     def only_if_asked(self):
         return () if self.interpret else ("rocm",)
 
+    @property
+    def host_callbacks(self):
+        return 5 if self.interpret else 0  # the plan, then attention and combination, twice
+
     def limits(self, problem: RaggedPageAttentionProblem, platform: str):
         if missing := _launch.available(interpret=self.interpret):
             return (missing,)
