@@ -17,6 +17,9 @@ from ejk._partition import Axes, Shards
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.page_attention_shards import axes_of, shards_of
 
+CONTEXT_PARALLEL = frozenset({"context_parallel", "context_parallel with alibi_slopes"})
+"""The features of `ejk.context_parallel_attention`."""
+
 CacheLayout = Literal["HND", "NHD", "KV_HEADS_FIRST"]
 
 
@@ -70,10 +73,11 @@ class PageAttentionOperands(NamedTuple):
     context_lens: Any  # int32 [num_seqs]
     block_tables: Any  # int32 [num_seqs, max_blocks]
     attn_scale: Any  # float32 []
-    sliding_window: Any  # int32 [], or None
+    sliding_window: Any  # int32 [], or None; [num_seqs] where the problem `is_part`
     sinks: Any  # float32 [num_heads], or None
     alibi_slopes: Any  # float32 [num_heads], or None
     plan: Any  # int32 [rows, 4], see PlanProblem, or None
+    block_distances: Any = None  # int32 [num_seqs, max_blocks], or None: see `is_part`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,27 @@ class PagedProblem(Problem):
     has_sinks: bool
     has_alibi: bool
     return_lse: bool
+    is_part: bool = dataclasses.field(default=False, kw_only=True)
+    """The result is to be merged with others: those of a context's pages that are elsewhere.
+
+    It is float32. Each sequence has a window of its own, and lengths and windows count the tokens
+    of the pages that are here; so slopes need `block_distances`, the positions from the query to
+    the first token of each block.
+    """
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        return np.dtype(np.float32) if self.is_part else self.dtype
+
+    @property
+    def own_windows(self) -> bool:
+        """Each sequence has a window of its own."""
+        return self.is_part and self.has_window
+
+    @property
+    def own_distances(self) -> bool:
+        """Slopes count from `block_distances`."""
+        return self.is_part and self.has_alibi
 
     @property
     def group(self) -> int:
@@ -129,6 +154,8 @@ class PagedProblem(Problem):
             "value_head_dim": self.latent,
             "fused_pools": self.fused,
             "return_lse": self.return_lse,
+            "context_parallel": self.is_part,
+            "context_parallel with alibi_slopes": self.own_distances,
             f'cache_layout="{self.cache_layout}"': True,
         }
         return frozenset(feature for feature, is_used in used.items() if is_used)
@@ -141,7 +168,7 @@ class PagedProblem(Problem):
     @property
     def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         rows = (self.num_rows, self.num_heads)
-        out = jax.ShapeDtypeStruct((*rows, self.value_head_dim), self.dtype)
+        out = jax.ShapeDtypeStruct((*rows, self.value_head_dim), self.out_dtype)
         lse = jax.ShapeDtypeStruct(rows, jnp.float32)
         return (out, lse) if self.return_lse else (out,)
 
@@ -183,7 +210,8 @@ class PageAttentionProblem(PagedProblem):
         self, size: int, operands: PageAttentionOperands, axes: PageAttentionOperands
     ) -> "tuple[PageAttentionProblem, PageAttentionOperands] | None":
         """Make a `vmap` axis over sequences alone part of `num_seqs`."""
-        per_seq = ("query", "context_lens", "block_tables")
+        per_seq = ["query", "context_lens", "block_tables"]
+        per_seq += ["sliding_window"] * self.own_windows + ["block_distances"] * self.own_distances
         shared = (axis for name, axis in axes._asdict().items() if name not in (*per_seq, "plan"))
         if any(axis is not None and axis >= 0 for axis in shared):
             return None
@@ -214,10 +242,11 @@ class PageAttentionProblem(PagedProblem):
             context_lens=(seqs,),
             block_tables=(seqs, None),
             attn_scale=(),
-            sliding_window=() if self.has_window else None,
+            sliding_window=((seqs,) if self.is_part else ()) if self.has_window else None,
             sinks=(heads,) if self.has_sinks else None,
             alibi_slopes=(heads,) if self.has_alibi else None,
             plan=None,
+            block_distances=(seqs, None) if self.own_distances else None,
         )
 
 

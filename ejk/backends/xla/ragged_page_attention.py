@@ -15,6 +15,7 @@ from jax import lax
 
 from ejk import _dispatch
 from ejk.backends._fields import at_least
+from ejk.backends.page_attention import CONTEXT_PARALLEL
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,
@@ -51,7 +52,7 @@ class XlaRaggedPageAttention(RaggedPageAttentionBackend):
         at_least(self, block_q=1, block_kv=1)
 
     name = "xla"
-    features = XlaPageAttention.features | {"positions", "tree_mask"}
+    features = XlaPageAttention.features - CONTEXT_PARALLEL | {"positions", "tree_mask"}
 
     @property
     def platforms(self):
