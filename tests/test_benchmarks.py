@@ -44,6 +44,21 @@ def test_writes_are_checked_and_timed(tmp_path):
     ]
 
 
+def test_splits_are_checked_and_timed(tmp_path):
+    path = tmp_path / "scaling.jsonl"
+    run("scaling.py", "--output", str(path))
+    lines = {(line["workload"], line["contender"]): line for line in lines_of(path)}
+    assert set(lines) == {
+        *(("scaling link", f"{name} over 2") for name in ("all_gather", "psum")),
+        ("scaling link", "merge of 32 heads of 128 over 2"),
+        *(("scaling 4 x 64", name) for name in ("one device", "heads over 2", "sequences over 2")),
+        *(("scaling 1 x 512", name) for name in ("one device", "pages over 2")),
+    }
+    assert not [line for line in lines.values() if "failed" in line or not line["wall_us"] > 0]
+    moved = {contender: line.get("collectives") for (_, contender), line in lines.items()}
+    assert moved["heads over 2"] == moved["sequences over 2"] == 0 and moved["pages over 2"] == 1
+
+
 def test_ragged_tuning_names_the_best_of_each_batch():
     printed = run("tune_ragged.py")
     assert "prefill 8 x 4,096, page 16: " in printed.split("\n\n")[-1]
