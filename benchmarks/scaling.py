@@ -83,27 +83,28 @@ def splits(batch: workloads.Workload, long: workloads.Workload) -> list[Split]:
 
 
 def arrays(w: workloads.Workload, mesh: jax.sharding.Mesh, specs: workloads.Arrays):
-    """Draw a workload's arrays where they are to lie: the same on any mesh, split in any way."""
+    """Draw a workload's arrays where they are to lie: the same on any mesh, split in any way.
+
+    Keys and values are split alike.
+    """
+    rng = np.random.default_rng(0)
+    query = 1.5 * rng.standard_normal((w.num_seqs, w.num_heads, w.head_dim), np.float32)
+    pages = rng.permutation(w.num_pages).reshape(w.num_seqs, w.max_blocks)
     shape = (w.num_pages, w.num_kv_heads, w.page_size, w.head_dim)
-    keys = jax.random.split(jax.random.key(0), 3)
-    pages = np.random.default_rng(0).permutation(w.num_pages).astype(np.int32)
+    pool = jax.jit(
+        lambda key: jax.random.normal(key, shape, jnp.bfloat16),
+        out_shardings=NamedSharding(mesh, specs.key_cache),
+    )
 
-    def normal(key, shape, scale, spec):
-        draw = jax.jit(
-            lambda key: scale * jax.random.normal(key, shape, jnp.bfloat16),
-            out_shardings=NamedSharding(mesh, spec),
-        )
-        return draw(key)
-
-    def put(x, spec):
-        return jax.device_put(np.asarray(x, np.int32), NamedSharding(mesh, spec))
+    def put(x, spec, dtype=np.int32):
+        return jax.device_put(np.asarray(x, dtype), NamedSharding(mesh, spec))
 
     return workloads.Arrays(
-        normal(keys[0], (w.num_seqs, w.num_heads, w.head_dim), 1.5, specs.query),
-        normal(keys[1], shape, 1.0, specs.key_cache),
-        normal(keys[2], shape, 1.0, specs.value_cache),
+        put(query, specs.query, jnp.bfloat16),
+        pool(jax.random.key(1)),
+        pool(jax.random.key(2)),
         put(w.context_lens, specs.context_lens),
-        put(pages.reshape(w.num_seqs, w.max_blocks), specs.block_tables),
+        put(pages, specs.block_tables),
     )
 
 
