@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
@@ -138,6 +139,17 @@ def context_parallel_attention(
         arXiv:2408.04093).
     """
     devices = _axis_size(axis_name)
+    _check_invariant(
+        axis_name,
+        query=query,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        attn_scale=attn_scale,
+        page_offset=page_offset,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )
     problem = problem_of(
         query,
         key_cache,
@@ -158,19 +170,8 @@ def context_parallel_attention(
     num_pages = devices * problem.num_pages
     if num_pages >= 2**31:
         fail(f"devices * local_pages={num_pages} must be below 2**31: ids of pages are 32-bit")
-    if isinstance(page_offset, int):
+    if isinstance(page_offset, int | np.integer):
         static_int("page_offset", page_offset, at_least=0)
-    _check_invariant(
-        axis_name,
-        query=query,
-        context_lens=context_lens,
-        block_tables=block_tables,
-        attn_scale=attn_scale,
-        page_offset=page_offset,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
     choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
     # The sinks are one part more, once.
     part = dataclasses.replace(problem, is_part=True, has_sinks=False, return_lse=True)
