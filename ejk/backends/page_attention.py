@@ -288,8 +288,8 @@ class PageAttentionProblem(PagedProblem):
                     raise ValueError(
                         f"{name} is split as {spec}, but only its KV heads, axis "
                         f"{self.layout.kv_heads}, can be: what reads other shards would gather "
-                        "the pool. Where pages are, attend inside jax.shard_map, each device to "
-                        "its own with return_lse=True, and use ejk.merge_attention_states"
+                        "the pool. Where pages are split over devices, use "
+                        "ejk.context_parallel_attention inside jax.shard_map"
                     )
         if len(set(found)) > 1:
             raise ValueError(
