@@ -24,7 +24,7 @@ from context_parallel import (
     split,
     split_arguments,
 )
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from shapes import Shape
 from strategies import INT32_MAX, Configuration, build, cases
 from test_page_attention import bits_equal
@@ -399,6 +399,36 @@ def test_a_tpu_takes_the_xla_program_where_there_are_slopes():
     with pytest.raises(ejk.UnsupportedError, match="context_parallel with alibi_slopes"):
         given, static = split_arguments(EDGES)
         context_parallel.program(PALLAS.backend, DEVICES, tuple(given), static)(given)
+
+
+@pytest.mark.parametrize("generation", ["v5e:2x2", "tpu7x:2x2x1"])
+def test_compiles_for_tpus(generation):
+    """The kernel on each, and between them one small gather."""
+    pytest.importorskip("libtpu")
+    topologies = pytest.importorskip("jax.experimental.topologies")
+    devices = np.array(topologies.get_topology_desc(generation, "tpu").devices)
+    mesh = jax.sharding.Mesh(devices, ("pages",))
+    shape = Shape("tpu", 32, 8, 128, 16, max_blocks=64, num_pages=64, num_seqs=5)
+    features = frozenset({"sinks", "sliding_window"})
+    config = Configuration(shape, context_parallel.BF16, "HND", features)
+    given, static = split_arguments(build(config, np.full(5, 1, np.int32), window=jnp.int32(9)))
+    specs = pool_specs(given, "HND")
+    types = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, specs[name]))
+        for name, x in given.items()
+    }
+    pool = (2**16, *given["key_cache"].shape[1:])  # too large to be put next to the cores
+    types |= {name: types[name].update(shape=pool) for name in ("key_cache", "value_cache")}
+
+    def attend(given):
+        return ejk.context_parallel_attention(**given, **dict(static), axis_name="pages")
+
+    function = jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec())
+    text = jax.jit(function).lower(types).compile().as_text()
+    assert "tpu_custom_call" in text
+    moved = meshes.collectives(text)
+    assert [name for name, _ in moved] == ["all-gather"], moved
+    assert not meshes.makers(text, (pool[0] // len(devices), *pool[1:])), "read where it lies"
 
 
 ARGUMENTS = (
