@@ -10,6 +10,7 @@ import numpy as np
 from backends import Entry
 from jax.sharding import AxisType, PartitionSpec
 from meshes import arrays, mesh
+from ragged_strategies import RaggedCase
 from shapes import Shape
 from strategies import Case, Configuration
 
@@ -64,11 +65,24 @@ ENTRIES = [
     ),
 ]
 XLA, TRITON, PALLAS = ENTRIES
+RAGGED = [
+    Parallel("ragged xla, pages over devices", ejk.XlaRaggedPageAttention(), examples=12),
+    Parallel(
+        "ragged xla in small blocks, pages over devices",
+        ejk.XlaRaggedPageAttention(block_q=4, block_kv=8),
+        examples=6,
+    ),
+]
 
 
 def split_arguments(case: Case):
     """Return a call's arrays, each a program's argument, and what it is compiled for."""
-    given, options = arrays(case)
+    if isinstance(case, RaggedCase):
+        names = ("query", "key_cache", "value_cache", "context_lens", "block_tables", "cu_q_lens")
+        given = {n: x for n, x in zip(names, case.operands()) if x is not None}
+        options = case.semantics()
+    else:
+        given, options = arrays(case)
     static = {name: options.pop(name) for name in STATIC if name in options}
     given |= {name: jnp.asarray(x) for name, x in options.items()}
     return {name: narrow(x) for name, x in given.items()}, tuple(static.items())
@@ -86,9 +100,12 @@ def narrow(x):
 @functools.cache
 def program(backend, devices, names, static):
     """Compile for arrays of these names, the pools' pages split over so many devices."""
+    function = ejk.context_parallel_attention
+    if "cu_q_lens" in names:
+        function = ejk.context_parallel_ragged_attention
 
     def attend(given):
-        return ejk.context_parallel_attention(
+        return function(
             **{"value_cache": None, **given}, **dict(static), axis_name="pages", return_lse=True,
             backend=backend,
         )  # fmt: skip

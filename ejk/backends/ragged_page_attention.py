@@ -22,11 +22,13 @@ class RaggedPageAttentionOperands(NamedTuple):
     block_tables: Any  # int32 [num_seqs, max_blocks]
     cu_q_lens: Any  # int32 [num_seqs + 1]
     attn_scale: Any  # float32 []
-    sliding_window: Any  # int32 [], or None
+    sliding_window: Any  # int32 [], or None; [total_tokens] where the problem `is_part`
     sinks: Any  # float32 [num_heads], or None
     alibi_slopes: Any  # float32 [num_heads], or None
     positions: Any  # int32 [total_tokens], or None
     tree_mask: Any  # bool [total_tokens, tree_width], or None
+    row_lens: Any = None  # int32 [total_tokens]: tokens that each sees, where the problem `is_part`
+    block_distances: Any = None  # as in `PageAttentionOperands`, but from the last token of each
 
 
 @dataclasses.dataclass(frozen=True)
