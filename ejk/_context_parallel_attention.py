@@ -1,18 +1,22 @@
 """`ejk.context_parallel_attention`: pages split over devices, each attending to its own."""
 
-import dataclasses
-from typing import Annotated, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch
+from ejk._context_parallel import (
+    AxisName,
+    check_alike,
+    merge_over,
+    nothing_found,
+    own_pages,
+    part_of,
+)
 from ejk._dispatch import Backend
-from ejk._indices import as_int32, static_int
-from ejk._merge_attention_states import merge_attention_states
-from ejk._own_pages import OwnPages
 from ejk._page_attention import BACKENDS
-from ejk._page_attention_problem import fail, problem_of
+from ejk._page_attention_problem import problem_of
 from ejk._typing import (
     Cache,
     Lengths,
@@ -27,8 +31,6 @@ from ejk._typing import (
 )
 from ejk.backends.page_attention import CacheLayout, PageAttentionOperands, PageAttentionProblem
 from ejk.backends.xla.page_attention_backward import differentiable
-
-AxisName = Annotated[str | tuple[str, ...], "the name of a mesh axis, or a tuple of names"]
 
 
 @overload
@@ -137,7 +139,17 @@ def context_parallel_attention(
         merging after Flash-Decoding (Dao et al., 2023) and Tree Attention (Shyam et al., 2024,
         arXiv:2408.04093).
     """
-    devices = _axis_size(axis_name)
+    check_alike(
+        axis_name,
+        page_offset,
+        query=query,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        attn_scale=attn_scale,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )
     problem = problem_of(
         query,
         key_cache,
@@ -155,50 +167,20 @@ def context_parallel_attention(
         plan=None,
         return_lse=return_lse,
     )
-    num_pages = devices * problem.num_pages
-    if num_pages >= 2**31:
-        fail(f"devices * local_pages={num_pages} must be below 2**31: ids of pages are 32-bit")
-    if isinstance(page_offset, int):
-        static_int("page_offset", page_offset, at_least=0)
-    _check_invariant(
-        axis_name,
-        query=query,
-        context_lens=context_lens,
-        block_tables=block_tables,
-        attn_scale=attn_scale,
-        page_offset=page_offset,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
     choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
-    # The sinks are one part more, once.
-    part = dataclasses.replace(problem, is_part=True, has_sinks=False, return_lse=True)
+    part = part_of(problem)
     if 0 in (part.num_seqs, part.capacity, part.num_pages):
         given = (query, key_cache, value_cache, context_lens, block_tables)
-        nothing = [
-            jnp.full(of.shape, fill, of.dtype) for of, fill in zip(part.results, (0, -jnp.inf))
-        ]
-        out, lse = _dispatch.vary_together((given, nothing))[1]
+        out, lse = nothing_found(part, given)
     else:
-        window = None if sliding_window is None else as_int32(sliding_window, 2**31 - 1)
-        own = OwnPages.of(
-            as_int32(context_lens, part.capacity),
-            as_int32(block_tables, num_pages),
-            first_page=jax.lax.axis_index(axis_name) * part.num_pages,
-            num_pages=part.num_pages,
-            page_size=part.page_size,
-            sliding_window=window,
-            has_distances=part.has_alibi,
-        )
-        offset = as_int32(page_offset, part.num_pages)
+        own = own_pages(axis_name, part, context_lens, block_tables, page_offset, sliding_window)
         scale = part.head_dim**-0.5 if attn_scale is None else attn_scale
         operands = PageAttentionOperands(
             query=jnp.asarray(query),
             key_cache=jnp.asarray(key_cache),
             value_cache=None if value_cache is None else jnp.asarray(value_cache),
             context_lens=own.lens,
-            block_tables=jnp.where(offset < 0, -1, own.tables + offset),
+            block_tables=own.tables,
             attn_scale=jnp.asarray(scale).astype(jnp.float32),
             sliding_window=own.windows,
             sinks=None,
@@ -207,44 +189,6 @@ def context_parallel_attention(
             block_distances=own.distances,
         )
         out, lse = differentiable(part, choice, _dispatch.vary_together(operands))
-    out, lse = _merge_over(axis_name, out, lse, sinks)
+    out, lse = merge_over(axis_name, out, lse, sinks)
     out = out.astype(problem.dtype)
     return (out, lse) if return_lse else out
-
-
-def _axis_size(axis_name) -> int:
-    """Return how many devices there are along `axis_name`, or say which axes there are."""
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not names or len(set(names)) < len(names):
-        fail(f"axis_name={axis_name!r} must name one axis or several, each once")
-    try:
-        return jax.lax.axis_size(axis_name)
-    except NameError:
-        found = ", ".join(map(repr, jax.sharding.get_abstract_mesh().manual_axes))
-        around = f"whose axes are {found}" if found else "and there is none"
-    raise ValueError(
-        f"axis_name={axis_name!r} must be of the jax.shard_map around the call, {around}"
-    )
-
-
-def _check_invariant(axis_name, **arrays):
-    """Check that what all devices must have alike is not split over them, as far as types say."""
-    axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    for name, x in arrays.items():
-        if x is not None and (split := axes & jax.typeof(x).mat.varying):
-            fail(
-                f"{name} must be the same on every device along axis_name={axis_name!r}, but it "
-                f"varies over {', '.join(map(repr, sorted(split)))}: give it an in_spec without"
-            )
-
-
-def _merge_over(axis_name, out, lse, sinks) -> tuple[jax.Array, jax.Array]:
-    """Merge what the devices along `axis_name` found, float32, and the sinks."""
-    packed = jnp.concatenate([out, lse[..., None]], axis=-1)
-    parts = jax.lax.all_gather(packed, axis_name, to="invarying")
-    outs, lses = parts[..., :-1], parts[..., -1]
-    if sinks is not None:
-        sinks = jnp.broadcast_to(jnp.asarray(sinks), lse.shape)[None]
-        outs = jnp.concatenate([outs, jnp.zeros_like(outs[:1])])
-        lses = jnp.concatenate([lses, sinks])
-    return merge_attention_states(outs, lses)

@@ -12,7 +12,9 @@ class OwnPages(NamedTuple):
     tables: jax.Array  # int32 [num_seqs, max_blocks]: its own ids, then -1
     lens: jax.Array  # int32 [num_seqs]: tokens in these pages
     windows: jax.Array | None  # int32 [num_seqs]: the last so many of them are visible
-    distances: jax.Array | None  # int32 [num_seqs, max_blocks]: from the query to each page
+    distances: jax.Array | None  # int32 [num_seqs, max_blocks]: from the last token to each page
+    is_own: jax.Array  # bool [num_seqs, max_blocks]: which entries of the whole table are here
+    before: jax.Array  # int32 [num_seqs, max_blocks]: tokens here before each entry
 
     @classmethod
     def of(
@@ -48,8 +50,8 @@ class OwnPages(NamedTuple):
         is_own = is_own & (block_tables - first_page < num_pages)
 
         # A prefix sum and a scatter, which is in order: there is nothing to sort.
-        place = jnp.cumsum(is_own, axis=1, dtype=jnp.int32) - 1
-        place = jnp.where(is_own, place, max_blocks)
+        before = jnp.cumsum(is_own, axis=1, dtype=jnp.int32) - is_own.astype(jnp.int32)
+        place = jnp.where(is_own, before, max_blocks)
         seq = jnp.arange(num_seqs, dtype=jnp.int32)[:, None]
 
         def compact(x, fill):
@@ -65,4 +67,12 @@ class OwnPages(NamedTuple):
             windows = count(jnp.maximum(length - jnp.maximum(sliding_window, 0), 0))
         if has_distances:
             distances = compact(begin - (length - 1), 0)
-        return cls(compact(block_tables - first_page, -1), count(0), windows, distances)
+        tables = compact(block_tables - first_page, -1)
+        return cls(tables, count(0), windows, distances, is_own, before * page_size)
+
+    def up_to(self, seq: jax.Array, position: jax.Array, page_size: int) -> jax.Array:
+        """Count the tokens here of sequences `seq` up to positions that they have, or below 0."""
+        at = jnp.maximum(position, 0)
+        block, slot = at // page_size, at % page_size
+        own = jnp.where(self.is_own[seq, block], slot + 1, 0)
+        return jnp.where(position < 0, 0, self.before[seq, block] + own)

@@ -22,11 +22,13 @@ class RaggedPageAttentionOperands(NamedTuple):
     block_tables: Any  # int32 [num_seqs, max_blocks]
     cu_q_lens: Any  # int32 [num_seqs + 1]
     attn_scale: Any  # float32 []
-    sliding_window: Any  # int32 [], or None
+    sliding_window: Any  # int32 [], or None; [total_tokens] where the problem `is_part`
     sinks: Any  # float32 [num_heads], or None
     alibi_slopes: Any  # float32 [num_heads], or None
     positions: Any  # int32 [total_tokens], or None
     tree_mask: Any  # bool [total_tokens, tree_width], or None
+    row_lens: Any = None  # int32 [total_tokens]: tokens that each sees, where the problem `is_part`
+    block_distances: Any = None  # as in `PageAttentionOperands`, but from the last token of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +71,13 @@ class RaggedPageAttentionProblem(PagedProblem):
             block_tables=(None, None),
             cu_q_lens=(None,),
             attn_scale=(),
-            sliding_window=() if self.has_window else None,
+            sliding_window=((None,) if self.is_part else ()) if self.has_window else None,
             sinks=(heads,) if self.has_sinks else None,
             alibi_slopes=(heads,) if self.has_alibi else None,
             positions=(None,) if self.has_positions else None,
             tree_mask=(None, None) if self.tree_width else None,
+            row_lens=(None,) if self.is_part else None,
+            block_distances=(None, None) if self.own_distances else None,
         )
 
 

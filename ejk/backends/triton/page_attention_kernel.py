@@ -161,6 +161,9 @@ def page_attention_kernel(
     reachable = (positions < reach) & (positions < MAX_BLOCKS * PAGE_SIZE)
     pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=reachable, other=-1)
     pages = tl.where(positions < end, pages, -1)
+    distance_ptr = block_distances_ptr + seq * MAX_BLOCKS
+    if HAS_DISTANCES:
+        distances = tl.load(distance_ptr + positions // PAGE_SIZE, mask=reachable, other=0)
 
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
@@ -190,8 +193,8 @@ def page_attention_kernel(
         if HAS_ALIBI:
             behind = positions - (length - 1)
             if HAS_DISTANCES:
-                distance_ptrs = block_distances_ptr + seq * MAX_BLOCKS + positions // PAGE_SIZE
-                behind = tl.load(distance_ptrs, mask=visible, other=0) + offs_slot
+                behind = distances + offs_slot
+                distances = tl.load(distance_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=0)
             s += (slopes * LOG2E)[:, None] * behind.to(tl.float32)[None, :]
         s = tl.where(visible[None, :], s, float("-inf"))
 
