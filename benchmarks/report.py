@@ -37,15 +37,17 @@ def names(lines, suite) -> list[str]:
 def page(device: str, lines: dict) -> str:
     """Write what one device has shown."""
     ours = [line for (_, contender), line in lines.items() if contender == "ejk"]
-    newest = max(ours, key=lambda line: line["date"])
+    newest = max(ours or lines.values(), key=lambda line: line["date"])
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
     text = f"### {device}\n\nMeasured on {newest['date']} with {versions}.\n"
-    text += named_table(lines) + losses(lines)
+    if ours:
+        text += named_table(lines) + losses(lines)
     text += own_table(lines, "shapes", "Shapes that nobody tunes for")
     text += own_table(lines, "options", "Options")
     text += own_table(lines, "order", "Random order of pages, and their size")
     text += loop_table(lines)
     text += ragged_table(lines) + against_parts_table(lines) + write_table(lines)
+    text += scaling_table(lines)
     return text
 
 
@@ -185,6 +187,36 @@ def write_table(lines) -> str:
         text += f"| {name} | {line['device_us']:.2f} | {line['gb_per_s']:,.0f} |"
         text += f" {line['of_ceiling']:.1%} |\n"
     return text
+
+
+def scaling_table(lines) -> str:
+    """Write what more devices of one host make of a call, and how fast they are linked."""
+
+    def cell(value, form):
+        return "-" if value is None else format(value, form)
+
+    rows, links = "", []
+    for (workload, contender), line in lines.items():
+        if not workload.startswith("scaling ") or "wall_us" not in line:
+            continue
+        if workload == "scaling link":
+            rate, wall_us = line.get("link_gb_per_s"), line["wall_us"]
+            links.append(f"{contender} " + (f"{rate:,.0f} GB/s" if rate else f"{wall_us} us"))
+            continue
+        rows += f"| {workload.removeprefix('scaling ')} | {contender} |"
+        for name in ("device_us", "speedup", "wall_us", "wall_speedup"):
+            rows += f" {cell(line.get(name), ',.1f' if name.endswith('us') else '.2f')} |"
+        rows += "\n"
+    if not rows:
+        return ""
+    text = (
+        "\nOne call split over the GPUs of one host, under plain `jit` (pages in `jax.shard_map`), "
+        "64/8/128 and, of one sequence, 32/8/128, bfloat16. Device time is that of the busiest:\n\n"
+        "| | split | device, us | times faster | wall, us | times faster |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    link = f"\nBytes that a device receives a second, and a small merge: {', '.join(links)}.\n"
+    return text + rows + (link if links else "")
 
 
 def plot(device: str, lines: dict) -> None:

@@ -22,27 +22,35 @@ class Kernel(NamedTuple):
 
 
 def kernels(run: Callable[[], Any], repeats: int = REPEATS) -> list[Kernel]:
-    """Run `run` under the profiler; return every kernel that the device ran, in order.
+    """Run `run` under the profiler; return every kernel that the devices ran, in order.
 
     The first run, untimed, compiles and warms up.
     """
+    found = kernels_by_device(run, repeats).values()
+    return sorted((kernel for own in found for kernel in own), key=lambda kernel: kernel.begin_us)
+
+
+def kernels_by_device(run: Callable[[], Any], repeats: int = REPEATS) -> dict[str, list[Kernel]]:
+    """The same for each device."""
     jax.block_until_ready(run())
+    found: dict[str, list[Kernel]] = {}
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(repeats):
                 jax.block_until_ready(run())
         [path] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        found = [
-            Kernel(event.name, event.start_ns / 1e3, (event.start_ns + event.duration_ns) / 1e3)
-            for plane in jax.profiler.ProfileData.from_file(path).planes
-            if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-        ]
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            own = [
+                Kernel(event.name, event.start_ns / 1e3, (event.start_ns + event.duration_ns) / 1e3)
+                for line in plane.lines
+                if line.name.startswith("Stream")
+                for event in line.events
+            ]
+            if plane.name.startswith("/device:GPU") and own:
+                found[plane.name] = sorted(own, key=lambda kernel: kernel.begin_us)
     if not found:
         raise RuntimeError("the profiler saw no kernel: is this a CUDA device with CUPTI?")
-    return sorted(found, key=lambda kernel: kernel.begin_us)
+    return found
 
 
 def busy_us(found: Iterable[Kernel]) -> float:

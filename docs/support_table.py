@@ -179,7 +179,8 @@ def add_features(page: Page) -> None:
     page.add(
         "## Features\n\n"
         "Each optional feature is named after its argument; `fused_pools`: a `key_cache` of five\n"
-        "axes. What a backend does not declare, it refuses."
+        "axes; `context_parallel`: `ejk.context_parallel_attention`. What a backend\n"
+        "does not declare, it refuses."
     )
     add_feature_table(page, BACKENDS)
     page.add("Of `ejk.ragged_page_attention`.")

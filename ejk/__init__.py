@@ -4,6 +4,12 @@ from ejk._backend_report import backend_report as backend_report
 from ejk._check_page_attention_inputs import (
     check_page_attention_inputs as check_page_attention_inputs,
 )
+from ejk._context_parallel_attention import (
+    context_parallel_attention as context_parallel_attention,
+)
+from ejk._context_parallel_ragged_attention import (
+    context_parallel_ragged_attention as context_parallel_ragged_attention,
+)
 from ejk._dispatch import Backend as Backend
 from ejk._dispatch import register_backend as register_backend
 from ejk._dispatch import unregister_backend as unregister_backend

@@ -215,21 +215,38 @@ def call(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ..
         # What was asked for and can run nowhere is refused while the caller's line is still on
         # the stack, not when the computation is lowered.
         choice.select(problem, platform=None)
-    if problem.axes and _partition.explicit_mesh(operands) is not None:
-        return _split(problem, choice, operands)
-    return _bind(problem, choice, operands)
+    return _run(problem, operands, _bind, choice)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _split(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ...]:
-    return _partition.split(problem, operands, lambda own, shards: _bind(own, choice, shards))
+def answer(
+    problem: Problem, operands: Any, run: Callable[[Any, Any], Sequence[jax.Array]]
+) -> tuple[jax.Array, ...]:
+    """Return `run(problem, operands)`, what static facts answer, split and varying as a call's."""
+    return _run(problem, vary_together(operands), _answer, run)
 
 
-def _bind(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ...]:
+def _run(problem: Problem, operands: Any, run: Callable[..., Any], how: Any) -> Any:
+    if problem.axes:
+        if _partition.explicit_mesh(operands) is not None:
+            return _split(problem, run, how, operands)
+        _partition.check_placed(problem, operands)
+    return run(problem, operands, how)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True)
+def _split(problem: Problem, run: Callable[..., Any], how: Any, operands: Any) -> Any:
+    return _partition.split(problem, operands, functools.partial(run, how=how))
+
+
+def _answer(problem: Problem, operands: Any, how: Callable[..., Any]) -> tuple[jax.Array, ...]:
+    return tuple(vary_together((operands, how(problem, operands)))[1])
+
+
+def _bind(problem: Problem, operands: Any, how: Choice) -> tuple[jax.Array, ...]:
     leaves, treedef = jax.tree.flatten(vary_together(operands))
     manual = set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Manual}
     primitive = call_p if manual else split_p
-    return tuple(primitive.bind(*leaves, problem=problem, choice=choice, treedef=treedef))
+    return tuple(primitive.bind(*leaves, problem=problem, choice=how, treedef=treedef))
 
 
 def vary_together(operands: Any) -> Any:

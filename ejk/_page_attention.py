@@ -171,30 +171,30 @@ def page_attention(
         return_lse=return_lse,
     )
     choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
+    scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
+    operands = PageAttentionOperands(
+        query=jnp.asarray(query),
+        key_cache=jnp.asarray(key_cache),
+        value_cache=None if value_cache is None else jnp.asarray(value_cache),
+        context_lens=as_int32(context_lens, problem.capacity),
+        block_tables=as_int32(block_tables, problem.num_pages),
+        attn_scale=jnp.asarray(scale).astype(jnp.float32),
+        sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
+        sinks=None if sinks is None else jnp.asarray(sinks),
+        alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
+        plan=None if plan is None else plan.work,
+    )
     if 0 in (problem.num_seqs, problem.capacity, problem.num_pages):
-        given = (query, key_cache, value_cache, context_lens, block_tables, sinks)
-        results = _dispatch.vary_together((given, _nothing_visible(problem, sinks)))[1]
+        results = _dispatch.answer(problem, operands, _nothing_visible)
     else:
-        scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
-        operands = PageAttentionOperands(
-            query=jnp.asarray(query),
-            key_cache=jnp.asarray(key_cache),
-            value_cache=None if value_cache is None else jnp.asarray(value_cache),
-            context_lens=as_int32(context_lens, problem.capacity),
-            block_tables=as_int32(block_tables, problem.num_pages),
-            attn_scale=jnp.asarray(scale).astype(jnp.float32),
-            sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
-            sinks=None if sinks is None else jnp.asarray(sinks),
-            alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
-            plan=None if plan is None else plan.work,
-        )
         results = differentiable(problem, choice, _dispatch.vary_together(operands))
-    return results if return_lse else results[0]
+    return (results[0], results[1]) if return_lse else results[0]
 
 
-def _nothing_visible(problem: PageAttentionProblem, sinks) -> tuple[jax.Array, jax.Array]:
+def _nothing_visible(problem: PageAttentionProblem, operands: PageAttentionOperands):
     """Answer a call whose static facts leave no token to see."""
-    rows = (problem.num_seqs, problem.num_heads)
+    rows, sink = (problem.num_seqs, problem.num_heads), operands.sinks
     out = jnp.zeros((*rows, problem.value_head_dim), problem.dtype)
-    sink = jnp.full((problem.num_heads,), -jnp.inf, jnp.float32) if sinks is None else sinks
-    return out, jnp.broadcast_to(sink[None], rows)
+    if sink is None:
+        sink = jnp.full((problem.num_heads,), -jnp.inf, jnp.float32)
+    return (out, jnp.broadcast_to(sink[None], rows))[: len(problem.results)]

@@ -6,8 +6,11 @@ gathers all of it on each. What each device runs instead is the problem of its o
 - on a mesh with explicit axes the operands' types say how they are split, and `shard_map` does it;
 - else only XLA knows. The problem is lowered as `custom_partitioning`: Shardy is told which axes of
   operands and results belong together and, once it has settled how the operands are split, asks
-  for the program of one device. Such a program holds Python objects, which `jax.export` cannot
-  save, and libtpu does not ask (jax-ml/jax#38196).
+  for the program of one device. `jax.export` cannot save who it asks, and libtpu does not ask
+  (jax-ml/jax#38196): there XLA splits its own program, and kernels are refused.
+
+Arrays that are split in a way that would gather a cache raise `ValueError`: on explicit axes and in
+eager calls at once. Under `jit` XLA alone knows, and makes a `jax.errors.JaxRuntimeError` of it.
 
 On one device and inside `shard_map` none of this is needed, nor is it used.
 """
@@ -17,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.core import ShapedArray
+from jax.core import ShapedArray, Tracer
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -56,6 +59,11 @@ def obstacle(ctx: mlir.LoweringRuleContext, platform: str) -> str | None:
             "cannot be split by plain jit, as libtpu has no custom partitioning: give the mesh "
             "explicit axes, or use jax.shard_map"
         )
+    if is_partitioned(ctx) and ctx.module_context.lowering_parameters.for_export:
+        return (
+            "cannot be exported for plain jit to split, as its program is made once XLA has "
+            "settled the shards: give the mesh explicit axes, or use jax.shard_map"
+        )
     context: Any = ctx.module_context.axis_context
     if not hasattr(context, "manual_axes"):
         return None
@@ -78,6 +86,23 @@ def explicit_mesh(operands: Any) -> Any:
     """Return the mesh whose explicit axes some operand lies on, or None."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def check_placed(problem: Any, operands: Any) -> None:
+    """Check how the arrays of an eager call lie, before XLA does, which hides what was raised.
+
+    Raises:
+        ValueError: an array would have to move that is too large for it.
+    """
+    leaves, treedef = jax.tree.flatten(operands)
+    placed = [None if isinstance(x, Tracer) else x.sharding for x in leaves]
+    meshes = {of.mesh for of in placed if isinstance(of, NamedSharding)}
+    if len(meshes) == 1:
+        specs = [
+            _full_spec(x) if isinstance(of, NamedSharding) else PartitionSpec(*[None] * x.ndim)
+            for x, of in zip(leaves, placed)
+        ]
+        problem.shards(jax.tree.unflatten(treedef, specs), meshes.pop().shape)
 
 
 def split(problem: Any, operands: Any, run: Callable[[Any, Any], Any]) -> Any:
@@ -196,7 +221,7 @@ class _HostCallbacks:
     """
 
     def __init__(self, ctx: mlir.LoweringRuleContext, count: int):
-        self.first = len(ctx.module_context.host_callbacks)
+        self.first, self.count = len(ctx.module_context.host_callbacks), count
         self.functions: list[Callable[..., Any]] = []
         for index in range(count):
             ctx.module_context.add_host_callback(functools.partial(self._call, index))
@@ -208,6 +233,7 @@ class _HostCallbacks:
         context = ctx.module_context.replace(host_callbacks=[None] * self.first)
         results = lower(ctx.replace(module_context=context), *args)
         self.functions = context.host_callbacks[self.first :]
+        assert len(self.functions) <= self.count, "see Backend.host_callbacks"
         return results
 
 

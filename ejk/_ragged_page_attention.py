@@ -185,12 +185,6 @@ def ragged_page_attention(
         return_lse=return_lse,
     )
     choice = _dispatch.choose(backend, RaggedPageAttentionProblem, BACKENDS)
-    bounds = as_int32(cu_q_lens, problem.total_tokens)
-    if 0 in (problem.total_tokens, problem.num_seqs, problem.capacity, problem.num_pages):
-        given = (query, key_cache, value_cache, context_lens, block_tables, bounds, sinks)
-        nothing = _nothing_visible(problem, bounds, sinks)
-        out, lse = _dispatch.vary_together((given, nothing))[1]
-        return (out, lse) if return_lse else out
     scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
     operands = RaggedPageAttentionOperands(
         query=jnp.asarray(query),
@@ -198,7 +192,7 @@ def ragged_page_attention(
         value_cache=None if value_cache is None else jnp.asarray(value_cache),
         context_lens=as_int32(context_lens, problem.capacity),
         block_tables=as_int32(block_tables, problem.num_pages),
-        cu_q_lens=bounds,
+        cu_q_lens=as_int32(cu_q_lens, problem.total_tokens),
         attn_scale=jnp.asarray(scale).astype(jnp.float32),
         sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
         sinks=None if sinks is None else jnp.asarray(sinks),
@@ -206,7 +200,10 @@ def ragged_page_attention(
         positions=as_int32(positions, 2**31 - 1) if problem.has_positions else None,
         tree_mask=_without_empty_axis(tree_mask),
     )
-    results = differentiable(problem, choice, _dispatch.vary_together(operands))
+    if 0 in (problem.total_tokens, problem.num_seqs, problem.capacity, problem.num_pages):
+        results = _dispatch.answer(problem, operands, _nothing_visible)
+    else:
+        results = differentiable(problem, choice, _dispatch.vary_together(operands))
     return (results[0], results[1]) if return_lse else results[0]
 
 
@@ -262,13 +259,13 @@ def _without_empty_axis(tree_mask) -> jax.Array | None:
     return jnp.zeros((tree_mask.shape[0], 1), bool)
 
 
-def _nothing_visible(problem, bounds, sinks) -> tuple[jax.Array, jax.Array]:
+def _nothing_visible(problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands):
     """Answer a call whose static facts leave no token to see."""
     out_shape = (problem.total_tokens, problem.num_heads, problem.value_head_dim)
     lse = jnp.full(out_shape[:2], -jnp.inf, jnp.float32)
-    if sinks is not None:
-        bounds = jnp.clip(bounds, 0, problem.total_tokens)
+    if operands.sinks is not None:
+        bounds = jnp.clip(operands.cu_q_lens, 0, problem.total_tokens)
         rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
         is_new = (rows >= bounds[0]) & (rows < bounds.max())
-        lse = jnp.where(is_new[:, None], jnp.asarray(sinks)[None], lse)
-    return jnp.zeros(out_shape, problem.dtype), lse
+        lse = jnp.where(is_new[:, None], operands.sinks[None], lse)
+    return (jnp.zeros(out_shape, problem.dtype), lse)[: len(problem.results)]

@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from shapes import Shape
 from strategies import Configuration, build
@@ -59,12 +60,28 @@ def specs(given, layout, *, seqs=None, kv_heads=None, heads=None):
         query=(seqs, heads), key_cache=of_pool, value_cache=of_pool, context_lens=(seqs,),
         block_tables=(seqs,), sinks=(heads,), alibi_slopes=(heads,),
     )  # fmt: skip
-    return {name: PartitionSpec(*every[name]) for name in given}
+    return {name: PartitionSpec(*every.get(name, ())) for name in given}
 
 
 def put(on, given, placed):
     return {
         name: jax.device_put(x, NamedSharding(on, placed.get(name, PartitionSpec())))
+        for name, x in given.items()
+    }
+
+
+def tpus(kind):
+    """A mesh of eight chips that nobody has to have."""
+    pytest.importorskip("libtpu")
+    topologies = pytest.importorskip("jax.experimental.topologies")
+    devices = np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices).reshape(2, 4)
+    return jax.sharding.Mesh(devices, ("data", "model"), axis_types=(kind,) * 2)
+
+
+def types(on, given, placed):
+    """What `put` would place, without arrays."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(on, placed[name]))
         for name, x in given.items()
     }
 

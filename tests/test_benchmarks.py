@@ -44,6 +44,21 @@ def test_writes_are_checked_and_timed(tmp_path):
     ]
 
 
+def test_splits_are_checked_and_timed(tmp_path):
+    path = tmp_path / "scaling.jsonl"
+    run("scaling.py", "--output", str(path))
+    lines = {(line["workload"], line["contender"]): line for line in lines_of(path)}
+    assert set(lines) == {
+        *(("scaling link", f"{name} over 2") for name in ("all_gather", "psum")),
+        ("scaling link", "merge of 32 heads of 128 over 2"),
+        *(("scaling 4 x 64", name) for name in ("one device", "heads over 2", "sequences over 2")),
+        *(("scaling 1 x 512", name) for name in ("one device", "pages over 2")),
+    }
+    assert not [line for line in lines.values() if "failed" in line or not line["wall_us"] > 0]
+    moved = {contender: line.get("collectives") for (_, contender), line in lines.items()}
+    assert moved["heads over 2"] == moved["sequences over 2"] == 0 and moved["pages over 2"] == 1
+
+
 def test_ragged_tuning_names_the_best_of_each_batch():
     printed = run("tune_ragged.py")
     assert "prefill 8 x 4,096, page 16: " in printed.split("\n\n")[-1]
@@ -80,8 +95,30 @@ def test_tables_of_ragged_batches_and_writes(report):
     assert "| write 64, HND | 3.50 | 100 | 25.0% |" in report.write_table(lines)
 
 
+def test_table_of_splits(report):
+    lines = {
+        ("scaling link", "all_gather over 2"): {"wall_us": 800.0, "link_gb_per_s": 331.4},
+        ("scaling link", "merge of 32 heads of 128 over 2"): {"wall_us": 11.5},
+        ("scaling link", "psum over 2"): {"failed": "why"},
+        ("scaling 64 x 8,192", "one device"): {"device_us": 700.0, "wall_us": 704.0},
+        ("scaling 64 x 8,192", "heads over 2"): {
+            "device_us": None, "speedup": None, "wall_us": 360.0, "wall_speedup": 1.956,
+        },
+        ("scaling 1 x 1,048,576", "pages over 2"): {"failed": "why"},
+    }  # fmt: skip
+    table = report.scaling_table(lines)
+    assert "| 64 x 8,192 | one device | 700.0 | - | 704.0 | - |" in table
+    assert "| 64 x 8,192 | heads over 2 | - | - | 360.0 | 1.96 |" in table
+    assert "all_gather over 2 331 GB/s, merge of 32 heads of 128 over 2 11.5 us." in table
+    assert "pages" not in table.split("|---")[-1] and "psum" not in table
+    line = {"date": "2026-11-26", "versions": {"jax": "0.11.2"}}
+    only = {name: more | line for name, more in lines.items()}
+    assert "Measured on 2026-11-26 with jax 0.11.2" in report.page("A device", only)
+
+
 def test_what_was_not_measured_has_no_table(report):
     assert report.ragged_table({}) == report.against_parts_table({}) == report.write_table({}) == ""
+    assert report.scaling_table({}) == ""
 
 
 def test_the_page_is_what_the_results_say():

@@ -292,17 +292,9 @@ def test_explicit_axes_can_be_exported():
 
 
 def on_tpus(kind):
-    pytest.importorskip("libtpu")
-    topologies = pytest.importorskip("jax.experimental.topologies")
-    devices = np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices).reshape(2, 4)
-    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(kind,) * 2)
+    mesh = meshes.tpus(kind)
     given, options = meshes.arrays(meshes.split_case(Shape("tpu", 16, 4, 128, 16, num_seqs=8)))
-    placed = meshes.specs(given, "HND", **SPLITS["both"])
-    types = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, placed[name]))
-        for name, x in given.items()
-    }
-    return types, options
+    return meshes.types(mesh, given, meshes.specs(given, "HND", **SPLITS["both"])), options
 
 
 def test_explicit_axes_on_tpus():

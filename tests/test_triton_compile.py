@@ -63,6 +63,8 @@ VARIANTS = {
     "splits": {"num_splits": 4},
     "every option": EVERY_OPTION,
     "every option, splits": EVERY_OPTION | {"num_splits": 4},
+    "pages over devices": {"is_part": True, "return_lse": True},
+    "every option, pages over devices": EVERY_OPTION | {"is_part": True},
 }
 WIDE = {
     "head dimension 256": {"head_dim": 256, "value_head_dim": 256, "num_heads": 16},
@@ -110,10 +112,11 @@ def compile_for(target: str, options: dict):
         "sliding_window_ptr": "int32",
         "sinks_ptr": "float32",
         "alibi_slopes_ptr": "float32",
+        "block_distances_ptr": "int32",
         "work_ptr": "int32",
         "part_out_ptr": "float32",
         "part_lse_ptr": "float32",
-        "out_ptr": dtype,
+        "out_ptr": problem.out_dtype.name,
         "lse_ptr": "float32",
     }
     compile_kernel = offline.compile_cuda if is_cuda else offline.compile_amd

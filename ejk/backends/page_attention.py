@@ -5,18 +5,20 @@
 
 import abc
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from ejk._dispatch import Backend, Problem
-from ejk._partition import Axes, Shards, mesh_axes
+from ejk._partition import Axes, Shards
 from ejk.backends.page_attention_plan import PlanProblem
+from ejk.backends.page_attention_shards import axes_of, shards_of
+
+CONTEXT_PARALLEL = frozenset({"context_parallel", "context_parallel with alibi_slopes"})
+"""The features of `ejk.context_parallel_attention`."""
 
 CacheLayout = Literal["HND", "NHD", "KV_HEADS_FIRST"]
 
@@ -71,15 +73,19 @@ class PageAttentionOperands(NamedTuple):
     context_lens: Any  # int32 [num_seqs]
     block_tables: Any  # int32 [num_seqs, max_blocks]
     attn_scale: Any  # float32 []
-    sliding_window: Any  # int32 [], or None
+    sliding_window: Any  # int32 [], or None; [num_seqs] where the problem `is_part`
     sinks: Any  # float32 [num_heads], or None
     alibi_slopes: Any  # float32 [num_heads], or None
     plan: Any  # int32 [rows, 4], see PlanProblem, or None
+    block_distances: Any = None  # int32 [num_seqs, max_blocks], or None: see `is_part`
 
 
 @dataclasses.dataclass(frozen=True)
 class PagedProblem(Problem):
     """The static facts of attention to pages. No axis is empty."""
+
+    splits_sequences: ClassVar[bool]
+    """Each sequence is a row of queries and results, so that devices can share them out."""
 
     num_seqs: int
     num_heads: int
@@ -100,6 +106,27 @@ class PagedProblem(Problem):
     has_sinks: bool
     has_alibi: bool
     return_lse: bool
+    is_part: bool = dataclasses.field(default=False, kw_only=True)
+    """The result is to be merged with others: those of a context's pages that are elsewhere.
+
+    It is float32. Each sequence has a window of its own, and lengths and windows count the tokens
+    of the pages that are here; so slopes need `block_distances`, the positions from the query to
+    the first token of each block.
+    """
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        return np.dtype(np.float32) if self.is_part else self.dtype
+
+    @property
+    def own_windows(self) -> bool:
+        """Each sequence has a window of its own."""
+        return self.is_part and self.has_window
+
+    @property
+    def own_distances(self) -> bool:
+        """Slopes count from `block_distances`."""
+        return self.is_part and self.has_alibi
 
     @property
     def group(self) -> int:
@@ -127,6 +154,8 @@ class PagedProblem(Problem):
             "value_head_dim": self.latent,
             "fused_pools": self.fused,
             "return_lse": self.return_lse,
+            "context_parallel": self.is_part,
+            "context_parallel with alibi_slopes": self.own_distances,
             f'cache_layout="{self.cache_layout}"': True,
         }
         return frozenset(feature for feature, is_used in used.items() if is_used)
@@ -139,9 +168,25 @@ class PagedProblem(Problem):
     @property
     def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         rows = (self.num_rows, self.num_heads)
-        out = jax.ShapeDtypeStruct((*rows, self.value_head_dim), self.dtype)
+        out = jax.ShapeDtypeStruct((*rows, self.value_head_dim), self.out_dtype)
         lse = jax.ShapeDtypeStruct(rows, jnp.float32)
         return (out, lse) if self.return_lse else (out,)
+
+    @abc.abstractmethod
+    def operand_axes(self, *, seqs: Any, kv_heads: Any, heads: Any) -> Any:
+        """Say what the axes of each operand are, by these names; None for those that stay whole."""
+
+    def pool_axes(self, kv_heads: Any) -> tuple[Any, ...]:
+        """Say what the axes of a pool are."""
+        axes = range(4 + self.fused)
+        return tuple(kv_heads if axis == self.layout.kv_heads else None for axis in axes)
+
+    @property
+    def axes(self) -> Axes:
+        return axes_of(self)
+
+    def shards(self, specs: Any, mesh: Mapping[str, int]) -> Shards:
+        return shards_of(self, specs, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +195,7 @@ class PageAttentionProblem(PagedProblem):
 
     operation: ClassVar[str] = "page_attention"
     derivatives: ClassVar[str] = "has first derivatives in reverse mode alone"
+    splits_sequences: ClassVar[bool] = True
 
     num_splits: int
     plan: PlanProblem | None
@@ -164,7 +210,8 @@ class PageAttentionProblem(PagedProblem):
         self, size: int, operands: PageAttentionOperands, axes: PageAttentionOperands
     ) -> "tuple[PageAttentionProblem, PageAttentionOperands] | None":
         """Make a `vmap` axis over sequences alone part of `num_seqs`."""
-        per_seq = ("query", "context_lens", "block_tables")
+        per_seq = ["query", "context_lens", "block_tables"]
+        per_seq += ["sliding_window"] * self.own_windows + ["block_distances"] * self.own_distances
         shared = (axis for name, axis in axes._asdict().items() if name not in (*per_seq, "plan"))
         if any(axis is not None and axis >= 0 for axis in shared):
             return None
@@ -182,58 +229,12 @@ class PageAttentionProblem(PagedProblem):
         folded = dataclasses.replace(self, num_seqs=size * self.num_seqs, plan=None)
         return folded, operands._replace(plan=None, **{name: rows(name) for name in per_seq})
 
-    @property
-    def axes(self) -> Axes:
-        heads, sizes = ("kv_heads", "group"), {"group": self.group}
-        if 1 in (self.num_kv_heads, self.group):  # an axis holds two names only where it has to
-            heads, sizes = "kv_heads" if self.group == 1 else "group", {}
-        return Axes(
-            operands=self._operands(seqs="seqs", kv_heads="kv_heads", heads=heads),
-            results=(("seqs", heads, None), ("seqs", heads))[: len(self.results)],
-            sizes=sizes,
-        )
-
     def shards(self, specs: PageAttentionOperands, mesh: Mapping[str, int]) -> Shards:
-        """Follow the pools, which stay where they are; all other arrays are small."""
-        kv_heads = self._split_of_pools(specs)
+        # A plan is for all sequences and sized for all heads: each device makes its own.
+        return shards_of(dataclasses.replace(self, plan=None), specs, mesh)
 
-        def parts(axes):
-            return math.prod(mesh[axis] for axis in axes)
-
-        if self.num_kv_heads % parts(kv_heads):
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} must be a multiple of the {parts(kv_heads)} "
-                f"devices of the mesh axes {kv_heads} that key_cache is split over"
-            )
-        # Where each device holds one KV head, several may share it and split its query heads.
-        heads = mesh_axes(specs.query[1])
-        shares = self.num_kv_heads == parts(kv_heads) and heads[: len(kv_heads)] == kv_heads
-        if not shares or self.num_heads % parts(heads):
-            heads = kv_heads
-        rows = (specs.block_tables, specs.query, specs.context_lens)
-        seqs = next(filter(None, (mesh_axes(row[0]) for row in rows)), ())
-        seqs = tuple(axis for axis in seqs if axis not in heads)
-        if self.num_seqs % parts(seqs):
-            seqs = ()
-        problem = dataclasses.replace(
-            self,
-            num_seqs=self.num_seqs // parts(seqs),
-            num_heads=self.num_heads // parts(heads),
-            num_kv_heads=self.num_kv_heads // parts(kv_heads),
-            plan=None,
-        )
-        kv_heads, heads, seqs = (axes or None for axes in (kv_heads, heads, seqs))
-        axes = self._operands(seqs=seqs, kv_heads=kv_heads, heads=heads)
-        operands = (None if of is None else PartitionSpec(*of) for of in axes)
-        results = PartitionSpec(seqs, heads, None), PartitionSpec(seqs, heads)
-        return Shards(problem, PageAttentionOperands(*operands), results[: len(self.results)])
-
-    def _operands(self, *, seqs: Any, kv_heads: Any, heads: Any) -> PageAttentionOperands:
-        """Say what the axes of each operand are."""
-        layout = self.layout
-        pool = tuple(
-            kv_heads if axis == layout.kv_heads else None for axis in range(4 + self.fused)
-        )
+    def operand_axes(self, *, seqs: Any, kv_heads: Any, heads: Any) -> PageAttentionOperands:
+        pool = self.pool_axes(kv_heads)
         return PageAttentionOperands(
             query=(seqs, heads, None),
             key_cache=pool,
@@ -241,33 +242,12 @@ class PageAttentionProblem(PagedProblem):
             context_lens=(seqs,),
             block_tables=(seqs, None),
             attn_scale=(),
-            sliding_window=() if self.has_window else None,
+            sliding_window=((seqs,) if self.is_part else ()) if self.has_window else None,
             sinks=(heads,) if self.has_sinks else None,
             alibi_slopes=(heads,) if self.has_alibi else None,
-            plan=None,  # it is for all sequences and sized for all heads: each device makes its own
+            plan=None,
+            block_distances=(seqs, None) if self.own_distances else None,
         )
-
-    def _split_of_pools(self, specs: PageAttentionOperands) -> tuple[str, ...]:
-        """Return the mesh axes of the pools' KV heads: nothing else of them may be split."""
-        found = []
-        for name in ("key_cache", "value_cache"):
-            spec = getattr(specs, name)
-            for axis, entry in enumerate(spec or ()):
-                if axis == self.layout.kv_heads:
-                    found.append(mesh_axes(entry))
-                elif mesh_axes(entry):
-                    raise ValueError(
-                        f"{name} is split as {spec}, but only its KV heads, axis "
-                        f"{self.layout.kv_heads}, can be: what reads other shards would gather "
-                        "the pool. Where pages are, attend inside jax.shard_map, each device to "
-                        "its own with return_lse=True, and use ejk.merge_attention_states"
-                    )
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"key_cache and value_cache must be split alike, not {specs.key_cache} and "
-                f"{specs.value_cache}"
-            )
-        return found[0]
 
 
 class PageAttentionBackend(Backend):

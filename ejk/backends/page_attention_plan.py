@@ -18,7 +18,7 @@ class PlanOperands(NamedTuple):
     """The arrays of one call."""
 
     context_lens: Any  # int32 [num_seqs]
-    sliding_window: Any  # int32 [], or None
+    sliding_window: Any  # int32 [], or None; [num_seqs] with `own_windows`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,8 @@ class PlanProblem(Problem):
     has_window: bool
     max_cuts: int
     granule: int
+    own_windows: bool = False
+    """Each sequence has a window of its own."""
 
     @property
     def max_pieces(self) -> int:

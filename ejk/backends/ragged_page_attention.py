@@ -22,11 +22,13 @@ class RaggedPageAttentionOperands(NamedTuple):
     block_tables: Any  # int32 [num_seqs, max_blocks]
     cu_q_lens: Any  # int32 [num_seqs + 1]
     attn_scale: Any  # float32 []
-    sliding_window: Any  # int32 [], or None
+    sliding_window: Any  # int32 [], or None; [total_tokens] where the problem `is_part`
     sinks: Any  # float32 [num_heads], or None
     alibi_slopes: Any  # float32 [num_heads], or None
     positions: Any  # int32 [total_tokens], or None
     tree_mask: Any  # bool [total_tokens, tree_width], or None
+    row_lens: Any = None  # int32 [total_tokens]: tokens that each sees, where the problem `is_part`
+    block_distances: Any = None  # as in `PageAttentionOperands`, but from the last token of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class RaggedPageAttentionProblem(PagedProblem):
 
     operation: ClassVar[str] = "ragged_page_attention"
     derivatives: ClassVar[str] = "has first derivatives in reverse mode alone"
+    splits_sequences: ClassVar[bool] = False  # their rows are packed: no axis divides them
 
     total_tokens: int
     has_positions: bool
@@ -57,6 +60,25 @@ class RaggedPageAttentionProblem(PagedProblem):
 
     def fold(self, size, operands, axes):
         return None  # the calls' new tokens would have to be packed anew
+
+    def operand_axes(self, *, seqs: Any, kv_heads: Any, heads: Any) -> RaggedPageAttentionOperands:
+        pool = self.pool_axes(kv_heads)
+        return RaggedPageAttentionOperands(
+            query=(None, heads, None),
+            key_cache=pool,
+            value_cache=None if self.fused or self.latent else pool,
+            context_lens=(None,),
+            block_tables=(None, None),
+            cu_q_lens=(None,),
+            attn_scale=(),
+            sliding_window=((None,) if self.is_part else ()) if self.has_window else None,
+            sinks=(heads,) if self.has_sinks else None,
+            alibi_slopes=(heads,) if self.has_alibi else None,
+            positions=(None,) if self.has_positions else None,
+            tree_mask=(None, None) if self.tree_width else None,
+            row_lens=(None,) if self.is_part else None,
+            block_distances=(None, None) if self.own_distances else None,
+        )
 
 
 class RaggedPageAttentionBackend(Backend):

@@ -111,14 +111,16 @@ class WriteKVCacheProblem(Problem):
 
     def shards(self, specs: WriteKVCacheOperands, mesh: Mapping[str, int]) -> Shards:
         """Follow the pools, which stay where they are; the new tokens are small."""
-        heads, pools = self.layout.kv_heads, [specs.key_cache, specs.value_cache]
-        pools = [spec for spec in pools if spec is not None]
-        split = mesh_axes(pools[0][heads])
-        for spec in pools:
+        heads, pools = self.layout.kv_heads, {}
+        for name in ("key_cache", "value_cache"):
+            if (spec := getattr(specs, name)) is not None:
+                pools[name] = spec
+        split = mesh_axes(specs.key_cache[heads])
+        for name, spec in pools.items():
             if any(mesh_axes(entry) for axis, entry in enumerate(spec) if axis != heads):
                 raise ValueError(
-                    f"the caches are split as {spec}, but only their KV heads, axis {heads}, can "
-                    "be. Where pages are split over devices, write inside shard_map, each device "
+                    f"{name} is split as {spec}, but only its KV heads, axis {heads}, can be. "
+                    "Where pages are split over devices, write inside jax.shard_map, each device "
                     "with slots of its own"
                 )
             if mesh_axes(spec[heads]) != split:

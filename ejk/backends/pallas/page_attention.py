@@ -67,6 +67,7 @@ class PallasPageAttention(PageAttentionBackend):
             "value_head_dim",
             "fused_pools",
             "return_lse",
+            "context_parallel",
             'cache_layout="HND"',
             'cache_layout="NHD"',
             'cache_layout="KV_HEADS_FIRST"',
@@ -105,7 +106,7 @@ class PallasPageAttention(PageAttentionBackend):
                     'megacore_mode="kv_head": cache_layout="NHD" keeps a token\'s heads in one '
                     "tile, and copies take whole tiles"
                 )
-        if seqs_per_launch(problem.max_blocks, SMEM_LIMIT_BYTES) < 1:
+        if seqs_per_launch(problem, SMEM_LIMIT_BYTES) < 1:
             reasons.append(
                 f"max_blocks={problem.max_blocks}: the table of one sequence must fit in "
                 f"{SMEM_LIMIT_BYTES} bytes of scalar memory; larger pages make it shorter"
@@ -122,13 +123,14 @@ class PallasPageAttention(PageAttentionBackend):
         return tuple(reasons)
 
     def run(self, problem, operands, platform):
-        most = seqs_per_launch(problem.max_blocks, SMEM_LIMIT_BYTES)
+        most = seqs_per_launch(problem, SMEM_LIMIT_BYTES)
         if problem.num_seqs <= most:
             return self._launch(problem, operands)
         # Parts of one size are one kernel: the last is filled up with sequences of length 0.
         parts = -(-problem.num_seqs // most)
         size = -(-problem.num_seqs // parts)
-        per_seq = ("query", "context_lens", "block_tables")
+        per_seq = ["query", "context_lens", "block_tables"]
+        per_seq += ["sliding_window"] if problem.own_windows else []
 
         def in_parts(x):
             x = jnp.pad(x, ((0, parts * size - x.shape[0]),) + ((0, 0),) * (x.ndim - 1))

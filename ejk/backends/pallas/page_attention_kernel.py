@@ -42,7 +42,7 @@ def page_attention_kernel(
     lengths_ref,  # int32 [num_seqs]
     tables_ref,  # int32 [num_seqs * max_blocks]
     scale_ref,  # float32 [1]
-    window_ref,  # int32 [1], or None
+    window_ref,  # int32 [1] or [num_seqs], or None
     # Inputs
     q_ref,  # [step_seqs, 1, kv_heads, group, head_dim]
     sinks_ref,  # float32 [1, rows, 1], or None
@@ -126,7 +126,7 @@ def page_attention_kernel(
         """Return the output and the LSE: of a row that saw nothing, 0 and the sink or -inf."""
         saw_any = state.l > 0
         l = jnp.where(saw_any, state.l, 1.0)
-        out = (state.acc / across(l, problem.value_head_dim)).astype(problem.dtype)
+        out = (state.acc / across(l, problem.value_head_dim)).astype(problem.out_dtype)
         lse = None
         if lse_ref is not None:
             lse = column_to_row(jnp.where(saw_any, state.m + jnp.log(l), -jnp.inf)[:, :1])

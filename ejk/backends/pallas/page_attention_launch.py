@@ -22,6 +22,9 @@ def launch(
     pad = work.num_seqs - problem.num_seqs  # with sequences of length 0
     query = jnp.pad(operands.query, ((0, pad), (0, 0), (0, 0))) if pad else operands.query
     lengths = jnp.pad(operands.context_lens, (0, pad)) if pad else operands.context_lens
+    window = operands.sliding_window
+    if pad and problem.own_windows:
+        window = jnp.pad(window, (0, pad))
 
     def per_seq(*shape):
         """The block of a step and one share of the heads, of `[seqs, shares, *shape]`."""
@@ -37,14 +40,14 @@ def launch(
     # `shard_map` asks over which mesh axes a result varies: as the operands do, all alike.
     varying = jax.typeof(operands.query).mat
     out_shape, lse_shape = (*heads, problem.value_head_dim), (work.num_seqs, shares, 1, work.rows)
-    out = jax.ShapeDtypeStruct(out_shape, problem.dtype, manual_axis_type=varying)
+    out = jax.ShapeDtypeStruct(out_shape, problem.out_dtype, manual_axis_type=varying)
     lse = jax.ShapeDtypeStruct(lse_shape, jnp.float32, manual_axis_type=varying)
 
     scalars = _given(
         lengths_ref=lengths,
         tables_ref=operands.block_tables.reshape(-1),
         scale_ref=operands.attn_scale.reshape(1),
-        window_ref=_reshape(operands.sliding_window, 1),
+        window_ref=_reshape(window, -1),
     )
     inputs = _given(
         q_ref=query.reshape(*heads, problem.head_dim),

@@ -60,16 +60,17 @@ class Paging:
 
     # The chain.
 
-    def first_position(self, length):
+    def first_position(self, seq, length):
         if self.window_ref is None:
             return jnp.int32(0)
-        return jnp.maximum(length - jnp.maximum(self.window_ref[0], 0), 0)
+        window = self.window_ref[seq if self.work.problem.own_windows else 0]
+        return jnp.maximum(length - jnp.maximum(window, 0), 0)
 
     def first_block(self, seq) -> Cursor:
         """Return where a sequence begins; nothing is left there if it sees nothing."""
         seq_or_last = jnp.minimum(seq, self.begin_seq + self.work.core_seqs - 1)
         length = jnp.clip(self.lengths_ref[seq_or_last], 0, self.work.problem.capacity)
-        first, page_size = self.first_position(length), self.work.problem.page_size
+        first, page_size = self.first_position(seq_or_last, length), self.work.problem.page_size
         base = first if self.window_ref is None else divide(first, page_size) * page_size
         return Cursor(seq, base, jnp.where(first < length, length - base, 0))
 
@@ -201,19 +202,19 @@ class Paging:
         """Whether a position of the block there may be invalid."""
         ends = cursor.left < self.work.block_kv
         if self.window_ref is not None:
-            ends |= cursor.base < self.first_position(cursor.base + cursor.left)
+            ends |= cursor.base < self.first_position(cursor.seq, cursor.base + cursor.left)
         return ends
 
     def is_first(self, block: Block):
         """Whether a block is its sequence's first."""
-        return block.base <= self.first_position(block.base + block.left)
+        return block.base <= self.first_position(block.seq, block.base + block.left)
 
     def is_last(self, block: Block):
         return (block.left > 0) & (block.left <= self.work.block_kv)
 
     def visible(self, block: Block):
         """Return where what may be seen of a block begins and ends, counted from its base."""
-        return self.first_position(block.base + block.left) - block.base, block.left
+        return self.first_position(block.seq, block.base + block.left) - block.base, block.left
 
     def hide_bad_pages(self, block: Block, slot, k):
         """Zero the values behind bad entries, and return 1 for their tokens, `[1, block_kv]`."""

@@ -89,7 +89,7 @@ class Work:
             "k_buf": tiled((*blocks, *self.page_shape(keys)), dtype),
             "v_buf": tiled((*blocks, *self.page_shape(values)), dtype) * self.has_two_pools,
             "q": tiled((*steps, *heads, keys), dtype),
-            "out": tiled((*steps, *heads, values), dtype),
+            "out": tiled((*steps, *heads, values), problem.out_dtype),
             "lse": tiled((*steps, 1, rows), f32) * problem.return_lse,
             "sinks and slopes": 2 * tiled((rows, 1), f32) * (problem.has_sinks + problem.has_alibi),
             "m and l": 2 * tiled((rows, LANES), f32),
@@ -117,10 +117,10 @@ def tiled(shape: tuple[int, ...], dtype) -> int:
     return size
 
 
-def seqs_per_launch(max_blocks: int, smem_limit_bytes: int) -> int:
+def seqs_per_launch(problem: PageAttentionProblem, smem_limit_bytes: int) -> int:
     """Return how many sequences' table rows and lengths fit in scalar memory; 0: not even one."""
     words = smem_limit_bytes // 4 - 5 * LANES  # each of the five prefetched arrays is padded
-    return words // (max_blocks + 1)
+    return words // (problem.max_blocks + 1 + problem.own_windows)
 
 
 def round_up(a: int, b: int) -> int:

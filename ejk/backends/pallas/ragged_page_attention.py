@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk.backends._fields import at_least
+from ejk.backends.page_attention import CONTEXT_PARALLEL
 from ejk.backends.pallas.page_attention import (
     PallasPageAttention,
     _callback_effects,
@@ -49,7 +50,7 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
     interpret: bool | Hashable = False
 
     name = "pallas"
-    features = PallasPageAttention.features
+    features = PallasPageAttention.features - CONTEXT_PARALLEL
 
     def __post_init__(self):
         at_least(self, block_q=1, pages_per_block=1, vmem_limit_bytes=1)

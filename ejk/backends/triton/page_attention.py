@@ -51,6 +51,8 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
             "value_head_dim",
             "fused_pools",
             "return_lse",
+            "context_parallel",
+            "context_parallel with alibi_slopes",
             'cache_layout="HND"',
             'cache_layout="NHD"',
             'cache_layout="KV_HEADS_FIRST"',
@@ -178,5 +180,6 @@ def _inputs(operands: PageAttentionOperands, work: Any) -> dict[str, Any]:
         "sliding_window_ptr": operands.sliding_window,
         "sinks_ptr": operands.sinks,
         "alibi_slopes_ptr": operands.alibi_slopes,
+        "block_distances_ptr": operands.block_distances,
         "work_ptr": work,
     }

@@ -38,9 +38,10 @@ def page_attention_kernel(
     context_lens_ptr,  # int32 [num_seqs]
     block_tables_ptr,  # int32 [num_seqs, max_blocks]
     attn_scale_ptr,  # float32 []
-    sliding_window_ptr,  # int32 []
+    sliding_window_ptr,  # int32 [], or [num_seqs]
     sinks_ptr,  # float32 [num_heads]
     alibi_slopes_ptr,  # float32 [num_heads]
+    block_distances_ptr,  # int32 [num_seqs, max_blocks]
     work_ptr,  # int32 [1 + pieces, 4]: the plan
     # outputs
     part_out_ptr,  # float32 [parts, num_heads, value_head_dim]
@@ -67,11 +68,13 @@ def page_attention_kernel(
     stride_v_head: tl.constexpr,
     stride_v_slot: tl.constexpr,
     stride_half: tl.constexpr,  # from the keys to the values of a page of both; 0 for none
+    stride_window_seq: tl.constexpr,  # 0 for one window
     # features
     SOFT_CAP: tl.constexpr,  # 0 for none
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    HAS_DISTANCES: tl.constexpr,  # of blocks that do not lie one after the other
     # blocks
     BLOCK_GROUP: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -113,7 +116,8 @@ def page_attention_kernel(
     length = tl.minimum(tl.maximum(length, 0), MAX_BLOCKS * PAGE_SIZE)
     first = 0
     if HAS_WINDOW:
-        first = tl.maximum(length - tl.maximum(tl.load(sliding_window_ptr), 0), 0)
+        window = tl.load(sliding_window_ptr + seq * stride_window_seq)
+        first = tl.maximum(length - tl.maximum(window, 0), 0)
     if NUM_SPLITS > 1 or (NUM_SPLITS == 1 and HAS_WINDOW):
         first_block, last_block = first // BLOCK_KV, tl.cdiv(length, BLOCK_KV)
         split_blocks = tl.maximum(tl.cdiv(last_block - first_block, NUM_SPLITS), SPLIT_BLOCKS)
@@ -157,6 +161,9 @@ def page_attention_kernel(
     reachable = (positions < reach) & (positions < MAX_BLOCKS * PAGE_SIZE)
     pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=reachable, other=-1)
     pages = tl.where(positions < end, pages, -1)
+    distance_ptr = block_distances_ptr + seq * MAX_BLOCKS
+    if HAS_DISTANCES:
+        distances = tl.load(distance_ptr + positions // PAGE_SIZE, mask=reachable, other=0)
 
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
@@ -184,8 +191,11 @@ def page_attention_kernel(
         else:
             s = s * (scale * LOG2E)
         if HAS_ALIBI:
-            behind = (positions - (length - 1)).to(tl.float32)
-            s += (slopes * LOG2E)[:, None] * behind[None, :]
+            behind = positions - (length - 1)
+            if HAS_DISTANCES:
+                behind = distances + offs_slot
+                distances = tl.load(distance_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=0)
+            s += (slopes * LOG2E)[:, None] * behind.to(tl.float32)[None, :]
         s = tl.where(visible[None, :], s, float("-inf"))
 
         m_new = tl.maximum(m, tl.max(s, 1))

@@ -141,6 +141,7 @@ class Launch:
                 problem.has_window,
                 choose_cuts(target.num_sms, problem.num_seqs, programs, problem.visible_bound),
                 GRANULE,
+                own_windows=problem.own_windows,
             )
             return dataclasses.replace(self, num_splits=0, plan=problem.plan or own)
         # One program a multiprocessor: of 16, 24, 33 and 49 parts of one context of 131,072 tokens
@@ -210,10 +211,12 @@ class Launch:
             "SPLIT_BLOCKS": self.split_blocks,
             "NUM_PARTS": self.num_parts(problem),
             **stride_constants(problem),
+            "stride_window_seq": int(problem.own_windows),
             "SOFT_CAP": problem.soft_cap or 0.0,
             "HAS_WINDOW": problem.has_window,
             "HAS_SINKS": problem.has_sinks,
             "HAS_ALIBI": problem.has_alibi,
+            "HAS_DISTANCES": problem.own_distances,
             "BLOCK_GROUP": self.block_group,
             "BLOCK_KV": self.block_kv,
             "BLOCK_D": self.block_d[0],

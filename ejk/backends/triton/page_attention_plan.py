@@ -83,6 +83,7 @@ def plan_constants(problem: PlanProblem, block_seqs: int, block_others: int) -> 
         "MAX_CUTS": problem.max_cuts,
         "EVEN_NUMERATOR": EVEN_SHARE[0],
         "EVEN_DENOMINATOR": EVEN_SHARE[1],
+        "stride_window_seq": int(problem.own_windows),
         "HAS_WINDOW": problem.has_window,
         "GRANULE": problem.granule,
         "BLOCK_SEQS": block_seqs,

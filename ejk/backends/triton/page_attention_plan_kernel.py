@@ -26,7 +26,7 @@ import triton.language as tl
 def page_attention_plan_kernel(
     # inputs
     context_lens_ptr,  # int32 [num_seqs]
-    sliding_window_ptr,  # int32 []
+    sliding_window_ptr,  # int32 [], or [num_seqs]
     # outputs
     work_ptr,  # int32 [1 + num_seqs + max_cuts + max_splits, 4], see `PlanProblem`
     # sizes
@@ -35,6 +35,8 @@ def page_attention_plan_kernel(
     MAX_CUTS: tl.constexpr,
     EVEN_NUMERATOR: tl.constexpr,
     EVEN_DENOMINATOR: tl.constexpr,
+    # strides
+    stride_window_seq: tl.constexpr,  # 0 for one window
     # features
     HAS_WINDOW: tl.constexpr,
     # blocks
@@ -45,22 +47,27 @@ def page_attention_plan_kernel(
     # Which work is mine.
     seqs = tl.program_id(0) * BLOCK_SEQS + tl.arange(0, BLOCK_SEQS)
     window = CAPACITY
-    if HAS_WINDOW:
-        window = tl.maximum(tl.load(sliding_window_ptr), 0)
+    if HAS_WINDOW and stride_window_seq == 0:
+        window = tl.load(sliding_window_ptr)
 
     # Load once: how much there is in all, and so how long a piece may be.
     total = tl.zeros([1], tl.int64)
     longest = 0
     for start in range(0, NUM_SEQS, BLOCK_OTHERS):
         others = start + tl.arange(0, BLOCK_OTHERS)
-        first, length = _visible(context_lens_ptr, others, window, NUM_SEQS, CAPACITY)
+        first, length = _visible(
+            context_lens_ptr, sliding_window_ptr, others, window, NUM_SEQS, CAPACITY,
+            stride_window_seq,
+        )  # fmt: skip
         granules = tl.cdiv(length - first, GRANULE)
         total += tl.sum(granules.to(tl.int64), 0)
         longest = tl.maximum(longest, tl.max(granules, 0))
     even = longest.to(tl.int64) * MAX_CUTS * EVEN_DENOMINATOR <= total * EVEN_NUMERATOR
     chunk = tl.where(even, longest, tl.cdiv(total, tl.maximum(MAX_CUTS, 1)))
     chunk = tl.maximum(tl.minimum(chunk, CAPACITY), 1).to(tl.int32)  # [1]
-    first, length = _visible(context_lens_ptr, seqs, window, NUM_SEQS, CAPACITY)
+    first, length = _visible(
+        context_lens_ptr, sliding_window_ptr, seqs, window, NUM_SEQS, CAPACITY, stride_window_seq
+    )
     pieces, size = _cut(length - first, chunk, GRANULE)
     pieces = tl.where(seqs < NUM_SEQS, pieces, 0)
 
@@ -71,7 +78,10 @@ def page_attention_plan_kernel(
     num_splits = 0
     for start in range(0, NUM_SEQS, BLOCK_OTHERS):
         others = start + tl.arange(0, BLOCK_OTHERS)
-        other_first, other_length = _visible(context_lens_ptr, others, window, NUM_SEQS, CAPACITY)
+        other_first, other_length = _visible(
+            context_lens_ptr, sliding_window_ptr, others, window, NUM_SEQS, CAPACITY,
+            stride_window_seq,
+        )  # fmt: skip
         other_pieces, other_size = _cut(other_length - other_first, chunk, GRANULE)
         other_pieces = tl.where(others < NUM_SEQS, other_pieces, 0)
         other_split = (other_pieces > 1).to(tl.int32)
@@ -104,11 +114,23 @@ def page_attention_plan_kernel(
 
 @triton.jit
 @typing.no_type_check
-def _visible(context_lens_ptr, seqs, window, NUM_SEQS: tl.constexpr, CAPACITY: tl.constexpr):
+def _visible(
+    context_lens_ptr,
+    sliding_window_ptr,
+    seqs,
+    window,
+    NUM_SEQS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    stride_window_seq: tl.constexpr,
+):
     """Return the first position that each sequence sees, and its length."""
     length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
     length = tl.minimum(tl.maximum(length, 0), CAPACITY)
-    return tl.maximum(length - window, 0), length
+    if stride_window_seq > 0:
+        window = tl.load(
+            sliding_window_ptr + seqs * stride_window_seq, mask=seqs < NUM_SEQS, other=0
+        )
+    return tl.maximum(length - tl.maximum(window, 0), 0), length
 
 
 @triton.jit

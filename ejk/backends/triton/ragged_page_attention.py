@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 from ejk.backends._fields import at_least
+from ejk.backends.page_attention import CONTEXT_PARALLEL
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,
@@ -43,7 +44,7 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
     interpret: bool = False
 
     name = "triton"
-    features = TritonPageAttention.features | {"positions", "tree_mask"}
+    features = TritonPageAttention.features - CONTEXT_PARALLEL | {"positions", "tree_mask"}
 
     def __post_init__(self):
         at_least(self, block_rows=16, block_kv=16, num_warps=1, num_stages=1)
@@ -63,6 +64,10 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
     @property
     def only_if_asked(self):
         return () if self.interpret else ("rocm",)
+
+    @property
+    def host_callbacks(self):
+        return 5 if self.interpret else 0  # the plan, then attention and combination, twice
 
     def limits(self, problem: RaggedPageAttentionProblem, platform: str):
         if missing := _launch.available(interpret=self.interpret):

@@ -91,7 +91,7 @@ class Sums(NamedTuple):
     def add(self, rows: Rows, scores, visible, values) -> "Sums":
         """Add a block: its logits, which of them count, and its values."""
         p = jnp.where(visible, jnp.exp(scores - rows.lse[..., None]), 0.0)
-        dp = product("skgd,sktd->skgt", rows.g, values)
+        dp = product("skgd,sktd->skgt", rows.g, values.astype(rows.g.dtype))
         return Sums(self.weights + p.sum(-1), self.weighted + (p * dp).sum(-1))
 
 
@@ -126,7 +126,7 @@ class Softmax(NamedTuple):
         scores, pullback = jax.vjp(visible_logits, rows.query, keys, scale, slopes)
         p = jnp.exp(scores - rows.lse[..., None]) / self.total[..., None]
         p = jnp.where(visible, p, 0.0)
-        dp = product("skgd,sktd->skgt", rows.g, values)
+        dp = product("skgd,sktd->skgt", rows.g, values.astype(rows.g.dtype))
         d_query, d_keys, d_scale, d_slopes = pullback(p * (dp + self.delta[..., None]))
         d_values = product("skgt,skgd->sktd", p.astype(rows.g.dtype), rows.g)
         if problem.latent:

@@ -51,6 +51,8 @@ class XlaPageAttention(PageAttentionBackend):
             "value_head_dim",
             "fused_pools",
             "return_lse",
+            "context_parallel",
+            "context_parallel with alibi_slopes",
             'cache_layout="HND"',
             'cache_layout="NHD"',
             'cache_layout="KV_HEADS_FIRST"',
@@ -118,7 +120,7 @@ class Blocks:
         return begin // self.tokens, -(-jnp.max(context.length) // self.tokens)
 
     def load(self, problem, operands, context, tables, block):
-        """Load one block: page ids, positions, which of them are visible, keys and values."""
+        """Load one block: page ids, distances, which tokens are visible, keys and values."""
         pages = lax.dynamic_slice_in_dim(tables, block * self.pages, self.pages, axis=1)
         valid = (pages >= 0) & (pages < problem.num_pages)
         positions = block * self.tokens + jnp.arange(self.tokens, dtype=jnp.int32)
@@ -129,7 +131,16 @@ class Blocks:
         )  # [num_seqs, tokens]
         pages = jnp.where(valid, pages, 0)
         keys, values = load_pages(problem, operands, pages, visible)
-        return pages, positions, visible, keys, values
+        return pages, self._distances(problem, operands, context, block), visible, keys, values
+
+    def _distances(self, problem, operands, context, block):
+        """Return the positions from each query to the tokens of a block, `[num_seqs, tokens]`."""
+        tokens = jnp.arange(self.tokens, dtype=jnp.int32)
+        if not problem.own_distances:
+            return block * self.tokens + tokens[None] - (context.length[:, None] - 1)
+        entries = block * self.pages + jnp.arange(self.pages, dtype=jnp.int32)
+        begins = operands.block_distances.at[:, entries].get(mode="fill", fill_value=0)
+        return jnp.repeat(begins, problem.page_size, axis=1) + tokens[None] % problem.page_size
 
     def pad(self, tables: jax.Array) -> jax.Array:
         """Widen the tables to whole blocks with invalid entries."""
@@ -166,13 +177,12 @@ def _gather(problem, pool, pages, half, visible):
     return jnp.where(visible[:, None, :, None], blocks, jnp.zeros((), blocks.dtype))
 
 
-def logits(problem, operands, context, query, keys, positions):
+def logits(problem, operands, query, keys, distances):
     """Return every logit of a block, `[num_seqs, num_kv_heads, group, tokens]`, in float32."""
     scores = capped_products(problem, operands, query, keys)
     if problem.has_alibi:
         slopes = operands.alibi_slopes.reshape(1, problem.num_kv_heads, problem.group, 1)
-        behind = positions[None] - (context.length[:, None] - 1)
-        scores = scores + slopes * behind[:, None, None].astype(jnp.float32)
+        scores = scores + slopes * distances[:, None, None].astype(jnp.float32)
     return scores
 
 
@@ -200,8 +210,8 @@ def _attend(problem, operands, context, blocks):
     tables = blocks.pad(operands.block_tables)
 
     def step(block, state):
-        _, positions, visible, keys, values = blocks.load(problem, operands, context, tables, block)
-        scores = logits(problem, operands, context, query, keys, positions)
+        _, distances, visible, keys, values = blocks.load(problem, operands, context, tables, block)
+        scores = logits(problem, operands, query, keys, distances)
         return accumulate(state, jnp.where(visible[:, None, None], scores, -jnp.inf), values)
 
     begin, end = blocks.span(context)
@@ -209,7 +219,7 @@ def _attend(problem, operands, context, blocks):
     sinks = group_heads(problem, operands.sinks[None]) if problem.has_sinks else None
     out, lse = finish(state, sinks)
     heads = (problem.num_seqs, problem.num_heads)
-    return out.reshape(*heads, -1).astype(problem.dtype), lse.reshape(heads)
+    return out.reshape(*heads, -1).astype(problem.out_dtype), lse.reshape(heads)
 
 
 State = tuple[jax.Array, jax.Array, jax.Array]

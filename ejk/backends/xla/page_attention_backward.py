@@ -31,20 +31,20 @@ def _pull_back(problem, residuals, cotangents):
     ).without_minus_infinity()
 
     def add_up(block, sums):
-        _, positions, visible, keys, values = blocks.load(problem, operands, context, tables, block)
-        scores = logits(problem, operands, context, rows.query, keys, positions)
+        _, distances, visible, keys, values = blocks.load(problem, operands, context, tables, block)
+        scores = logits(problem, operands, rows.query, keys, distances)
         return sums.add(rows, scores, visible[:, None, None], values)
 
     softmax = Softmax.of(rows, lax.fori_loop(begin, end, add_up, Sums.none(rows)))
 
     def step(block, grads):
-        pages, positions, visible, keys, values = blocks.load(
+        pages, distances, visible, keys, values = blocks.load(
             problem, operands, context, tables, block
         )
 
         def block_logits(query, keys, attn_scale, alibi_slopes):
             given = operands._replace(attn_scale=attn_scale, alibi_slopes=alibi_slopes)
-            return logits(problem, given, context, query, keys, positions)
+            return logits(problem, given, query, keys, distances)
 
         d_query, d_keys, d_values, d_scale, d_slopes = softmax.pull_back(
             problem, block_logits, keys, values, visible[:, None, None],

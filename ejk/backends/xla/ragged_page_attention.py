@@ -7,7 +7,7 @@ nor the number of tokens.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,8 @@ class QueryBlocks(NamedTuple):
     inside: jax.Array  # bool [blocks, tokens]: it is a token, and of this sequence
     first: jax.Array  # int32 [blocks, tokens]: no token before it is visible
     last: jax.Array  # int32 [blocks, tokens]: nor this one or one after it
+    window: Any  # int32 [blocks, tokens], or None
+    newer: jax.Array  # int32 [blocks, tokens]: new tokens of the sequence after each
 
 
 def sane_bounds(problem: RaggedPageAttentionProblem, cu_q_lens: jax.Array) -> jax.Array:
@@ -129,17 +131,26 @@ def query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
     place = context[:, None] + local
     inside = exists[:, None] & (local < q_lens[seq][:, None])
     token = jnp.where(inside, token, problem.total_tokens)
+    if problem.is_part:  # counted, not placed: the tokens here that each sees come first
+        place = operands.row_lens.at[token].get(mode="fill", fill_value=0) - 1
     position = place
     if problem.has_positions:
         given = operands.positions.at[token].get(mode="fill", fill_value=0)
         position = jnp.maximum(given, 0)
-    first = jnp.zeros_like(place)
+    first, window = jnp.zeros_like(place), None
     if problem.has_window:
-        first = jnp.maximum(position - (jnp.maximum(operands.sliding_window, 0) - 1), 0)
+        window = operands.sliding_window
+        if problem.own_windows:
+            window = window.at[token].get(mode="fill", fill_value=0)
+        window = jnp.broadcast_to(window, place.shape)
+        first = jnp.maximum(position - (jnp.maximum(window, 0) - 1), 0)
         if problem.has_positions:  # those of new tokens may be anything
             first = jnp.minimum(first, jnp.maximum(context, 0)[:, None])
     last = jnp.broadcast_to(length[:, None], place.shape) if problem.tree_width else place + 1
-    return QueryBlocks(seq, token, place, position, context, inside, first, last)
+    newer = q_lens[seq][:, None] - 1 - local
+    return QueryBlocks(
+        seq, token, place, position, context, inside, first, last, window, newer
+    )  # fmt: skip
 
 
 def block_ends(bounds: jax.Array, sizes: Sizes) -> jax.Array:
@@ -163,7 +174,7 @@ def _visible(problem, operands, blocks: QueryBlocks, key, key_position):
     if problem.has_window:
         behind = blocks.position[..., None] - key_position[:, None]
         # New tokens may lie ahead of each other: a window below 1 still shows nothing.
-        window = operands.sliding_window
+        window = blocks.window[..., None]
         visible = visible & (behind < window) & (window > 0)
     return visible & sees[..., None]
 
@@ -218,6 +229,11 @@ class Keys(NamedTuple):
         pages = jnp.where(valid, pages, 0)
         keys, values = load_pages(problem, operands, pages, visible.any(1))
         ahead = key_position[:, None] - blocks.position[..., None]
+        if problem.own_distances:
+            begins = operands.block_distances.at[at].get(mode="fill", fill_value=0)
+            slots = jnp.arange(num_keys, dtype=jnp.int32) % problem.page_size
+            from_last = jnp.repeat(begins, problem.page_size, axis=1) + slots[None]
+            ahead = from_last[:, None] + blocks.newer[..., None]
         return cls(pages, ahead, visible, keys, values)
 
     def logits(self, problem, operands, query, keys):
@@ -264,7 +280,7 @@ def _attend_blocks(problem, operands, sizes, bounds, blocks: QueryBlocks):
     state = nothing_seen(query.shape[:3], problem.value_head_dim)
     state = lax.fori_loop(begin, end, step, state)
     out, lse = finish(state, sinks_of_rows(problem, operands, blocks))
-    return by_token(problem, out).astype(problem.dtype), by_token(problem, lse)
+    return by_token(problem, out).astype(problem.out_dtype), by_token(problem, lse)
 
 
 def _attend(

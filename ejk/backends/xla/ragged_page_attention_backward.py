@@ -85,7 +85,7 @@ def _pull_back_blocks(problem, operands, sizes, bounds, blocks: QueryBlocks, row
         )
         return grads, d_rows + d_query
 
-    nothing = jnp.zeros(rows.query.shape, jnp.float32)
+    nothing = jnp.zeros_like(rows.query, jnp.float32)
     grads, d_rows = lax.fori_loop(begin, end, step, (grads, nothing))
     d_query = grads.query.at[blocks.token].set(by_token(problem, d_rows), mode="drop")
     if problem.has_sinks:

@@ -1,0 +1,89 @@
+"""How attention to pages is split over devices: by KV heads, with the query heads that read them.
+
+Pools stay where they are; all other arrays are small and follow them. Sequences that are a row each
+are split, too.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from ejk._partition import Axes, Shards, mesh_axes
+
+
+def axes_of(problem: Any) -> Axes:
+    """Return the axes of operands and results of a `PagedProblem`."""
+    heads, sizes = ("kv_heads", "group"), {"group": problem.group}
+    if 1 in (problem.num_kv_heads, problem.group):  # an axis holds two names only where it has to
+        heads, sizes = "kv_heads" if problem.group == 1 else "group", {}
+    seqs = "seqs" if problem.splits_sequences else None
+    operands = problem.operand_axes(seqs=seqs, kv_heads="kv_heads", heads=heads)
+    return Axes(operands, _results(problem, seqs, heads), sizes)
+
+
+def shards_of(problem: Any, specs: Any, mesh: Mapping[str, int]) -> Shards:
+    """Split a `PagedProblem` as its operands are by `specs`, as far as they may."""
+
+    def parts(axes):
+        return math.prod(mesh[axis] for axis in axes)
+
+    kv_heads = _split_of_pools(problem, specs)
+    if problem.num_kv_heads % parts(kv_heads):
+        raise ValueError(
+            f"num_kv_heads={problem.num_kv_heads} must be a multiple of the {parts(kv_heads)} "
+            f"devices of the mesh axes {kv_heads} that key_cache is split over"
+        )
+    # Where each device holds one KV head, several may share it and split its query heads.
+    heads = mesh_axes(specs.query[1])
+    shares = problem.num_kv_heads == parts(kv_heads) and heads[: len(kv_heads)] == kv_heads
+    if not shares or problem.num_heads % parts(heads):
+        heads = kv_heads
+    seqs = ()
+    if problem.splits_sequences:
+        rows = (specs.block_tables, specs.query, specs.context_lens)
+        seqs = next(filter(None, (mesh_axes(row[0]) for row in rows)), ())
+        seqs = tuple(axis for axis in seqs if axis not in heads)
+        if problem.num_seqs % parts(seqs):
+            seqs = ()
+    own = dataclasses.replace(
+        problem,
+        num_seqs=problem.num_seqs // parts(seqs),
+        num_heads=problem.num_heads // parts(heads),
+        num_kv_heads=problem.num_kv_heads // parts(kv_heads),
+    )
+    kv_heads, heads, seqs = (axes or None for axes in (kv_heads, heads, seqs))
+    axes = problem.operand_axes(seqs=seqs, kv_heads=kv_heads, heads=heads)
+    operands = type(axes)(*(None if of is None else PartitionSpec(*of) for of in axes))
+    results = (PartitionSpec(*of) for of in _results(problem, seqs, heads))
+    return Shards(own, operands, tuple(results))
+
+
+def _results(problem: Any, seqs: Any, heads: Any) -> tuple[tuple[Any, ...], ...]:
+    """Say what the axes of each result are."""
+    return ((seqs, heads, None), (seqs, heads))[: len(problem.results)]
+
+
+def _split_of_pools(problem: Any, specs: Any) -> tuple[str, ...]:
+    """Return the mesh axes of the pools' KV heads: nothing else of them may be split."""
+    found = []
+    for name in ("key_cache", "value_cache"):
+        spec = getattr(specs, name)
+        for axis, entry in enumerate(spec or ()):
+            if axis == problem.layout.kv_heads:
+                found.append(mesh_axes(entry))
+            elif mesh_axes(entry):
+                raise ValueError(
+                    f"{name} is split as {spec}, but only its KV heads, axis "
+                    f"{problem.layout.kv_heads}, can be: what reads other shards would gather "
+                    "the pool. Where pages are split over devices, use "
+                    "ejk.context_parallel_attention inside jax.shard_map"
+                )
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"key_cache and value_cache must be split alike, not {specs.key_cache} and "
+            f"{specs.value_cache}"
+        )
+    return found[0]
