@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
+from backends import counted
 from context_parallel import (
     CONFIGURATIONS,
     DEVICES,
@@ -116,9 +117,12 @@ def test_offsets_leave_no_device():
         assert_close(moved, np.asarray(out), np.asarray(lse))
 
 
-@pytest.mark.one_in(2)
-@each_entry(XLA, TRITON)
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "entry, kind",
+    [(XLA, AxisType.Auto), (TRITON, AxisType.Explicit)],
+    ids=["xla, auto", "triton, explicit"],
+)
+@counted
 def test_beside_sequences_and_heads(entry, kind):
     """Pages over one or two axes of a mesh, KV heads and sequences over the others."""
     case = build(
@@ -182,9 +186,12 @@ def weighted(function, weights):
     return jax.jit(jax.grad(loss))
 
 
-@pytest.mark.one_in(2)
-@each_entry(XLA, TRITON)
-@pytest.mark.parametrize("config", [CONFIGURATIONS[0], CONFIGURATIONS[3]], ids=["all", "latent"])
+@pytest.mark.parametrize(
+    "entry, config",
+    [(XLA, CONFIGURATIONS[0]), (TRITON, CONFIGURATIONS[3])],
+    ids=["xla, every option", "triton, latent"],
+)
+@counted
 def test_gradients_are_those_of_one_device(entry, config):
     """In queries, pools, scale, sinks and slopes; exactly zero where nobody looks."""
     config = Configuration(
