@@ -46,10 +46,10 @@ class OwnPages(NamedTuple):
         num_seqs, max_blocks = block_tables.shape
         length = jnp.clip(context_lens, 0, max_blocks * page_size)[:, None]
         begin = jnp.arange(max_blocks, dtype=jnp.int32)[None] * page_size
-        is_own = (begin < length) & (block_tables >= first_page)
-        is_own = is_own & (block_tables - first_page < num_pages)
+        is_own = (block_tables >= first_page) & (block_tables - first_page < num_pages)
 
-        # A prefix sum and a scatter, which is in order: there is nothing to sort.
+        # A prefix sum and a scatter: there is nothing to sort. Pages past the length come last,
+        # where nobody looks.
         before = jnp.cumsum(is_own, axis=1, dtype=jnp.int32) - is_own.astype(jnp.int32)
         place = jnp.where(is_own, before, max_blocks)
         seq = jnp.arange(num_seqs, dtype=jnp.int32)[:, None]

@@ -16,7 +16,7 @@ On one device and inside `shard_map` none of this is needed, nor is it used.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +82,11 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def is_split(entry: Any, mesh: Mapping[str, int]) -> bool:
+    """Say whether one entry of a `PartitionSpec` splits anything: a mesh axis may have size 1."""
+    return any(mesh[axis] > 1 for axis in mesh_axes(entry))
+
+
 def explicit_mesh(operands: Any) -> Any:
     """Return the mesh whose explicit axes some operand lies on, or None."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
@@ -118,7 +123,7 @@ def split(problem: Any, operands: Any, run: Callable[[Any, Any], Any]) -> Any:
     placed = []
     for (path, x), spec, needed in zip(paths, specs, treedef.flatten_up_to(shards.operands)):
         for had, has in zip(spec, needed or spec):
-            if mesh_axes(had) not in ((), mesh_axes(has)):
+            if is_split(had, mesh.shape) and mesh_axes(had) != mesh_axes(has):
                 name = jax.tree_util.keystr(path).lstrip(".")
                 raise ValueError(f"{name} is split as {spec}; with the others it must be {needed}")
         if needed is not None:

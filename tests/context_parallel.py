@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from backends import Entry
+import pytest
+from backends import Entry, counted
 from jax.sharding import AxisType, PartitionSpec
 from meshes import arrays, mesh
 from ragged_strategies import RaggedCase
 from shapes import Shape
-from strategies import Case, Configuration
+from strategies import INT32_MAX, Case, Configuration, build
 
 import ejk
 from ejk.backends.page_attention import layout_of
@@ -33,6 +34,9 @@ CONFIGURATIONS = (
     Configuration(LATENT, BF16, "HND", frozenset({"alibi_slopes"}), num_splits=3),
 )
 FEW = CONFIGURATIONS[1:2]  # what every backend takes
+EDGES = build(
+    CONFIGURATIONS[0], np.array([0, 1, 36, 23], np.int32), window=INT32_MAX, invalid=0.2, seed=4
+)  # fmt: skip
 STATIC = ("cache_layout", "attn_logits_soft_cap", "value_head_dim", "num_splits")
 
 
@@ -48,7 +52,7 @@ class Parallel(Entry):
 
 
 ENTRIES = [
-    Parallel("xla, pages over devices", ejk.XlaPageAttention(), examples=16, invariant=False),
+    Parallel("xla, pages over devices", ejk.XlaPageAttention(), examples=12, invariant=False),
     Parallel(
         "triton interpreted, pages over devices",
         ejk.TritonPageAttention(interpret=True, num_sms=6),
@@ -73,6 +77,16 @@ RAGGED = [
         examples=6,
     ),
 ]
+
+
+def each_entry(*entries):
+    """Run a test of `entry` on each of these, and count it."""
+
+    def decorate(body):
+        mark = pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
+        return mark(counted(body))
+
+    return decorate
 
 
 def split_arguments(case: Case):

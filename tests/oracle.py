@@ -202,13 +202,16 @@ def merge_attention_states(outs, lses):
 def plan_page_attention(context_lens, *, capacity, sliding_window, max_cuts, granule):
     """Return the pieces `(seq, begin, end, part)` and the splits `(seq, first part, parts)`.
 
+    `sliding_window` is one of all sequences, or a list of one for each.
+
     A context of more than two chunks is cut in the fewest pieces of at most a chunk, all but the
     last of one size. The longest pieces come first, of equally long ones the first sequence's.
     """
     ranges, granules = [], []
-    for context_len in context_lens:
+    for s, context_len in enumerate(context_lens):
         n = min(max(int(context_len), 0), capacity)
-        first = 0 if sliding_window is None else max(n - max(int(sliding_window), 0), 0)
+        window = sliding_window[s] if np.ndim(sliding_window) else sliding_window
+        first = 0 if window is None else max(n - max(int(window), 0), 0)
         ranges.append((first, n))
         granules.append(-(-(n - first) // granule))
     total, longest = sum(granules), max(granules)

@@ -1,12 +1,14 @@
 """One process of `test_processes`: its share of calls that are split over the devices of all.
 
-    python tests/process.py <its number> <how many> <port of the first> <devices of each>
+    python tests/process.py <its number> <how many> <port of the first> <simulated devices of each>
 
-Each compares the shards that it holds with the same call on one of its own devices.
+With no simulated devices, each takes the GPU of its number, and they are connected by NCCL. Each
+compares the shards that it holds with the same call on one of its own devices.
 """
 
 import os
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def main(number: int, count: int, port: int, devices: int):
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=number)
-    assert jax.process_count() == count and jax.device_count() == count * devices
+    if devices:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        f"localhost:{port}", count, number, local_device_ids=None if devices else [number]
+    )
+    assert jax.process_count() == count and jax.device_count() == count * max(devices, 1)
     for name, run in CASES.items():
-        run(jax.make_mesh((count * devices,), ("x",)))
+        run(jax.make_mesh((jax.device_count(),), ("x",)))
         print(name, flush=True)
+
+
+def kernel(backend):
+    """The real kernel on a GPU; elsewhere it is interpreted."""
+    return backend(interpret=jax.default_backend() == "cpu", num_sms=6)
 
 
 def split(mesh, given, specs):
@@ -60,7 +70,7 @@ def decode(mesh, **placed):
     given, options = meshes.arrays(
         meshes.split_case(Shape("", 16, 8, 32, 16, num_seqs=8, num_pages=32), num_splits=1)
     )
-    function = meshes.attend(ejk.TritonPageAttention(interpret=True, num_sms=6), options)
+    function = meshes.attend(kernel(ejk.TritonPageAttention), options)
     check(function, mesh, given, meshes.specs(given, "HND", **placed))
 
 
@@ -72,7 +82,7 @@ def context(mesh):
 
     shape = Shape("", 16, 8, 32, 16, num_seqs=8, num_pages=32)
     given, _ = meshes.arrays(meshes.split_case(shape, features=()))
-    backend = ejk.TritonPageAttention(interpret=True, num_sms=6)
+    backend = kernel(ejk.TritonPageAttention)
     specs = {name: PartitionSpec("x") for name in ("key_cache", "value_cache")}
 
     def own_pages(given):
@@ -99,7 +109,7 @@ def write(mesh):
     }
     heads = PartitionSpec(None, "x")
     specs = {name: heads for name in given if name != "slot_mapping"}
-    backend = ejk.TritonWriteKVCache(interpret=True)
+    backend = ejk.TritonWriteKVCache(interpret=jax.default_backend() == "cpu")
 
     def function(given):
         return ejk.write_kv_cache(**jax.tree.map(jnp.asarray, given), backend=backend)
@@ -107,7 +117,7 @@ def write(mesh):
     check(function, mesh, given, specs)
 
 
-CASES = {
+CASES: dict[str, Callable[[jax.sharding.Mesh], None]] = {
     "decode, heads": lambda mesh: decode(mesh, kv_heads="x"),
     "decode, sequences": lambda mesh: decode(mesh, seqs="x"),
     "decode, context": context,

@@ -10,7 +10,7 @@ from backends import counted, each_case
 from context_parallel import CONFIGURATIONS, DEVICES, FEW, RAGGED, split, split_arguments
 from ragged_strategies import TOTAL, build_ragged, ragged_cases
 from strategies import INT32_MAX
-from test_context_parallel import FLOATS, weighted
+from test_context_parallel_programs import FLOATS, weighted
 from test_page_attention import bits_equal
 from tolerances import assert_close
 

@@ -5,8 +5,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import ejk
 
@@ -241,3 +243,34 @@ def test_nothing_waits_for_the_device():
     with jax.transfer_guard("disallow"):
         out = call(query, keys, values, lens, tables)
     assert out.shape == query.shape
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("what", ["decode, heads", "decode, sequences", "ragged", "write"])
+def test_split_over_two_gpus(what, kind):
+    """Each runs the kernel on its own shard, and nothing moves."""
+    query, lens, tables = batch(NUM_PAGES)
+    pools = {"key_cache": pool(NUM_PAGES, 1), "value_cache": pool(NUM_PAGES, 2)}
+    contexts = {"query": query, "context_lens": lens, "block_tables": tables}
+    rows = jnp.ones((3, KV_HEADS, HEAD_DIM), jnp.bfloat16)
+    slots = jnp.array([5, -1, 77], jnp.int32)
+    function, given = {
+        "ragged": (ejk.ragged_page_attention, contexts | {"cu_q_lens": jnp.arange(5)}),
+        "write": (ejk.write_kv_cache, {"key": rows, "value": rows, "slot_mapping": slots}),
+    }.get(what, (functools.partial(ejk.page_attention, num_splits=1), contexts))
+    given |= pools
+    split = {"seqs": "x"} if what == "decode, sequences" else {"kv_heads": "x"}
+    split_up = meshes.put(meshes.mesh(kind, x=2), given, meshes.specs(given, "HND", **split))
+
+    def call(given):
+        return function(**given, backend="triton")
+
+    results, program = meshes.run(call, split_up)
+    assert not meshes.collectives(program)
+    for ours, whole in zip(jax.tree.leaves(results), jax.tree.leaves(jax.jit(call)(given))):
+        ours, whole = (np.asarray(x, np.float32) for x in (ours, whole))
+        if what == "ragged":
+            np.testing.assert_allclose(ours, whole, rtol=2e-2, atol=2e-3)
+        else:
+            np.testing.assert_array_equal(ours, whole)

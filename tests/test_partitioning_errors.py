@@ -142,3 +142,15 @@ def test_a_mesh_that_does_not_divide_the_heads(kind):
 
     with pytest.raises(error, match=message):
         jax.jit(function)(meshes.put(placed.mesh, given, {}))
+
+
+@each_call
+@each_kind
+def test_an_axis_of_one_device_splits_nothing(call, kind):
+    """So that one program serves every size of a mesh."""
+    given = given_arrays()
+    mesh = meshes.mesh(kind, data=1, model=4)
+    pools = PartitionSpec("data", "model")
+    split_up = meshes.put(mesh, given, {"key_cache": pools, "value_cache": pools})
+    for ours, whole in zip(jax.tree.leaves(call(split_up)), jax.tree.leaves(call(given))):
+        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)

@@ -52,7 +52,10 @@ def rows(work, problem):
 
 def check(planner, lens, *, capacity, window, max_cuts):
     """Compare a plan with the oracle's; check what holds of every plan. Return its splits."""
-    problem = PlanProblem(len(lens), capacity, window is not None, max_cuts, GRANULE)
+    own_windows = np.ndim(window) > 0
+    problem = PlanProblem(
+        len(lens), capacity, window is not None, max_cuts, GRANULE, own_windows=own_windows
+    )
     traced = None if window is None else np.array(window, np.int32)
     work = PLANNERS[planner](problem, PlanOperands(np.asarray(lens, np.int32), traced))
     assert (work.shape, work.dtype) == (problem.results[0].shape, np.int32)
@@ -70,7 +73,8 @@ def check(planner, lens, *, capacity, window, max_cuts):
     assert sorted(places) == list(range(len(lens)))  # a row that sees nothing is written, too
     for seq, own in places.items():
         n = min(max(int(lens[seq]), 0), capacity)
-        first = 0 if window is None else max(n - max(int(window), 0), 0)
+        of_seq = window[seq] if own_windows else window
+        first = 0 if window is None else max(n - max(int(of_seq), 0), 0)
         # They follow each other, from the first position that is visible to the last.
         assert [b for _, b, _, _ in own] == [first, *(e for _, _, e, _ in own[:-1])]
         assert own[-1][2] == n and (first == n or all(b < e for _, b, e, _ in own))
@@ -117,6 +121,17 @@ def test_a_plan_is_the_oracles(planner):
 
     holds()
     assert cut > 6, "or the property would prove little"
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_each_sequence_may_have_a_window_of_its_own(planner):
+    rng, cut = np.random.default_rng(0), 0
+    for num_seqs in (1, 3, 17, 300):
+        lens = rng.integers(0, 2**16, num_seqs, np.int32)
+        windows = rng.integers(1, 2**16, num_seqs, np.int32)
+        windows[rng.random(num_seqs) < 0.2] = rng.choice([0, -1, -(2**31), 2**31 - 1])
+        cut += bool(check(planner, lens, capacity=2**16, window=windows, max_cuts=40))
+    assert cut > 1
 
 
 @pytest.mark.parametrize("planner", ["triton", "xla"])

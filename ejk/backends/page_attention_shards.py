@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from ejk._partition import Axes, Shards, mesh_axes
+from ejk._partition import Axes, Shards, is_split, mesh_axes
 
 
 def axes_of(problem: Any) -> Axes:
@@ -30,7 +30,7 @@ def shards_of(problem: Any, specs: Any, mesh: Mapping[str, int]) -> Shards:
     def parts(axes):
         return math.prod(mesh[axis] for axis in axes)
 
-    kv_heads = _split_of_pools(problem, specs)
+    kv_heads = _split_of_pools(problem, specs, mesh)
     if problem.num_kv_heads % parts(kv_heads):
         raise ValueError(
             f"num_kv_heads={problem.num_kv_heads} must be a multiple of the {parts(kv_heads)} "
@@ -66,7 +66,7 @@ def _results(problem: Any, seqs: Any, heads: Any) -> tuple[tuple[Any, ...], ...]
     return ((seqs, heads, None), (seqs, heads))[: len(problem.results)]
 
 
-def _split_of_pools(problem: Any, specs: Any) -> tuple[str, ...]:
+def _split_of_pools(problem: Any, specs: Any, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """Return the mesh axes of the pools' KV heads: nothing else of them may be split."""
     found = []
     for name in ("key_cache", "value_cache"):
@@ -74,7 +74,7 @@ def _split_of_pools(problem: Any, specs: Any) -> tuple[str, ...]:
         for axis, entry in enumerate(spec or ()):
             if axis == problem.layout.kv_heads:
                 found.append(mesh_axes(entry))
-            elif mesh_axes(entry):
+            elif is_split(entry, mesh):
                 raise ValueError(
                     f"{name} is split as {spec}, but only its KV heads, axis "
                     f"{problem.layout.kv_heads}, can be: what reads other shards would gather "

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ejk._dispatch import Backend, Problem
-from ejk._partition import Axes, Shards, mesh_axes
+from ejk._partition import Axes, Shards, is_split, mesh_axes
 from ejk.backends.page_attention import LAYOUTS, Layout
 
 
@@ -117,7 +117,7 @@ class WriteKVCacheProblem(Problem):
                 pools[name] = spec
         split = mesh_axes(specs.key_cache[heads])
         for name, spec in pools.items():
-            if any(mesh_axes(entry) for axis, entry in enumerate(spec) if axis != heads):
+            if any(is_split(entry, mesh) for axis, entry in enumerate(spec) if axis != heads):
                 raise ValueError(
                     f"{name} is split as {spec}, but only its KV heads, axis {heads}, can be. "
                     "Where pages are split over devices, write inside jax.shard_map, each device "
