@@ -233,6 +233,7 @@ def _run(problem: Problem, operands: Any, run: Callable[..., Any], how: Any) -> 
     return run(problem, operands, how)
 
 
+# An answer may use no operand, but only operands say which devices the mesh is of.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True)
 def _split(problem: Problem, run: Callable[..., Any], how: Any, operands: Any) -> Any:
     return _partition.split(problem, operands, functools.partial(run, how=how))
