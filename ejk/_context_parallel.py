@@ -21,10 +21,11 @@ def check_alike(axis_name, page_offset, **arrays):
     _axis_size(axis_name)
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     for name, x in dict(arrays, page_offset=page_offset).items():
-        if x is not None and (split := axes & jax.typeof(x).mat.varying):
+        varying = jax.typeof(x).mat.varying if hasattr(x, "dtype") else frozenset()
+        if split := axes & varying:
             fail(
                 f"{name} must be the same on every device along axis_name={axis_name!r}, but it "
-                f"varies over {', '.join(map(repr, sorted(split)))}: give it an in_spec without"
+                f"varies over {', '.join(map(repr, sorted(split)))}"
             )
     if isinstance(page_offset, int | np.integer):
         static_int("page_offset", page_offset, at_least=0)

@@ -93,7 +93,8 @@ def context_parallel_attention(
     and one `all_gather` of `num_seqs * num_heads * (value_head_dim + 1)` float32 a device, the
     outputs and the LSEs, goes between them: its bytes do not depend on the contexts. The result
     is the same on every device, and known to be: under `check_vma` it does not vary over
-    `axis_name`. It has the reverse mode of `ejk.page_attention`.
+    `axis_name`. It has the reverse mode of `ejk.page_attention`, outside `shard_map` or under
+    `check_vma`.
 
     Args:
         query: as in `ejk.page_attention`, the same on every device along `axis_name`.

@@ -29,7 +29,7 @@ def test_lengths_around_page_edges(entry, num_splits):
     assert_close(case, *entry(case))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @edge
 @pytest.mark.parametrize("features", [(), ("sliding_window", "sinks")], ids=["", "windowed"])
 @pytest.mark.parametrize("cache_layout", LAYOUTS)
@@ -60,7 +60,7 @@ def test_entries_are_checked_in_their_own_dtype(entry, dtype, as_jax):
     assert_close(case, *entry(case))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @edge
 @pytest.mark.parametrize("window", [1, 2, 16, 17, 48, 49, INT32_MAX])
 @pytest.mark.parametrize("traced", [False, True])

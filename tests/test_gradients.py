@@ -175,7 +175,7 @@ def test_gradients_agree_with_autodiff_of_the_definition(entry, case):
     check(case, entry)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @edge
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("features", [(), ("sliding_window", "sinks", "alibi_slopes")])

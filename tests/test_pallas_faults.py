@@ -115,7 +115,7 @@ def test_the_sound_kernel_is_not_accused(blocks_per_round, dma_execution_mode, f
     check(blocks_per_round, dma_execution_mode, fused)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @on_all
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_caught(name, blocks_per_round, dma_execution_mode, fused, monkeypatch):

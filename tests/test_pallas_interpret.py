@@ -86,7 +86,7 @@ def test_entries_that_name_no_page(layout, invalid):
     check(strategies.build(config, lengths, invalid=invalid, window=np.asarray(27), seed=3))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_groups(dtype, group):
@@ -96,7 +96,7 @@ def test_groups(dtype, group):
     )
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
 @pytest.mark.parametrize(
     "shape",
@@ -113,7 +113,7 @@ def test_shapes(shape, layout):
     check(strategies.build(config, lengths, window=shape.capacity - 2, invalid=0.1, share=True))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @each_round
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("megacore_mode", ["batch", "kv_head"])

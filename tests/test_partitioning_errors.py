@@ -75,6 +75,28 @@ def test_exported_for_xla_to_split():
         np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
 
 
+@each_call
+def test_xla_runs_what_kernels_cannot_be_split_for(call):
+    """On TPUs under plain `jit`, when exporting, and beside axes that `shard_map` leaves to XLA."""
+    given = given_arrays()
+    specs = {name: PartitionSpec(None, "model") for name in ("key_cache", "value_cache")}
+    split_up = meshes.put(meshes.mesh(), given, specs)
+    function = jax.jit(call)
+    assert function.trace(split_up).lower(lowering_platforms=("tpu",)).as_text()
+    assert jax.export.export(function, platforms=["cpu", "cuda", "tpu"])(split_up).platforms
+
+    local = jax.shard_map(
+        call,
+        mesh=meshes.mesh(),
+        in_specs=(jax.tree.map(lambda _: PartitionSpec(), given),),
+        out_specs=PartitionSpec(),
+        axis_names={"data"},
+    )
+    found = jax.jit(local)(meshes.put(meshes.mesh(), given, {}))
+    for ours, whole in zip(jax.tree.leaves(found), jax.tree.leaves(function(given))):
+        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
+
+
 def test_kernels_cannot_be_exported_for_plain_jit_to_split():
     given, options = meshes.arrays(meshes.split_case())
     split_up = meshes.put(meshes.mesh(), given, meshes.specs(given, "HND", kv_heads="model"))

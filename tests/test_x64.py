@@ -1,10 +1,13 @@
 """With 64-bit types on, which kernels do not have, every public function does what it did."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import edge
+from jax.sharding import PartitionSpec as P
 
 import ejk
 
@@ -40,5 +43,21 @@ def test_the_rest(arguments):
         ejk.check_page_attention_inputs(*arguments)
         nothing = np.zeros((0, 1, 1, 1), np.float32), np.zeros((0, 1, 1), np.float32)
         assert [x.dtype for x in ejk.merge_attention_states(*nothing)] == [jnp.float32] * 2
+        bounds, tokens = np.array([0, 2, 5]), np.ones((5, 4, 64), np.float32)
+        ragged = functools.partial(ejk.ragged_page_attention, return_lse=True)
+        found = ragged(tokens, *arguments[1:], bounds)
+        assert [x.dtype for x in found] == [jnp.float32, jnp.float32]
+        grad = jax.grad(lambda query: ragged(query, *arguments[1:], bounds)[1].sum())
+        assert grad(jnp.asarray(tokens)).dtype == jnp.float32
+        mesh = jax.make_mesh((1,), ("pages",), devices=jax.devices()[:1])
+        for function, given in (
+            (ejk.context_parallel_attention, arguments),
+            (ejk.context_parallel_ragged_attention, (tokens, *arguments[1:], bounds)),
+        ):
+            call = functools.partial(
+                function, axis_name="pages", sliding_window=2**40, return_lse=True
+            )
+            split = jax.shard_map(call, mesh=mesh, in_specs=P(), out_specs=P())
+            assert [x.dtype for x in split(*given)] == [jnp.float32, jnp.float32]
         grad = jax.grad(lambda query: ejk.page_attention(query, *arguments[1:]).sum())
         assert grad(jnp.asarray(arguments[0])).dtype == jnp.float32

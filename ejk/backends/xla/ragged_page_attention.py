@@ -57,6 +57,10 @@ class XlaRaggedPageAttention(RaggedPageAttentionBackend):
     def platforms(self):
         return _dispatch.PLATFORMS
 
+    @property
+    def is_opaque(self):
+        return False
+
     def limits(self, problem, platform):
         return ()
 
@@ -299,5 +303,6 @@ def _attend(
 
     out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
     # What is no sequence's stays as it is here.
-    results = (jnp.zeros(out_type.shape, out_type.dtype), jnp.full(lse_type.shape, -jnp.inf))
+    nothing = jnp.full(lse_type.shape, -jnp.inf, lse_type.dtype)
+    results = (jnp.zeros(out_type.shape, out_type.dtype), nothing)
     return lax.fori_loop(0, -(-num_blocks // sizes.together), step, results)

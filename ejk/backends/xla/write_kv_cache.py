@@ -38,6 +38,10 @@ class XlaWriteKVCache(WriteKVCacheBackend):
     def platforms(self):
         return _dispatch.PLATFORMS
 
+    @property
+    def is_opaque(self):
+        return False
+
     def limits(self, problem, platform):
         return ()
 
