@@ -113,7 +113,8 @@ def table(rows: Iterable[Measured]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=tpu_kernels.WORKLOADS, help="workloads")
+    names = [name for name, of in tpu_kernels.WORKLOADS.items() if of.new_tokens == 1]
+    parser.add_argument("--only", nargs="+", choices=names, help="workloads")
     args = parser.parse_args(argv)
     chip = generation()
     info = pltpu.get_tpu_info()
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     predicted = predictions(chip)
     print(f"TPU {chip}, jax {jax.__version__}; {hbm:,.0f} GB/s by its data sheet\n")
     rows = []
-    for name in args.only or tpu_kernels.WORKLOADS:
+    for name in args.only or names:
         workload = tpu_kernels.WORKLOADS[name]
         us = measure(workload, ejk.PallasPageAttention())
         rows.append(Measured(workload, us, predicted.get(name), hbm))

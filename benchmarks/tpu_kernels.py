@@ -27,11 +27,14 @@ WORKLOADS = {
         uniform("head dimension 192", 32, 8, 192, 16, 2048, 16),
         uniform("head dimension 256", 32, 8, 256, 16, 2048, 16),
         dataclasses.replace(uniform("float32", 32, 8, 128, 16, 2048, 16), dtype="float32"),
+        dataclasses.replace(uniform("drafts of 8", 32, 8, 128, 16, 4096, 16), new_tokens=8),
+        dataclasses.replace(uniform("chunks of 128", 32, 8, 128, 16, 4096, 16), new_tokens=128),
     )
 }
 
 SPLIT_WORKLOADS = ("page 16", "1 KV head", "window", "head dimension 64")
 FUSED_WORKLOADS = ("page 16", "page 128", "4,096 tokens", "2 KV heads")
+RAGGED_WORKLOADS = ("drafts of 8", "chunks of 128")
 PEER_WORKLOADS = ("page 16", "page 128", "2 KV heads", "1 KV head", "window", "head dimension 64",
                   "float32")  # fmt: skip
 PEER_BLOCK = 2048
@@ -51,31 +54,73 @@ def _num_pages(w: Workload) -> int:
 def _ejk(w: Workload, where: jax.sharding.Sharding, fused: bool = False, **fields: Any) -> None:
     """Lower the public call; the backend is run on arrays of which it knows the values."""
     options = dict(w.options)
-    known = dict(
-        context_lens=np.array(w.context_lens, np.int32),
-        attn_scale=np.full((), w.head_dim**-0.5, np.float32),
-    )
+    known = _known(w)
     if "sliding_window" in options:
         known["sliding_window"] = np.full((), options["sliding_window"], np.int32)
 
     class Known(ejk.PallasPageAttention):
         def run(self, problem, operands, platform):
-            values = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), operands)
             with jax.ensure_compile_time_eval():
-                return super().run(problem, values._replace(**known), platform)
+                return super().run(problem, _concrete(operands, known), platform)
+
+    backend = Known(**fields)
+    jax.jit(functools.partial(ejk.page_attention, backend=backend, **options)).lower(
+        *_arrays(w, where, fused)
+    )
+
+
+def _ejk_ragged(w: Workload, where: jax.sharding.Sharding, **fields: Any) -> None:
+    """The same of a ragged batch, and of its launches of blocks of several tokens alone."""
+    bounds = w.new_tokens * np.arange(w.num_seqs + 1, dtype=np.int32)
+    known = _known(w) | dict(cu_q_lens=bounds)
+
+    class Known(ejk.PallasRaggedPageAttention):
+        def run(self, problem, operands, platform):
+            operands = _concrete(operands, known)
+            with jax.ensure_compile_time_eval():  # rows are put in blocks before the launch
+                operands = operands._replace(query=jnp.asarray(operands.query))
+                return super().run(problem, operands, platform)
+
+        def _works(self, problem):
+            return super()._works(problem)[-1:]
+
+    backend = Known(**fields)
+    jax.jit(
+        functools.partial(ejk.ragged_page_attention, backend=backend, max_q_len=w.new_tokens)
+    ).lower(
+        *_arrays(w, where, fused=True),
+        jax.ShapeDtypeStruct(bounds.shape, jnp.int32, sharding=where),
+    )
+
+
+def _known(w: Workload) -> dict[str, np.ndarray]:
+    return dict(
+        context_lens=np.array(w.context_lens, np.int32),
+        attn_scale=np.full((), w.head_dim**-0.5, np.float32),
+    )
+
+
+def _concrete(operands: Any, known: dict[str, np.ndarray]) -> Any:
+    """Put known numbers in the place of operands that are being traced, and zeros."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), operands)
+    return zeros._replace(**known)
+
+
+def _arrays(w: Workload, where: jax.sharding.Sharding, fused: bool) -> list[Any]:
+    """Return the types of the arguments that all attention to pages has."""
 
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     halves = (2,) if fused else ()
     pool = array((_num_pages(w), *halves, w.num_kv_heads, w.page_size, w.head_dim), w.dtype)
-    jax.jit(functools.partial(ejk.page_attention, backend=Known(**fields), **options)).lower(
-        array((w.num_seqs, w.num_heads, w.head_dim), w.dtype),
+    return [
+        array((w.num_seqs * w.new_tokens, w.num_heads, w.head_dim), w.dtype),
         pool,
         None if fused else pool,
         array((w.num_seqs,), jnp.int32),
         array((w.num_seqs, w.max_blocks), jnp.int32),
-    )
+    ]
 
 
 def _paged_attention(w: Workload, where: Any, **fields: Any) -> None:
@@ -119,10 +164,19 @@ def _refuse_options(w: Workload) -> None:
 KERNELS = {
     "ejk": _ejk,
     "ejk, fused pools": functools.partial(_ejk, fused=True),
+    "ejk ragged, fused pools": _ejk_ragged,
     "jax paged_attention": _paged_attention,
     "jax ragged_paged_attention": _ragged_paged_attention,
 }
 """Each launches one core's share of a workload."""
+
+PRICED = {
+    "ejk": SPLIT_WORKLOADS,
+    "ejk, fused pools": FUSED_WORKLOADS,
+    "ejk ragged, fused pools": RAGGED_WORKLOADS,
+    "jax paged_attention": PEER_WORKLOADS,
+    "jax ragged_paged_attention": PEER_WORKLOADS,
+}
 
 ONE_CORE = ("jax ragged_paged_attention",)
 """Those that leave a chip's second core idle."""

@@ -19,20 +19,24 @@ class Chip:
         hbm_bytes: that the memory can hand out in a cycle, to all cores.
         efficiency: the share of it that large copies reach: by libtpu's model of copies, but for
             v7x, where it is what arXiv:2604.15464 reports of a kernel.
+        mxu_flops: that a core's matrix units take in a cycle, in bfloat16, from published rates.
         cores: that share the memory, and among which a launch may be split.
     """
 
     ghz: float
     hbm_bytes: int
     efficiency: float
+    mxu_flops: int
     cores: int = 1
 
 
 CHIPS = {
-    "v5e": Chip(ghz=1.50, hbm_bytes=546, efficiency=0.90),
-    "v5p": Chip(ghz=1.75, hbm_bytes=1579, efficiency=0.79, cores=2),
-    "v6e": Chip(ghz=1.75, hbm_bytes=937, efficiency=0.82),
-    "v7x": Chip(ghz=2.20, hbm_bytes=1677, efficiency=0.86),  # one of a chip's two devices
+    "v5e": Chip(ghz=1.50, hbm_bytes=546, efficiency=0.90, mxu_flops=2**17),
+    "v5p": Chip(ghz=1.75, hbm_bytes=1579, efficiency=0.79, mxu_flops=2**17, cores=2),
+    "v6e": Chip(ghz=1.75, hbm_bytes=937, efficiency=0.82, mxu_flops=2**19),
+    "v7x": Chip(
+        ghz=2.20, hbm_bytes=1677, efficiency=0.86, mxu_flops=2**19
+    ),  # one of a chip's two devices
 }
 
 
@@ -81,6 +85,7 @@ class Prediction:
         start: cycles before the first block is computed and after the last one.
         us: the time of all, in microseconds.
         share: of the bandwidth of the chip's memory.
+        useful: share of the products that the matrix units of all cores can take in the time.
     """
 
     memory: float
@@ -89,6 +94,7 @@ class Prediction:
     start: float
     us: float
     share: float
+    useful: float
 
     @property
     def bound(self) -> str:
@@ -120,6 +126,7 @@ def predict(price: Price) -> Prediction:
         start=price.start_cycles,
         us=cycles / chip.ghz / 1e3,
         share=workload.kv_bytes / cycles / chip.hbm_bytes,
+        useful=workload.flops / cycles / (chip.mxu_flops * chip.cores),
     )
 
 

@@ -140,12 +140,8 @@ def chosen(only: list[str]) -> list[tuple[str, str, str]]:
 
 
 def is_priced(kernel: str, generation: str, workload: str) -> bool:
-    """Say whether a case is priced: of other kernels only where something is predicted."""
-    if kernel == "ejk":
-        return workload in tpu_kernels.SPLIT_WORKLOADS
-    fused = kernel.startswith("ejk")
-    priced = tpu_kernels.FUSED_WORKLOADS if fused else tpu_kernels.PEER_WORKLOADS
-    return generation in CHIPS and workload in priced
+    """Say whether a case is priced: but for one kernel only where something is predicted."""
+    return workload in tpu_kernels.PRICED[kernel] and (kernel == "ejk" or generation in CHIPS)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One token a sequence over contexts of `context_lens`."""
+    """New tokens of sequences, one of each but where said, over contexts of `context_lens`."""
 
     name: str
     num_heads: int
@@ -22,6 +22,7 @@ class Workload:
     options: tuple[tuple[str, float | int | str | bool], ...] = ()
     dtype: str = "bfloat16"
     in_order: bool = False  # pages of a sequence follow each other in the pool
+    new_tokens: int = 1  # of each sequence; its context counts them
 
     @property
     def token_bytes(self) -> int:
@@ -51,6 +52,13 @@ class Workload:
         window = dict(self.options).get("sliding_window")
         tokens = sum(min(n, window) if window else n for n in self.context_lens)
         return tokens * self.token_bytes
+
+    @property
+    def flops(self) -> int:
+        """Of both products, each new token with the tokens up to itself."""
+        new = self.new_tokens
+        seen = sum(new * (n - new) + new * (new + 1) // 2 for n in self.context_lens)
+        return 4 * self.num_heads * self.head_dim * seen
 
 
 def uniform(name, heads, kv_heads, head_dim, seqs, context, page, **options) -> Workload:

@@ -32,6 +32,8 @@ def tables(facts: dict, prices: dict[tuple[str, str, str], Price]) -> str:
     parts += ["### Share of the memory's bandwidth\n", of_chips(prices, share)]
     parts += ["### Time of the core over that of the memory\n", of_chips(prices, load)]
     parts += ["### Bytes of keys and values for each executed bundle\n", of_chips(prices, density)]
+    parts += ["### Useful products, of those that the matrix units could take\n"]
+    parts += [of_chips(prices, useful, tpu_kernels.RAGGED_WORKLOADS)]
     parts += ["### Where `ejk` is not first\n", losses(prices)]
     parts += ["### The programs of `ejk`\n", programs(prices), "### Not priced\n", failures(prices)]
     return "\n".join(parts)
@@ -43,13 +45,14 @@ def workloads() -> str:
         context = f"{w.num_seqs} x {w.context_lens[0]:,}"
         heads = f"{w.num_heads}/{w.num_kv_heads}/{w.head_dim}"
         rest = ", ".join([w.dtype, *(f"`{name}={value}`" for name, value in w.options)])
+        rest += f", {w.new_tokens} new tokens each" * (w.new_tokens > 1)
         rows.append(f"| {w.name} | {heads} | {context} | {w.page_size} | {rest} |")
     return "\n" + "\n".join(rows) + "\n"
 
 
-def of_chips(prices, cell: Callable[[Price], str]) -> str:
+def of_chips(prices, cell: Callable[[Price], str], workloads=tpu_kernels.WORKLOADS) -> str:
     rows = ["| workload | kernel | " + " | ".join(CHIPS) + " |", "|---|---|" + "---|" * len(CHIPS)]
-    for workload in tpu_kernels.WORKLOADS:
+    for workload in workloads:
         for kernel in tpu_kernels.KERNELS:
             found = [prices.get((kernel, chip, workload)) for chip in CHIPS]
             if any(found):
@@ -68,6 +71,10 @@ def load(price: Price) -> str:
 
 def density(price: Price) -> str:
     return f"{tpu_prices.bytes_a_bundle(price):,.0f}"
+
+
+def useful(price: Price) -> str:
+    return f"{tpu_prices.predict(price).useful:.0%}"
 
 
 def programs(prices) -> str:

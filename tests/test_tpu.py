@@ -32,7 +32,9 @@ def test_what_is_wrong_is_not_timed():
 
 def test_measured_stands_next_to_predicted():
     workload = dataclasses.replace(TINY, name="page 16")
-    predicted = tpu_prices.Prediction(memory=1, compute=1, issue=1, start=1, us=50.0, share=0.8)
+    predicted = tpu_prices.Prediction(
+        memory=1, compute=1, issue=1, start=1, us=50.0, share=0.8, useful=0.1
+    )
     rows = [
         tpu.Measured(workload, 100.0, predicted, workload.kv_bytes / 100 / 1e3 / 0.4),
         tpu.Measured(TINY, 100.0, None, workload.kv_bytes / 100 / 1e3 / 0.5),

@@ -176,6 +176,7 @@ def test_the_memory_bounds_a_core_that_keeps_up():
 
 def test_a_core_that_does_not_keep_up_bounds():
     found = predict(dataclasses.replace(PRICE, compute_cycles=20_000))
+    assert found.useful == pytest.approx(4 * 16 * 2048 * 32 * 128 / (16 * 21_000 + 2000) / 2**19)
     assert found.bound == "core"
     assert found.us == pytest.approx((16 * 21_000 + 2000) / 1750)
 
