@@ -24,7 +24,8 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem,
 )
 
-BLOCK_KV = 512  # tokens of the context, at most; 256 are priced 1.7 times as dear on v5e, 2.3 on v6e
+# Tokens of the context, at most: 256 are priced 1.7 times as dear on v5e, 2.3 times on v6e.
+BLOCK_KV = 512
 FEW_TOKENS = 8  # new tokens of a sequence that one block of queries takes: drafts to verify
 
 
