@@ -65,10 +65,10 @@ def shifted_places(by):
 
 
 def windows_longer_by(by):
-    def changed(problem, operands, *rest):
+    def changed(problem, operands, blocks, *rest):
         if problem.has_window:
-            operands = operands._replace(sliding_window=operands.sliding_window + by)
-        return visible(problem, operands, *rest)
+            blocks = blocks._replace(window=blocks.window + by)
+        return visible(problem, operands, blocks, *rest)
 
     return changed
 

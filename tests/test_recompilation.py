@@ -39,7 +39,10 @@ def calls():
 @edge
 def test_eager_calls_compile_once(entry):
     first, *others = calls()
-    entry(first)
+    for _ in range(
+        2
+    ):  # what puts arrays on the device is compiled for those that are there already
+        entry(first)
     with CompilationCounter() as compiled:
         for case in others:
             entry(case)
