@@ -70,6 +70,7 @@ def replace_operands(**changes):
 
 
 context_of, span, load = forward.Context.of, forward.Blocks.span, forward.Blocks.load
+distances = forward.Blocks._distances
 attend, gather, logits, product = (
     forward._attend, forward._gather, forward.logits, forward.product
 )  # fmt: skip
@@ -144,9 +145,9 @@ def no_slopes(problem, *rest):
     return logits(dataclasses.replace(problem, has_alibi=False), *rest)
 
 
-def slopes_from_the_start(problem, operands, context, *rest):
+def slopes_from_the_start(blocks, problem, operands, context, block):
     start = dataclasses.replace(context, length=jnp.ones_like(context.length))
-    return logits(problem, operands, start, *rest)
+    return distances(blocks, problem, operands, start, block)
 
 
 def low_products(formula, a, b):
@@ -189,7 +190,7 @@ FORWARD = {
     "the cap comes after the slopes": (forward, "logits", cap_after_slopes),
     "the cap is ignored": (forward, "logits", no_cap),
     "the slopes are ignored": (forward, "logits", no_slopes),
-    "slopes count from the start": (forward, "logits", slopes_from_the_start),
+    "slopes count from the start": (forward.Blocks, "_distances", slopes_from_the_start),
     "the scale is ignored": (forward, "_attend", around(attend, NO_SCALE)),
     "the sink is scaled": (forward, "_attend", around(attend, SCALED_SINKS)),
     "the sink is not in the LSE": (forward, "_attend", no_sink_in_the_lse),
