@@ -3,7 +3,6 @@
 from typing import Any, Literal, overload
 
 import jax
-import jax.numpy as jnp
 
 from ejk import _dispatch
 from ejk._context_parallel import (
@@ -16,7 +15,7 @@ from ejk._context_parallel import (
 )
 from ejk._dispatch import Backend
 from ejk._page_attention import BACKENDS
-from ejk._page_attention_problem import problem_of
+from ejk._page_attention_problem import problem_of, shared_operands
 from ejk._typing import (
     Cache,
     Lengths,
@@ -175,17 +174,11 @@ def context_parallel_attention(
         out, lse = nothing_found(part, given)
     else:
         own = own_pages(axis_name, part, context_lens, block_tables, page_offset, sliding_window)
-        scale = part.head_dim**-0.5 if attn_scale is None else attn_scale
         operands = PageAttentionOperands(
-            query=jnp.asarray(query),
-            key_cache=jnp.asarray(key_cache),
-            value_cache=None if value_cache is None else jnp.asarray(value_cache),
+            **shared_operands(part, query, key_cache, value_cache, attn_scale, None, alibi_slopes),
             context_lens=own.lens,
             block_tables=own.tables,
-            attn_scale=jnp.asarray(scale).astype(jnp.float32),
             sliding_window=own.windows,
-            sinks=None,
-            alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
             plan=None,
             block_distances=own.distances,
         )

@@ -16,7 +16,8 @@ from ejk._context_parallel import (
 )
 from ejk._dispatch import Backend
 from ejk._indices import as_int32
-from ejk._ragged_page_attention import BACKENDS, _problem_of
+from ejk._page_attention_problem import shared_operands
+from ejk._ragged_page_attention import BACKENDS, problem_of
 from ejk._typing import (
     Bounds,
     Cache,
@@ -34,8 +35,9 @@ from ejk.backends.page_attention import CacheLayout
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
+    sane_bounds,
+    sequences_of_rows,
 )
-from ejk.backends.xla.ragged_page_attention import sane_bounds
 from ejk.backends.xla.ragged_page_attention_backward import differentiable
 
 
@@ -129,17 +131,15 @@ def context_parallel_ragged_attention(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
     )
-    problem = _problem_of(
+    problem = problem_of(
         query,
         key_cache,
         value_cache,
         context_lens,
         block_tables,
         cu_q_lens,
-        None,
-        None,
-        max_q_len,
-        max_context_len,
+        max_q_len=max_q_len,
+        max_context_len=max_context_len,
         cache_layout=cache_layout,
         sliding_window=sliding_window,
         soft_cap=attn_logits_soft_cap,
@@ -150,31 +150,26 @@ def context_parallel_ragged_attention(
     )
     choice = _dispatch.choose(backend, RaggedPageAttentionProblem, BACKENDS)
     part = part_of(problem)
-    bounds = as_int32(cu_q_lens, part.total_tokens)
-    is_new, seq, left = _rows(part, bounds)
+    bounds = sane_bounds(part, as_int32(cu_q_lens, part.total_tokens))
+    is_new, seq = sequences_of_rows(part, bounds)
     if 0 in (part.total_tokens, part.num_seqs, part.capacity, part.num_pages):
         given = (query, key_cache, value_cache, context_lens, block_tables, bounds)
         out, lse = nothing_found(part, given)
     else:
         own = own_pages(axis_name, part, context_lens, block_tables, page_offset)
         lens = jnp.clip(as_int32(context_lens, part.capacity), 0, part.capacity)
+        left = bounds[seq + 1] - jnp.arange(part.total_tokens, dtype=jnp.int32)
         position = jnp.where(is_new, jnp.maximum(lens[seq] - left, -1), -1)
         row_lens, windows = own.up_to(seq, position, part.page_size), None
         if sliding_window is not None:
             behind = jnp.maximum(as_int32(sliding_window, 2**31 - 1), 0)
             windows = row_lens - own.up_to(seq, position - behind, part.page_size)
-        scale = part.head_dim**-0.5 if attn_scale is None else attn_scale
         operands = RaggedPageAttentionOperands(
-            query=jnp.asarray(query),
-            key_cache=jnp.asarray(key_cache),
-            value_cache=None if value_cache is None else jnp.asarray(value_cache),
+            **shared_operands(part, query, key_cache, value_cache, attn_scale, None, alibi_slopes),
             context_lens=own.lens,
             block_tables=own.tables,
             cu_q_lens=bounds,
-            attn_scale=jnp.asarray(scale).astype(jnp.float32),
             sliding_window=windows,
-            sinks=None,
-            alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
             positions=None,
             tree_mask=None,
             row_lens=row_lens,
@@ -186,12 +181,3 @@ def context_parallel_ragged_attention(
     out, lse = merge_over(axis_name, out, lse, sinks)
     out = out.astype(problem.dtype)
     return (out, lse) if return_lse else out
-
-
-def _rows(problem: RaggedPageAttentionProblem, bounds: jax.Array):
-    """Say of each row whether it is a new token, of which sequence, and how far from its end."""
-    bounds = sane_bounds(problem, bounds)
-    rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
-    seq = jnp.searchsorted(bounds[1:], rows, side="right", method="sort").astype(jnp.int32)
-    is_new, seq = (rows >= bounds[0]) & (seq < problem.num_seqs), jnp.minimum(seq, len(bounds) - 2)
-    return is_new, seq, bounds[seq + 1] - rows

@@ -78,6 +78,8 @@ class Backend(abc.ABC):
     name: ClassVar[str]
     problem_type: ClassVar[type[Problem]]
     features: ClassVar[frozenset[str]]
+    is_opaque: ClassVar[bool] = True
+    """XLA cannot see into what is run, nor therefore split it over devices."""
 
     @property
     @abc.abstractmethod
@@ -98,11 +100,6 @@ class Backend(abc.ABC):
     def host_callbacks(self) -> int:
         """The most `jax.experimental.buffer_callback`s of a run: an interpreter's."""
         return 0
-
-    @property
-    def is_opaque(self) -> bool:
-        """Whether XLA cannot see into what is run, nor therefore split it over devices."""
-        return True
 
     @abc.abstractmethod
     def limits(self, problem: Any, platform: str) -> Sequence[str]:

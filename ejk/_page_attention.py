@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32
-from ejk._page_attention_problem import problem_of
+from ejk._page_attention_problem import problem_of, shared_operands
 from ejk._typing import (
     Cache,
     Lengths,
@@ -171,17 +171,11 @@ def page_attention(
         return_lse=return_lse,
     )
     choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
-    scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
     operands = PageAttentionOperands(
-        query=jnp.asarray(query),
-        key_cache=jnp.asarray(key_cache),
-        value_cache=None if value_cache is None else jnp.asarray(value_cache),
+        **shared_operands(problem, query, key_cache, value_cache, attn_scale, sinks, alibi_slopes),
         context_lens=as_int32(context_lens, problem.capacity),
         block_tables=as_int32(block_tables, problem.num_pages),
-        attn_scale=jnp.asarray(scale).astype(jnp.float32),
         sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
-        sinks=None if sinks is None else jnp.asarray(sinks),
-        alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
         plan=None if plan is None else plan.work,
     )
     if 0 in (problem.num_seqs, problem.capacity, problem.num_pages):

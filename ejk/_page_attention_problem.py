@@ -135,6 +135,25 @@ def shared_facts(
     }
 
 
+def shared_operands(
+    problem, query, key_cache, value_cache, attn_scale, sinks, alibi_slopes
+) -> dict[str, Any]:
+    """Return what every attention to pages hands on as it is given, as JAX arrays."""
+
+    def array(x):
+        return None if x is None else jnp.asarray(x)
+
+    scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
+    return {
+        "query": array(query),
+        "key_cache": array(key_cache),
+        "value_cache": array(value_cache),
+        "attn_scale": jnp.asarray(scale).astype(jnp.float32),
+        "sinks": array(sinks),
+        "alibi_slopes": array(alibi_slopes),
+    }
+
+
 def check_pool(key_cache, cache_layout, **sizes) -> tuple[int, int, int]:
     """Check a pool's axes, and that `sizes` and its own are not 0.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32, static_int
-from ejk._page_attention_problem import fail, shared_facts, visible_bound
+from ejk._page_attention_problem import fail, shared_facts, shared_operands, visible_bound
 from ejk._typing import (
     Bounds,
     Cache,
@@ -165,17 +165,17 @@ def ragged_page_attention(
         (Miao et al., 2023, arXiv:2305.09781); one call for mixed batches after Ragged Paged
         Attention (arXiv:2604.15464).
     """
-    problem = _problem_of(
+    problem = problem_of(
         query,
         key_cache,
         value_cache,
         context_lens,
         block_tables,
         cu_q_lens,
-        positions,
-        tree_mask,
-        max_q_len,
-        max_context_len,
+        positions=positions,
+        tree_mask=tree_mask,
+        max_q_len=max_q_len,
+        max_context_len=max_context_len,
         cache_layout=cache_layout,
         sliding_window=sliding_window,
         soft_cap=attn_logits_soft_cap,
@@ -185,18 +185,12 @@ def ragged_page_attention(
         return_lse=return_lse,
     )
     choice = _dispatch.choose(backend, RaggedPageAttentionProblem, BACKENDS)
-    scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
     operands = RaggedPageAttentionOperands(
-        query=jnp.asarray(query),
-        key_cache=jnp.asarray(key_cache),
-        value_cache=None if value_cache is None else jnp.asarray(value_cache),
+        **shared_operands(problem, query, key_cache, value_cache, attn_scale, sinks, alibi_slopes),
         context_lens=as_int32(context_lens, problem.capacity),
         block_tables=as_int32(block_tables, problem.num_pages),
         cu_q_lens=as_int32(cu_q_lens, problem.total_tokens),
-        attn_scale=jnp.asarray(scale).astype(jnp.float32),
         sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
-        sinks=None if sinks is None else jnp.asarray(sinks),
-        alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
         positions=as_int32(positions, 2**31 - 1) if problem.has_positions else None,
         tree_mask=_without_empty_axis(tree_mask),
     )
@@ -207,15 +201,16 @@ def ragged_page_attention(
     return (results[0], results[1]) if return_lse else results[0]
 
 
-def _problem_of(
+def problem_of(
     query,
     key_cache,
     value_cache,
     context_lens,
     block_tables,
     cu_q_lens,
-    positions,
-    tree_mask,
+    *,
+    positions=None,
+    tree_mask=None,
     max_q_len,
     max_context_len,
     **options,

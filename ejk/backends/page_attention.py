@@ -206,13 +206,18 @@ class PageAttentionProblem(PagedProblem):
     def num_rows(self) -> int:
         return self.num_seqs
 
+    @property
+    def per_seq(self) -> list[str]:
+        """The operands that have a row for each sequence."""
+        names = ["query", "context_lens", "block_tables"]
+        names += ["sliding_window"] * self.own_windows + ["block_distances"] * self.own_distances
+        return names
+
     def fold(
         self, size: int, operands: PageAttentionOperands, axes: PageAttentionOperands
     ) -> "tuple[PageAttentionProblem, PageAttentionOperands] | None":
         """Make a `vmap` axis over sequences alone part of `num_seqs`."""
-        per_seq = ["query", "context_lens", "block_tables"]
-        per_seq += ["sliding_window"] * self.own_windows + ["block_distances"] * self.own_distances
-        shared = (axis for name, axis in axes._asdict().items() if name not in (*per_seq, "plan"))
+        shared = (x for name, x in axes._asdict().items() if name not in (*self.per_seq, "plan"))
         if any(axis is not None and axis >= 0 for axis in shared):
             return None
 
@@ -227,7 +232,7 @@ class PageAttentionProblem(PagedProblem):
 
         # A plan is for one batch; the folded one makes its own.
         folded = dataclasses.replace(self, num_seqs=size * self.num_seqs, plan=None)
-        return folded, operands._replace(plan=None, **{name: rows(name) for name in per_seq})
+        return folded, operands._replace(plan=None, **{name: rows(name) for name in self.per_seq})
 
     def shards(self, specs: PageAttentionOperands, mesh: Mapping[str, int]) -> Shards:
         # A plan is for all sequences and sized for all heads: each device makes its own.

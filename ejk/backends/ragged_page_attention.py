@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from ejk._dispatch import Backend
 from ejk.backends.page_attention import PagedProblem
 
@@ -79,6 +82,21 @@ class RaggedPageAttentionProblem(PagedProblem):
             row_lens=(None,) if self.is_part else None,
             block_distances=(None, None) if self.own_distances else None,
         )
+
+
+def sane_bounds(problem: RaggedPageAttentionProblem, cu_q_lens: jax.Array) -> jax.Array:
+    """Return where sequences begin and end, whatever the caller's bounds are."""
+    return jax.lax.cummax(jnp.clip(cu_q_lens, 0, problem.total_tokens))
+
+
+def sequences_of_rows(
+    problem: RaggedPageAttentionProblem, bounds: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Say of each row, by sane bounds, whether it is a new token, and of which sequence."""
+    rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
+    seq = jnp.searchsorted(bounds[1:], rows, side="right", method="sort").astype(jnp.int32)
+    is_new = (rows >= bounds[0]) & (seq < problem.num_seqs)
+    return is_new, jnp.minimum(seq, len(bounds) - 2)
 
 
 class RaggedPageAttentionBackend(Backend):

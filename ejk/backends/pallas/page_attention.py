@@ -129,8 +129,6 @@ class PallasPageAttention(PageAttentionBackend):
         # Parts of one size are one kernel: the last is filled up with sequences of length 0.
         parts = -(-problem.num_seqs // most)
         size = -(-problem.num_seqs // parts)
-        per_seq = ["query", "context_lens", "block_tables"]
-        per_seq += ["sliding_window"] if problem.own_windows else []
 
         def in_parts(x):
             x = jnp.pad(x, ((0, parts * size - x.shape[0]),) + ((0, 0),) * (x.ndim - 1))
@@ -140,7 +138,7 @@ class PallasPageAttention(PageAttentionBackend):
             part = dataclasses.replace(problem, num_seqs=size)
             return self._launch(part, operands._replace(**rows))
 
-        rows = {name: in_parts(getattr(operands, name)) for name in per_seq}
+        rows = {name: in_parts(getattr(operands, name)) for name in problem.per_seq}
         results = jax.lax.map(launch_part, rows)
         return tuple(x.reshape(-1, *x.shape[2:])[: problem.num_seqs] for x in results)
 

@@ -19,6 +19,8 @@ from ejk.backends.pallas.ragged_page_attention_work import RaggedWork
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
+    sane_bounds,
+    sequences_of_rows,
 )
 
 
@@ -30,10 +32,9 @@ def launch(
 ) -> tuple[jax.Array, ...]:
     """Launch the kernel once for each of `works`; returns the results of their problem."""
     problem = works[0].problem
-    bounds = lax.cummax(jnp.clip(operands.cu_q_lens, 0, problem.total_tokens))
+    bounds = sane_bounds(problem, operands.cu_q_lens)
+    is_new, seq = sequences_of_rows(problem, bounds)
     rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
-    seq = jnp.searchsorted(bounds[1:], rows, side="right", method="sort").astype(jnp.int32)
-    is_new, seq = (rows >= bounds[0]) & (seq < problem.num_seqs), jnp.minimum(seq, len(bounds) - 2)
     # What is no sequence's stays as it is here.
     results = [jnp.zeros(of.shape, of.dtype) for of in problem.results]
     if problem.return_lse:

@@ -85,7 +85,9 @@ def call(
     # XLA from jaxlib 0.11 on lets a kernel read a slice of an array, or write one, where it lies,
     # and forgets that a result has to lie where its operand does: a loop's stacked results were
     # never written. Behind a barrier it sees no slice, and still makes no copy.
-    written = jax.lax.optimization_barrier(tuple(in_place.values()))
+    written = tuple(in_place.values())
+    if aliases:
+        written = jax.lax.optimization_barrier(written)
     jax_triton, is_ffi_line = _import_jax_triton()
     assert is_ffi_line or not aliases, "see can_run_in_place"
     # Fusing a product and a sum into one instruction changes rounding, so the choice is written

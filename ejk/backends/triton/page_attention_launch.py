@@ -86,8 +86,7 @@ class Launch:
             blocks = tuned[cell]
         else:
             blocks = launch._heuristic(problem, target, large)
-        invariant = problem.num_splits or tuning.split_tokens
-        if large and not invariant and _is_short(problem, target, rows, blocks):
+        if not _is_invariant(problem, tuning) and _is_short(problem, target, rows, blocks):
             blocks = blocks._replace(num_stages=2)
         launch = launch._with(blocks._replace(**tuning.blocks()))
         while launch.shared_memory(problem, target) > target.shared_memory:
@@ -254,10 +253,9 @@ def _is_large(problem: PageAttentionProblem, tuning: Tuning, target: Target, row
 
     Where the bits of a result must not depend on the batch, the answer does not either.
     """
-    if problem.num_splits or tuning.split_tokens:
+    if _is_invariant(problem, tuning):
         return True
-    programs = problem.num_seqs * problem.num_kv_heads * -(-problem.group // rows)
-    return programs * -(-problem.visible_bound // 128) >= target.num_sms
+    return _programs(problem, rows) * -(-problem.visible_bound // 128) >= target.num_sms
 
 
 def _is_short(problem: PageAttentionProblem, target: Target, rows: int, blocks: Blocks) -> bool:
@@ -267,8 +265,18 @@ def _is_short(problem: PageAttentionProblem, target: Target, rows: int, blocks: 
     412.6 and 367.4, of 512 743.7 and 717.0; 256 of 1,024 tokens 363.8 and 358.5; but 16 of them, a
     program a multiprocessor, 29.5 and 33.7.
     """
-    programs = problem.num_seqs * problem.num_kv_heads * -(-problem.group // rows)
+    programs = _programs(problem, rows)
     return problem.visible_bound <= 8 * blocks.block_kv and programs >= 4 * target.num_sms
+
+
+def _is_invariant(problem: PageAttentionProblem, tuning: Tuning) -> bool:
+    """Say whether the bits of a result must not depend on the batch."""
+    return bool(problem.num_splits or tuning.split_tokens)
+
+
+def _programs(problem: PageAttentionProblem, rows: int) -> int:
+    """Return how many programs there are where no context is cut."""
+    return problem.num_seqs * problem.num_kv_heads * -(-problem.group // rows)
 
 
 def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:

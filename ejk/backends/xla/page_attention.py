@@ -42,6 +42,7 @@ class XlaPageAttention(PageAttentionBackend):
         at_least(self, block_kv=1)
 
     name = "xla"
+    is_opaque = False
     features = frozenset(
         {
             "attn_logits_soft_cap",
@@ -62,10 +63,6 @@ class XlaPageAttention(PageAttentionBackend):
     @property
     def platforms(self):
         return _dispatch.PLATFORMS
-
-    @property
-    def is_opaque(self):
-        return False
 
     def limits(self, problem, platform):
         return ()

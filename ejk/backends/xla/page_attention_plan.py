@@ -15,15 +15,12 @@ class XlaPlan(PlanBackend):
     """Deal out the pieces with sorts and prefix sums."""
 
     name = "xla"
+    is_opaque = False
     features = frozenset({"sliding_window"})
 
     @property
     def platforms(self):
         return _dispatch.PLATFORMS
-
-    @property
-    def is_opaque(self):
-        return False
 
     def limits(self, problem, platform):
         return ()

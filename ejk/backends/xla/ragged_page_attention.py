@@ -19,6 +19,7 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
+    sane_bounds,
 )
 from ejk.backends.xla.page_attention import (
     BLOCK_BYTES,
@@ -51,15 +52,12 @@ class XlaRaggedPageAttention(RaggedPageAttentionBackend):
         at_least(self, block_q=1, block_kv=1)
 
     name = "xla"
+    is_opaque = False
     features = XlaPageAttention.features | {"positions", "tree_mask"}
 
     @property
     def platforms(self):
         return _dispatch.PLATFORMS
-
-    @property
-    def is_opaque(self):
-        return False
 
     def limits(self, problem, platform):
         return ()
@@ -115,10 +113,6 @@ class QueryBlocks(NamedTuple):
     last: jax.Array  # int32 [blocks, tokens]: nor this one or one after it
     window: Any  # int32 [blocks, tokens], or None
     newer: jax.Array  # int32 [blocks, tokens]: new tokens of the sequence after each
-
-
-def sane_bounds(problem: RaggedPageAttentionProblem, cu_q_lens: jax.Array) -> jax.Array:
-    return lax.cummax(jnp.clip(cu_q_lens, 0, problem.total_tokens))
 
 
 def query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:

@@ -7,6 +7,7 @@ the XLA program takes them in the forward pass.
 import jax.numpy as jnp
 from jax import lax
 
+from ejk.backends.ragged_page_attention import sane_bounds
 from ejk.backends.xla.attention_backward import (
     BLOCK_BYTES,
     Rows,
@@ -25,7 +26,6 @@ from ejk.backends.xla.ragged_page_attention import (
     by_kv_head,
     by_token,
     query_blocks,
-    sane_bounds,
     sinks_of_rows,
     span,
     tokens_of,

@@ -24,6 +24,7 @@ class XlaWriteKVCache(WriteKVCacheBackend):
     """Run `ejk.write_kv_cache` as an XLA program: a scatter."""
 
     name = "xla"
+    is_opaque = False
     features = frozenset(
         {
             "fused_pools",
@@ -37,10 +38,6 @@ class XlaWriteKVCache(WriteKVCacheBackend):
     @property
     def platforms(self):
         return _dispatch.PLATFORMS
-
-    @property
-    def is_opaque(self):
-        return False
 
     def limits(self, problem, platform):
         return ()
