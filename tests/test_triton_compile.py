@@ -1,12 +1,14 @@
 """The Triton kernels compiled for GPUs that are not here: shared memory, spills, wide copies."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import offline
 import pytest
 
 from ejk.backends.page_attention import PageAttentionProblem
+from ejk.backends.triton import page_attention_launch
 from ejk.backends.triton._target import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.triton.page_attention import TritonPageAttention
 from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
@@ -166,6 +168,17 @@ def test_wide_variants_fit(target, variant):
     launch, problem, gpu, program = compile_for(target, WIDE[variant])
     assert program.shared_bytes <= launch.shared_memory(problem, gpu)
     assert launch.shared_memory(problem, gpu) <= offline.SHARED_MEMORY_BYTES[target]
+
+
+def test_the_compiler_keeps_chains_of_float32_products_apart(monkeypatch):
+    """It makes one chain of a product and a plain sum; 576 = 9 * 64 leaves 8 sums to add."""
+
+    def additions(longest_chain):
+        monkeypatch.setattr(page_attention_launch, "LONGEST_CHAIN", longest_chain)
+        *_, program = compile_for("sm_90", WIDE["float32 latent attention"])
+        return len(re.findall(r"add(?:\.rn)?\.f32", program.ptx))
+
+    assert additions(64) == additions(512) + 8, "a thread holds one logit"
 
 
 @pytest.mark.parametrize("blocks", [BLOCKS_OF_FEW, BLOCKS_OF_MANY])

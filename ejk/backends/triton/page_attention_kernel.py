@@ -24,6 +24,8 @@ import typing
 import triton
 import triton.language as tl
 
+from ejk.backends.triton._products import load_queries, load_rows, query_key_products
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -79,6 +81,7 @@ def page_attention_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CHAIN: tl.constexpr,  # products that are added up apart from others, of a logit
     BLOCK_D_REST: tl.constexpr,  # 0 for none
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
@@ -132,19 +135,10 @@ def page_attention_kernel(
     mask_group = offs_group < GROUP
     offs_head = kv_head * GROUP + offs_group
     offs_kv = tl.arange(0, BLOCK_KV)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    mask_d = offs_d < HEAD_DIM
-    mask_dv = offs_dv < VALUE_HEAD_DIM
     query_row_ptrs = query_ptr + (seq * NUM_HEADS + offs_head[:, None]) * HEAD_DIM
-    q = tl.load(query_row_ptrs + offs_d, mask=mask_group[:, None] & mask_d, other=0.0)
-    # q: [BLOCK_GROUP, BLOCK_D]
-    if BLOCK_D_REST > 0:
-        offs_d_rest = BLOCK_D + tl.arange(0, BLOCK_D_REST)
-        mask_d_rest = offs_d_rest < HEAD_DIM
-        q_rest = tl.load(
-            query_row_ptrs + offs_d_rest, mask=mask_group[:, None] & mask_d_rest, other=0.0
-        )
+    q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, CHAIN, BLOCK_D_REST)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    mask_dv = offs_dv < VALUE_HEAD_DIM
     if BLOCK_DV_REST > 0:
         offs_dv_rest = BLOCK_DV + tl.arange(0, BLOCK_DV_REST)
         mask_dv_rest = offs_dv_rest < VALUE_HEAD_DIM
@@ -179,13 +173,8 @@ def page_attention_kernel(
         ahead = positions + BLOCK_KV
         pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
 
-        k = _load_visible(k_ptrs, offs_d, visible, mask_d, BLOCK_D == HEAD_DIM)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_GROUP, BLOCK_KV]
-        if BLOCK_D_REST > 0:
-            k_rest = _load_visible(
-                k_ptrs, offs_d_rest, visible, mask_d_rest, BLOCK_D + BLOCK_D_REST == HEAD_DIM
-            )
-            s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision="ieee")
+        # [BLOCK_GROUP, BLOCK_KV]
+        s = query_key_products(q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, CHAIN, BLOCK_D_REST)
         if SOFT_CAP > 0:
             s = SOFT_CAP * tanh_f32(s * (scale / SOFT_CAP)) * LOG2E
         else:
@@ -204,14 +193,11 @@ def page_attention_kernel(
         alpha = tl.exp2(m - m_safe)
         m = m_new
         l = l * alpha + tl.sum(p, 1)
-        v = _load_visible(v_ptrs, offs_dv, visible, mask_dv, BLOCK_DV == VALUE_HEAD_DIM)
+        v = load_rows(v_ptrs, visible, 0, BLOCK_DV, VALUE_HEAD_DIM, True)
         p = p.to(v.dtype)
         acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
         if BLOCK_DV_REST > 0:
-            v_rest = _load_visible(
-                v_ptrs, offs_dv_rest, visible, mask_dv_rest,
-                BLOCK_DV + BLOCK_DV_REST == VALUE_HEAD_DIM,
-            )  # fmt: skip
+            v_rest = load_rows(v_ptrs, visible, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, True)
             acc_rest = tl.dot(p, v_rest, acc_rest * alpha[:, None], input_precision="ieee")
 
     # Write the result, or this piece's part of it.
@@ -248,16 +234,6 @@ def page_attention_kernel(
     if BLOCK_DV_REST > 0:
         out = (acc_rest / l[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_row_ptrs + offs_dv_rest, out, mask=mask_group[:, None] & mask_dv_rest)
-
-
-@triton.jit
-@typing.no_type_check
-def _load_visible(row_ptrs, offs_d, visible, mask_d, EVEN: tl.constexpr):
-    """Load `[BLOCK_KV, BLOCK_D]`, zero where a token is not visible: its slot may hold NaN."""
-    mask = visible[:, None]
-    if not EVEN:
-        mask = mask & mask_d
-    return tl.load(row_ptrs + offs_d, mask=mask, other=0.0)
 
 
 @triton.jit

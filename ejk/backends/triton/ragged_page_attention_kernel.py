@@ -26,6 +26,7 @@ import typing
 import triton
 import triton.language as tl
 
+from ejk.backends.triton._products import load_queries
 from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
 from ejk.backends.triton.ragged_plan_kernel import clear_rows
 from ejk.backends.triton.ragged_softmax_kernel import (
@@ -96,6 +97,7 @@ def ragged_page_attention_kernel(
     BLOCK_KV: tl.constexpr,
     EDGE_KV: tl.constexpr,  # the same for blocks that are masked
     BLOCK_D: tl.constexpr,
+    CHAIN: tl.constexpr,  # products that are added up apart from others, of a logit
     BLOCK_D_REST: tl.constexpr,  # 0 for none
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
@@ -168,17 +170,9 @@ def ragged_page_attention_kernel(
         end = tl.minimum(begin + size, end)
 
     # Load once: queries, scale, slopes; which blocks of the context need no mask.
-    offs_d = tl.arange(0, BLOCK_D)
     query_row_ptrs = query_ptr + (tokens * NUM_HEADS + heads)[:, None] * HEAD_DIM
-    q = tl.load(
-        query_row_ptrs + offs_d, mask=mask_rows[:, None] & (offs_d < HEAD_DIM), other=0.0
-    )  # [BLOCK_ROWS, BLOCK_D]
+    q = load_queries(query_row_ptrs, mask_rows, HEAD_DIM, BLOCK_D, CHAIN, BLOCK_D_REST)
     scale = tl.load(attn_scale_ptr)
-    q_rest = q
-    if BLOCK_D_REST > 0:
-        offs_d_rest = BLOCK_D + tl.arange(0, BLOCK_D_REST)
-        mask_d_rest = mask_rows[:, None] & (offs_d_rest < HEAD_DIM)
-        q_rest = tl.load(query_row_ptrs + offs_d_rest, mask=mask_d_rest, other=0.0)
     slopes = scale
     if HAS_ALIBI:
         slopes = tl.load(alibi_slopes_ptr + heads)
@@ -243,9 +237,9 @@ def ragged_page_attention_kernel(
             # Not every token between those that are seen is: it may hold NaN.
             exists = tl.max(visible.to(tl.int32), 0) > 0
         m, l, acc, acc_rest = see_block(
-            q, q_rest, m, l, acc, acc_rest, k_ptrs, v_ptrs, key_position, position, exists, visible,
+            q, m, l, acc, acc_rest, k_ptrs, v_ptrs, key_position, position, exists, visible,
             slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, True,
-            BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
+            BLOCK_D, CHAIN, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
         )  # fmt: skip
     if PEEL:
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
@@ -255,9 +249,9 @@ def ragged_page_attention_kernel(
             later = seen + BLOCK_KV
             pages = tl.load(table_ptr + later // PAGE_SIZE, mask=later < bulk_end, other=0)
             m, l, acc, acc_rest = see_block(
-                q, q_rest, m, l, acc, acc_rest, k_tokens, v_tokens, seen, position, seen, mask_rows,
+                q, m, l, acc, acc_rest, k_tokens, v_tokens, seen, position, seen, mask_rows,
                 slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
-                BLOCK_D, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
+                BLOCK_D, CHAIN, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
             )  # fmt: skip
         # Anew, or they would take registers in the loop that needs them most. The loads are
         # volatile, so that the compiler does not know that it has seen them.

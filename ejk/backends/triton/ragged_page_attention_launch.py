@@ -11,6 +11,7 @@ from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.triton._target import Target
 from ejk.backends.triton.page_attention_launch import (
     GRANULE,
+    chain,
     choose_cuts,
     power_of_two,
     stride_constants,
@@ -163,6 +164,7 @@ class RaggedLaunch:
             "BLOCK_KV": rows.block_kv,
             "EDGE_KV": rows.edge_kv,
             "BLOCK_D": block_d[0],
+            "CHAIN": chain(problem),
             "BLOCK_D_REST": block_d[1],
             "BLOCK_DV": block_dv[0],
             "BLOCK_DV_REST": block_dv[1],

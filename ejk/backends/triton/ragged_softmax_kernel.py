@@ -5,6 +5,7 @@ import typing
 import triton
 import triton.language as tl
 
+from ejk.backends.triton._products import load_rows, query_key_products
 from ejk.backends.triton.page_attention_kernel import LOG2E, tanh_f32
 
 SCANNED = tl.constexpr(512)  # table entries that are looked at together
@@ -32,19 +33,18 @@ def token_ptrs(
     stride_slot: tl.constexpr,
 ):  # fmt: skip
     """Return where a KV head's tokens `key` begin, that lie in `pages`."""
-    return head_ptr + (pages.to(tl.int64) * stride_page + (key % PAGE_SIZE) * stride_slot)
+    return head_ptr + (pages.to(tl.int64) * stride_page + (key % PAGE_SIZE) * stride_slot)[:, None]
 
 
 @triton.jit
 @typing.no_type_check
 def see_block(
-    q,  # [BLOCK_ROWS, BLOCK_D]
-    q_rest,
+    q,  # parts of [BLOCK_ROWS, HEAD_DIM]
     m,  # [BLOCK_ROWS]
     l,
     acc,  # [BLOCK_ROWS, BLOCK_DV]
     acc_rest,
-    k_ptrs,  # [BLOCK_KV]
+    k_ptrs,  # [BLOCK_KV, 1]
     v_ptrs,
     key_position,  # [BLOCK_KV]
     position,  # [BLOCK_ROWS]
@@ -58,16 +58,14 @@ def see_block(
     HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr,  # or everything exists and is visible
     BLOCK_D: tl.constexpr,
+    CHAIN: tl.constexpr,
     BLOCK_D_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,
 ):
     """Return `m`, `l`, `acc` and `acc_rest` after one more block of tokens."""
-    k = _load(k_ptrs, exists, 0, BLOCK_D, HEAD_DIM, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_ROWS, BLOCK_KV]
-    if BLOCK_D_REST > 0:
-        k_rest = _load(k_ptrs, exists, BLOCK_D, BLOCK_D_REST, HEAD_DIM, MASKED)
-        s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision="ieee")
+    # [BLOCK_ROWS, BLOCK_KV]
+    s = query_key_products(q, k_ptrs, exists, HEAD_DIM, MASKED, BLOCK_D, CHAIN, BLOCK_D_REST)
     c = scale * LOG2E
     if SOFT_CAP > 0:
         s = SOFT_CAP * tanh_f32(s * (scale / SOFT_CAP)) * LOG2E
@@ -90,36 +88,13 @@ def see_block(
     p = tl.exp2(s - m_safe[:, None])
     alpha = tl.exp2(m - m_safe)
     l = l * alpha + tl.sum(p, 1)
-    v = _load(v_ptrs, exists, 0, BLOCK_DV, VALUE_HEAD_DIM, MASKED)
+    v = load_rows(v_ptrs, exists, 0, BLOCK_DV, VALUE_HEAD_DIM, MASKED)
     p = p.to(v.dtype)
     acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
     if BLOCK_DV_REST > 0:
-        v_rest = _load(v_ptrs, exists, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED)
+        v_rest = load_rows(v_ptrs, exists, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED)
         acc_rest = tl.dot(p, v_rest, acc_rest * alpha[:, None], input_precision="ieee")
     return m_new, l, acc, acc_rest
-
-
-@triton.jit
-@typing.no_type_check
-def _load(
-    token_ptrs,
-    exists,
-    FIRST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Load `[BLOCK_KV, BLOCK]`, zero where a token does not exist: its slot may hold NaN."""
-    offs = FIRST + tl.arange(0, BLOCK)
-    ptrs = token_ptrs[:, None] + offs
-    if MASKED:
-        mask = exists[:, None]
-        if FIRST + BLOCK > WIDTH:
-            mask = mask & (offs < WIDTH)
-        return tl.load(ptrs, mask=mask, other=0.0)
-    if FIRST + BLOCK > WIDTH:
-        return tl.load(ptrs, mask=(offs < WIDTH)[None, :], other=0.0)
-    return tl.load(ptrs)
 
 
 @triton.jit
