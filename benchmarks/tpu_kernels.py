@@ -32,7 +32,8 @@ WORKLOADS = {
     )
 }
 
-SPLIT_WORKLOADS = ("page 16", "1 KV head", "window", "head dimension 64")
+SPLIT_WORKLOADS = ("page 16", "1 KV head", "window", "head dimension 64", "head dimension 96",
+                   "head dimension 192", "head dimension 256", "float32")  # fmt: skip
 FUSED_WORKLOADS = ("page 16", "page 128", "4,096 tokens", "2 KV heads")
 RAGGED_WORKLOADS = ("drafts of 8", "chunks of 128")
 PEER_WORKLOADS = ("page 16", "page 128", "2 KV heads", "1 KV head", "window", "head dimension 64",

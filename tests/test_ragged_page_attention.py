@@ -161,6 +161,7 @@ def test_hints_change_no_more_than_last_bits(entry, case):
     assert_close(case, *entry(case, max_q_len=max_q_len, max_context_len=max_context_len))
 
 
+@pytest.mark.one_in(2)
 @each_ragged(share=0.25)
 def test_layouts_and_fused_pools_equal_each_other(entry, case):
     for layout in ("HND", "NHD", "KV_HEADS_FIRST"):
@@ -223,6 +224,7 @@ def test_a_long_prefill(entry):
         bits_equal(entry(case), entry(case.with_other_junk(seed=3)))
 
 
+@pytest.mark.one_in(2)
 @ragged_edge
 @pytest.mark.parametrize("width", [0, 1, 13, 20])
 def test_widths_of_tree_masks(entry, width):

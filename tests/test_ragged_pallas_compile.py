@@ -23,6 +23,10 @@ CALLS = {
     "everything": dict(sizes=(12, 4, 128, 16), more="sinks alibi window cap lse"),
     "llama-3-8b, float32": dict(sizes=(32, 8, 128, 16), dtype="float32", more="window"),
     "llama-3-8b, fused NHD": dict(sizes=(32, 8, 128, 16), fused=True, layout="NHD"),
+    "a tree of drafts": dict(sizes=(32, 8, 128, 16), max_q_len=8, fused=True, tree_width=8),
+    "a tree, everything": dict(
+        sizes=(12, 4, 128, 16), more="sinks alibi window cap lse positions", tree_width=40
+    ),
 }
 MORE_CALLS = {
     "heads first": dict(sizes=(32, 8, 128, 16), layout="KV_HEADS_FIRST", more="lse"),
@@ -36,11 +40,19 @@ MORE_CALLS = {
     "llama-3-8b, long pages": dict(sizes=(32, 8, 128, 128), fused=True),
     "short pages": dict(sizes=(32, 8, 128, 8), fused=True),
     "one slot a page": dict(sizes=(8, 2, 128, 1), pages_per_block=32),
+    "positions, odd sizes": dict(
+        sizes=(34, 2, 33, 3), layout="NHD", pages_per_block=4, more="window positions"
+    ),
+    "float32, a tree of positions": dict(
+        sizes=(32, 8, 128, 16), dtype="float32", more="alibi positions", tree_width=200
+    ),
     "odd sizes": dict(sizes=(34, 2, 33, 3), layout="NHD", pages_per_block=4),
 }
 
 
-def call(generation, *, total_tokens=300, max_q_len=None, num_splits=0, **options):
+def call(
+    generation, *, total_tokens=300, max_q_len=None, num_splits=0, tree_width=0, **options
+):  # fmt: skip
     """Return a jitted call and its abstract arguments, pools in memory as their axes say."""
     fields = {name: options.pop(name) for name in FIELDS & options.keys()}
     decode, arguments = decode_call(generation, **options)
@@ -52,6 +64,11 @@ def call(generation, *, total_tokens=300, max_q_len=None, num_splits=0, **option
     arguments["query"] = jax.ShapeDtypeStruct(shape, query.dtype, sharding=sharding)
     bounds = (query.shape[0] + 1,)
     arguments["cu_q_lens"] = jax.ShapeDtypeStruct(bounds, "int32", sharding=sharding)
+    if "positions" in options.get("more", ""):
+        arguments["positions"] = jax.ShapeDtypeStruct((total_tokens,), "int32", sharding=sharding)
+    if tree_width:
+        shape = (total_tokens, tree_width)
+        arguments["tree_mask"] = jax.ShapeDtypeStruct(shape, "bool", sharding=sharding)
     return jax.jit(functools.partial(ejk.ragged_page_attention, **named)), arguments
 
 
@@ -103,11 +120,15 @@ def test_compiles_more(name, generation, monkeypatch):
     check(generation, monkeypatch, **MORE_CALLS[name])
 
 
+def test_tables_too_large_for_scalar_memory_are_run_in_parts_by_the_same_kernels(monkeypatch):
+    options = dict(sizes=(8, 2, 128, 16), num_seqs=200, max_blocks=2000, fused=True)
+    used, _ = check("v6e", monkeypatch, **options)
+    assert len(used) == 2
+
+
 REFUSED = {
     "dtype=float16: ": dict(sizes=(8, 2, 128, 16), dtype="float16"),
-    "num_seqs=5, max_blocks=250000, total_tokens=300: ": dict(
-        sizes=(8, 2, 128, 16), max_blocks=250000
-    ),
+    "max_blocks=250000, total_tokens=300: ": dict(sizes=(8, 2, 128, 16), max_blocks=250000),
     "above vmem_limit_bytes=500000": dict(sizes=(8, 2, 128, 16), vmem_limit_bytes=500_000),
     "blocks of 300 new tokens and 9 pages": dict(
         sizes=(64, 64, 256, 256), pages_per_block=9, block_q=300

@@ -1,10 +1,11 @@
 """The ragged TPU kernel, interpreted: no race, no stray read, and faults put in are caught."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_interpreter
-from ragged_strategies import build_ragged
+from ragged_strategies import EXTRAS, build_ragged
 from strategies import FEATURES, Configuration
 from test_pallas_interpret import BF16, F32, SHAPE
 from tolerances import assert_close
@@ -66,6 +67,16 @@ def test_everything_at_once(layout, dma_execution_mode):
     check(case, dma_execution_mode)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("fitting", [1, pytest.param(2, marks=thorough)])
+def test_tables_that_do_not_fit_in_scalar_memory_are_run_in_parts(fitting, monkeypatch):
+    monkeypatch.setattr(ejk.PallasRaggedPageAttention, "_seqs_per_launch", lambda *_: fitting)
+    lens, bounds = (np.array(x, np.int32) for x in BATCHES["mixed"])
+    config = Configuration(SHAPE, F32, "HND", ALL)
+    case = build_ragged(config, lens, bounds, window=np.asarray(11), extras=EXTRAS)
+    check(case, vmem_limit_bytes=2**26 + fitting)
+
+
 def without_waiting(self, slot, whole):
     pass
 
@@ -79,12 +90,12 @@ def never_masked(self, cursor):
     return has_ends(self, cursor) & (cursor.left < 0)
 
 
-def all_see_the_last(self, block, position, hidden):
-    return seen(self, block, position * 0 + self.lengths_ref[block.seq] - 1, hidden)
+def one_token_on(work):
+    return tokens_of_rows(work) + 1
 
 
-def one_position_on(self, item):
-    return self.firsts_ref[item] + 1
+def one_lane_on(x, first, width):
+    return from_lane(x, first + 1, width)
 
 
 def every_entry_good(entry, num_pages):
@@ -93,29 +104,35 @@ def every_entry_good(entry, num_pages):
 
 
 Ragged = kernel.RaggedPaging
-entries, has_ends, seen = Ragged.entries, Ragged.has_ends, Ragged.seen
+entries, has_ends = Ragged.entries, Ragged.has_ends
+tokens_of_rows, from_lane = kernel.tokens_of_rows, kernel.from_lane
 page_or_harmless = paging.page_or_harmless
 
 FAULTS = {
     "no wait": (paging.Paging, "wait", without_waiting),
     "copies into the slot that is read": (kernel, "other_slot", lambda slot: slot),
-    "values unmasked": (kernel, "hide_values", lambda values, *_: values),
+    "values unmasked": (kernel, "seen_by_some", lambda *_: jnp.bool_(True)),
     "logits unmasked": (kernel, "hide_logits", lambda s, _: s),
     "another sequence's pages": (Ragged, "entries", entries_of_another_sequence),
     "no block is masked": (Ragged, "has_ends", never_masked),
-    "tokens see those after them": (Ragged, "seen", all_see_the_last),
-    "positions are off by one": (Ragged, "first", one_position_on),
+    "tokens see those after them": (kernel, "tokens_of_rows", one_token_on),
+    "columns of new tokens are off by one": (kernel, "from_lane", one_lane_on),
     "bad entries taken for good ones": (paging, "page_or_harmless", every_entry_good),
 }
 
-QUICK = ("no wait", "logits unmasked", "another sequence's pages", "no block is masked")
+QUICK = (
+    "no wait", "logits unmasked", "another sequence's pages", "no block is masked",
+    "columns of new tokens are off by one",
+)  # fmt: skip
 REST = sorted(FAULTS.keys() - set(QUICK))
 
 
-def faulty(dma_execution_mode, **fields):
+def faulty(dma_execution_mode, extras=(), **fields):
     config = Configuration(SHAPE, F32, "HND", frozenset({"sliding_window"}), fused=True)
     lens, bounds = (np.array(x, np.int32) for x in BATCHES["mixed"])
-    case = build_ragged(config, lens, bounds, window=np.asarray(25), invalid=0.2, seed=1)
+    case = build_ragged(
+        config, lens, bounds, window=np.asarray(25), invalid=0.2, seed=1, extras=extras
+    )
     needed = case.block_tables[case.needed]
     assert ((needed < 0) | (needed >= SHAPE.num_pages)).any()
     check(case, dma_execution_mode, **fields)
@@ -128,8 +145,9 @@ modes = pytest.mark.parametrize(
 
 @pytest.mark.timeout(60)
 @modes
-def test_the_sound_kernel_is_not_accused(dma_execution_mode):
-    faulty(dma_execution_mode)
+@pytest.mark.parametrize("extras", [(), EXTRAS], ids=["plain", "tree"])
+def test_the_sound_kernel_is_not_accused(extras, dma_execution_mode):
+    faulty(dma_execution_mode, extras)
 
 
 @pytest.mark.timeout(60)
@@ -140,4 +158,4 @@ def test_a_fault_is_caught(name, dma_execution_mode, monkeypatch):
     # A field of its own, so that no program of the sound kernel is used again.
     number = 2**28 + list(FAULTS).index(name)
     with pytest.raises((AssertionError, IndexError, RuntimeError, tpu_interpreter.RaceError)):
-        faulty(dma_execution_mode, vmem_limit_bytes=number)
+        faulty(dma_execution_mode, EXTRAS if "columns" in name else (), vmem_limit_bytes=number)

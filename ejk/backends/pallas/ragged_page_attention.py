@@ -22,6 +22,7 @@ from ejk.backends.pallas.ragged_page_attention_work import ROWS_AT_ONCE, RaggedW
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionProblem,
+    sane_bounds,
 )
 
 # Tokens of the context, at most: 256 are priced 1.7 times as dear on v5e, 2.3 times on v6e.
@@ -51,7 +52,7 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
     interpret: bool | Hashable = False
 
     name = "pallas"
-    features = PallasPageAttention.features - CONTEXT_PARALLEL
+    features = (PallasPageAttention.features - CONTEXT_PARALLEL) | {"positions", "tree_mask"}
 
     def __post_init__(self):
         at_least(self, block_q=1, pages_per_block=1, vmem_limit_bytes=1)
@@ -72,13 +73,11 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
         if problem.dtype not in (jnp.float32, jnp.bfloat16):
             reasons.append(f"dtype={problem.dtype}: the matrix unit takes float32 and bfloat16")
         works, limit = self._works(problem), self._vmem_limit()
-        table = problem.num_seqs * problem.max_blocks
-        words = table + 3 * max(work.num_seqs for work in works)
-        if 4 * (words + 6 * LANES) > SMEM_LIMIT_BYTES:
+        if not self._seqs_per_launch(problem):
             reasons.append(
-                f"num_seqs={problem.num_seqs}, max_blocks={problem.max_blocks}, "
-                f"total_tokens={problem.total_tokens}: tables and blocks of queries must fit in "
-                f"{SMEM_LIMIT_BYTES} bytes of scalar memory"
+                f"max_blocks={problem.max_blocks}, total_tokens={problem.total_tokens}: the table "
+                f"of a sequence and the blocks of queries must fit in {SMEM_LIMIT_BYTES} bytes of "
+                "scalar memory; larger pages make the table shorter"
             )
         for work in works:
             needs = {name: size for name, size in work.vmem().items() if size}
@@ -92,6 +91,17 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
         return tuple(reasons)
 
     def run(self, problem, operands, platform):
+        from ejk.backends.pallas.ragged_page_attention_launch import nothing_seen
+
+        with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
+            most = self._seqs_per_launch(problem)
+            results = nothing_seen(problem, operands.query)
+            if problem.num_seqs <= most:
+                return self._launch(problem, operands, results)
+            return self._launch_parts(problem, operands, results, -(-problem.num_seqs // most))
+
+    def _launch(self, problem, operands, results):
+        """Fill in the results of the new tokens of some sequences."""
         from jax.experimental.pallas import tpu as pltpu
 
         from ejk.backends.pallas.ragged_page_attention_launch import launch
@@ -101,8 +111,39 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
             interpret = pltpu.InterpretParams(
                 uninitialized_memory="nan", out_of_bounds_reads="raise"
             )
-        with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
-            return launch(self._works(problem), operands, self._vmem_limit(), interpret)
+        return launch(self._works(problem), operands, results, self._vmem_limit(), interpret)
+
+    def _launch_parts(self, problem, operands, results, parts: int):
+        """Let parts of the batch, all of one size and so by the same kernels, follow each other."""
+        size = -(-problem.num_seqs // parts)
+        part, more = dataclasses.replace(problem, num_seqs=size), parts * size - problem.num_seqs
+        bounds = jnp.pad(sane_bounds(problem, operands.cu_q_lens), (0, more), mode="edge")
+        of_part = size * jnp.arange(parts)[:, None] + jnp.arange(size + 1)[None]
+        given = dict(
+            cu_q_lens=bounds[of_part],
+            context_lens=jnp.pad(operands.context_lens, (0, more)).reshape(parts, size),
+            block_tables=jnp.pad(operands.block_tables, ((0, more), (0, 0))).reshape(
+                parts, size, problem.max_blocks
+            ),
+        )
+
+        def launch_part(results, given):
+            return self._launch(part, operands._replace(**given), results), None
+
+        return jax.lax.scan(launch_part, results, given)[0]
+
+    def _seqs_per_launch(self, problem: RaggedPageAttentionProblem) -> int:
+        """Return how many sequences' tables fit in scalar memory; 0 if not even one's does."""
+        seqs = problem.num_seqs
+        while seqs:
+            works = self._works(dataclasses.replace(problem, num_seqs=seqs))
+            arrays = works[0].item_words + 3  # each begins at a multiple of so many words
+            items = max(work.num_seqs for work in works)
+            words = seqs * problem.max_blocks + items * works[0].item_words + arrays * LANES
+            if 4 * words <= SMEM_LIMIT_BYTES:
+                return seqs
+            seqs //= 2
+        return 0
 
     def _works(self, problem: RaggedPageAttentionProblem) -> tuple[RaggedWork, ...]:
         """Cut the call in one launch, or in two: one new token a sequence, and more."""

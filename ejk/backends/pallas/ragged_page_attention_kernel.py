@@ -15,6 +15,8 @@ The rows of a KV head are an item's tokens times the heads of its group. With `s
 
 from the sink (`sink`, 1, 0) or from nothing (`-inf`, 0, 0). Blocks that no token of an item sees
 are not fetched. Masked are those that some token does not see whole, and those with bad entries.
+Only in those are there new tokens whose positions are given, or that a tree mask hides: their
+columns are turned to where the block has them.
 
 Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); one pipeline over a ragged batch as in
 Ragged Paged Attention (arXiv:2604.15464).
@@ -26,12 +28,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from ejk.backends.pallas.page_attention_kernel import (
     State,
     across,
     heads_of,
-    hide_values,
     other_slot,
     product,
 )
@@ -43,8 +45,13 @@ from ejk.backends.pallas.ragged_page_attention_work import RaggedWork
 def ragged_page_attention_kernel(
     # Prefetched scalars
     seqs_ref,  # int32 [items]: whose tokens they are
-    firsts_ref,  # int32 [items]: the position of the first one, perhaps negative
-    ends_ref,  # int32 [items]: the position after the last one; 0 where nothing is seen
+    firsts_ref,  # int32 [items]: the place of the first one in its context, perhaps negative
+    begins_ref,  # int32 [items], or None: some token sees those of [begin, end), both 0 for none,
+    ends_ref,  # int32 [items]
+    all_begins_ref,  # int32 [items], or None: and every token those of [all_begin, all_end)
+    all_ends_ref,  # int32 [items]
+    contexts_ref,  # int32 [items], or None: tokens of the sequence before its new ones
+    packed_ref,  # int32 [items], or None: where its new tokens begin in the batch
     tables_ref,  # int32 [num_seqs * max_blocks]
     scale_ref,  # float32 [1]
     window_ref,  # int32 [1], or None
@@ -52,6 +59,9 @@ def ragged_page_attention_kernel(
     q_ref,  # [1, kv_heads, head_rows, head_dim]
     sinks_ref,  # float32 [parts, rows, 1], or None
     slopes_ref,  # float32 [parts, rows, 1], or None
+    positions_ref,  # int32 [1, rows, 1], or None: given positions of an item's rows
+    new_positions_ref,  # int32 [1, width], or None: those of all tokens of the batch
+    tree_ref,  # float32 [1, tokens, width], or None: 1 where an item's token sees a new token
     k_hbm_ref,  # the pool of keys in its own layout, or of keys and values
     v_hbm_ref,  # the pool of values, or None: they are in that of the keys
     # Outputs
@@ -71,6 +81,8 @@ def ragged_page_attention_kernel(
 ):
     """Attend for the new tokens of an item, and start the copies of the next one."""
     problem, (parts, rows) = work.problem, work.state_shape
+    # What some token sees is then not all between the first and the last of it.
+    has_gaps = tree_ref is not None or positions_ref is not None
     pools = [(k_hbm_ref, k_buf), (v_hbm_ref, v_buf)][: 1 + work.has_two_pools]
 
     # Which work is mine: the blocks of some items.
@@ -88,7 +100,9 @@ def ragged_page_attention_kernel(
         begin_item,
         work,
         seqs_ref,
-        firsts_ref,
+        begins_ref,
+        all_begins_ref,
+        all_ends_ref,
     )
     item = begin_item + step
     pl.when(step == 0)(paging.start_chain)
@@ -100,12 +114,43 @@ def ragged_page_attention_kernel(
             m = across(sinks_ref[part], LANES)
         m_ref[part], l_ref[part] = m, jnp.where(m == -jnp.inf, 0.0, 1.0)
         acc_ref[part] = jnp.zeros(acc_ref.shape[1:])
-    # [rows, 1]: the position of each row's token.
-    row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    position = paging.first(item) + divide(lax.rem(row, work.head_rows), problem.group)
+    # [rows, 1]: which of the item's tokens each row is of, its place in the context, its position.
+    token = tokens_of_rows(work)
+    place = firsts_ref[item] + token
+    position = place if positions_ref is None else positions_ref[0]
 
     # Loop over the context: start the copies of the next block, wait for this one, compute it.
-    def logits(part, heads, block):
+    def key_places(block):
+        return block.base + lax.broadcasted_iota(jnp.int32, (1, work.block_kv), 1)
+
+    def key_positions(block, masked):
+        """Return the position of each token of a block, `[1, block_kv]`; masked are new ones."""
+        key = key_places(block)
+        if new_positions_ref is None or not masked:
+            return key
+        first = packed_ref[item] + block.base - contexts_ref[item]
+        given = from_lane(new_positions_ref[...], first, work.block_kv)
+        return jnp.where(key < contexts_ref[item], key, given)
+
+    def seen(block, hidden):
+        """Say which tokens of a block each row sees, `[rows, block_kv]`."""
+        key = key_places(block)
+        exists = (key < block.base + block.left) & (hidden == 0)
+        if tree_ref is None:
+            visible = exists & (key <= place)
+        else:
+            column = key - contexts_ref[item]
+            masks = from_lane(tree_ref[0], block.base - contexts_ref[item], work.block_kv)
+            is_token = token == lax.broadcasted_iota(jnp.int32, (rows, masks.shape[0]), 1)
+            of_row = product(is_token.astype(jnp.float32), masks, contract=0)  # [rows, block_kv]
+            given = (of_row > 0.5) & (column < problem.tree_width)
+            visible = exists & (place >= 0) & ((column < 0) | given)
+        if window_ref is not None:
+            age = position - key_positions(block, masked=True)
+            visible &= age < jnp.maximum(window_ref[0], 0)
+        return visible
+
+    def logits(part, heads, key_position):
         """Return the logits of some heads' rows, `[rows, block_kv]`."""
         first = part * work.heads_at_once
         s = [product(q_ref[0, first + i], keys, contract=1) for i, keys in enumerate(heads)]
@@ -113,8 +158,7 @@ def ragged_page_attention_kernel(
         if problem.soft_cap is not None:
             s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
         if slopes_ref is not None:
-            offsets = lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            s += slopes_ref[part] * (offsets + (block.base - position)).astype(jnp.float32)
+            s += slopes_ref[part] * (key_position - position).astype(jnp.float32)
         return s
 
     def take(part, s, heads):
@@ -135,19 +179,21 @@ def ragged_page_attention_kernel(
     def attend(slot, masked):
         paging.wait(slot, whole=not masked)
         block = paging.noted(slot, 0)
-        visible, (begin, end) = None, paging.visible(block)
+        key_position = key_positions(block, masked)
+        masks = None
         if masked:
-            hidden = paging.hide_bad_pages(block, slot, 0)
-            visible = paging.seen(block, position, hidden)
+            visible = seen(block, paging.hide_bad_pages(block, slot, 0))
+            masks = visible, seen_by_some(visible, paging.visible(block), has_gaps)
         keys = heads_of(k_buf, slot, 0, 0, work)
         values = heads_of(pools[-1][1], slot, 0, 1, work)
         for part in range(parts):
             of_part = range(work.heads_at_once)
-            s = logits(part, [next(keys) for _ in of_part], block)
+            s = logits(part, [next(keys) for _ in of_part], key_position)
             v = [next(values)[:, : problem.value_head_dim] for _ in of_part]
-            if masked:
+            if masks is not None:
+                visible, is_seen = masks
                 s = hide_logits(s, visible)
-                v = [hide_values(x, begin, end) for x in v]
+                v = [jnp.where(is_seen, x, jnp.zeros_like(x)) for x in v]
             take(part, s, v)
 
     def block_of_item(_, slot):
@@ -183,25 +229,20 @@ class RaggedPaging(Paging):
     """
 
     seqs_ref: Any
-    firsts_ref: Any
+    begins_ref: Any
+    all_begins_ref: Any
+    all_ends_ref: Any
     work: RaggedWork
 
-    def first(self, item):
-        """Return the position of an item's first token."""
-        return self.firsts_ref[item]
-
     def first_of_item(self, item):
-        """Return the first position that a token of an item sees."""
-        if self.window_ref is None:
-            return jnp.int32(0)
-        first = jnp.maximum(self.first(item), 0)
-        return jnp.maximum(first - (jnp.maximum(self.window_ref[0], 0) - 1), 0)
+        """Return the first place that a token of an item sees."""
+        return jnp.int32(0) if self.begins_ref is None else self.begins_ref[item]
 
     def first_block(self, seq) -> Cursor:
         item = jnp.minimum(seq, self.begin_seq + self.work.core_seqs - 1)
         end, first = self.lengths_ref[item], self.first_of_item(item)
         page_size = self.work.problem.page_size
-        base = first if self.window_ref is None else divide(first, page_size) * page_size
+        base = first if self.begins_ref is None else divide(first, page_size) * page_size
         return Cursor(seq, base, jnp.where(first < end, end - base, 0))
 
     def entries(self, seq, base, left):
@@ -210,25 +251,48 @@ class RaggedPaging(Paging):
 
     def has_ends(self, cursor: Cursor):
         seq, base, left = cursor
-        ends = (left < self.work.block_kv) | (base + self.work.block_kv > self.first(seq) + 1)
-        if self.window_ref is not None:  # of the last token
-            ends |= base < base + left - jnp.maximum(self.window_ref[0], 0)
+        block_kv = self.work.block_kv
+        ends = (left < block_kv) | (base + block_kv > self.all_ends_ref[seq])
+        if self.all_begins_ref is not None:
+            ends |= base < self.all_begins_ref[seq]
         return ends
 
     def visible(self, block: Block):
         return self.first_of_item(block.seq) - block.base, block.left
 
-    def seen(self, block: Block, position, hidden):
-        """Say which tokens of a block each row sees, `[rows, block_kv]`."""
-        last = position - block.base  # [rows, 1]
-        shape = (position.shape[0], hidden.shape[1])
-        offsets = lax.broadcasted_iota(jnp.int32, shape, 1)
-        seen = (offsets <= last) & (offsets < block.left) & (hidden == 0)
-        if self.window_ref is not None:
-            seen &= offsets > last - jnp.maximum(self.window_ref[0], 0)
-        return seen
+
+def tokens_of_rows(work):
+    """Return which of an item's tokens each row of a softmax is of, `[rows, 1]`."""
+    row = lax.broadcasted_iota(jnp.int32, (work.state_shape[1], 1), 0)
+    return divide(lax.rem(row, work.head_rows), work.problem.group)
 
 
 def hide_logits(s, visible):
     """Select away the logits of what a row does not see."""
     return jnp.where(visible, s, -jnp.inf)
+
+
+def from_lane(x, first, width):
+    """Return `width` lanes of `x` from `first` on, which may be negative; it wraps around."""
+    size = x.shape[1]
+    shift = lax.rem(size - lax.rem(first, size), size)
+    return pltpu.roll(x, shift, axis=1)[:, :width]
+
+
+def seen_by_some(visible, bounds, has_gaps):
+    """Say which tokens some row sees, `[block_kv, 1]`: the values of others may be NaN."""
+    if has_gaps:
+        return row_to_column(visible.astype(jnp.float32).max(axis=0, keepdims=True)) > 0
+    offsets = lax.broadcasted_iota(jnp.int32, (visible.shape[1], 1), 0)
+    return (offsets >= bounds[0]) & (offsets < bounds[1])
+
+
+def row_to_column(x):
+    """Return `x [1, n]` as `[n, 1]`, by sums in which each row has one entry."""
+    parts = (x[:, first : first + LANES] for first in range(0, x.shape[1], LANES))
+    return jnp.concatenate([_row_to_column(part) for part in parts])
+
+
+def _row_to_column(x):
+    rows, columns = (lax.broadcasted_iota(jnp.int32, (x.shape[1],) * 2, axis) for axis in (0, 1))
+    return jnp.where(rows == columns, x, 0.0).sum(axis=1, keepdims=True)

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ejk.backends.pallas.page_attention_launch import OPTIONAL, _given, _scratch
-from ejk.backends.pallas.page_attention_work import LANES
+from ejk.backends.pallas.page_attention_work import LANES, round_up
 from ejk.backends.pallas.ragged_page_attention_kernel import ragged_page_attention_kernel
 from ejk.backends.pallas.ragged_page_attention_work import RaggedWork
 from ejk.backends.ragged_page_attention import (
@@ -23,22 +23,24 @@ from ejk.backends.ragged_page_attention import (
     sequences_of_rows,
 )
 
+RAGGED_OPTIONAL = {
+    "begins_ref", "all_begins_ref", "contexts_ref", "packed_ref", "positions_ref",
+    "new_positions_ref", "tree_ref",
+}  # fmt: skip
+
 
 def launch(
     works: tuple[RaggedWork, ...],
     operands: RaggedPageAttentionOperands,
+    results: tuple[jax.Array, ...],
     vmem_limit_bytes: int,
     interpret: Any,
 ) -> tuple[jax.Array, ...]:
-    """Launch the kernel once for each of `works`; returns the results of their problem."""
+    """Launch the kernel once for each of `works`; what is no sequence's stays in the results."""
     problem = works[0].problem
     bounds = sane_bounds(problem, operands.cu_q_lens)
     is_new, seq = sequences_of_rows(problem, bounds)
     rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
-    # What is no sequence's stays as it is here.
-    results = [jnp.zeros(of.shape, of.dtype) for of in problem.results]
-    if problem.return_lse:
-        results[1] = jnp.full(results[1].shape, -jnp.inf)
     for work in works:
         blocks = _blocks(bounds, work)
         begins = jnp.cumsum(blocks, dtype=jnp.int32) - blocks
@@ -46,11 +48,22 @@ def launch(
         at = begins[seq] * work.block_q + rows - bounds[seq]
         mine = is_new & (blocks[seq] > 0)
         at = jnp.where(mine, at, 0)
-        results = [
+        results = tuple(
             jnp.where(mine.reshape(-1, *(1 for _ in old.shape[1:])), new[at], old)
             for old, new in zip(results, found)
-        ]
-    return tuple(results)
+        )
+    return results
+
+
+def nothing_seen(
+    problem: RaggedPageAttentionProblem, query: jax.Array
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Return the results of rows that are no sequence's: zeros, and LSEs of -inf."""
+    out, *lse = problem.results
+    results = (jnp.zeros(out.shape, out.dtype), *(jnp.full(x.shape, -jnp.inf) for x in lse))
+    # They vary over the axes of a `shard_map` that the query does: a loop's types must not change.
+    axes = tuple(jax.typeof(query).mat.varying)
+    return tuple(lax.pcast(x, axes, to="varying") if axes else x for x in results)
 
 
 def _blocks(bounds: jax.Array, work: RaggedWork) -> jax.Array:
@@ -71,13 +84,18 @@ def _launch_items(work, operands, bounds, begins, blocks, vmem_limit_bytes, inte
     q_lens = bounds[1:] - bounds[:-1]
     count = jnp.where(exists, jnp.minimum(q_lens[seq] - begin, work.block_q), 0)
     length = jnp.clip(operands.context_lens, 0, problem.capacity)[seq]
-    first = length - q_lens[seq] + begin
-    end = jnp.where(exists, jnp.maximum(first + count, 0), 0)
-
+    context = length - q_lens[seq]
+    first = context + begin
     local = jnp.arange(work.block_q, dtype=jnp.int32)[None]
-    token = (bounds[seq] + begin)[:, None] + local
-    token = jnp.where(local < count[:, None], token, problem.total_tokens)
-    query = operands.query.at[token].get(mode="fill", fill_value=0)
+    # Rows past the last are copies of its token: they see nothing that others do not.
+    token = (bounds[seq] + begin)[:, None] + jnp.clip(local, 0, jnp.maximum(count - 1, 0)[:, None])
+    token = jnp.minimum(token, problem.total_tokens - 1)  # [items, block_q]
+    position = first[:, None] + token - token[:, :1]
+    if problem.has_positions:
+        position = jnp.maximum(operands.positions, 0)[token]
+    ranges = _ranges(work, operands.sliding_window, context, first, count, length, position)
+
+    query = operands.query[token]
     heads = (problem.num_kv_heads, work.block_q, problem.group)
     query = query.reshape(-1, heads[1], heads[0], heads[2], problem.head_dim)
     query = query.swapaxes(1, 2).reshape(-1, heads[0], work.head_rows, problem.head_dim)
@@ -89,11 +107,24 @@ def _launch_items(work, operands, bounds, begins, blocks, vmem_limit_bytes, inte
         x = jnp.broadcast_to(x.reshape(heads[0], 1, heads[2]), heads)
         return x.reshape(*work.state_shape, 1)
 
-    window = operands.sliding_window
+    def of_rows(x):
+        """Spread what an item's tokens have over their rows, `[items, rows, 1]`."""
+        x = jnp.broadcast_to(x[:, None, :, None], (len(x), work.heads_at_once, *heads[1:]))
+        return x.reshape(len(x), -1, 1)
+
+    def in_lanes(x, sublanes=1):
+        """Pad the last two axes: to whole tiles of lanes, and no fewer than a block has tokens."""
+        width = round_up(max(x.shape[-1], work.block_kv), LANES) - x.shape[-1]
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % sublanes), (0, width)])
+
+    has_new = problem.has_positions or problem.tree_width
+    window, positions, tree = operands.sliding_window, operands.positions, operands.tree_mask
     scalars = _given(
         seqs_ref=seq,
         firsts_ref=first,
-        ends_ref=end,
+        **ranges,
+        contexts_ref=context if has_new else None,
+        packed_ref=bounds[seq] if problem.has_positions else None,
         tables_ref=operands.block_tables.reshape(-1),
         scale_ref=operands.attn_scale.reshape(1),
         window_ref=None if window is None else window.reshape(1),
@@ -102,6 +133,11 @@ def _launch_items(work, operands, bounds, begins, blocks, vmem_limit_bytes, inte
         q_ref=query,
         sinks_ref=per_row(operands.sinks),
         slopes_ref=per_row(operands.alibi_slopes),
+        positions_ref=of_rows(position) if problem.has_positions else None,
+        new_positions_ref=(
+            in_lanes(jnp.maximum(positions, 0)[None]) if problem.has_positions else None
+        ),
+        tree_ref=in_lanes(tree[token].astype(jnp.float32), 8) if problem.tree_width else None,
         k_hbm_ref=operands.key_cache,
         v_hbm_ref=operands.value_cache,
     )
@@ -115,11 +151,36 @@ def _launch_items(work, operands, bounds, begins, blocks, vmem_limit_bytes, inte
     return (out, *(x[..., 0] for x in lse))
 
 
+def _ranges(work, window, context, first, count, length, position):
+    """Return what some token of an item sees, and what every token does: see the kernel."""
+    problem, last = work.problem, first + count - 1
+    end = jnp.maximum(last + 1, 0)
+    all_end = first + 1
+    if problem.tree_width:
+        end = jnp.where(last >= 0, length, 0)
+        all_end = context
+    if problem.has_positions:
+        all_end = jnp.minimum(all_end, context)
+    end = jnp.where(count > 0, end, 0)
+    if window is None:
+        return dict(ends_ref=end, all_ends_ref=all_end)
+    before = jnp.maximum(window, 0) - 1
+    # Positions may be as large as integers get, and places as low as minus the new tokens.
+    begin = jnp.maximum(jnp.maximum(position.min(axis=1), 0) - before, 0)
+    all_begin = jnp.maximum(jnp.maximum(position.max(axis=1), 0) - before, 0)
+    if problem.has_positions:  # those of new tokens may be anything
+        begin = jnp.minimum(begin, jnp.maximum(context, 0))
+    begin = jnp.minimum(begin, end)
+    end = jnp.where(window > 0, end, begin)
+    return dict(begins_ref=begin, ends_ref=end, all_begins_ref=all_begin, all_ends_ref=all_end)
+
+
 def _call(work: RaggedWork, scalars, inputs, vmem_limit_bytes, interpret):
     problem = work.problem
 
     def per_item(*shape):
-        index = lambda core, step, *_: (core * work.core_steps + step, 0, 0, 0)  # noqa: E731
+        zeros = (0,) * len(shape)
+        index = lambda core, step, *_: (core * work.core_steps + step, *zeros)  # noqa: E731
         return pl.BlockSpec((1, *shape), index)
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -129,6 +190,9 @@ def _call(work: RaggedWork, scalars, inputs, vmem_limit_bytes, interpret):
         q_ref=per_item(*heads, problem.head_dim),
         sinks_ref=per_row,
         slopes_ref=per_row,
+        positions_ref=per_item(work.state_shape[1], 1),
+        new_positions_ref=pl.BlockSpec(memory_space=pltpu.VMEM),
+        tree_ref=None if (tree := inputs.get("tree_ref")) is None else per_item(*tree.shape[1:]),
         k_hbm_ref=in_hbm,
         v_hbm_ref=in_hbm,
     )
@@ -148,7 +212,7 @@ def _call(work: RaggedWork, scalars, inputs, vmem_limit_bytes, interpret):
     }
     scratch = _given(**_scratch(work) | state)
     names = [*scalars, *inputs, *outputs, *scratch]
-    absent = dict.fromkeys(OPTIONAL - set(names))
+    absent = dict.fromkeys((OPTIONAL | RAGGED_OPTIONAL) - set(names))
 
     def kernel(*refs):
         ragged_page_attention_kernel(**dict(zip(names, refs)), **absent, work=work)

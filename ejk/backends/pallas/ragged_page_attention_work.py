@@ -8,7 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ejk.backends.pallas.page_attention_work import LANES, Work, tiled
+from ejk.backends.pallas.page_attention_work import LANES, Work, round_up, tiled
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 
 ROWS_AT_ONCE = 256
@@ -37,6 +37,13 @@ class RaggedWork(Work):
         """Return how many softmaxes are taken of a block, and the rows of each."""
         return self.kv_heads // self.heads_at_once, self.heads_at_once * self.head_rows
 
+    @property
+    def item_words(self) -> int:
+        """Return how many integers the kernel is given of an item."""
+        problem = self.problem
+        new = problem.has_positions + (problem.has_positions or problem.tree_width > 0)
+        return 4 + 2 * problem.has_window + new
+
     def vmem(self) -> dict[str, int]:
         problem, (parts, rows), f32 = self.problem, self.state_shape, jnp.dtype(jnp.float32)
         lanes = tiled((parts, rows, LANES), f32)
@@ -46,14 +53,23 @@ class RaggedWork(Work):
         width = max(problem.head_dim, problem.value_head_dim)
         operand = tiled((self.block_kv, width), problem.dtype)
         per_head = tiled((self.kv_heads, self.head_rows, LANES), f32)
+        logits = tiled((rows, self.block_kv), f32)
         needs = super().vmem()
+
+        def new_lanes(rows, columns):
+            return tiled((rows, max(columns, self.block_kv)), f32)
+
         return needs | {
             "lse": 2 * per_head * problem.return_lse,
             "sinks and slopes": 2 * lanes * (problem.has_sinks + problem.has_alibi),
             "m and l": 2 * lanes,
             "acc": tiled((parts, rows, problem.value_head_dim), f32),
-            "logits": (14 if is_f32 else 4) * tiled((rows, self.block_kv), f32),
+            "logits": (14 if is_f32 else 4) * logits,
             "operands of products": (2 + is_f32) * (self.heads_at_once + 1) * operand,
+            "positions": problem.has_positions
+            * (2 * lanes + 3 * new_lanes(8, problem.total_tokens)),
+            "tree": bool(problem.tree_width)
+            * (3 * new_lanes(round_up(self.block_q, 8), problem.tree_width) + logits),
             "reordered heads": 2 * needs["reordered heads"],
             "the compiler's own": 2**20,
         }
