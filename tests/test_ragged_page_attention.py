@@ -224,9 +224,10 @@ def test_a_long_prefill(entry):
         bits_equal(entry(case), entry(case.with_other_junk(seed=3)))
 
 
-@pytest.mark.one_in(2)
 @ragged_edge
-@pytest.mark.parametrize("width", [0, 1, 13, 20])
+@pytest.mark.parametrize(
+    "width", [0, 20, *(pytest.param(width, marks=pytest.mark.thorough) for width in (1, 13))]
+)
 def test_widths_of_tree_masks(entry, width):
     case = build_ragged(config(), LENS, np.array([0, 5, 5, 9, 10, 11, 12, 13, 13, 13]))
     mask = np.random.default_rng(0).random((13, width)) < 0.5

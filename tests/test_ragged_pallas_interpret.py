@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_interpreter
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from ragged_strategies import EXTRAS, build_ragged
 from strategies import FEATURES, Configuration
 from test_pallas_interpret import BF16, F32, SHAPE
@@ -68,13 +70,25 @@ def test_everything_at_once(layout, dma_execution_mode):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("fitting", [1, pytest.param(2, marks=thorough)])
+@pytest.mark.parametrize("fitting", [2, pytest.param(1, marks=thorough)])
 def test_tables_that_do_not_fit_in_scalar_memory_are_run_in_parts(fitting, monkeypatch):
     monkeypatch.setattr(ejk.PallasRaggedPageAttention, "_seqs_per_launch", lambda *_: fitting)
     lens, bounds = (np.array(x, np.int32) for x in BATCHES["mixed"])
     config = Configuration(SHAPE, F32, "HND", ALL)
     case = build_ragged(config, lens, bounds, window=np.asarray(11), extras=EXTRAS)
     check(case, vmem_limit_bytes=2**26 + fitting)
+
+
+@pytest.mark.parametrize("first", [-700, -1, 0, 1, 127, 128, 300, 512])
+def test_lanes_are_taken_from_anywhere(first):
+    x = np.arange(8 * 384, dtype=np.float32).reshape(8, 384)
+
+    def body(x_ref, out_ref):
+        out_ref[...] = kernel.from_lane(x_ref[...], jnp.int32(first), 256)
+
+    shape = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+    lanes = pl.pallas_call(body, out_shape=shape, interpret=pltpu.InterpretParams())(x)
+    np.testing.assert_array_equal(lanes, np.roll(x, -first, axis=1)[:, :256])
 
 
 def without_waiting(self, slot, whole):

@@ -18,7 +18,7 @@ from ejk.backends.pallas.page_attention import (
 )
 from ejk.backends.pallas.page_attention_tuned import SMEM_LIMIT_BYTES, TOO_OLD
 from ejk.backends.pallas.page_attention_work import LANES, round_up
-from ejk.backends.pallas.ragged_page_attention_work import ROWS_AT_ONCE, RaggedWork
+from ejk.backends.pallas.ragged_page_attention_work import ROWS_AT_ONCE, RaggedWork, item_words
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionProblem,
@@ -137,9 +137,9 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
         seqs = problem.num_seqs
         while seqs:
             works = self._works(dataclasses.replace(problem, num_seqs=seqs))
-            arrays = works[0].item_words + 3  # each begins at a multiple of so many words
-            items = max(work.num_seqs for work in works)
-            words = seqs * problem.max_blocks + items * works[0].item_words + arrays * LANES
+            items, arrays = max(work.num_seqs for work in works), item_words(problem) + 3
+            # Each array begins at a whole tile.
+            words = seqs * problem.max_blocks + items * item_words(problem) + arrays * LANES
             if 4 * words <= SMEM_LIMIT_BYTES:
                 return seqs
             seqs //= 2
@@ -149,10 +149,14 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
         """Cut the call in one launch, or in two: one new token a sequence, and more."""
         total, q_len = problem.total_tokens, problem.q_len_bound
         most = min(problem.num_seqs, total)
+        # Tokens of a block, or what is known of so many blocks is half of the scalar memory. Only
+        # where `max_q_len` says less than is true, or most rows are nobody's, do they matter.
+        least = -(-8 * item_words(problem) * total // SMEM_LIMIT_BYTES)
         if q_len <= FEW_TOKENS and self.block_q is None:
-            work = self._fitting(problem, q_len, (1, total))
+            work = self._fitting(problem, max(q_len, least), (1, total))
             return (_with_items(work, min(total // work.block_q + most, total)),)
-        block_q = min(self.block_q or max(FEW_TOKENS, ROWS_AT_ONCE // problem.group), q_len)
+        rows = max(FEW_TOKENS, ROWS_AT_ONCE // problem.group)
+        block_q = min(self.block_q or rows, max(q_len, least))
         many = self._fitting(problem, block_q, (2, total))
         # Of sequences of two new tokens or more there are at most half as many as of tokens.
         items = total // many.block_q + max(min(most, total // 2), 1)

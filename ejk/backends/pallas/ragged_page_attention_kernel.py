@@ -132,7 +132,7 @@ def ragged_page_attention_kernel(
         given = from_lane(new_positions_ref[...], first, work.block_kv)
         return jnp.where(key < contexts_ref[item], key, given)
 
-    def seen(block, hidden):
+    def seen(block, key_position, hidden):
         """Say which tokens of a block each row sees, `[rows, block_kv]`."""
         key = key_places(block)
         exists = (key < block.base + block.left) & (hidden == 0)
@@ -146,8 +146,7 @@ def ragged_page_attention_kernel(
             given = (of_row > 0.5) & (column < problem.tree_width)
             visible = exists & (place >= 0) & ((column < 0) | given)
         if window_ref is not None:
-            age = position - key_positions(block, masked=True)
-            visible &= age < jnp.maximum(window_ref[0], 0)
+            visible &= position - key_position < jnp.maximum(window_ref[0], 0)
         return visible
 
     def logits(part, heads, key_position):
@@ -182,7 +181,7 @@ def ragged_page_attention_kernel(
         key_position = key_positions(block, masked)
         masks = None
         if masked:
-            visible = seen(block, paging.hide_bad_pages(block, slot, 0))
+            visible = seen(block, key_position, paging.hide_bad_pages(block, slot, 0))
             masks = visible, seen_by_some(visible, paging.visible(block), has_gaps)
         keys = heads_of(k_buf, slot, 0, 0, work)
         values = heads_of(pools[-1][1], slot, 0, 1, work)

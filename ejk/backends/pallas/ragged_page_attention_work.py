@@ -37,13 +37,6 @@ class RaggedWork(Work):
         """Return how many softmaxes are taken of a block, and the rows of each."""
         return self.kv_heads // self.heads_at_once, self.heads_at_once * self.head_rows
 
-    @property
-    def item_words(self) -> int:
-        """Return how many integers the kernel is given of an item."""
-        problem = self.problem
-        new = problem.has_positions + (problem.has_positions or problem.tree_width > 0)
-        return 4 + 2 * problem.has_window + new
-
     def vmem(self) -> dict[str, int]:
         problem, (parts, rows), f32 = self.problem, self.state_shape, jnp.dtype(jnp.float32)
         lanes = tiled((parts, rows, LANES), f32)
@@ -67,9 +60,15 @@ class RaggedWork(Work):
             "logits": (14 if is_f32 else 4) * logits,
             "operands of products": (2 + is_f32) * (self.heads_at_once + 1) * operand,
             "positions": problem.has_positions
-            * (2 * lanes + 3 * new_lanes(8, problem.total_tokens)),
+            * (2 * tiled((rows, LANES), f32) + 3 * new_lanes(1, problem.total_tokens)),
             "tree": bool(problem.tree_width)
             * (3 * new_lanes(round_up(self.block_q, 8), problem.tree_width) + logits),
             "reordered heads": 2 * needs["reordered heads"],
             "the compiler's own": 2**20,
         }
+
+
+def item_words(problem: RaggedPageAttentionProblem) -> int:
+    """Return how many integers the kernel is given of an item."""
+    new = problem.has_positions + (problem.has_positions or problem.tree_width > 0)
+    return 4 + 2 * problem.has_window + new

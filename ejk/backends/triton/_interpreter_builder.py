@@ -143,8 +143,9 @@ class _Builder(interpreter.InterpreterBuilder):
     def create_dot(self, a: Any, b: Any, d: Any, *precision: Any) -> Any:
         if not a.dtype.is_floating() or a.data.dtype == np.float64:
             return super().create_dot(a, b, d, *precision)
-        product = np.matmul(_numbers(a).astype(np.float32), _numbers(b).astype(np.float32))
-        return _handle(product + _numbers(d), d.dtype.scalar)
+        # In float32 a CPU's library may add up the rows of a block in different orders.
+        product = np.matmul(_numbers(a).astype(np.float64), _numbers(b).astype(np.float64))
+        return _handle(product.astype(np.float32) + _numbers(d), d.dtype.scalar)
 
 
 @typing.no_type_check

@@ -50,7 +50,7 @@ def query_key_products(
     q, k_ptrs, exists, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
     CHAIN: tl.constexpr, BLOCK_D_REST: tl.constexpr,
 ):  # fmt: skip
-    """Return `[rows, tokens]`, the sums of `CHAIN` products each added up apart."""
+    """Return `[rows, tokens]`: sums of `CHAIN` products, and of `BLOCK_D_REST`, added up apart."""
     PARTS: tl.constexpr = BLOCK_D // CHAIN
     k = load_rows(k_ptrs, exists, 0, CHAIN, HEAD_DIM, MASKED)
     s = tl.dot(q[0], tl.trans(k), input_precision="ieee")
