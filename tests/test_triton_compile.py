@@ -133,6 +133,7 @@ def compile_for(target: str, options: dict):
     return launch, problem, gpu, program
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant):
@@ -162,6 +163,7 @@ def test_amd_variants_fit(variant):
     assert program.lds_bytes <= launch.shared_memory(problem, gpu) <= SHARED_MEMORY_ROCM
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("variant", WIDE)
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_wide_variants_fit(target, variant):
