@@ -126,6 +126,13 @@ def test_tables_too_large_for_scalar_memory_are_run_in_parts_by_the_same_kernels
     assert len(used) == 2
 
 
+def test_a_hint_that_says_less_than_is_true_refuses_nothing():
+    sizes = dict(sizes=(8, 2, 128, 16), num_seqs=8, max_blocks=512, total_tokens=65536)
+    function, arguments = call("v5e", max_q_len=1, **sizes)
+    with jax.sharding.use_abstract_mesh(device("v5e").mesh.abstract_mesh):
+        function.trace(**arguments)
+
+
 REFUSED = {
     "dtype=float16: ": dict(sizes=(8, 2, 128, 16), dtype="float16"),
     "max_blocks=250000, total_tokens=300: ": dict(sizes=(8, 2, 128, 16), max_blocks=250000),
