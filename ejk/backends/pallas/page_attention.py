@@ -130,15 +130,11 @@ class PallasPageAttention(PageAttentionBackend):
         parts = -(-problem.num_seqs // most)
         size = -(-problem.num_seqs // parts)
 
-        def in_parts(x):
-            x = jnp.pad(x, ((0, parts * size - x.shape[0]),) + ((0, 0),) * (x.ndim - 1))
-            return x.reshape(parts, size, *x.shape[1:])
-
         def launch_part(rows):
             part = dataclasses.replace(problem, num_seqs=size)
             return self._launch(part, operands._replace(**rows))
 
-        rows = {name: in_parts(getattr(operands, name)) for name in problem.per_seq}
+        rows = {name: in_parts(getattr(operands, name), parts, size) for name in problem.per_seq}
         results = jax.lax.map(launch_part, rows)
         return tuple(x.reshape(-1, *x.shape[2:])[: problem.num_seqs] for x in results)
 
@@ -203,6 +199,12 @@ class PallasPageAttention(PageAttentionBackend):
 
     def _vmem_limit(self) -> int:
         return self.vmem_limit_bytes or _chip().vmem_limit_bytes
+
+
+def in_parts(x: jax.Array, parts: int, size: int) -> jax.Array:
+    """Divide what has a row for each sequence in parts, the last filled up with zeros."""
+    x = jnp.pad(x, ((0, parts * size - x.shape[0]),) + ((0, 0),) * (x.ndim - 1))
+    return x.reshape(parts, size, *x.shape[1:])
 
 
 def seen_pages(problem: PageAttentionProblem | RaggedPageAttentionProblem) -> int:

@@ -14,6 +14,7 @@ from ejk.backends.pallas.page_attention import (
     _callback_effects,
     _chip,
     _chip_version,
+    in_parts,
     seen_pages,
 )
 from ejk.backends.pallas.page_attention_tuned import SMEM_LIMIT_BYTES, TOO_OLD
@@ -121,10 +122,8 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
         of_part = size * jnp.arange(parts)[:, None] + jnp.arange(size + 1)[None]
         given = dict(
             cu_q_lens=bounds[of_part],
-            context_lens=jnp.pad(operands.context_lens, (0, more)).reshape(parts, size),
-            block_tables=jnp.pad(operands.block_tables, ((0, more), (0, 0))).reshape(
-                parts, size, problem.max_blocks
-            ),
+            context_lens=in_parts(operands.context_lens, parts, size),
+            block_tables=in_parts(operands.block_tables, parts, size),
         )
 
         def launch_part(results, given):
