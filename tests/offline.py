@@ -100,6 +100,7 @@ def compile_cuda(
     *,
     num_warps: int = 4,
     num_stages: int = 3,
+    max_registers: int | None = None,
 ) -> CudaProgram:
     """Compiles a kernel for one of `CUDA_TARGETS`.
 
@@ -110,10 +111,12 @@ def compile_cuda(
       target: as in `"sm_90"`.
       num_warps: warps a program runs on.
       num_stages: depth of the software pipeline.
+      max_registers: of a thread; the compiler's choice if None.
     """
     capability = int(target.removeprefix("sm_"))
     gpu = GPUTarget("cuda", capability, 32)
-    compiled = _compile(kernel, pointers, constants, gpu, num_warps, num_stages)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
+    compiled = _compile(kernel, pointers, constants, gpu, options)
     ptx = compiled.asm["ptx"]
     usage = _resource_usage(ptx, capability)
     copies: dict[int, int] = {}
@@ -141,7 +144,8 @@ def compile_amd(
 ) -> AmdProgram:
     """Compiles a kernel for one of `AMD_TARGETS`; the arguments are those of `compile_cuda`."""
     gpu = GPUTarget("hip", target, 64)
-    compiled = _compile(kernel, pointers, constants, gpu, num_warps, num_stages)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = _compile(kernel, pointers, constants, gpu, options)
     assembly = compiled.asm["amdgcn"]
     return AmdProgram(
         vgprs=_number(r"\.vgpr_count:\s+(\d+)", assembly),
@@ -158,8 +162,7 @@ def _compile(
     pointers: Mapping[str, str],
     constants: Mapping[str, Any],
     target: GPUTarget,
-    num_warps: int,
-    num_stages: int,
+    options: Mapping[str, Any],
 ) -> Any:
     names = [parameter.name for parameter in kernel.params]
     assert names == [*pointers, *(n for n in names if n in constants)], "pointers come first"
@@ -168,8 +171,7 @@ def _compile(
     # jax-triton promises the compiler that every array starts on a multiple of 16 bytes.
     attributes = {(number,): [["tt.divisibility", 16]] for number in range(len(pointers))}
     source = ASTSource(kernel, signature, dict(constants), attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
 
 
 def _resource_usage(ptx: str, capability: int) -> str:

@@ -40,6 +40,16 @@ def entries() -> list[RaggedEntry]:
                 examples=40,
                 decode=ejk.TritonPageAttention(),
             ),
+            # A few tokens fill it, and so are taken in the blocks of many.
+            RaggedEntry(
+                "ragged triton on a small gpu", ejk.TritonRaggedPageAttention(num_sms=1), examples=8
+            ),
+            RaggedEntry(
+                "ragged triton on a small gpu, in blocks of 256",
+                ejk.TritonRaggedPageAttention(num_sms=1, block_rows=256),
+                examples=8,
+                may_refuse=(r"blocks of 256 query rows .* shared memory", "no rocm device is here"),
+            ),
         ]
     small = ejk.XlaRaggedPageAttention(block_q=4, block_kv=16)
     return [

@@ -13,7 +13,7 @@ from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.triton._target import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.triton.ragged_combine_kernel import ragged_combine_kernel
 from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
-from ejk.backends.triton.ragged_page_attention_blocks import HOPPER_ROWS, HOPPER_WARPS
+from ejk.backends.triton.ragged_page_attention_blocks import HOPPER_LONG, HOPPER_SHORT
 from ejk.backends.triton.ragged_page_attention_kernel import ragged_page_attention_kernel
 from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch
 from ejk.backends.triton.ragged_plan_kernel import ragged_plan_kernel
@@ -26,8 +26,10 @@ MIXED = RaggedPageAttentionProblem(
     q_len_bound=4096,
     visible_bound=4096,
 )
+LONG = {"max_blocks": 2048, "visible_bound": 32_768}
 VARIANTS = {
     "head dimension 128": {},
+    "head dimension 128, long contexts": LONG,
     "head dimension 64": {"head_dim": 64, "value_head_dim": 64},
     "every option": EVERY_OPTION,
 }
@@ -105,14 +107,13 @@ def compile_for(target: str, options: dict, which: int):
         "out_ptr": dtype,
         "lse_ptr": "float32",
     }
-    compile_kernel = offline.compile_cuda if target.startswith("sm_") else offline.compile_amd
+    options = {"num_warps": rows.num_warps, "num_stages": rows.num_stages}
+    compile_kernel = offline.compile_amd
+    if target.startswith("sm_"):
+        compile_kernel = offline.compile_cuda
+        options["max_registers"] = rows.max_registers
     program = compile_kernel(
-        ragged_page_attention_kernel,
-        pointers,
-        launch.constants(problem, which),
-        target,
-        num_warps=rows.num_warps,
-        num_stages=rows.num_stages,
+        ragged_page_attention_kernel, pointers, launch.constants(problem, which), target, **options
     )
     return problem, rows, program
 
@@ -128,7 +129,7 @@ def compile_for(target: str, options: dict, which: int):
 )
 def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant, which):
     problem, rows, program = compile_for(target, (VARIANTS | MORE_VARIANTS)[variant], which)
-    few = 64 if rows.num_warps == HOPPER_WARPS else 0  # measured to be worth it
+    few = 64 if rows.max_registers else 0  # measured to be worth it
     assert max(program.spill_store_bytes, program.spill_load_bytes) <= few
     assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
     # Keys and values, each thread 16 bytes at a time, in the prologue of each loop, one block less
@@ -187,9 +188,11 @@ def test_amd_variants_fit_and_16_bits_spill_no_vector_registers(variant, which):
 
 def test_tuned_blocks_of_an_h100_fit():
     """What `benchmarks/tune_ragged.py` tries fits by the bound, or is refused before it runs."""
-    assert launch_for("sm_90", MIXED).launches[WIDE].rows == HOPPER_ROWS
-    few = dataclasses.replace(MIXED, total_tokens=512)
-    assert launch_for("sm_90", few).launches[WIDE].rows < HOPPER_ROWS, "too few"
+    long = dataclasses.replace(MIXED, **LONG)
+    assert launch_for("sm_90", MIXED).launches[WIDE].rows == HOPPER_SHORT[0]
+    assert launch_for("sm_90", long).launches[WIDE].rows == HOPPER_LONG[0]
+    few = dataclasses.replace(long, total_tokens=512)
+    assert launch_for("sm_90", few).launches[WIDE].max_registers is None, "too few"
     wide = {"block_rows": 128, "block_kv": 128, "num_warps": 8, "num_stages": 3}
     rows = launch_for("sm_90", MIXED, **wide).launches[WIDE]
     assert (rows.rows, rows.block_kv, rows.num_stages) == (128, 128, 3)

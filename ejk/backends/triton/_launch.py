@@ -36,6 +36,7 @@ def call(
     grid: int,
     num_warps: int,
     num_stages: int,
+    max_registers: int | None = None,
     compute_capability: int | None,
     interpret: bool,
 ) -> tuple[Any, ...]:
@@ -57,6 +58,8 @@ def call(
       grid: number of programs, from 1 to 2**31 - 1.
       num_warps: warps a program runs on.
       num_stages: depth of the software pipeline.
+      max_registers: of a thread, on an NVIDIA GPU; the compiler's choice if None. Only where
+        `can_run_in_place`.
       compute_capability: 90 for sm_90; the capability of the machine's GPU if None.
       interpret: runs the kernel on the CPU with Triton's interpreter.
 
@@ -89,11 +92,12 @@ def call(
     if aliases:
         written = jax.lax.optimization_barrier(written)
     jax_triton, is_ffi_line = _import_jax_triton()
-    assert is_ffi_line or not aliases, "see can_run_in_place"
+    assert is_ffi_line or not (aliases or max_registers), "see can_run_in_place"
     # Fusing a product and a sum into one instruction changes rounding, so the choice is written
     # out here instead of following a default that may differ between the lines.
     if is_ffi_line:
-        options = {"out_type": result_types, "backend_options": {"enable_fp_fusion": True}}
+        compiler_options = {"enable_fp_fusion": True, "maxnreg": max_registers}
+        options = {"out_type": result_types, "backend_options": compiler_options}
     else:
         options = {"out_shape": result_types, "enable_fp_fusion": True}
     with warnings.catch_warnings():

@@ -136,6 +136,7 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
                 grid=launch.grid(problem, which),
                 num_warps=rows.num_warps,
                 num_stages=rows.num_stages,
+                max_registers=rows.max_registers,
             )
             made |= dict(zip(outputs or in_place, written))
             if not launch.combine_grid(problem, which):

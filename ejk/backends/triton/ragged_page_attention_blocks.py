@@ -11,11 +11,16 @@ from ejk.backends.triton.page_attention_launch import Launch, Tuning, two_parts
 
 # Query rows that one narrow block may have: more are wide, or several narrow ones.
 MOST_NARROW_ROWS = 64
-# Query rows, elements of a step's keys, warps and stages of wide blocks on an H100 that they fill:
-# 16 warps keep its multiprocessors busy, one's softmax beside another's products. 8 x 4,096 tokens
-# take 2,498 us, the best of 8 warps 2,860; 8 chunks of 512 on 16,384 take 2,218 for 2,474. That is
-# worth 28 bytes of registers that spill, and products that wait for one another (ptxas, C7512).
-HOPPER_ROWS, HOPPER_TILE, HOPPER_WARPS, HOPPER_STAGES = 256, 8192, 16, 3
+# Wide blocks on an H100 that they fill: 16 warps of 128 registers keep its multiprocessors busy,
+# one's softmax beside another's products, in a program of 256 rows or in two of 128. One reads half
+# as much; of two, one begins and ends beside the other. Two, by what a row may see: of 1,024 tokens
+# they take 0.91 of the time of one, of 2,048 0.98, of 4,096 0.94 to 0.98, of 8,192 1.03 to 1.06, of
+# 32,768 1.10. With ALiBi two spill more, and take 1.04 of 4,096. Either is worth 28 bytes that
+# spill, and products that wait for one another (ptxas, C7512): 8 x 4,096 tokens take 2,498 us, with
+# all the registers of 8 warps 2,860.
+HOPPER_TILE, HOPPER_REGISTERS = 8192, 128  # elements of a step's keys; a thread's
+HOPPER_SHORT, HOPPER_LONG = (128, 8, 2), (256, 16, 3)  # rows, warps, stages
+SHORT_TOKENS = 4096
 # Elsewhere rows, tokens and stages, of each the largest that fits, in this order. Of those on an
 # H100 128 x 128 and 128 x 64 with 3 stages are alike, 2 stages are up to a quarter slower and 4
 # no faster; four stages compile to spills on sm_89.
@@ -52,6 +57,7 @@ class Rows:
     num_warps: int
     num_stages: int
     shared_memory: int  # bytes of a program, at most
+    max_registers: int | None  # of a thread; None: the compiler's choice
     peel: bool
     cuts: int  # pieces to cut contexts in, about; 0: none is cut
     max_blocks: int  # of rows
@@ -87,18 +93,20 @@ def narrow_rows(problem, tuning: RaggedTuning, target: Target, rows: int) -> Row
     launch = Launch.of(decode, own, target)
     shared = launch.shared_memory(decode, target)
     blocks = (launch.block_group, launch.block_kv, launch.num_warps, launch.num_stages)
-    return Rows(*blocks, shared, peel=False, cuts=0, max_blocks=0)
+    return Rows(*blocks, shared, None, peel=False, cuts=0, max_blocks=0)
 
 
 def wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
     """Choose the largest blocks that fit the target's shared memory and registers."""
     fixed = (tuning.block_rows, tuning.block_kv, tuning.num_warps, tuning.num_stages)
     if _fills_hopper(problem, target):
-        block_kv = HOPPER_TILE // max(_widths(problem))
-        blocks = (HOPPER_ROWS, block_kv, HOPPER_WARPS, HOPPER_STAGES)
-        if all(value in (None, own) for value, own in zip(fixed, blocks)):
-            shared = _wide_shared_memory(problem, target, *blocks)
-            return Rows(*blocks, shared, peel=True, cuts=0, max_blocks=0)
+        is_short = problem.visible_bound <= SHORT_TOKENS and not problem.has_alibi
+        for choice in (HOPPER_SHORT, HOPPER_LONG) if is_short else (HOPPER_LONG, HOPPER_SHORT):
+            rows, num_warps, num_stages = choice
+            blocks = (rows, HOPPER_TILE // max(_widths(problem)), num_warps, num_stages)
+            if all(value in (None, own) for value, own in zip(fixed, blocks)):
+                shared = _wide_shared_memory(problem, target, *blocks)
+                return Rows(*blocks, shared, HOPPER_REGISTERS, peel=True, cuts=0, max_blocks=0)
     most = (WIDE_ROWS, WIDE_KV, (WIDE_WARPS,), WIDE_STAGES)
     choices = [(value,) if value else own for value, own in zip(fixed, most)]
     found = None
@@ -106,7 +114,8 @@ def wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
     candidates = itertools.chain(itertools.product(*choices), itertools.product(*one_stage))
     for rows, block_kv, num_warps, num_stages in candidates:
         shared = _wide_shared_memory(problem, target, rows, block_kv, num_warps, num_stages)
-        found = Rows(rows, block_kv, num_warps, num_stages, shared, peel=True, cuts=0, max_blocks=0)
+        blocks = (rows, block_kv, num_warps, num_stages)
+        found = Rows(*blocks, shared, None, peel=True, cuts=0, max_blocks=0)
         if shared <= target.shared_memory and _fits_registers(problem, target, found):
             break  # or the smallest does not fit either: `limits` says so
     assert found is not None
@@ -114,15 +123,15 @@ def wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
 
 
 def _fills_hopper(problem, target: Target) -> bool:
-    """Say whether 16 warps' blocks fit 128 registers a thread and are not too few.
+    """Say whether such blocks fit 128 registers a thread and are not too few.
 
-    On an H100 128 of them, 4 chunks of 256 on 4,096, took 165.6 us and blocks of 128 rows 182.0; 64
-    of them, a chunk of 512 on 16,384, took 371.1 and the others 327.8.
+    On an H100 128 blocks of 256 rows, 4 chunks of 256 on 4,096, took 165.6 us and of 128 rows with
+    all registers 182.0; 64 of them, a chunk of 512 on 16,384, took 371.1 and the others 327.8.
     """
     is_16_bit = problem.dtype.itemsize == 2
     fits = is_16_bit and 64 <= max(_widths(problem)) <= 128 and not problem.tree_width
     rows = problem.total_tokens * problem.num_heads  # of all KV heads
-    return target.compute_capability == 90 and fits and 4 * rows >= 3 * HOPPER_ROWS * target.num_sms
+    return target.compute_capability == 90 and fits and rows >= 192 * target.num_sms
 
 
 def _is_hopper(target: Target) -> bool:
