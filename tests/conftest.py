@@ -23,6 +23,9 @@ import numpy as np
 import pytest
 import tally
 
+if not (os.environ.get("EJK_TEST_GPU") or os.environ.get("EJK_TEST_THOROUGH")):
+    # Most of the time goes to compiling, of which LLVM's optimisations are a fifth.
+    jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

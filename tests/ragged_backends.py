@@ -53,13 +53,13 @@ def entries() -> list[RaggedEntry]:
         ]
     small = ejk.XlaRaggedPageAttention(block_q=4, block_kv=16)
     return [
-        RaggedEntry("ragged xla", ejk.XlaRaggedPageAttention(), examples=8),
-        RaggedEntry("ragged xla in small blocks", small, examples=5),
-        RaggedEntry("ragged triton interpreted", TRITON, examples=12, decode=DECODE),
+        RaggedEntry("ragged xla", ejk.XlaRaggedPageAttention(), examples=6),
+        RaggedEntry("ragged xla in small blocks", small, examples=4),
+        RaggedEntry("ragged triton interpreted", TRITON, examples=8, decode=DECODE),
         RaggedEntry(
             "ragged pallas interpreted",
             PALLAS,
-            examples=5,
+            examples=4,
             may_refuse=(r"float16: the matrix unit takes float32 and bfloat16",),
         ),
     ]
