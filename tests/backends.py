@@ -83,9 +83,9 @@ def entries() -> list[Entry]:
             Entry("triton on gpu", ejk.TritonPageAttention(), examples=80),
         ]
     return [
-        Entry("xla", ejk.XlaPageAttention(), examples=12, invariant=False),
+        Entry("xla", ejk.XlaPageAttention(), examples=10, invariant=False),
         Entry(
-            "xla in small blocks", ejk.XlaPageAttention(block_kv=16), examples=5, invariant=False
+            "xla in small blocks", ejk.XlaPageAttention(block_kv=16), examples=4, invariant=False
         ),
         Entry("triton interpreted", ejk.TritonPageAttention(interpret=True), examples=8),
         Entry(

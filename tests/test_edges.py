@@ -22,6 +22,7 @@ def config(**changes):
     return dataclasses.replace(plain, **changes)
 
 
+@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize("num_splits", [0, 1, 3])
 def test_lengths_around_page_edges(entry, num_splits):
@@ -29,7 +30,7 @@ def test_lengths_around_page_edges(entry, num_splits):
     assert_close(case, *entry(case))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @edge
 @pytest.mark.parametrize("features", [(), ("sliding_window", "sinks")], ids=["", "windowed"])
 @pytest.mark.parametrize("cache_layout", LAYOUTS)
@@ -51,6 +52,7 @@ def test_lengths_are_checked_in_their_own_dtype(entry, dtype):
     assert_close(case, *entry(case))
 
 
+@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint32", "uint64"])
 @pytest.mark.parametrize("as_jax", [False, True])

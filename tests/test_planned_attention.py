@@ -45,7 +45,7 @@ def test_planned_attention_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 
 
-@each_case(cases(PLANNED), share=0.4, entries=EACH)
+@each_case(cases(PLANNED), share=0.2, entries=EACH)
 def test_a_plan_changes_no_more_than_last_bits(entry, case):
     """No bit where the call would have made the same plan, or makes none."""
     result = entry(case, plan=plan_for(case, entry.backend))

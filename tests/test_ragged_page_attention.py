@@ -58,7 +58,7 @@ def test_order_of_pages_changes_no_bit(entry, case):
     bits_equal(entry(case), entry(case.permuted(seed=1)))
 
 
-@each_ragged()
+@each_ragged(share=0.5)
 def test_unread_memory_changes_no_bit(entry, case):
     """Nor queries that see nothing, nor masks and positions of what is no sequence's."""
     result = entry(case)
@@ -182,6 +182,7 @@ def test_asking_for_the_lse_changes_no_bit_of_the_output(entry, case):
 LENS = np.array([48, 0, 5, 49, 33, 17, 16, 1, 40])
 
 
+@pytest.mark.one_in(2)
 @ragged_edge
 @pytest.mark.parametrize(
     "bounds",

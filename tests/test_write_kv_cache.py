@@ -73,6 +73,7 @@ def test_slots_outside_write_nothing_whatever_their_type(entry, dtype):
     assert set(zip(*np.nonzero(changed.any(axis=(1, 3))))) == {(0, 5), (5, 10)}
 
 
+@pytest.mark.one_in(2)
 @writer_edge
 @pytest.mark.parametrize("num_tokens", [2, 150])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,7 +85,7 @@ def test_the_last_of_several_tokens_stays(entry, layout, num_tokens):
     check(entry, build(SHAPES[0], F32, layout, slots.astype(np.int32)))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @writer_edge
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)

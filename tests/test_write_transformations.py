@@ -141,6 +141,7 @@ def test_a_loop_over_layers_of_one_donated_pool(entry, unroll):
     np.testing.assert_array_equal(caches[1], written[1])
 
 
+@pytest.mark.one_in(2)
 @writer_edge
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 @pytest.mark.parametrize("what", ["KV heads", "pages"])

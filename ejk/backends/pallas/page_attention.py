@@ -25,7 +25,7 @@ from ejk.backends.pallas.page_attention_tuned import (
     UNKNOWN,
     Chip,
 )
-from ejk.backends.pallas.page_attention_work import Work, round_up, seqs_per_launch
+from ejk.backends.pallas.page_attention_work import LANES, Work, round_up, seqs_per_launch
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 
 
@@ -179,6 +179,8 @@ class PallasPageAttention(PageAttentionBackend):
             return self.pages_per_compute_block
         one_page = Work(problem, 1, 1, reordered_copies=_chip().reordered_copies)
         of_round = ROUND_KEY_BYTES * problem.page_size // one_page.key_bytes
+        if problem.head_dim > LANES and of_round < BLOCK_KV:
+            of_round //= _chip().wide_round_blocks
         longest = LONG_BLOCK_KV if of_round > 4 * BLOCK_KV else BLOCK_KV
         tokens = min(of_round, longest)
         pages = max(1, tokens // problem.page_size)
