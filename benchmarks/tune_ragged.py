@@ -44,7 +44,7 @@ WIDE = (
 NARROW = ((128, 4, 3), (128, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 3), (256, 4, 2), (64, 2, 3))
 WIDE_FIELDS = ("block_rows", "block_kv", "num_warps", "num_stages")
 NARROW_FIELDS = ("few_block_kv", "few_num_warps", "few_num_stages")
-FOR_WIDE = ("prefill 8 x 4,096", "8 chunks of 512 on 16,384")
+FOR_WIDE = ("prefill 8 x 4,096", "8 chunks of 512 on 16,384", "prefill 1 x 32,768")
 FOR_NARROW = ("mixed: its decodes", "verification of 8 on 8,192")
 
 

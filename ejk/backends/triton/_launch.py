@@ -96,7 +96,9 @@ def call(
     # Fusing a product and a sum into one instruction changes rounding, so the choice is written
     # out here instead of following a default that may differ between the lines.
     if is_ffi_line:
-        compiler_options = {"enable_fp_fusion": True, "maxnreg": max_registers}
+        compiler_options: dict[str, Any] = {"enable_fp_fusion": True}
+        if max_registers is not None:
+            compiler_options["maxnreg"] = max_registers
         options = {"out_type": result_types, "backend_options": compiler_options}
     else:
         options = {"out_shape": result_types, "enable_fp_fusion": True}
