@@ -57,6 +57,13 @@ def test_a_mixed_batch_is_one_plan_and_two_kinds_of_blocks():
     assert sorted(names(text)[1:]) == sorted([ATTENTION, COMBINATION] * 2)
 
 
+@pytest.mark.parametrize(("max_context_len", "threads"), [(4096, 256), (None, 512)])
+def test_blocks_of_many_rows_are_held_to_their_registers(max_context_len, threads):
+    text = lower(2048, max_context_len=max_context_len)
+    _, wide = (call for call in carried(text) if ATTENTION in call)
+    assert b".maxnreg 128" in wide and b".reqntid %d" % threads in wide
+
+
 def test_every_option_lowers():
     heads = jnp.zeros(32, jnp.float32)
     text = lower(
