@@ -163,7 +163,7 @@ def each_case(strategy, share: float = 1.0, entries=ENTRIES):
             def holds(case):
                 run(entry=entry, case=case)
 
-            examples = max(1, round(entry.examples * share * (20 if THOROUGH else 1)))
+            examples = max(2, round(entry.examples * share * (20 if THOROUGH else 1)))
             prop = hypothesis.settings(max_examples=examples)(hypothesis.given(strategy)(holds))
             if not THOROUGH:
                 seed = zlib.crc32(f"{body.__name__} {entry.name}".encode())

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 import tally
 
-if not (os.environ.get("EJK_TEST_GPU") or os.environ.get("EJK_TEST_THOROUGH")):
+UNASKED = "EJK_TEST_GPU", "EJK_TEST_THOROUGH", "JAX_DISABLE_MOST_OPTIMIZATIONS"
+if not any(os.environ.get(name) for name in UNASKED):
     # Most of the time goes to compiling, of which LLVM's optimisations are a fifth.
     jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -40,7 +40,7 @@ def entries() -> list[RaggedEntry]:
                 examples=40,
                 decode=ejk.TritonPageAttention(),
             ),
-            # A few tokens fill it, and so are taken in the blocks of many.
+            # 192 query rows fill it: of 16 bits they are taken in the blocks of a large batch.
             RaggedEntry(
                 "ragged triton on a small gpu", ejk.TritonRaggedPageAttention(num_sms=1), examples=8
             ),

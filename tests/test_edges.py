@@ -22,7 +22,6 @@ def config(**changes):
     return dataclasses.replace(plain, **changes)
 
 
-@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize("num_splits", [0, 1, 3])
 def test_lengths_around_page_edges(entry, num_splits):
@@ -30,7 +29,7 @@ def test_lengths_around_page_edges(entry, num_splits):
     assert_close(case, *entry(case))
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(3)
 @edge
 @pytest.mark.parametrize("features", [(), ("sliding_window", "sinks")], ids=["", "windowed"])
 @pytest.mark.parametrize("cache_layout", LAYOUTS)

@@ -205,7 +205,6 @@ def test_gradients_of_a_batch_that_sees_nothing_are_zero(entry):
         assert not np.asarray(grad).any()
 
 
-@pytest.mark.one_in(2)
 @edge
 def test_vmap_of_grad_equals_grads_one_by_one(entry):
     cases_ = [build(config(), LENGTHS, seed=0), build(config(), LENGTHS[::-1].copy(), seed=0)]

@@ -59,7 +59,6 @@ def test_gradients_at_the_edges(entry, features, extras):
     check(clean_query(case), entry, attend)
 
 
-@pytest.mark.one_in(2)
 @ragged_edge
 def test_queries_that_see_nothing_and_unread_memory_change_no_bit(entry):
     """Whatever they hold: their own gradients are exactly 0, and so are those of the memory."""
@@ -84,7 +83,6 @@ def test_queries_that_see_nothing_and_unread_memory_change_no_bit(entry):
     assert np.isfinite(given["query"]).all() and np.isfinite(given["key_cache"]).all()
 
 
-@pytest.mark.one_in(2)
 @ragged_edge
 def test_vmap_of_grad_equals_grads_one_by_one(entry):
     case = build_ragged(config(), LENS, BOUNDS)

@@ -51,7 +51,6 @@ def check(case, dma_execution_mode="on_wait", cores=1, **fields):
     assert_close(case, out, lse)
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
 @pytest.mark.parametrize("name", BATCHES)

@@ -32,6 +32,7 @@ VARIANTS = {
     "head dimension 128, long contexts": LONG,
     "head dimension 64": {"head_dim": 64, "value_head_dim": 64},
     "every option": EVERY_OPTION,
+    "every option but slopes": EVERY_OPTION | {"has_alibi": False},
 }
 MORE_VARIANTS = {
     "head dimension 64, every option": EVERY_OPTION | {"head_dim": 64, "value_head_dim": 64},

@@ -232,7 +232,6 @@ BACKWARD = {
 }
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bug", FORWARD)
 def test_bugs_of_the_forward_pass_are_caught(bug, monkeypatch):
     target, name, replacement = FORWARD[bug]

@@ -41,7 +41,7 @@ class PallasPageAttention(PageAttentionBackend):
         pages_per_compute_block: pages of a block, over which one softmax is taken. None: by sizes
             and chip.
         blocks_per_round: blocks that are computed together, of one sequence or of several. None: by
-            sizes; several where KV heads are few.
+            sizes and chip; several where KV heads are few, or are wide on v5e and v5p.
         megacore_mode: what the two cores of a megacore chip (v4, v5p) share: `"batch"`, the
             sequences, or `"kv_head"`, the KV heads. None: the sequences on such a chip, or the KV
             heads of a single one.

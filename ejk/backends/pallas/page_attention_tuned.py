@@ -28,7 +28,7 @@ CHIPS = {
 """By the chip version that `pltpu.get_tpu_info()` names.
 
 On v5e one block of 512 tokens of 8 KV heads of 256 entries spills 331 registers, and two of 256 in
-a round 105, for 7 % more bundles; the memory is the bound either way.
+a round 105, for 7 % more cycles; the memory is the bound either way. Fewer heads were not tried.
 """
 
 UNKNOWN = CHIPS["v4"]

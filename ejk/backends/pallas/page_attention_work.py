@@ -98,7 +98,7 @@ class Work:
             "operands of products": copies * tiled((block_kv, max(keys, values)), dtype),
             "reordered heads": self.block_pages * page * (
                 nhd * max(copies, self.round_blocks * self.reordered_copies)
-                + 3 * (not whole_tiles)
+                + 4 * (not whole_tiles)
             ),
             "the compiler's own": 2**19,
         }  # fmt: skip

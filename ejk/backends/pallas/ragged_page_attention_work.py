@@ -41,7 +41,7 @@ class RaggedWork(Work):
         problem, (parts, rows), f32 = self.problem, self.state_shape, jnp.dtype(jnp.float32)
         lanes = tiled((parts, rows, LANES), f32)
         # Found by compiling: what is kept of logits and weights, and of keys and values, of which
-        # masking makes copies, and float32 parts for the highest precision.
+        # masking makes copies, and float32 parts for the highest precision; most on v5p.
         is_f32 = problem.dtype == f32
         width = max(problem.head_dim, problem.value_head_dim)
         operand = tiled((self.block_kv, width), problem.dtype)
@@ -57,8 +57,9 @@ class RaggedWork(Work):
             "sinks and slopes": 2 * lanes * (problem.has_sinks + problem.has_alibi),
             "m and l": 2 * lanes,
             "acc": tiled((parts, rows, problem.value_head_dim), f32),
-            "logits": (14 if is_f32 else 4) * logits,
-            "operands of products": (2 + is_f32) * (self.heads_at_once + 1) * operand,
+            "logits": ((17 if is_f32 else 5) + 7 * (problem.soft_cap is not None)) * logits,
+            "operands of products": (2 + is_f32) * (self.heads_at_once + 1) * operand
+            + 14 * operand * problem.latent,
             "positions": problem.has_positions
             * (2 * tiled((rows, LANES), f32) + 3 * new_lanes(1, problem.total_tokens)),
             "tree": bool(problem.tree_width)

@@ -13,11 +13,11 @@ from ejk.backends.triton.page_attention_launch import Launch, Tuning, two_parts
 MOST_NARROW_ROWS = 64
 # Wide blocks on an H100 that they fill: 16 warps of 128 registers keep its multiprocessors busy,
 # one's softmax beside another's products, in a program of 256 rows or in two of 128. One reads half
-# as much; of two, one begins and ends beside the other. Two, by what a row may see: of 1,024 tokens
-# they take 0.91 of the time of one, of 2,048 0.98, of 4,096 0.94 to 0.98, of 8,192 1.03 to 1.06, of
-# 32,768 1.10. With ALiBi two spill more, and take 1.04 of 4,096. Either is worth 28 bytes that
-# spill, and products that wait for one another (ptxas, C7512): 8 x 4,096 tokens take 2,498 us, with
-# all the registers of 8 warps 2,860.
+# as much; of two, one begins and ends beside the other. Two, by what a row may see, on one machine:
+# of 1,024 tokens they take 0.92 of the time of one, of 2,048 0.98, of 4,096 0.98 to 0.99, of 8,192
+# 1.03 to 1.06, of 32,768 1.10. With ALiBi they spill more, and take 1.04. Either is worth 28 bytes
+# that spill, and products that wait for one another (ptxas, C7512): 8 x 4,096 tokens take 2,498 us,
+# with all the registers of 8 warps 2,860.
 HOPPER_TILE, HOPPER_REGISTERS = 8192, 128  # elements of a step's keys; a thread's
 HOPPER_SHORT, HOPPER_LONG = (128, 8, 2), (256, 16, 3)  # rows, warps, stages
 SHORT_TOKENS = 4096
@@ -93,7 +93,7 @@ def narrow_rows(problem, tuning: RaggedTuning, target: Target, rows: int) -> Row
     launch = Launch.of(decode, own, target)
     shared = launch.shared_memory(decode, target)
     blocks = (launch.block_group, launch.block_kv, launch.num_warps, launch.num_stages)
-    return Rows(*blocks, shared, None, peel=False, cuts=0, max_blocks=0)
+    return Rows(*blocks, shared, max_registers=None, peel=False, cuts=0, max_blocks=0)
 
 
 def wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
@@ -115,7 +115,7 @@ def wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
     for rows, block_kv, num_warps, num_stages in candidates:
         shared = _wide_shared_memory(problem, target, rows, block_kv, num_warps, num_stages)
         blocks = (rows, block_kv, num_warps, num_stages)
-        found = Rows(*blocks, shared, None, peel=True, cuts=0, max_blocks=0)
+        found = Rows(*blocks, shared, max_registers=None, peel=True, cuts=0, max_blocks=0)
         if shared <= target.shared_memory and _fits_registers(problem, target, found):
             break  # or the smallest does not fit either: `limits` says so
     assert found is not None
@@ -126,7 +126,8 @@ def _fills_hopper(problem, target: Target) -> bool:
     """Say whether such blocks fit 128 registers a thread and are not too few.
 
     On an H100 128 blocks of 256 rows, 4 chunks of 256 on 4,096, took 165.6 us and of 128 rows with
-    all registers 182.0; 64 of them, a chunk of 512 on 16,384, took 371.1 and the others 327.8.
+    all registers 182.0; 64 of them, a chunk of 512 on 16,384, took 371.1 and the others 327.8. The
+    same number of rows is asked of two programs of 128, for which it was not measured.
     """
     is_16_bit = problem.dtype.itemsize == 2
     fits = is_16_bit and 64 <= max(_widths(problem)) <= 128 and not problem.tree_width
