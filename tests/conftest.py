@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import tally
 
-UNASKED = "EJK_TEST_GPU", "EJK_TEST_THOROUGH", "JAX_DISABLE_MOST_OPTIMIZATIONS"
-if not any(os.environ.get(name) for name in UNASKED):
+OPTIMISED = "EJK_TEST_GPU", "EJK_TEST_THOROUGH", "JAX_DISABLE_MOST_OPTIMIZATIONS"
+if not any(os.environ.get(name) for name in OPTIMISED):
     # Most of the time goes to compiling, of which LLVM's optimisations are a fifth.
     jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -105,3 +105,23 @@ def restored_registry():
     before = list(_dispatch._registered)
     yield
     _dispatch._registered[:] = before
+
+
+@pytest.fixture
+def jax_triton():
+    """Skip what lowers Triton kernels where jax-triton is not installed; a broken one fails."""
+    from ejk.backends.triton import _launch  # not earlier: the import hook comes first
+
+    reason = _launch.available()
+    if reason is not None and reason.endswith("is not installed"):
+        pytest.skip(reason)
+    assert reason is None
+
+
+@pytest.fixture
+def jax_triton_in_place(jax_triton):
+    """The same, also where it is of the line that cannot write in place."""
+    from ejk.backends.triton import _launch
+
+    if not _launch.can_run_in_place():
+        pytest.skip("jax-triton 0.3 cannot write in place")

@@ -21,7 +21,6 @@ from test_page_attention import bits_equal
 from tolerances import assert_close
 
 import ejk
-from ejk.backends.triton import _launch
 
 POOLS = {
     "HND": (8, 2, 2, 16, 64),
@@ -237,9 +236,7 @@ def test_a_gradient_is_added_up_in_one_array_of_the_pools_size(layout):
 
 
 @pytest.fixture
-def for_an_h100(restored_registry):
-    if reason := _launch.available():
-        pytest.skip(reason)
+def for_an_h100(restored_registry, jax_triton):
     ejk.register_backend(ejk.TritonPageAttention(compute_capability=90, num_sms=132))
 
 

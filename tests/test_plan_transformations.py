@@ -14,7 +14,6 @@ from test_recompilation import CompilationCounter
 from tolerances import assert_close
 
 import ejk
-from ejk.backends.triton import _launch
 
 MISFITS = {
     "num_seqs": (7, 6),
@@ -150,9 +149,8 @@ def test_gradients_with_a_plan(entry):
         assert np.isfinite(a).all() and a.any()
 
 
-@pytest.mark.skipif(_launch.available() is not None, reason="jax-triton is not here")
 @pytest.mark.parametrize("explicit", [False, True])
-def test_exports_for_cuda(explicit):
+def test_exports_for_cuda(explicit, jax_triton):
     """Two layers: each attends and combines, and plans for itself if nobody did for both."""
     backend = ejk.TritonPageAttention(compute_capability=90, num_sms=132)
     case = long_case()

@@ -16,18 +16,13 @@ from test_write_programs import struct
 from tolerances import assert_close
 
 import ejk
-from ejk.backends.triton import _launch
 
 H100 = {"compute_capability": 90, "num_sms": 132}
 ATTENTION, COMBINATION = b"ragged_page_attention_kernel", b"ragged_combine_kernel"
 
 
 @pytest.fixture(autouse=True)
-def for_an_h100(restored_registry):
-    if reason := _launch.available():
-        pytest.skip(reason)
-    if not _launch.can_run_in_place():
-        pytest.skip("jax-triton 0.3 cannot write in place")
+def for_an_h100(restored_registry, jax_triton_in_place):
     ejk.register_backend(ejk.TritonRaggedPageAttention(**H100))
 
 

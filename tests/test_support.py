@@ -7,7 +7,6 @@ import sys
 import pytest
 
 import ejk
-from ejk.backends.triton import _launch
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -15,10 +14,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 import support_table
 
 
-@pytest.mark.skipif(
-    _launch.available() is not None, reason=_launch.available() or "jax-triton is available"
-)
-def test_support_page_is_fresh():
+def test_support_page_is_fresh(jax_triton):
     page = support_table.PAGE.read_text(encoding="utf-8")
     assert page == support_table.generate(), "stale: run `python docs/support_table.py`"
 

@@ -18,9 +18,7 @@ import triton.language as tl
 
 from ejk.backends.triton import _launch
 
-pytestmark = pytest.mark.skipif(
-    _launch.available() is not None, reason=_launch.available() or "jax-triton is available"
-)
+pytestmark = pytest.mark.usefixtures("jax_triton")
 
 
 @triton.jit

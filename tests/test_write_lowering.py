@@ -22,11 +22,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 @pytest.fixture
-def for_an_h100(restored_registry):
-    if reason := _launch.available():
-        pytest.skip(reason)
-    if not _launch.can_run_in_place():
-        pytest.skip("jax-triton 0.3 cannot write in place")
+def for_an_h100(restored_registry, jax_triton_in_place):
     ejk.register_backend(ejk.TritonWriteKVCache(compute_capability=90))
     ejk.register_backend(ejk.TritonPageAttention(compute_capability=90, num_sms=132))
 
@@ -100,9 +96,7 @@ def test_without_a_device_or_its_capability_xla_is_chosen():
     assert report.chosen == "xla" and "compute_capability" in report.refusals["triton"][0]
 
 
-def test_what_cannot_write_in_place_is_refused_by_name(monkeypatch):
-    if reason := _launch.available():
-        pytest.skip(reason)
+def test_what_cannot_write_in_place_is_refused_by_name(monkeypatch, jax_triton):
     monkeypatch.setattr(_launch, "can_run_in_place", lambda: False)
     slots = struct(4, dtype=jnp.int32)
     arguments = (*row_shapes("split", 4), *pool_shapes("HND", "split"), slots)
