@@ -38,9 +38,8 @@ FUSED_WORKLOADS = ("page 16", "page 128", "4,096 tokens", "2 KV heads")
 RAGGED_WORKLOADS = ("drafts of 8", "chunks of 128")
 PEER_WORKLOADS = ("page 16", "page 128", "2 KV heads", "1 KV head", "window", "head dimension 64",
                   "float32")  # fmt: skip
-PEER_BLOCK, PEER_QUERIES = 2048, 32
-"""Tokens that a step of JAX's kernels takes: the best of 512, 1,024 and 2,048 on v5e and v6e. And
-queries, at most, as that kernel's own default."""
+PEER_BLOCK = 2048
+"""Tokens that a step of JAX's kernels takes: the best of 512, 1,024 and 2,048 on v5e and v6e."""
 
 
 def workload(name: str, num_seqs: int) -> Workload:
@@ -143,15 +142,14 @@ def _paged_attention(w: Workload, where: Any, **fields: Any) -> None:
 def _ragged_paged_attention(w: Workload, where: Any, **fields: Any) -> None:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-    # Queries of a block: with more of them it computes more that is not asked for.
-    rows = min(max(w.new_tokens, 4), PEER_QUERIES)
-    tokens = -(-w.num_seqs * w.new_tokens // rows) * rows
+    rows = 4  # of a block of queries; with more of them it computes more that is not asked for
+    tokens = -(-w.num_seqs // rows) * rows
     ragged_paged_attention.__wrapped__(
         np.zeros((tokens, w.num_heads, w.head_dim), w.dtype),
         np.zeros((_num_pages(w), w.page_size, 2 * w.num_kv_heads, w.head_dim), w.dtype),
         np.array(w.context_lens, np.int32),
         np.zeros((w.num_seqs, w.max_blocks), np.int32),
-        w.new_tokens * np.arange(w.num_seqs + 1, dtype=np.int32),
+        np.arange(w.num_seqs + 1, dtype=np.int32),
         np.array([w.num_seqs], np.int32),
         num_queries_per_block=rows,
         vmem_limit_bytes=64 * 2**20,

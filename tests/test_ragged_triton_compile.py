@@ -1,6 +1,7 @@
 """The ragged Triton kernels compiled for GPUs that are not here, as in `test_triton_compile`."""
 
 import dataclasses
+import functools
 import re
 
 import jax.numpy as jnp
@@ -108,13 +109,16 @@ def compile_for(target: str, options: dict, which: int):
         "out_ptr": dtype,
         "lse_ptr": "float32",
     }
-    options = {"num_warps": rows.num_warps, "num_stages": rows.num_stages}
     compile_kernel = offline.compile_amd
     if target.startswith("sm_"):
-        compile_kernel = offline.compile_cuda
-        options["max_registers"] = rows.max_registers
+        compile_kernel = functools.partial(offline.compile_cuda, max_registers=rows.max_registers)
     program = compile_kernel(
-        ragged_page_attention_kernel, pointers, launch.constants(problem, which), target, **options
+        ragged_page_attention_kernel,
+        pointers,
+        launch.constants(problem, which),
+        target,
+        num_warps=rows.num_warps,
+        num_stages=rows.num_stages,
     )
     return problem, rows, program
 

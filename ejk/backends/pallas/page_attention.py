@@ -177,10 +177,11 @@ class PallasPageAttention(PageAttentionBackend):
         """Choose how many pages a block has: by the model and the chip alone if that is asked."""
         if self.pages_per_compute_block is not None:
             return self.pages_per_compute_block
-        one_page = Work(problem, 1, 1, reordered_copies=_chip().reordered_copies)
+        chip = _chip()
+        one_page = Work(problem, 1, 1, reordered_copies=chip.reordered_copies)
         of_round = ROUND_KEY_BYTES * problem.page_size // one_page.key_bytes
         if problem.head_dim > LANES and of_round < BLOCK_KV:
-            of_round //= _chip().wide_round_blocks
+            of_round //= chip.wide_round_blocks
         longest = LONG_BLOCK_KV if of_round > 4 * BLOCK_KV else BLOCK_KV
         tokens = min(of_round, longest)
         pages = max(1, tokens // problem.page_size)

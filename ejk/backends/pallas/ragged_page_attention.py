@@ -133,12 +133,12 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
 
     def _seqs_per_launch(self, problem: RaggedPageAttentionProblem) -> int:
         """Return how many sequences' tables fit in scalar memory; 0 if not even one's does."""
-        seqs = problem.num_seqs
+        seqs, of_item = problem.num_seqs, item_words(problem)
+        fixed = (of_item + 3) * LANES  # each array begins at a whole tile
         while seqs:
             works = self._works(dataclasses.replace(problem, num_seqs=seqs))
-            items, arrays = max(work.num_seqs for work in works), item_words(problem) + 3
-            # Each array begins at a whole tile.
-            words = seqs * problem.max_blocks + items * item_words(problem) + arrays * LANES
+            items = max(work.num_seqs for work in works)
+            words = seqs * problem.max_blocks + items * of_item + fixed
             if 4 * words <= SMEM_LIMIT_BYTES:
                 return seqs
             seqs //= 2

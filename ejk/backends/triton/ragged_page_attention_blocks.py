@@ -132,7 +132,8 @@ def _fills_hopper(problem, target: Target) -> bool:
     is_16_bit = problem.dtype.itemsize == 2
     fits = is_16_bit and 64 <= max(_widths(problem)) <= 128 and not problem.tree_width
     rows = problem.total_tokens * problem.num_heads  # of all KV heads
-    return target.compute_capability == 90 and fits and rows >= 192 * target.num_sms
+    are_many = 4 * rows >= 3 * HOPPER_LONG[0] * target.num_sms
+    return target.compute_capability == 90 and fits and are_many
 
 
 def _is_hopper(target: Target) -> bool:
