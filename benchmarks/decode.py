@@ -20,7 +20,9 @@ import importlib.metadata
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import ceiling
 import contenders
@@ -37,8 +39,17 @@ RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 2e-2  # of the largest value, in bfloat16; what is timed must first be right
 
 
-def measure(workload, contender, ceiling_gb_per_s: float) -> dict:
-    """Check, then time one contender on one workload."""
+class Prepared(NamedTuple):
+    """A workload that a contender has been checked on and is ready to be timed with."""
+
+    error: float
+    calls: int  # chained calls of one `run`
+    run: Callable[[], jax.Array]
+    step: Callable[[], jax.Array]  # a program of LAYERS calls with all that a step makes once
+
+
+def prepare(workload, contender) -> Prepared:
+    """Check one contender on one workload, and make the programs that are timed."""
     layers = 1
     if not contender.one_layer:
         most = contender.most_bytes // workload.pool_bytes
@@ -67,19 +78,29 @@ def measure(workload, contender, ceiling_gb_per_s: float) -> dict:
     calls = CALLS if CALLS * workload.pool_bytes > CACHED else 2 * LAYERS
     run = jax.jit(program(calls))
     tables = [tables_of_layer(arrays, layer) for layer in range(calls)]
-    found = timing.kernels(lambda: run(query, rest, tables))
-    plans = [kernel for kernel in found if "plan" in kernel.name]
-    plan_us = [kernel.end_us - kernel.begin_us for kernel in plans]
-    device_us = timing.busy_us(k for k in found if k not in plans) / timing.REPEATS / calls
-
     stack = jax.jit(program(LAYERS), donate_argnums=0)
-    query = jnp.array(query)
+    donated = jnp.array(query)
 
     def step():
-        nonlocal query
-        query = stack(query, rest)
-        return query
+        nonlocal donated
+        donated = stack(donated, rest)
+        return donated
 
+    return Prepared(error, calls, lambda: run(query, rest, tables), step)
+
+
+def device_time(calls, run, kernels=timing.kernels) -> tuple[float, list[float]]:
+    """Return microseconds of device time a call, and those of each plan, which it leaves out."""
+    found = kernels(run)
+    plans = [kernel for kernel in found if "plan" in kernel.name]
+    plan_us = [kernel.end_us - kernel.begin_us for kernel in plans]
+    return timing.busy_us(k for k in found if k not in plans) / timing.REPEATS / calls, plan_us
+
+
+def measure(workload, contender, ceiling_gb_per_s: float) -> dict:
+    """Check, then time one contender on one workload."""
+    error, calls, run, step = prepare(workload, contender)
+    device_us, plan_us = device_time(calls, run)
     wall_us = timing.wall_time(step, repeats=20 if workload.kv_bytes > 2**28 else 50) / LAYERS
     gb_per_s = workload.kv_bytes / device_us / 1e3
     return {

@@ -190,8 +190,8 @@ def _attend_row(query, keys, values, last) -> jax.Array:
     return jnp.einsum("kgt,ktd->kgd", weights, values, precision="highest").reshape(query.shape)
 
 
-def measure(batch: Batch, name: str, step: Step, matmul_tflops: float) -> dict:
-    """Check, then time one contender on one batch."""
+def prepare(batch: Batch, name: str, step: Step) -> tuple[float, Callable[[], jax.Array]]:
+    """Check one contender on one batch; return the error and the program that is timed."""
     given = arrays(batch)
     own = contiguous(batch, given) if name.startswith("cuDNN") else given
     error = check(batch, given, jax.jit(step, static_argnums=0)(batch, own))
@@ -202,11 +202,14 @@ def measure(batch: Batch, name: str, step: Step, matmul_tflops: float) -> dict:
             given = given._replace(query=step(batch, given))
         return given.query
 
-    found = device_kernels(lambda: run(own))
-    plans = [kernel for kernel in found if "plan" in kernel.name]
-    device_us = timing.busy_us(k for k in found if k not in plans) / timing.REPEATS / CALLS
+    return error, lambda: run(own)
+
+
+def measure(batch: Batch, name: str, step: Step, matmul_tflops: float) -> dict:
+    """Check, then time one contender on one batch."""
+    error, run = prepare(batch, name, step)
+    device_us, plan_us = decode.device_time(CALLS, run, device_kernels)
     tflops = batch.flops / device_us / 1e6
-    plan_us = [kernel.end_us - kernel.begin_us for kernel in plans]
     return {
         "device_us": round(device_us, 2),
         "tflops": round(tflops, 1),
@@ -235,10 +238,10 @@ def matmul_rate(size: int = MATMUL) -> float:
     return 2 * size**3 * CALLS * timing.REPEATS / busy_us / 1e6
 
 
-def append(path: Path | None, lines, script: str) -> None:
+def append(path: Path | None, lines, script: str, prefix: str = "") -> None:
     """Append each result with where and how it came about, and print it."""
     device = jax.devices()[0].device_kind
-    path = path or decode.RESULTS / f"{device.replace(' ', '_')}.jsonl"
+    path = path or decode.RESULTS / f"{prefix}{device.replace(' ', '_')}.jsonl"
     facts = {
         "device": device,
         "date": datetime.date.today().isoformat(),

@@ -65,6 +65,16 @@ def test_ragged_tuning_names_the_best_of_each_batch():
     assert "verification of 8 on 8,192, page 16: " in printed.split("\n\n")[-1]
 
 
+def test_checkouts_are_compared_in_turn(tmp_path):
+    """This one with itself: what is timed is this checkout's own `ejk`, twice."""
+    path, name = tmp_path / "compare.jsonl", "mixed: its decodes, page 16"
+    arguments = ("--output", str(path), "--rounds", "2", "--only", name)
+    run("compare.py", str(FOLDER.parent), *arguments)
+    [line] = lines_of(path)
+    assert line["workload"] == name
+    assert line["before_us"] > 0 and line["after_us"] > 0 and line["ratio"] > 0
+
+
 @pytest.fixture
 def report(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
