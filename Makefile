@@ -2,6 +2,7 @@
 
 VENV ?= .venv
 ARGS ?=
+SMOKE ?= smoke
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check --no-input
 
@@ -25,16 +26,19 @@ CUDA := $(if $(filter cuda12,$(ACCELERATOR)),cuda12,cuda13)
 GPU_TESTS := $(patsubst %,tests/test_%.py,gpu page_attention edges gradients vmap fused_pools \
 	ragged_page_attention ragged_gradients write_kv_cache write_transformations processes)
 
-.PHONY: help demo test gpu lint static prices clean
+SMOKE_TESTS = $(shell grep -l pytest.mark.smoke tests/test_*.py)
+
+.PHONY: help demo test test-all smoke gpu lint static prices clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    a language model writes text through a paged cache'
 	@echo '             ARGS="--backend triton --interpret" or ARGS="\"Why is the sky blue?\"";'
 	@echo '             ARGS=--help lists all; ACCELERATOR=cpu leaves the GPU alone'
-	@echo 'make test    the tests, on the CPU; ARGS="-k name" is passed on to pytest'
+	@echo 'make test    a fixed choice of the tests, on the CPU, in a few minutes'
+	@echo 'make test-all   all of them; ARGS="-k name" is passed on to pytest'
 	@echo 'make gpu     the tests of the real kernels, on an NVIDIA GPU; ARGS="-n 10": side by side'
-	@echo 'make lint    ruff and pyright'
+	@echo 'make lint    ruff, pyright and mypy'
 	@echo 'make static  the static prices of the TPU kernels, against the results that are committed'
 	@echo 'make clean   removes $(VENV) and all caches'
 	@echo 'PYTHON=python3.13 picks the Python that $(VENV) is made with'
@@ -43,7 +47,14 @@ demo: $(VENV)/.demo-$(ACCELERATOR)
 	@JAX_PLATFORMS=$(PLATFORMS) $(PY) examples/generate.py $(ARGS)
 
 test: $(VENV)/.test
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --tier fast $(ARGS)
+
+test-all: $(VENV)/.test
+	@$(PY) -m pytest -n auto $(ARGS)
+
+# Compiles with all optimisations and anew each time, as users do; the other tests do not.
+smoke: $(VENV)/.smoke
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PY) -m pytest -n 2 -m smoke $(SMOKE_TESTS) $(ARGS)
 
 gpu: $(VENV)/.test $(VENV)/.demo-$(ACCELERATOR)
 	@$(PY) -m pytest --gpu $(GPU_TESTS) $(ARGS)
@@ -62,7 +73,7 @@ prices: $(VENV)/.static
 
 clean:
 	rm -rf $(VENV) $(VENV)-static .pytest_cache .ruff_cache .hypothesis
-	find ejk examples tests -name __pycache__ -prune -exec rm -rf {} +
+	find ejk benchmarks docs examples tests -name __pycache__ -prune -exec rm -rf {} +
 
 # What has been installed is remembered in empty files, and done again when pyproject.toml changes.
 
@@ -83,8 +94,13 @@ $(VENV)/.test: pyproject.toml $(VENV)/.created
 		'import importlib.metadata as m; print(m.version("jax"))'`";; esac
 	@touch $@
 
+# What `make smoke` needs; SMOKE=smoke,triton brings jax-triton too, PIP_CONSTRAINT other versions.
+$(VENV)/.smoke: pyproject.toml $(VENV)/.created
+	@$(PIP) install -e '.[$(SMOKE)]'
+	@touch $@
+
 $(VENV)/.lint: pyproject.toml $(VENV)/.test
-	@echo "Installing ruff and pyright"
+	@echo "Installing ruff, pyright and mypy"
 	@$(PIP) install -e '.[lint]'
 	@touch $@
 
@@ -95,14 +111,14 @@ $(VENV)/.static: pyproject.toml $(VENV)/.created
 
 # A name on the PATH may be a pyenv shim of a version that is not active: run it to know.
 $(VENV)/.created:
-	@for python in $(if $(PYTHON),'$(PYTHON)',python3.12 python3.11 python3.13 python3); do \
-		if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' \
+	@for python in $(if $(PYTHON),'$(PYTHON)',python3.12 python3.13 python3.14 python3); do \
+		if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 12))' \
 			2>/dev/null; then \
 			echo "Creating $(VENV) with `$$python --version`"; \
 			"$$python" -m venv $(VENV) && touch $@; exit; \
 		fi; \
 	done; \
-	echo 'No Python from 3.11 on with the modules venv and ensurepip was found. Install one (on' \
+	echo 'No Python from 3.12 on with the modules venv and ensurepip was found. Install one (on' \
 		'Debian and Ubuntu: python3 and python3-venv), or name it: make PYTHON=/path/to/python'; \
 	exit 1
 

@@ -1,9 +1,9 @@
 """Settings that hold for every test. `ejk` is not imported here: the import hook comes later."""
 
 import os
+import pathlib
 import random
 import sys
-import zlib
 
 if "--gpu" in sys.argv:
     os.environ["EJK_TEST_GPU"] = "1"  # workers of pytest-xdist inherit it
@@ -22,11 +22,19 @@ import jax
 import numpy as np
 import pytest
 import tally
+import tiers
 
 OPTIMISED = "EJK_TEST_GPU", "EJK_TEST_THOROUGH", "JAX_DISABLE_MOST_OPTIMIZATIONS"
 if not any(os.environ.get(name) for name in OPTIMISED):
     # Most of the time goes to compiling, of which LLVM's optimisations are a fifth.
     jax.config.update("jax_disable_most_optimizations", True)
+    # What one run has compiled no other compiles again. JAX's keys hold the program, the flags, the
+    # versions and the features of the CPU; workers of pytest-xdist share the folder.
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -45,23 +53,40 @@ hypothesis.settings.load_profile("thorough" if os.environ.get("EJK_TEST_THOROUGH
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the real kernels on an NVIDIA GPU")
+    parser.addoption(
+        "--tier", choices=("fast", "rest", "all"), default="all",
+        help="run a fixed choice of a few minutes, what it leaves out, or all",
+    )  # fmt: skip
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a GPU, and most cases of what is `one_in(n)`, unless asked for."""
-    by_name = any("::" in argument for argument in config.args)
+    """Leave out what needs a GPU, cases that are `one_in(n)`, and another tier, unless named."""
+    if os.environ.get("EJK_TEST_GPU"):
+        return keep(config, items, {x for x in items if not x.get_closest_marker("cpu")})
+    keep(config, items, {x for x in items if not x.get_closest_marker("gpu")})
+    if os.environ.get("EJK_TEST_THOROUGH") or any("::" in name for name in config.args):
+        return
+    marks = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("one_in"))}
+    thinned = [tiers.one_in(n, [x for x in marks if marks[x] == n]) for n in {*marks.values()}]
+    keep(config, items, ({*items} - {*marks}).union(*thinned), "EJK_TEST_THOROUGH=1 make test-all")
+    tier = config.getoption("tier")
+    whole = config.args == config.getini("testpaths") and not config.getoption("keyword")
+    if tier != "all" and whole:
+        fast = tiers.fast(items)
+        if tier == "fast":
+            keep(config, items, fast, "make test-all")
+        else:
+            keep(config, items, {*items} - fast, "make test")
 
-    def is_run(item):
-        if os.environ.get("EJK_TEST_GPU"):
-            return not item.get_closest_marker("cpu")
-        mark = item.get_closest_marker("one_in")
-        every = by_name or mark is None or os.environ.get("EJK_TEST_THOROUGH")
-        chosen = every or zlib.crc32(item.nodeid.encode()) % mark.args[0] == 0
-        return chosen and not item.get_closest_marker("gpu")
 
-    if left_out := [item for item in items if not is_run(item)]:
+def keep(config, items, kept, command=None):
+    """Deselect all others; the summary says how many, and the command that runs them."""
+    if left_out := [item for item in items if item not in kept]:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if is_run(item)]
+        if command:
+            tally.left_out[command] = len(left_out)
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +116,8 @@ def pytest_testnodedown(node):
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
     yield
-    if lines := tally.lines():
-        terminalreporter.section("examples per backend")
+    for title, lines in tally.sections().items():
+        terminalreporter.section(title)
         for line in lines:
             terminalreporter.line(line)
 
@@ -116,12 +141,3 @@ def jax_triton():
     if reason is not None and reason.endswith("is not installed"):
         pytest.skip(reason)
     assert reason is None
-
-
-@pytest.fixture
-def jax_triton_in_place(jax_triton):
-    """The same, also where it is of the line that cannot write in place."""
-    from ejk.backends.triton import _launch
-
-    if not _launch.can_run_in_place():
-        pytest.skip("jax-triton 0.3 cannot write in place")

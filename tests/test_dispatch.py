@@ -11,6 +11,8 @@ import pytest
 
 import ejk
 
+pytestmark = pytest.mark.fast
+
 POOL = np.ones((8, 2, 16, 128), np.float32)
 ARGS = (np.ones((2, 4, 128), np.float32), POOL, POOL,
         np.array([20, 1], np.int32), np.array([[3, 5], [1, 0]], np.int32))  # fmt: skip

@@ -20,6 +20,7 @@ MODULES = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_of_a_page_runs(page, monkeypatch, restored_registry):
     """All Python blocks of a page, in order, in one namespace."""

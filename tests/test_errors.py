@@ -9,6 +9,8 @@ import pytest
 
 import ejk
 
+pytestmark = pytest.mark.fast
+
 NUM_SEQS, NUM_HEADS, HEAD_DIM, NUM_PAGES, KV_HEADS, PAGE = 2, 4, 64, 8, 2, 16
 
 

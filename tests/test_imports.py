@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 
 def python(code: str) -> str:
     """Run code in a fresh interpreter without this one's import hook."""

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import ejk
 
+pytestmark = pytest.mark.fast
+
 
 def parts(seed, shape=(3, 4, 2, 8), empty=0.3, dtype=np.float32):
     rng = np.random.default_rng(seed)

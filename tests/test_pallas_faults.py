@@ -14,9 +14,9 @@ from test_pallas_interpret import F32, SHAPE
 from ejk.backends.pallas import page_attention_kernel as kernel
 from ejk.backends.pallas import page_attention_paging as paging
 
-page_or_harmless, entries, is_first, first_block = (
+page_or_harmless, entries, is_first, first_block, first_position, heads_of = (
     paging.page_or_harmless, paging.Paging.entries, paging.Paging.is_first,
-    paging.Paging.first_block,
+    paging.Paging.first_block, paging.Paging.first_position, kernel.heads_of,
 )  # fmt: skip
 
 
@@ -63,6 +63,15 @@ def one_sequence_on(self, seq):
     return first_block(self, seq)._replace(seq=seq + 1)
 
 
+def window_longer_by_one(self, seq, length):
+    first = first_position(self, seq, length)
+    return first - (first > 0)
+
+
+def heads_in_reverse(*args):
+    yield from reversed(list(heads_of(*args)))
+
+
 FAULTS = {
     "no wait": (paging.Paging, "wait", without_waiting),
     "copies into the slot that is read": (kernel, "other_slot", same_slot),
@@ -74,6 +83,8 @@ FAULTS = {
     "another sequence's pages": (paging.Paging, "entries", entries_of_another_sequence),
     "the sequence before goes on": (paging.Paging, "is_first", never_first),
     "the next sequence's first block": (paging.Paging, "first_block", one_sequence_on),
+    "the window is one too long": (paging.Paging, "first_position", window_longer_by_one),
+    "heads in reverse": (kernel, "heads_of", heads_in_reverse),
 }
 
 
@@ -115,6 +126,7 @@ def test_the_sound_kernel_is_not_accused(blocks_per_round, dma_execution_mode, f
     check(blocks_per_round, dma_execution_mode, fused)
 
 
+@pytest.mark.fast(24)
 @pytest.mark.one_in(5)
 @on_all
 @pytest.mark.parametrize("name", FAULTS)

@@ -11,7 +11,10 @@ from shapes import Shape
 
 import ejk
 
-pytestmark = pytest.mark.skipif(not meshes.MANY_DEVICES, reason="needs eight devices")
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.skipif(not meshes.MANY_DEVICES, reason="needs eight devices"),
+]
 
 EVEN = Shape("even", 16, 4, 32, 16, num_seqs=8, num_pages=32)
 TRITON = ejk.TritonPageAttention(interpret=True, num_sms=6)

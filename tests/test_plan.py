@@ -37,6 +37,8 @@ def xla_plan(problem, operands):
     return np.asarray(work)
 
 
+pytestmark = pytest.mark.fast
+
 PLANNERS = {"triton": triton_plan, "xla": xla_plan}
 
 

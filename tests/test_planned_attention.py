@@ -17,9 +17,6 @@ from test_page_attention import bits_equal
 from test_triton_memory import ANY_INT32, stored_once
 from tolerances import assert_close
 
-import ejk
-from ejk.backends.triton import _launch
-
 LATENT = Shape(
     "latent, long", 5, 1, 24, page_size=3, max_blocks=150, num_pages=460, num_seqs=3,
     value_head_dim=16, latent=True,
@@ -138,15 +135,3 @@ def test_a_batch_of_one_is_cut_evenly_without_a_plan():
     assert launches(lambda: TRITON(case)) == ["page_attention", "combine_parts"]
     assert_close(case, *TRITON(case))
     assert_close(case, *TRITON(case, plan=plan_for(case, TRITON.backend)))
-
-
-def test_without_writing_in_place_contexts_are_cut_evenly(monkeypatch):
-    """As with jax-triton 0.3, with a plan of the caller's and without."""
-    monkeypatch.setattr(_launch, "can_run_in_place", lambda: False)
-    # Nothing that was compiled before may answer.
-    backend = ejk.TritonPageAttention(interpret=True, num_sms=30, num_stages=2)
-    entry, case = dataclasses.replace(TRITON, backend=backend), long_case()
-    for plan in (None, plan_for(case, backend)):
-        run = functools.partial(entry, case, plan=plan)
-        assert launches(run) == ["page_attention", "combine_parts"]
-        assert_close(case, *stored_once(run))

@@ -9,6 +9,8 @@ from test_errors import zeros
 
 import ejk
 
+pytestmark = pytest.mark.fast
+
 
 def arguments(**changes):
     """A right call, changed."""

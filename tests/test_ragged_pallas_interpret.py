@@ -117,9 +117,17 @@ def every_entry_good(entry, num_pages):
     return page, bad & False
 
 
+def heads_in_reverse(*args):
+    yield from reversed(list(heads_of(*args)))
+
+
+def one_place_on(self, item):
+    return first_of_item(self, item) + 1
+
+
 Ragged = kernel.RaggedPaging
-entries, has_ends = Ragged.entries, Ragged.has_ends
-tokens_of_rows, from_lane = kernel.tokens_of_rows, kernel.from_lane
+entries, has_ends, first_of_item = Ragged.entries, Ragged.has_ends, Ragged.first_of_item
+tokens_of_rows, from_lane, heads_of = kernel.tokens_of_rows, kernel.from_lane, kernel.heads_of
 page_or_harmless = paging.page_or_harmless
 
 FAULTS = {
@@ -132,11 +140,13 @@ FAULTS = {
     "tokens see those after them": (kernel, "tokens_of_rows", one_token_on),
     "columns of new tokens are off by one": (kernel, "from_lane", one_lane_on),
     "bad entries taken for good ones": (paging, "page_or_harmless", every_entry_good),
+    "heads in reverse": (kernel, "heads_of", heads_in_reverse),
+    "items begin one place on": (Ragged, "first_of_item", one_place_on),
 }
 
 QUICK = (
     "no wait", "logits unmasked", "another sequence's pages", "no block is masked",
-    "columns of new tokens are off by one",
+    "columns of new tokens are off by one", "heads in reverse", "items begin one place on",
 )  # fmt: skip
 REST = sorted(FAULTS.keys() - set(QUICK))
 

@@ -48,6 +48,7 @@ def holds(bug: str):
 
 query_blocks, visible, key_positions = ragged.query_blocks, ragged._visible, ragged._key_positions
 sane_bounds, block_ends, gather = ragged.sane_bounds, ragged.block_ends, pages._gather
+by_token, accumulate = ragged.by_token, ragged.accumulate
 
 
 def blocks_changed(change):
@@ -128,6 +129,14 @@ def fewer_blocks(bounds, sizes):
     return jnp.minimum(block_ends(bounds, sizes), block_ends(bounds, sizes)[-1] - 1)
 
 
+def heads_in_reverse(problem, x):
+    return jnp.flip(by_token(problem, x), 2)
+
+
+def earlier_blocks_forgotten(state, *rest):
+    return accumulate((jnp.full_like(state[0], -jnp.inf), *state[1:]), *rest)
+
+
 BUGS = {
     "causality is off by one": (ragged, "query_blocks", shifted_places(1)),
     "a token does not see itself": (ragged, "query_blocks", shifted_places(-1)),
@@ -158,9 +167,12 @@ BUGS = {
         public, "as_int32", lambda x, bound: jnp.asarray(np.asarray(x).astype(np.int32)),
     ),
     "unread slots are multiplied by zero": (pages, "_gather", unselected_gather),
+    "heads in reverse": (ragged, "by_token", heads_in_reverse),
+    "earlier blocks are forgotten": (ragged, "accumulate", earlier_blocks_forgotten),
 }  # fmt: skip
 
 
+@pytest.mark.fast(9)
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("bug", BUGS)
 def test_bugs_are_caught(bug, monkeypatch):

@@ -22,7 +22,7 @@ ATTENTION, COMBINATION = b"ragged_page_attention_kernel", b"ragged_combine_kerne
 
 
 @pytest.fixture(autouse=True)
-def for_an_h100(restored_registry, jax_triton_in_place):
+def for_an_h100(restored_registry, jax_triton):
     ejk.register_backend(ejk.TritonRaggedPageAttention(**H100))
 
 

@@ -71,8 +71,8 @@ def replace_operands(**changes):
 
 context_of, span, load = forward.Context.of, forward.Blocks.span, forward.Blocks.load
 distances = forward.Blocks._distances
-attend, gather, logits, product = (
-    forward._attend, forward._gather, forward.logits, forward.product
+attend, gather, logits, product, accumulate = (
+    forward._attend, forward._gather, forward.logits, forward.product, forward.accumulate
 )  # fmt: skip
 
 
@@ -137,6 +137,10 @@ def cap_after_slopes(problem, operands, *rest):
     return scores if problem.soft_cap is None else jnp.tanh(scores / 2.0) * 2.0
 
 
+def earlier_blocks_forgotten(state, *rest):
+    return accumulate((jnp.full_like(state[0], -jnp.inf), *state[1:]), *rest)
+
+
 def no_cap(problem, *rest):
     return logits(dataclasses.replace(problem, soft_cap=None), *rest)
 
@@ -187,6 +191,10 @@ FORWARD = {
     "the values come first": (forward, "_gather", halves_changed(lambda half: 1 - half)),
     "the last block is dropped": (forward.Blocks, "span", last_block_dropped),
     "the first block is dropped": (forward.Blocks, "span", first_block_dropped),
+    "pages in reverse": (
+        forward.Blocks, "load", tables_changed(lambda tables, n: tables[:, ::-1]),
+    ),
+    "earlier blocks are forgotten": (forward, "accumulate", earlier_blocks_forgotten),
     "the cap comes after the slopes": (forward, "logits", cap_after_slopes),
     "the cap is ignored": (forward, "logits", no_cap),
     "the slopes are ignored": (forward, "logits", no_slopes),
@@ -232,6 +240,7 @@ BACKWARD = {
 }
 
 
+@pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", FORWARD)
 def test_bugs_of_the_forward_pass_are_caught(bug, monkeypatch):
     target, name, replacement = FORWARD[bug]
@@ -240,6 +249,7 @@ def test_bugs_of_the_forward_pass_are_caught(bug, monkeypatch):
         holds_forward(mutant(bug))
 
 
+@pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", BACKWARD)
 def test_bugs_of_the_backward_pass_are_caught(bug, monkeypatch):
     target, name, replacement = BACKWARD[bug]

@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import support_table
 
+pytestmark = pytest.mark.fast
+
 
 def test_support_page_is_fresh(jax_triton):
     page = support_table.PAGE.read_text(encoding="utf-8")

@@ -13,6 +13,8 @@ from ejk.backends.triton._target import SHARED_MEMORY, SHARED_MEMORY_ROCM, Targe
 from ejk.backends.triton.page_attention_launch import Launch, Tuning
 from ejk.backends.triton.page_attention_tuned import TUNED
 
+pytestmark = pytest.mark.fast
+
 H100 = Target(90, num_sms=132, shared_memory=SHARED_MEMORY[90])
 TARGETS = [Target(c, 100, SHARED_MEMORY[c]) for c in SHARED_MEMORY]
 TARGETS.append(Target(None, 304, SHARED_MEMORY_ROCM, stages_queries=False))

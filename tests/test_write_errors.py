@@ -10,6 +10,8 @@ from test_errors import zeros
 
 import ejk
 
+pytestmark = pytest.mark.fast
+
 
 def arguments(**changes):
     """A right call of three tokens, changed. `pool=` changes both caches, `rows=` both rows."""

@@ -14,7 +14,6 @@ from test_write_programs import NUM_PAGES, pool_shapes, row_shapes, step, struct
 from writes import SHAPES, build
 
 import ejk
-from ejk.backends.triton import _launch
 
 F32 = np.dtype(np.float32)
 KINDS = ("split", "fused", "latent")
@@ -22,7 +21,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 @pytest.fixture
-def for_an_h100(restored_registry, jax_triton_in_place):
+def for_an_h100(restored_registry, jax_triton):
     ejk.register_backend(ejk.TritonWriteKVCache(compute_capability=90))
     ejk.register_backend(ejk.TritonPageAttention(compute_capability=90, num_sms=132))
 
@@ -94,17 +93,6 @@ def test_without_a_device_or_its_capability_xla_is_chosen():
     arguments = (*row_shapes("split", 4), *pool_shapes("HND", "split"), slots)
     report = ejk.backend_report(*arguments, operation=ejk.write_kv_cache, platform="cuda")
     assert report.chosen == "xla" and "compute_capability" in report.refusals["triton"][0]
-
-
-def test_what_cannot_write_in_place_is_refused_by_name(monkeypatch, jax_triton):
-    monkeypatch.setattr(_launch, "can_run_in_place", lambda: False)
-    slots = struct(4, dtype=jnp.int32)
-    arguments = (*row_shapes("split", 4), *pool_shapes("HND", "split"), slots)
-    backend = ejk.TritonWriteKVCache(compute_capability=90)
-    with pytest.raises(ejk.UnsupportedError, match=r"triton: jax-triton 0\.3 cannot write to a"):
-        jax.eval_shape(functools.partial(ejk.write_kv_cache, backend=backend), *arguments)
-    report = ejk.backend_report(*arguments, operation=ejk.write_kv_cache, platform="cuda")
-    assert report.chosen == "xla"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -96,7 +96,7 @@ class Unwaited:
         pass
 
 
-READ, WRITE = kernel.Half.read, kernel.Half.write
+READ, WRITE, CHANGE = kernel.Half.read, kernel.Half.write, kernel.Half.change
 FAULTS = {
     "reads are not waited for": (kernel.Half, "read", lambda *args: Unwaited(READ(*args))),
     "writes are not waited for": (kernel.Half, "write", lambda *args: Unwaited(WRITE(*args))),
@@ -105,6 +105,12 @@ FAULTS = {
     ),
     "one slot on": (
         kernel.Half, "write", lambda half, i, slot, sem: WRITE(half, i, slot ^ 16, sem),
+    ),
+    "rows are put one slot on": (
+        kernel.Half, "change", lambda half, i, to, slot: CHANGE(half, i, to, slot ^ 1),
+    ),
+    "a window has its first token's rows": (
+        kernel.Half, "change", lambda half, i, to, slot: CHANGE(half, to, to, slot),
     ),
     "the first of several stays": (
         launcher, "by_slot", lambda slots, n: _first_stays(*SOUND_BY_SLOT(slots[::-1], n)),

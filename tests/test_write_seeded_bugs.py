@@ -69,6 +69,10 @@ def values_first(problem, operands):
     return pools_and_rows(problem, operands._replace(key=operands.value, value=operands.key))
 
 
+def every_second_writes(slots, num_slots):
+    return last_writes(slots, num_slots) & (jnp.arange(slots.shape[0]) % 2 == 0)
+
+
 def one_slot_on(problem, slots):
     return places(problem, slots).at[:, 1].add(1)
 
@@ -76,6 +80,10 @@ def one_slot_on(problem, slots):
 FORWARD = {
     "the first of several stays": (xla, "last_writes", first_writes),
     "of several none stays": (xla, "last_writes", lonely_writes),
+    "every second token writes": (xla, "last_writes", every_second_writes),
+    "page and offset change places": (
+        xla, "_places", lambda problem, slots: places(problem, slots)[:, ::-1],
+    ),
     "slots wrap": (xla, "_places", slots_changed(lambda slots, n: slots % n)),
     "slots are clamped": (xla, "_places", slots_changed(lambda slots, n: slots.clip(0, n - 1))),
     "slots past the end go to the last": (
@@ -102,6 +110,7 @@ BACKWARD = {
 }
 
 
+@pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", FORWARD)
 def test_bugs_of_the_write_are_caught(bug, monkeypatch):
     monkeypatch.setattr(*FORWARD[bug])
@@ -109,6 +118,7 @@ def test_bugs_of_the_write_are_caught(bug, monkeypatch):
         holds_forward(mutant(bug))
 
 
+@pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", BACKWARD)
 def test_bugs_of_the_gradient_are_caught(bug, monkeypatch):
     sound = xla.differentiable.bwd

@@ -1,0 +1,108 @@
+"""The fast tier, which `make test` runs, has a case of everything, and always the same ones."""
+
+import ast
+import collections
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import tiers
+from strategies import LAYOUTS
+
+pytestmark = pytest.mark.fast
+
+ROOT = pathlib.Path(__file__).parents[1]
+SEEDED = "test_a_bug_is_caught|test_a_(seeded_)?fault_is_caught|test_bugs_"
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """The ids of the fast tier, file by file."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--tier", "fast"]
+    found = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ,
+    ).stdout  # fmt: skip
+    ids: dict[str, list[str]] = {}
+    for file, name in re.findall(r"^tests/(test_\w+)\.py::(.*)$", found, re.MULTILINE):
+        ids.setdefault(file, []).append(name)
+    return ids
+
+
+OPERATIONS = ("page_attention", "ragged_page_attention", "write_kv_cache")
+POOLS = ("separate", "fused")
+
+
+@pytest.mark.parametrize("pools", POOLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", ["xla", "triton", "pallas"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_backend_in_every_layout(fast, operation, backend, layout, pools):
+    pattern = rf"test_a_call\[{operation}-(ragged )?{backend}\b.*-{layout}-{pools}\]"
+    assert any(re.fullmatch(pattern, name) for name in fast["test_every_layout"])
+
+
+def test_every_page(fast):
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    missing = {f"test_code_of_a_page_runs[{page.relative_to(ROOT)}]" for page in pages}
+    assert pages and not missing - {*fast["test_docs"]}
+
+
+# Of Pallas and XLA, the file that puts bugs into each kernel or program.
+MUTATED = {
+    "pallas/page_attention_kernel": "test_pallas_faults",
+    "pallas/ragged_page_attention_kernel": "test_ragged_pallas_interpret",
+    "pallas/write_kv_cache_kernel": "test_write_pallas_interpret",
+    "xla/page_attention": "test_seeded_bugs",
+    "xla/page_attention_backward": "test_seeded_bugs",
+    "xla/ragged_page_attention": "test_ragged_seeded_bugs",
+    "xla/write_kv_cache": "test_write_seeded_bugs",
+}
+KERNELS = sorted(
+    str(path.relative_to(ROOT / "ejk" / "backends").with_suffix(""))
+    for path in (ROOT / "ejk" / "backends").glob("*/*_kernel.py")
+    if not path.stem.startswith("ragged_softmax")  # functions of `ragged_page_attention_kernel`
+)
+
+
+@pytest.mark.parametrize("kernel", sorted({*KERNELS, *MUTATED}))
+def test_a_seeded_bug_of_every_kernel(fast, kernel):
+    backend, name = kernel.split("/")
+    if backend == "triton":
+        assert any(f"[{name}: " in case for case in fast["test_triton_seeded_bugs"])
+    else:
+        assert any(re.match(SEEDED, case) for case in fast[MUTATED[kernel]])
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("tests/test_*errors.py")), ids=lambda f: f.stem)
+def test_all_error_tests(fast, file):
+    nodes = ast.parse(file.read_text()).body
+    functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    names = {name for name in functions if name.startswith("test_")}
+    assert names == {name.partition("[")[0] for name in fast[file.stem]}
+
+
+Item = collections.namedtuple("Item", "nodeid")
+
+
+def test_one_in_n_keeps_every_function_and_backend():
+    ids = [f"f.py::test_{f}[{b}-{i}]" for f in "ab" for b in ("xla", "triton x") for i in range(30)]
+    items = [Item(name) for name in (*ids, "f.py::test_c")]
+    kept = {item.nodeid for item in tiers.one_in(10, items)}
+    assert {name.split("-")[0] for name in kept} == {
+        "f.py::test_a[xla", "f.py::test_a[triton x", "f.py::test_b[xla", "f.py::test_b[triton x",
+        "f.py::test_c",
+    }  # fmt: skip
+    assert 5 <= len(kept) <= 25
+    assert kept == {item.nodeid for item in tiers.one_in(10, items)}
+
+
+def test_neighbours_do_not_drop_out_together():
+    """Of 90 names that differ in their number alone, one in three: no long run is left out."""
+    names = [Item(f"f.py::test[{i:02}]") for i in range(90)]
+    kept = tiers.one_in(3, names)
+    runs = "".join("x" if item in kept else "." for item in names).split("x")
+    assert 20 <= len(kept) <= 40 and max(map(len, runs)) < 15

@@ -1,0 +1,59 @@
+"""Which cases are run: all, or a fixed choice of them that names every backend."""
+
+import collections
+import hashlib
+import inspect
+import re
+
+FAST = 9  # the fast tier runs one in nine of what has no mark `fast`,
+PALLAS = 24  # and of what interprets Pallas, whose lowering is half of the time of all tests
+
+BACKEND = re.compile("xla|triton|pallas", re.IGNORECASE)
+
+
+def one_in(n, items, salt=""):
+    """Choose one in `n`, and one at least of every test function for each of its backends."""
+    groups = collections.defaultdict(list)
+    for item in items:
+        function, _, parameters = item.nodeid.partition("[")
+        backends = filter(BACKEND.search, parameters.rstrip("]").split("-"))
+        groups[function, *backends].append(item)
+    kept = _drawn(n, items, salt)
+    for group in groups.values():
+        if kept.isdisjoint(group):
+            kept.add(min(group, key=lambda item: _number(item, salt)))
+    return kept
+
+
+def fast(items):
+    """Choose the fast tier: what is marked `fast` or `smoke`, what expects an error, some others.
+
+    `fast(n)` is one in `n`, and one at least of each function for each of its backends.
+    """
+    kept, shares, rest = set(), collections.defaultdict(list), []
+    for item in items:
+        mark = item.get_closest_marker("fast")
+        if mark and mark.args:
+            shares[mark.args[0]].append(item)
+        elif mark or item.get_closest_marker("smoke") or _expects_an_error(item):
+            kept.add(item)
+        else:
+            rest.append(item)
+    for n, marked in shares.items():
+        kept |= one_in(n, marked, "fast ")
+    pallas = [item for item in rest if "pallas" in item.nodeid]
+    return kept | _drawn(PALLAS, pallas, "fast ") | _drawn(FAST, set(rest) - {*pallas}, "fast ")
+
+
+def _expects_an_error(item):
+    return "raises" in inspect.unwrap(item.function).__code__.co_names
+
+
+def _drawn(n, items, salt):
+    return {item for item in items if _number(item, salt) % n == 0}
+
+
+def _number(item, salt):
+    """A number that neighbours do not share: a checksum's would leave out rows of them."""
+    digest = hashlib.blake2b((salt + item.nodeid).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
