@@ -38,7 +38,7 @@ help:
 	@echo 'make test    a fixed choice of the tests, on the CPU, in a few minutes'
 	@echo 'make test-all   all of them; ARGS="-k name" is passed on to pytest'
 	@echo 'make gpu     the tests of the real kernels, on an NVIDIA GPU; ARGS="-n 10": side by side'
-	@echo 'make lint    ruff, pyright and mypy'
+	@echo 'make lint    ruff and pyright'
 	@echo 'make static  the static prices of the TPU kernels, against the results that are committed'
 	@echo 'make clean   removes $(VENV) and all caches'
 	@echo 'PYTHON=python3.13 picks the Python that $(VENV) is made with'
@@ -72,7 +72,7 @@ prices: $(VENV)/.static
 	@$(PY) -m benchmarks.tpu_static --check $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-static .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .hypothesis
 	find ejk benchmarks docs examples tests -name __pycache__ -prune -exec rm -rf {} +
 
 # What has been installed is remembered in empty files, and done again when pyproject.toml changes.

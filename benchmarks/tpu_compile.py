@@ -140,7 +140,9 @@ def compile_alone(launch: Launch, call: Callable[..., Any], where: jax.sharding.
 
     results = [row_major(x) for x in jax.tree.leaves(launch.options["out_shape"])]
     jitted = jax.jit(lambda *operands: jax.tree.leaves(call(*operands)), out_shardings=results)
-    return jitted.lower(*jax.tree.map(abstract, launch.operands)).compile().as_text()
+    text = jitted.lower(*jax.tree.map(abstract, launch.operands)).compile().as_text()
+    assert text is not None
+    return text
 
 
 def used_vmem(program: str) -> int:

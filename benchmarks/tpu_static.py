@@ -130,7 +130,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
 
 
-def chosen(only: list[str]) -> list[tuple[str, str, str]]:
+def chosen(only: list[str]) -> list[tuple[str, ...]]:
     """Return the cases that words name: kernels, generations, workloads; all of what none names."""
     axes = [list(tpu_kernels.KERNELS), list(GENERATIONS), list(tpu_kernels.WORKLOADS)]
     if unknown := set(only) - set(itertools.chain(*axes)):

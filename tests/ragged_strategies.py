@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from strategies import (
     draw_pools,
     draw_tables,
     lengths,
+    one_of,
     windows,
 )
 
@@ -59,7 +61,7 @@ class RaggedCase(Case):
         clipped = [min(max(int(c), 0), len(self.query)) for c in self.cu_q_lens]
         return [max(clipped[: s + 1]) for s in range(len(clipped))]
 
-    def with_other_junk(self, seed: int, finite: bool = False) -> "RaggedCase":
+    def with_other_junk(self, seed: int, finite: bool = False) -> Self:
         other = super().with_other_junk(seed, finite)
         rng = np.random.default_rng(seed)
         fill = poison.ordinary if finite else poison.numbers
@@ -80,7 +82,7 @@ class RaggedCase(Case):
     def _q_len(self, s):
         return self.bounds[s + 1] - self.bounds[s]
 
-    def part(self, s: int, begin: int = 0, end: int | None = None) -> "RaggedCase":
+    def part(self, s: int, begin: int = 0, end: int | None = None) -> Self:
         """New tokens `[begin, end)` of one sequence, alone; those after them do not yet exist."""
         length = self._q_len(s)
         end = length if end is None else end
@@ -101,7 +103,7 @@ class RaggedCase(Case):
 @st.composite
 def ragged_cases(draw, configurations=CONFIGURATIONS, extras=EXTRAS) -> RaggedCase:
     """Draw a call of one of `configurations`, with any of `extras`."""
-    config = draw(st.sampled_from(configurations))
+    config = draw(one_of(configurations))
     shape = config.shape
     ints = [dtype for dtype in INTEGERS if np.iinfo(dtype).max >= shape.num_pages]
     lens_dtype = draw(st.sampled_from(INTEGERS))
@@ -172,10 +174,9 @@ def build_ragged(
         draw_tables(rng, shape, len(context_lens), tables_dtype, share, invalid), options,
         config.num_splits, np.zeros(0), np.zeros(0), as_jax, config.fused, cu_q_lens,
     )  # fmt: skip
-    seen = [set() for _ in context_lens]
-    for row in case.rows_seen:
-        if row is not None:
-            seen[row[0]] |= {j for j, _ in row[1]}
+    seen: list[set[int]] = [set() for _ in context_lens]
+    for s, tokens in filter(None, case.rows_seen):
+        seen[s] |= {j for j, _ in tokens}
     keys, values, live, needed = draw_pools(rng, config, case.block_tables, seen, magnitudes)
     case = case.replace(keys=keys, values=values, live=live, needed=needed)
     return case.with_other_junk(seed)

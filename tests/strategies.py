@@ -5,11 +5,12 @@ tables and numbers are drawn freely. Slots that no sequence sees hold NaN, Inf a
 finite numbers; table entries that no visible token needs hold junk.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import random
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -133,10 +134,10 @@ class Case:
         capacity = self.block_tables.shape[1] * self.shape.page_size
         return [min(max(int(n), 0), capacity) for n in self.context_lens]
 
-    def replace(self, **changes) -> "Case":
+    def replace(self, **changes) -> Self:
         return dataclasses.replace(self, **changes)
 
-    def with_other_junk(self, seed: int, finite: bool = False) -> "Case":
+    def with_other_junk(self, seed: int, finite: bool = False) -> Self:
         """The same call with something else in every slot and entry that must not be read."""
         rng = np.random.default_rng(seed)
         fill = poison.ordinary if finite else poison.numbers
@@ -150,7 +151,7 @@ class Case:
         tables = np.where(self.needed, self.block_tables, junk)
         return self.replace(keys=refill(self.keys), values=refill(self.values), block_tables=tables)
 
-    def permuted(self, seed: int, more_pages: int = 0) -> "Case":
+    def permuted(self, seed: int, more_pages: int = 0) -> Self:
         """The same call with the pages of a larger pool in another order, others poisoned."""
         rng = np.random.default_rng(seed)
         num_pages = self.shape.num_pages
@@ -177,7 +178,7 @@ class Case:
             block_tables=tables, live=live,
         )  # fmt: skip
 
-    def rows(self, order, more_blocks: int = 0) -> "Case":
+    def rows(self, order, more_blocks: int = 0) -> Self:
         """The sequences `order` of this call, alone, their tables wider by junk."""
         order = np.asarray(order)
         wide = ((0, 0), (0, more_blocks))
@@ -192,10 +193,36 @@ class Case:
         )  # fmt: skip
 
 
+_drawn: tuple[int, int] | None = None
+
+
+@contextlib.contextmanager
+def few_configurations(seed: int, count: int):
+    """Let what is drawn have `count` configurations alone, by `seed`: each is a program or two.
+
+    The properties and the backends have different ones, and many calls of each.
+    """
+    global _drawn
+    _drawn = None if THOROUGH else (seed, count)
+    try:
+        yield
+    finally:
+        _drawn = None
+
+
+def one_of(configurations):
+    """Draw one of `configurations`, or one of the few of them that `few_configurations` let be."""
+    if _drawn is not None:
+        seed, count = _drawn
+        count = min(count, len(configurations))
+        configurations = random.Random(seed).sample(list(configurations), count)
+    return st.sampled_from(configurations)
+
+
 @st.composite
 def cases(draw, configurations=CONFIGURATIONS) -> Case:
     """Draw a call of one of `configurations`."""
-    config = draw(st.sampled_from(configurations))
+    config = draw(one_of(configurations))
     shape = config.shape
     ints = [dtype for dtype in INTEGERS if np.iinfo(dtype).max >= shape.num_pages]
     lens_dtype = draw(st.sampled_from(INTEGERS))

@@ -14,9 +14,9 @@ from test_pallas_interpret import F32, SHAPE
 from ejk.backends.pallas import page_attention_kernel as kernel
 from ejk.backends.pallas import page_attention_paging as paging
 
-page_or_harmless, entries, is_first, first_block, first_position, heads_of = (
+page_or_harmless, entries, is_first, first_block, visible, heads_of = (
     paging.page_or_harmless, paging.Paging.entries, paging.Paging.is_first,
-    paging.Paging.first_block, paging.Paging.first_position, kernel.heads_of,
+    paging.Paging.first_block, paging.Paging.visible, kernel.heads_of,
 )  # fmt: skip
 
 
@@ -63,9 +63,9 @@ def one_sequence_on(self, seq):
     return first_block(self, seq)._replace(seq=seq + 1)
 
 
-def window_longer_by_one(self, seq, length):
-    first = first_position(self, seq, length)
-    return first - (first > 0)
+def last_token_hidden(self, block):
+    begin, end = visible(self, block)
+    return begin, end - 1
 
 
 def heads_in_reverse(*args):
@@ -83,7 +83,7 @@ FAULTS = {
     "another sequence's pages": (paging.Paging, "entries", entries_of_another_sequence),
     "the sequence before goes on": (paging.Paging, "is_first", never_first),
     "the next sequence's first block": (paging.Paging, "first_block", one_sequence_on),
-    "the window is one too long": (paging.Paging, "first_position", window_longer_by_one),
+    "the last token is hidden": (paging.Paging, "visible", last_token_hidden),
     "heads in reverse": (kernel, "heads_of", heads_in_reverse),
 }
 

@@ -109,6 +109,7 @@ def batches(draw):
     return lens, dict(capacity=capacity, window=window, max_cuts=max_cuts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_a_plan_is_the_oracles(planner):
     cut = 0

@@ -174,6 +174,7 @@ def test_the_sound_kernel_is_not_accused(extras, dma_execution_mode):
     faulty(dma_execution_mode, extras)
 
 
+@pytest.mark.fast(20)
 @pytest.mark.timeout(60)
 @modes
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=thorough) for n in REST)])

@@ -172,7 +172,7 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.mark.fast(9)
+@pytest.mark.fast(20)
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("bug", BUGS)
 def test_bugs_are_caught(bug, monkeypatch):

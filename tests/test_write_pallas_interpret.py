@@ -135,6 +135,7 @@ def test_the_sound_kernel_passes_where_faults_are_caught(dma_execution_mode):
     check(case_that_shows_faults(), dma_execution_mode)
 
 
+@pytest.mark.fast(20)
 @pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_seeded_fault_is_caught(name, dma_execution_mode, monkeypatch):

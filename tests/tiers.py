@@ -5,8 +5,11 @@ import hashlib
 import inspect
 import re
 
-FAST = 9  # the fast tier runs one in nine of what has no mark `fast`,
-PALLAS = 24  # and of what interprets Pallas, whose lowering is half of the time of all tests
+FAST, PALLAS = 20, 40
+"""The fast tier runs one in so many of what has no mark, and of what Pallas has a part in.
+
+To lower kernels for Pallas' interpreter takes half of the time of all tests.
+"""
 
 BACKEND = re.compile("xla|triton|pallas", re.IGNORECASE)
 
@@ -28,11 +31,14 @@ def one_in(n, items, salt=""):
 def fast(items):
     """Choose the fast tier: what is marked `fast` or `smoke`, what expects an error, some others.
 
-    `fast(n)` is one in `n`, and one at least of each function for each of its backends.
+    `fast(n)` is one in `n`, and one at least of each function for each of its backends; `slow` is
+    none.
     """
     kept, shares, rest = set(), collections.defaultdict(list), []
     for item in items:
         mark = item.get_closest_marker("fast")
+        if item.get_closest_marker("slow"):
+            continue
         if mark and mark.args:
             shares[mark.args[0]].append(item)
         elif mark or item.get_closest_marker("smoke") or _expects_an_error(item):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from strategies import DTYPES, INTEGERS, LAYOUTS
+from strategies import DTYPES, INTEGERS, LAYOUTS, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def hostile_slots(dtype, num_slots) -> list[int]:
 @st.composite
 def writes(draw, configurations=CONFIGURATIONS) -> WriteCase:
     """Draw a call: some slots anywhere, some of a few, so that they meet, and some outside."""
-    shape, dtype, layout = draw(st.sampled_from(configurations))
+    shape, dtype, layout = draw(one_of(configurations))
     kind = draw(st.sampled_from(INTEGERS))
     top = min(shape.num_slots - 1, np.iinfo(kind).max)
     few = st.integers(max(0, top - 3), top)
