@@ -45,6 +45,7 @@ def test_plain_call_is_a_softmax_over_the_tokens(entry):
             np.testing.assert_allclose(out[sequence, head], expected, rtol=0, atol=4e-6)
 
 
+@pytest.mark.fast
 @each_case(cases(), share=2)
 def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +48,19 @@ SHAPES = (
     WriteShape("fused, single slots", 20, 3, 8, None, page_size=1, num_pages=30),
     WriteShape("long pages", 40, 1, 24, 40, page_size=48, num_pages=2),
 )
+
+
+class WriteConfiguration(NamedTuple):
+    """What a program is compiled for."""
+
+    shape: WriteShape
+    dtype: np.dtype
+    cache_layout: str
+
+
 # Every dtype and layout, dealt out over the shapes.
 CONFIGURATIONS = tuple(
-    (shape, dtype, layout)
+    WriteConfiguration(shape, dtype, layout)
     for shape, (dtype, layout) in zip(
         SHAPES * 2, itertools.cycle(zip(DTYPES * 4, (*LAYOUTS, *LAYOUTS[1:], LAYOUTS[0])))
     )
