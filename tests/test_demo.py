@@ -193,6 +193,73 @@ def test_prompts_must_fit(tiny):
         paged_decode.generate(tiny, [[1], []], max_new_tokens=1)
 
 
+def test_a_decode_step_is_compiled_once(tiny):
+    paged_decode.decode_step.clear_cache()
+    paged_decode.generate(tiny, PROMPTS, max_new_tokens=6, prefill_chunk=5)
+    assert paged_decode.decode_step._cache_size() == 1
+
+
+def test_the_most_pages_in_use_are_counted(tiny):
+    steps = paged_decode.stream(tiny, PROMPTS, max_new_tokens=6, page_size=4)
+    # The tokens that a step chooses are written by the next one.
+    pages = [sum(-(-(len(prompt) + step) // 4) for prompt in PROMPTS) for step in range(6)]
+    assert [step.most_pages for step in steps] == pages == [5, 6, 6, 6, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([""], "TEXT: '' must have some text"),
+        (["--prompt", " \n"], "--prompt: ' \\n' must have some text"),
+        (["\udcff"], "TEXT: '\\udcff' must be UTF-8"),
+        (["--prompt"], "--prompt: expected one argument"),
+        (["--max-new-tokens", "0"], "'0' must be a whole number from 1 to 8191"),
+        (["--max-new-tokens", "-3"], "'-3' must be a whole number from 1 to 8191"),
+        (["--max-new-tokens", "8192"], "'8192' must be a whole number from 1 to 8191"),
+        (["--page-size", "0"], "'0' must be a whole number from 1 to 1024"),
+        (["--page-size", "9" * 5000], "must be a whole number from 1 to 1024"),
+        (["--prefill-chunk", "1.5"], "'1.5' must be a whole number from 1 to 65536"),
+        (["--seed", "many"], "'many' must be a whole number from 0 to 4294967295"),
+        (["--cache-layout", "nhd"], "choose from 'HND', 'NHD', 'KV_HEADS_FIRST'"),
+        (["--dtype", "f64"], "choose from 'f32', 'bf16', 'f16'"),
+        (["--backend", "cudnn"], "choose from 'auto', 'xla', 'triton', 'pallas'"),
+        (["--backend", "triton"], "cannot run on cpu"),
+        (["--backend", "triton"], "--interpret runs its kernels on the CPU"),
+        (["--backend", "pallas"], "--interpret runs its kernels on the CPU"),
+        (["--backend", "pallas", "--interpret", "--dtype", "f16"], "dtype=float16"),
+        (["--interpret"], "--interpret needs --backend triton or --backend pallas"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_in_a_line_before_the_model_loads(
+    argv, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(smollm2, "load", lambda dtype: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(argv)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert len(err) < 300
+
+
+def test_a_prompt_beyond_the_model_is_refused(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "load", lambda dtype: tiny)
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["--prompt", "a" * 70, "--max-new-tokens", "3"])
+    assert stopped.value.code == 2
+    assert "make 73 tokens; the model has room for 64" in capsys.readouterr().err
+
+
+def test_the_demo_says_what_pages_did(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "load", lambda dtype: tiny)
+    generate.main(["--prompt", "aaaa", "--max-new-tokens", "3", "--page-size", "4"])
+    out = capsys.readouterr().out
+    assert "at most 2 pages of 4 tokens in use at once" in out
+    assert "a dense cache of 1 x 7 tokens" in out
+
+
 @hypothesis.given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 9))
 def test_wrapped_lines_fit_and_lose_nothing(text, width):
     spans = list(generate.wrap(text, width))
