@@ -143,7 +143,7 @@ def ragged_page_attention(
             given, too.
         return_lse: also return the natural-log LSE, float32 `[total_tokens, num_heads]`.
         backend: None for the best backend of the platform that the computation is lowered for;
-            `"triton"`, `"xla"` or a backend object to run that one or be refused.
+            `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.
 
     Returns:
         `[total_tokens, num_heads, value_head_dim]` in the query's dtype; with `return_lse`, a pair.

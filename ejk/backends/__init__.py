@@ -1,7 +1,8 @@
 """The backends: ways to run an operation. To add one is to write one class.
 
-In a package of your own, subclass the operation's abstract backend, `ejk.PageAttentionBackend` or
-`ejk.WriteKVCacheBackend`, as a frozen dataclass whose fields are its tuning, and give it
+In a package of your own, subclass the operation's abstract backend, `ejk.PageAttentionBackend`,
+`ejk.RaggedPageAttentionBackend` or `ejk.WriteKVCacheBackend`, as a frozen dataclass whose fields
+are its tuning, and give it
 
     name        a short word for `backend="..."` and for error messages
     features    the optional features that it honours; what is not named here is refused for it
@@ -16,6 +17,6 @@ example.
 
 In this package, a backend of an operation is one module, `<backend>/<operation>.py`, which says
 what is supported, chooses sizes and launches; kernels lie beside it in `<operation>_kernel.py`. A
-second operation adds `<operation>.py` here, with its problem and its abstract backend, and such a
+new operation adds `<operation>.py` here, with its problem and its abstract backend, and such a
 module for each backend. Add the new object to `tests/backends.py`: every property then runs on it.
 """

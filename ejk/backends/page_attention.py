@@ -109,9 +109,9 @@ class PagedProblem(Problem):
     is_part: bool = dataclasses.field(default=False, kw_only=True)
     """The result is to be merged with others: those of a context's pages that are elsewhere.
 
-    It is float32. Each sequence has a window of its own, and lengths and windows count the tokens
-    of the pages that are here; so slopes need `block_distances`, the positions from the query to
-    the first token of each block.
+    It is float32. Each query row has a window of its own (here a row is a sequence), and lengths
+    and windows count the tokens of the pages that are here; so slopes need `block_distances`, the
+    positions from the query to the first token of each block.
     """
 
     @property
@@ -120,7 +120,7 @@ class PagedProblem(Problem):
 
     @property
     def own_windows(self) -> bool:
-        """Each sequence has a window of its own."""
+        """Each query row has a window of its own."""
         return self.is_part and self.has_window
 
     @property

@@ -12,8 +12,8 @@ Which pieces there are says either `NUM_SPLITS`, every context cut in as many eq
 rows of `work` (see `PlanProblem`). A context in one piece is written at once;
 of the others each piece writes a float32 part, for `page_attention_combine_kernel.py` to merge.
 
-A head dimension that is no power of two is taken in two parts, `BLOCK_D` and `BLOCK_D_REST`
-(576 as 512 + 64, 80 as 64 + 16), so that little of a block is padding.
+A head dimension above 128 that is no power of two may be taken in two parts, `BLOCK_D` and
+`BLOCK_D_REST` (576 as 512 + 64), so that little of a block is padding: see `two_parts`.
 
 Source: online softmax (Milakov and Gimelshein, 2018, arXiv:1805.02867); FlashAttention (Dao et
 al., 2022, arXiv:2205.14135); splits after Flash-Decoding (Dao et al., 2023).

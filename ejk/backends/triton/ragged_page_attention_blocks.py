@@ -11,13 +11,15 @@ from ejk.backends.triton.page_attention_launch import Launch, Tuning, two_parts
 
 # Query rows that one narrow block may have: more are wide, or several narrow ones.
 MOST_NARROW_ROWS = 64
-# Wide blocks on an H100 that they fill: 16 warps of 128 registers keep its multiprocessors busy,
-# one's softmax beside another's products, in a program of 256 rows or in two of 128. One reads half
-# as much; of two, one begins and ends beside the other. Two, by what a row may see, on one machine:
-# of 1,024 tokens they take 0.92 of the time of one, of 2,048 0.98, of 4,096 0.98 to 0.99, of 8,192
-# 1.03 to 1.06, of 32,768 1.10. With ALiBi they spill more, and take 1.04. Either is worth 28 bytes
-# that spill, and products that wait for one another (ptxas, C7512): 8 x 4,096 tokens take 2,498 us,
-# with all the registers of 8 warps 2,860.
+# Wide blocks on an H100 that they fill keep 16 warps resident, of 128 registers a thread, so that
+# the softmax of one overlaps the products of another: either one program of 256 rows, which reads
+# keys and values once, or two of 128, whose start and end overlap. Time of two programs over that
+# of one, by the tokens that a row may see, on one machine:
+#     1,024   2,048   4,096          8,192          32,768   with ALiBi
+#     0.92    0.98    0.98 to 0.99   1.03 to 1.06   1.10     1.04
+# With ALiBi two programs spill more. The 16 warps are worth 28 spilled bytes, and products that
+# wait for one another (ptxas, C7512): 8 x 4,096 tokens take 2,498 us; with 8 warps, which have
+# twice the registers, they take 2,860.
 HOPPER_TILE, HOPPER_REGISTERS = 8192, 128  # elements of a step's keys; a thread's
 HOPPER_SHORT, HOPPER_LONG = (128, 8, 2), (256, 16, 3)  # rows, warps, stages
 SHORT_TOKENS = 4096
