@@ -28,11 +28,11 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}: `make demo` installs all that this needs")
 
-DEFAULT_PROMPTS = ("Once upon a time, in a small village by the sea,",)
+DEFAULT_PROMPTS = ("Once upon a time, there was a little fox who",)
 DEFAULT_CHATS = (
     "What is the capital of France?",
-    "How does a rainbow form? Answer in one sentence.",
-    "Write a haiku about the sea.",
+    "Name three planets of the solar system.",
+    "Write one sentence about the moon.",
 )
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
