@@ -27,8 +27,9 @@ INTRODUCTION = """\
 
 # Support tables
 
-What the backends declare: the same facts that the choice of a backend and `ejk.backend_report` go
-by. What has been run where is another question: see [reliability](reliability.md)."""
+These tables have the facts that backends declare of themselves. The choice of a backend and
+`ejk.backend_report` go by the same facts. [Reliability](reliability.md) says which of them have
+been run, and where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,14 +179,17 @@ def add_platforms(page: Page) -> None:
 def add_features(page: Page) -> None:
     page.add(
         "## Features\n\n"
-        "Each optional feature is named after its argument; `fused_pools`: a `key_cache` of five\n"
-        "axes; `context_parallel`: `ejk.context_parallel_attention`. What a backend\n"
-        "does not declare, it refuses."
+        "Each optional feature is named after its argument. `fused_pools` means a `key_cache` of\n"
+        "five axes, `context_parallel` means `ejk.context_parallel_attention`. A backend refuses\n"
+        "every feature that it does not declare.\n\n"
+        "Features of `ejk.page_attention`:"
     )
     add_feature_table(page, BACKENDS)
-    page.add("Of `ejk.ragged_page_attention`.")
+    page.add("Features of `ejk.ragged_page_attention`:")
     add_feature_table(page, RAGGED_BACKENDS)
-    page.add("Of `ejk.write_kv_cache`; `latent_pools`: keys alone, `value=None`.")
+    page.add(
+        "Features of `ejk.write_kv_cache`; `latent_pools` means keys alone, with `value=None`:"
+    )
     add_feature_table(page, WRITE_BACKENDS)
 
 
@@ -201,10 +205,10 @@ def add_feature_table(page: Page, backends: Sequence[type[ejk.Backend]]) -> None
 def add_sizes(page: Page) -> None:
     page.add(
         "## Sizes and types\n\n"
-        "Asked with the backends' default fields, for 8 sequences, 8 KV heads and groups of 4\n"
-        "query heads where the table does not vary them. A size that is not listed is not\n"
-        "therefore unsupported: ask `ejk.backend_report`. The Pallas column holds for the TPU\n"
-        "generation with the least memory."
+        "The backends have their default fields here. A call has 8 sequences, 8 KV heads and\n"
+        "groups of 4 query heads, unless the table varies them. A size that is not listed may be\n"
+        "supported, too: ask `ejk.backend_report`. The Pallas column holds for the TPU generation\n"
+        "with the least memory."
     )
     page.add("### dtype\n\nhead_dim 128, pages of 16 tokens.")
     page.probes("dtype", {dtype: problem(dtype=dtype) for dtype in DTYPES})
@@ -230,7 +234,7 @@ def add_sizes(page: Page) -> None:
 
 
 def add_fields(page: Page) -> None:
-    page.add("## Fields of the backends\n\nTuning. See [backends](backends.md) for what they do.")
+    page.add("## Fields of the backends\n\nThey are tuning: see [backends](backends.md).")
     page.table("field", ["default"], list(fields()))
 
 
