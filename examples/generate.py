@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}: `make demo` installs all that this needs")
 
-DEFAULT_PROMPTS = ("Once upon a time, there was a little fox who",)
+DEFAULT_PROMPTS = ("Once upon a time, there was a princess who",)
 DEFAULT_CHATS = (
     "What is the capital of France?",
     "Name three planets of the solar system.",
