@@ -1,6 +1,6 @@
 """`ejk.context_parallel_attention`: pages split over devices, each attending to its own."""
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax
 
@@ -18,6 +18,7 @@ from ejk._page_attention import BACKENDS
 from ejk._page_attention_problem import problem_of, shared_operands
 from ejk._typing import (
     Cache,
+    Flag,
     Lengths,
     PerHead,
     Query,
@@ -32,10 +33,6 @@ from ejk.backends.page_attention import CacheLayout, PageAttentionOperands, Page
 from ejk.backends.xla.page_attention_backward import differentiable
 
 
-@overload
-def context_parallel_attention(
-    *args: Any, return_lse: Literal[True], **kwargs: Any
-) -> tuple[jax.Array, jax.Array]: ...
 @overload
 def context_parallel_attention(
     query: Query,
@@ -58,6 +55,50 @@ def context_parallel_attention(
     return_lse: Literal[False] = False,
     backend: str | Backend | None = None,
 ) -> jax.Array: ...
+@overload
+def context_parallel_attention(
+    query: Query,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    attn_scale: Scalar | None = None,
+    max_context_len: StaticInt | None = None,
+    num_splits: StaticInt = 0,
+    *,
+    axis_name: AxisName,
+    page_offset: ScalarInt = 0,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: StaticInt | None = None,
+    return_lse: Literal[True],
+    backend: str | Backend | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def context_parallel_attention(
+    query: Query,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    attn_scale: Scalar | None = None,
+    max_context_len: StaticInt | None = None,
+    num_splits: StaticInt = 0,
+    *,
+    axis_name: AxisName,
+    page_offset: ScalarInt = 0,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: StaticInt | None = None,
+    return_lse: Flag,
+    backend: str | Backend | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 @typed
 def context_parallel_attention(
     query: Query,
@@ -77,7 +118,7 @@ def context_parallel_attention(
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
     value_head_dim: StaticInt | None = None,
-    return_lse: bool = False,
+    return_lse: Flag = False,
     backend: str | Backend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attend as `ejk.page_attention` does, to pages that are split over devices.

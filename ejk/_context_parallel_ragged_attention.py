@@ -1,6 +1,6 @@
 """`ejk.context_parallel_ragged_attention`: ragged batches on pages split over devices."""
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from ejk._ragged_page_attention import BACKENDS, problem_of
 from ejk._typing import (
     Bounds,
     Cache,
+    Flag,
     Lengths,
     PerHead,
     Scalar,
@@ -41,10 +42,6 @@ from ejk.backends.ragged_page_attention import (
 from ejk.backends.xla.ragged_page_attention_backward import differentiable
 
 
-@overload
-def context_parallel_ragged_attention(
-    *args: Any, return_lse: Literal[True], **kwargs: Any
-) -> tuple[jax.Array, jax.Array]: ...
 @overload
 def context_parallel_ragged_attention(
     query: Tokens,
@@ -68,6 +65,52 @@ def context_parallel_ragged_attention(
     return_lse: Literal[False] = False,
     backend: str | Backend | None = None,
 ) -> jax.Array: ...
+@overload
+def context_parallel_ragged_attention(
+    query: Tokens,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    cu_q_lens: Bounds,
+    attn_scale: Scalar | None = None,
+    *,
+    axis_name: AxisName,
+    page_offset: ScalarInt = 0,
+    max_q_len: StaticInt | None = None,
+    max_context_len: StaticInt | None = None,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: StaticInt | None = None,
+    return_lse: Literal[True],
+    backend: str | Backend | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def context_parallel_ragged_attention(
+    query: Tokens,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    cu_q_lens: Bounds,
+    attn_scale: Scalar | None = None,
+    *,
+    axis_name: AxisName,
+    page_offset: ScalarInt = 0,
+    max_q_len: StaticInt | None = None,
+    max_context_len: StaticInt | None = None,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: StaticInt | None = None,
+    return_lse: Flag,
+    backend: str | Backend | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 @typed
 def context_parallel_ragged_attention(
     query: Tokens,
@@ -88,7 +131,7 @@ def context_parallel_ragged_attention(
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
     value_head_dim: StaticInt | None = None,
-    return_lse: bool = False,
+    return_lse: Flag = False,
     backend: str | Backend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attend as `ejk.ragged_page_attention` does, to pages that are split over devices.

@@ -1,6 +1,6 @@
 """`ejk.page_attention`: the signature and its prose, once for every backend."""
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from ejk._indices import as_int32
 from ejk._page_attention_problem import problem_of, shared_operands
 from ejk._typing import (
     Cache,
+    Flag,
     Lengths,
     PerHead,
     Query,
@@ -38,10 +39,6 @@ BACKENDS = (TritonPageAttention(), PallasPageAttention(), XlaPageAttention())
 
 @overload
 def page_attention(
-    *args: Any, return_lse: Literal[True], **kwargs: Any
-) -> tuple[jax.Array, jax.Array]: ...
-@overload
-def page_attention(
     query: Query,
     key_cache: Cache,
     value_cache: Cache | None,
@@ -61,6 +58,48 @@ def page_attention(
     return_lse: Literal[False] = False,
     backend: str | Backend | None = None,
 ) -> jax.Array: ...
+@overload
+def page_attention(
+    query: Query,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    attn_scale: Scalar | None = None,
+    max_context_len: StaticInt | None = None,
+    num_splits: StaticInt = 0,
+    *,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: StaticInt | None = None,
+    plan: PageAttentionPlan | None = None,
+    return_lse: Literal[True],
+    backend: str | Backend | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def page_attention(
+    query: Query,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    attn_scale: Scalar | None = None,
+    max_context_len: StaticInt | None = None,
+    num_splits: StaticInt = 0,
+    *,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: StaticInt | None = None,
+    plan: PageAttentionPlan | None = None,
+    return_lse: Flag,
+    backend: str | Backend | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 @typed
 def page_attention(
     query: Query,
@@ -79,7 +118,7 @@ def page_attention(
     alibi_slopes: PerHead | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
-    return_lse: bool = False,
+    return_lse: Flag = False,
     backend: str | Backend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attend from one query token a sequence to keys and values that lie in pages.

@@ -1,14 +1,12 @@
 """`ejk.plan_page_attention`: a batch's work dealt out once, for the calls of all layers."""
 
-import dataclasses
-
 import jax.numpy as jnp
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32, static_int
 from ejk._page_attention import BACKENDS
-from ejk._typing import Lengths, ScalarInt, typed
+from ejk._typing import Lengths, ScalarInt, StaticInt, typed
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.page_attention_plan import (
     PageAttentionPlan,
@@ -25,20 +23,19 @@ from ejk.backends.xla.page_attention_plan import XlaPlan
 # Sizes a plan where no GPU is known: more or fewer pieces than its processors want cost a little
 # speed, nothing else.
 DEFAULT_NUM_SMS = 132
-MAY_BE_0 = ("num_seqs", "max_blocks")
 
 
 @typed
 def plan_page_attention(
     context_lens: Lengths,
     *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    max_blocks: int,
+    num_heads: StaticInt,
+    num_kv_heads: StaticInt,
+    head_dim: StaticInt,
+    page_size: StaticInt,
+    max_blocks: StaticInt,
     sliding_window: ScalarInt | None = None,
-    value_head_dim: int | None = None,
+    value_head_dim: StaticInt | None = None,
     backend: str | Backend | None = None,
 ) -> PageAttentionPlan:
     """Deal out the work of `ejk.page_attention` over a batch of contexts, on the device.
@@ -84,24 +81,29 @@ def plan_page_attention(
     Source:
         Work lists made once a step: FlashInfer (Ye et al., 2025, arXiv:2501.01005).
     """
-    facts = PlanFacts(
-        num_seqs=context_lens.shape[0],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        max_blocks=max_blocks,
-        sliding_window=window_fact(sliding_window),
-    )
-    for field in dataclasses.fields(facts):
-        value = getattr(facts, field.name)
-        if isinstance(value, int):
-            static_int(field.name, value, at_least=int(field.name not in MAY_BE_0))
-    if value_head_dim is not None:
-        static_int("value_head_dim", value_head_dim, at_least=1)
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
-    capacity = max_blocks * page_size
+    sizes = {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "page_size": page_size,
+        "max_blocks": max_blocks,
+        "value_head_dim": head_dim if value_head_dim is None else value_head_dim,
+    }
+    checked = {
+        name: static_int(name, size, at_least=int(name != "max_blocks"))
+        for name, size in sizes.items()
+    }
+    width = checked.pop("value_head_dim")
+    window = window_fact(sliding_window)
+    facts = PlanFacts(num_seqs=context_lens.shape[0], **checked, sliding_window=window)
+    if isinstance(window, int):
+        static_int("sliding_window", window, at_least=1)
+    group, rest = divmod(facts.num_heads, facts.num_kv_heads)
+    if rest:
+        raise ValueError(
+            f"num_heads={facts.num_heads} must be a multiple of num_kv_heads={facts.num_kv_heads}"
+        )
+    capacity = facts.max_blocks * facts.page_size
     if capacity >= 2**31:
         raise ValueError(f"max_blocks * page_size={capacity} must be below 2**31")
 
@@ -112,11 +114,7 @@ def plan_page_attention(
     ]
     targets = [t for triton in tritons if (t := triton.target(triton.platforms[0])) is not None]
     num_sms = targets[0].num_sms if targets else DEFAULT_NUM_SMS
-    group = num_heads // num_kv_heads
-    programs = num_kv_heads * -(
-        -group // block_group(group, head_dim if value_head_dim is None else value_head_dim)
-    )
-    window = facts.sliding_window
+    programs = facts.num_kv_heads * -(-group // block_group(group, width))
     longest = min(capacity, window) if isinstance(window, int) else capacity
     problem = PlanProblem(
         num_seqs=facts.num_seqs,

@@ -1,6 +1,6 @@
 """`ejk.ragged_page_attention`: the signature and its prose, once for every backend."""
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from ejk._page_attention_problem import fail, shared_facts, shared_operands, vis
 from ejk._typing import (
     Bounds,
     Cache,
+    Flag,
     Lengths,
     PerHead,
     PerToken,
@@ -39,10 +40,6 @@ BACKENDS = (TritonRaggedPageAttention(), PallasRaggedPageAttention(), XlaRaggedP
 
 @overload
 def ragged_page_attention(
-    *args: Any, return_lse: Literal[True], **kwargs: Any
-) -> tuple[jax.Array, jax.Array]: ...
-@overload
-def ragged_page_attention(
     query: Tokens,
     key_cache: Cache,
     value_cache: Cache | None,
@@ -64,6 +61,52 @@ def ragged_page_attention(
     return_lse: Literal[False] = False,
     backend: str | Backend | None = None,
 ) -> jax.Array: ...
+@overload
+def ragged_page_attention(
+    query: Tokens,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    cu_q_lens: Bounds,
+    attn_scale: Scalar | None = None,
+    *,
+    max_q_len: StaticInt | None = None,
+    max_context_len: StaticInt | None = None,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: StaticInt | None = None,
+    positions: PerToken | None = None,
+    tree_mask: TreeMask | None = None,
+    return_lse: Literal[True],
+    backend: str | Backend | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def ragged_page_attention(
+    query: Tokens,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    context_lens: Lengths,
+    block_tables: Tables,
+    cu_q_lens: Bounds,
+    attn_scale: Scalar | None = None,
+    *,
+    max_q_len: StaticInt | None = None,
+    max_context_len: StaticInt | None = None,
+    cache_layout: CacheLayout = "HND",
+    sliding_window: ScalarInt | None = None,
+    attn_logits_soft_cap: StaticFloat | None = None,
+    sinks: PerHead | None = None,
+    alibi_slopes: PerHead | None = None,
+    value_head_dim: StaticInt | None = None,
+    positions: PerToken | None = None,
+    tree_mask: TreeMask | None = None,
+    return_lse: Flag,
+    backend: str | Backend | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 @typed
 def ragged_page_attention(
     query: Tokens,
@@ -84,7 +127,7 @@ def ragged_page_attention(
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
-    return_lse: bool = False,
+    return_lse: Flag = False,
     backend: str | Backend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attend from the new tokens of each sequence, any number of them, to keys and values in pages.

@@ -32,6 +32,7 @@ Scalar = Annotated[
     float | int | np.floating | np.integer | Float[Array, ""] | Integer[Array, ""],
     "a number or a 0-d array",
 ]
+Flag = Annotated[bool | np.bool_, "a bool"]
 StaticInt = Annotated[int | np.integer, "an int"]
 StaticFloat = Annotated[float | int | np.floating | np.integer, "a number"]
 ScalarInt = Annotated[int | np.integer | Integer[Array, ""], "an int or a 0-d integer array"]
