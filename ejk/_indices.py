@@ -30,3 +30,16 @@ def static_int(name: str, value: Any, *, at_least: int) -> int:
     if value < at_least:
         raise ValueError(f"{name}={value} must be at least {at_least}")
     return int(value)
+
+
+def rounded_bound(name: str, value: Any, *, exact_up_to: int) -> int:
+    """Check a bound that sizes work, and round it up to a power of two or one and a half of one.
+
+    What is compiled follows from it, and a caller may hand over each step's longest context: so a
+    few programs serve all. Up to `exact_up_to` it stays what it is.
+    """
+    value = static_int(name, value, at_least=0)
+    if value <= exact_up_to:
+        return value
+    power = 1 << (value - 1).bit_length()
+    return power * 3 // 4 if value <= power * 3 // 4 else power

@@ -9,11 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ejk._indices import static_int
+from ejk._indices import rounded_bound, static_int
 from ejk.backends.page_attention import LAYOUTS, PageAttentionProblem, layout_of
 from ejk.backends.page_attention_plan import PlanFacts, window_fact
 
 DTYPES = ("float32", "bfloat16", "float16")
+LEAST_BOUND = 64  # tokens that a context is expected to have at least: fewer need no other program
 
 
 def problem_of(
@@ -182,7 +183,8 @@ def visible_bound(facts, max_context_len, sliding_window) -> int:
     """Check the static bounds on what a token sees, and return the least, for sizing work."""
     bounds = [facts["max_blocks"] * facts["page_size"]]
     if max_context_len is not None:
-        bounds.append(static_int("max_context_len", max_context_len, at_least=0))
+        rounded = rounded_bound("max_context_len", max_context_len, exact_up_to=0)
+        bounds.append(max(rounded, LEAST_BOUND))
     if isinstance(sliding_window, (int, np.integer, np.ndarray)):
         bounds.append(static_int("sliding_window", sliding_window, at_least=1))
     return max(1, min(bounds))

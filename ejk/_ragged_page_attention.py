@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
-from ejk._indices import as_int32, static_int
+from ejk._indices import as_int32, rounded_bound
 from ejk._page_attention_problem import fail, shared_facts, shared_operands, visible_bound
 from ejk._typing import (
     Bounds,
@@ -35,6 +35,7 @@ from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
 from ejk.backends.xla.ragged_page_attention_backward import differentiable
 
+FEW_TOKENS = 8  # new tokens of a decode step or a draft: rounded up they could ask for wide blocks
 BACKENDS = (TritonRaggedPageAttention(), PallasRaggedPageAttention(), XlaRaggedPageAttention())
 
 
@@ -170,7 +171,8 @@ def ragged_page_attention(
             None. Too small a bound may be slow, never wrong. With 1, or as many as a draft has,
             what prefills need is left out.
         max_context_len: a bound on the lengths, used to size work; the table's width if None. Too
-            small a bound may be slow, never wrong.
+            small a bound may be slow, never wrong. Both bounds are rounded up, so that values that
+            follow each other compile a few programs.
         cache_layout: as in `ejk.page_attention`.
         sliding_window: only positions less than so many behind are visible. At least 1. May be
             traced: one that exceeds every length is no window.
@@ -278,7 +280,8 @@ def problem_of(
             fail(f"{name}.shape[0]={value.shape[0]} must be total_tokens={total_tokens}")
     q_len_bound = total_tokens
     if max_q_len is not None:
-        q_len_bound = min(q_len_bound, static_int("max_q_len", max_q_len, at_least=0))
+        rounded = rounded_bound("max_q_len", max_q_len, exact_up_to=FEW_TOKENS)
+        q_len_bound = min(q_len_bound, rounded)
     counts_positions = facts["has_window"] or facts["has_alibi"]
     return RaggedPageAttentionProblem(
         **facts,
