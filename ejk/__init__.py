@@ -1,5 +1,8 @@
 """Attention over paged key-value caches for JAX: one call, three backends that agree."""
 
+import typing
+
+from ejk import _foreign_names
 from ejk._backend_report import backend_report as backend_report
 from ejk._check_page_attention_inputs import (
     check_page_attention_inputs as check_page_attention_inputs,
@@ -50,3 +53,11 @@ from ejk.backends.write_kv_cache import WriteKVCacheProblem as WriteKVCacheProbl
 from ejk.backends.xla.page_attention import XlaPageAttention as XlaPageAttention
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention as XlaRaggedPageAttention
 from ejk.backends.xla.write_kv_cache import XlaWriteKVCache as XlaWriteKVCache
+
+if not typing.TYPE_CHECKING:  # a type checker would take every name for an attribute
+
+    def __getattr__(name: str):
+        raise AttributeError(_foreign_names.missing_attribute(name, globals()))
+
+
+del typing

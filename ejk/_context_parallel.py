@@ -11,7 +11,7 @@ from ejk import _dispatch
 from ejk._indices import as_int32, static_int
 from ejk._merge_attention_states import merge_attention_states
 from ejk._own_pages import OwnPages
-from ejk._page_attention_problem import fail
+from ejk._page_attention_problem import as_float32, fail
 
 AxisName = Annotated[str | tuple[str, ...], "the name of a mesh axis, or a tuple of names"]
 
@@ -70,7 +70,7 @@ def merge_over(axis_name, out, lse, sinks) -> tuple[jax.Array, jax.Array]:
     outs, lses = parts[..., :-1], parts[..., -1]
     if sinks is not None:
         outs = jnp.concatenate([outs, jnp.zeros_like(outs[:1])])
-        lses = jnp.concatenate([lses, jnp.broadcast_to(sinks, lse.shape)[None]])
+        lses = jnp.concatenate([lses, jnp.broadcast_to(as_float32(sinks), lse.shape)[None]])
     return merge_attention_states(outs, lses)
 
 

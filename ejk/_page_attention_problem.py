@@ -3,12 +3,14 @@
 What other operations on pages are given is checked here, too: once for all of them.
 """
 
+import difflib
 import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from ejk._describe import describe
 from ejk._indices import rounded_bound, static_int
 from ejk.backends.page_attention import LAYOUTS, PageAttentionProblem, layout_of
 from ejk.backends.page_attention_plan import PlanFacts, window_fact
@@ -78,16 +80,20 @@ def shared_facts(
     capacity = block_tables.shape[1] * page_size
 
     if query.dtype.name not in DTYPES:
-        raise TypeError(f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}")
+        raise TypeError(
+            f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}: "
+            "pass query.astype(key_cache.dtype)"
+        )
     if key_cache.dtype != query.dtype:
         fail(
-            f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}; "
-            "quantised caches are not supported yet"
+            f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}: "
+            + convert(key_cache, "query")
         )
     if num_heads % num_kv_heads:
         fail(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
             f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
+            + _other_layouts(key_cache, num_heads)
         )
     if key_cache.shape[-1] != head_dim:
         fail(
@@ -106,8 +112,11 @@ def shared_facts(
     for name, value in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if value is None:
             continue
-        if value.dtype != jnp.float32:
-            fail(f"{name}.dtype={value.dtype} must be float32")
+        if value.dtype.name not in DTYPES:
+            fail(
+                f"{name}.dtype={value.dtype} must be float32, bfloat16 or float16: "
+                f"pass {name}.astype(jnp.float32)"
+            )
         if value.shape[0] != num_heads:
             fail(f"{name}.shape[0]={value.shape[0]} must be num_heads={num_heads}")
 
@@ -150,9 +159,23 @@ def shared_operands(
         "key_cache": array(key_cache),
         "value_cache": array(value_cache),
         "attn_scale": jnp.asarray(scale).astype(jnp.float32),
-        "sinks": array(sinks),
-        "alibi_slopes": array(alibi_slopes),
+        "sinks": as_float32(sinks),
+        "alibi_slopes": as_float32(alibi_slopes),
     }
+
+
+def as_float32(x: Any) -> Any:
+    """Widen what each head has. Gradients come back in its own type."""
+    return x if x is None or x.dtype == jnp.float32 else jnp.asarray(x).astype(jnp.float32)
+
+
+def convert(cache: Any, name: str) -> str:
+    """Say how the argument `name` takes a cache's dtype."""
+    if cache.dtype.name in DTYPES:
+        return f"pass {name}.astype(jnp.{cache.dtype.name})"
+    if jnp.issubdtype(cache.dtype, jnp.floating) and cache.dtype.itemsize > 2:
+        return "keep the pools in one of " + ", ".join(DTYPES)
+    return "quantised caches are not supported yet"
 
 
 def check_pool(key_cache, cache_layout, **sizes) -> tuple[int, int, int]:
@@ -160,14 +183,18 @@ def check_pool(key_cache, cache_layout, **sizes) -> tuple[int, int, int]:
 
     Returns its pages, its KV heads and the slots of a page.
     """
-    if cache_layout not in LAYOUTS:
-        fail(f"cache_layout={cache_layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
+    if not isinstance(cache_layout, str) or cache_layout not in LAYOUTS:
+        near = difflib.get_close_matches(str(cache_layout).upper(), LAYOUTS, n=1)
+        fail(
+            f"cache_layout={describe(cache_layout)} must be one of "
+            f"{', '.join(map(repr, LAYOUTS))}" + "".join(f": did you mean {n!r}?" for n in near)
+        )
     layout = layout_of(key_cache, cache_layout)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
     if layout.halves is not None and key_cache.shape[layout.halves] != 2:
         fail(
             f"key_cache.shape[{layout.halves}]={key_cache.shape[layout.halves]} must be 2, keys "
-            f"and values {pool}"
+            f"and values {pool}: " + _unstack(key_cache)
         )
     num_pages, num_kv_heads, page_size = (
         key_cache.shape[axis] for axis in (layout.pages, layout.kv_heads, layout.slots)
@@ -179,6 +206,28 @@ def check_pool(key_cache, cache_layout, **sizes) -> tuple[int, int, int]:
     return num_pages, num_kv_heads, page_size
 
 
+def _unstack(pools) -> str:
+    """Say how pools that are stacked on the first of five axes are passed."""
+    if pools.shape[0] == 2:
+        return "of [2, num_pages, ...] pass kv_cache[0], kv_cache[1] as key_cache, value_cache"
+    return (
+        "of a pool of all layers pass one layer's, key_cache[layer], or the pool reshaped to "
+        "[layers * num_pages, ...] and block_tables + layer * num_pages"
+    )
+
+
+def _other_layouts(key_cache, num_heads) -> str:
+    """Name the layouts under which the heads would group."""
+    fits = {}
+    for name in LAYOUTS:
+        layout = layout_of(key_cache, name)
+        num_kv_heads = key_cache.shape[layout.kv_heads]
+        if num_kv_heads and num_heads % num_kv_heads == 0:
+            fits[name] = num_kv_heads
+    fit = (f"{count} under cache_layout={name!r}" for name, count in fits.items())
+    return f": num_kv_heads would be {' and '.join(fit)}" if fits else ""
+
+
 def visible_bound(facts, max_context_len, sliding_window) -> int:
     """Check the static bounds on what a token sees, and return the least, for sizing work."""
     bounds = [facts["max_blocks"] * facts["page_size"]]
@@ -186,7 +235,9 @@ def visible_bound(facts, max_context_len, sliding_window) -> int:
         rounded = rounded_bound("max_context_len", max_context_len, exact_up_to=0)
         bounds.append(max(rounded, LEAST_BOUND))
     if isinstance(sliding_window, (int, np.integer, np.ndarray)):
-        bounds.append(static_int("sliding_window", sliding_window, at_least=1))
+        if sliding_window < 1:
+            fail(f"sliding_window={sliding_window} must be at least 1: None is no window")
+        bounds.append(int(sliding_window))
     return max(1, min(bounds))
 
 

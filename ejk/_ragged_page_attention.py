@@ -272,7 +272,9 @@ def problem_of(
         **options,
     )
     if cu_q_lens.shape[0] != num_seqs + 1:
-        fail(f"cu_q_lens.shape[0]={cu_q_lens.shape[0]} must be num_seqs + 1={num_seqs + 1}")
+        given = f"cu_q_lens.shape[0]={cu_q_lens.shape[0]} must be num_seqs + 1={num_seqs + 1}"
+        lengths = cu_q_lens.shape[0] == num_seqs
+        fail(given + ": of lengths pass jnp.pad(jnp.cumsum(q_lens), (1, 0))" * lengths)
     if total_tokens >= 2**31:
         fail(f"total_tokens={total_tokens} must be below 2**31: rows are counted in 32 bits")
     for name, value in (("positions", positions), ("tree_mask", tree_mask)):

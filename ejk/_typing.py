@@ -10,6 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Num
 
+from ejk._describe import describe, mend
+from ejk._foreign_names import unexpected_keyword
+
 Array = jax.Array | np.ndarray
 
 Query = Float[Array, "num_seqs num_heads head_dim"]
@@ -40,6 +43,9 @@ ScalarInt = Annotated[int | np.integer | Integer[Array, ""], "an int or a 0-d in
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_arguments: dict[str, frozenset[str]] = {}  # of every function that is checked
+
+
 def typed(function: F) -> F:
     """Check rank and dtype kind of every argument against the function's annotations.
 
@@ -47,39 +53,72 @@ def typed(function: F) -> F:
     `ValueError`: the names of axes in annotations are documentation here.
 
     Raises:
-        TypeError: naming the argument, what it is and what it must be.
+        TypeError: naming the argument, what it is, what it must be and how to make it so. Of a
+            keyword that is not the function's, what it is called here.
     """
-    signature = inspect.signature(function)
+    parameters = inspect.signature(function).parameters
+    positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    required = {n for n, p in parameters.items() if p.default is p.empty}
     hints = {
         name: hint
         for name, hint in typing.get_type_hints(function, include_extras=True).items()
-        if typing.get_origin(hint) is not Literal  # a wrong choice is a ValueError
+        if name in parameters and typing.get_origin(hint) is not Literal  # a ValueError's
     }
+    own_name = function.__name__
+    _arguments[own_name] = frozenset(parameters)
+    known: dict[str, dict[Any, bool]] = {name: {} for name in hints}
     # jaxtyping's import hook would bind the names of axes across arguments.
     function.__no_type_check__ = True  # type: ignore[attr-defined]
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
-        from beartype.door import is_bearable  # a quarter of what importing ejk would cost
-
-        try:
-            arguments = signature.bind(*args, **kwargs).arguments
-        except TypeError as error:
-            raise TypeError(f"{function.__name__}() {error}") from None
-        for name, value in arguments.items():
-            hint = hints.get(name, Any)
-            is_flag = isinstance(value, bool) and hint not in (bool, Any)
-            if is_flag or not is_bearable(value, hint):
-                raise TypeError(f"{name}={_describe(value)} must be {_spell(hints[name])}")
+        given = dict(zip(positional, args)) | kwargs
+        if len(given) < len(args) + len(kwargs) or not given.keys() <= parameters.keys():
+            raise TypeError(_misplaced(own_name, positional, list(parameters), args, kwargs))
+        for name, value in given.items():
+            if name in hints and not _fits(value, hints[name], known[name]):
+                must = f"{name}={describe(value)} must be {_spell(hints[name])}"
+                raise TypeError(must + mend(name, value, is_static=not _is_array(hints[name])))
+        if not required <= given.keys():
+            missing = [repr(name) for name in parameters if name in required - given.keys()]
+            raise TypeError(f"{own_name}() is missing {', '.join(missing)}")
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
 
 
-def _describe(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{np.dtype(value.dtype).name}[{', '.join(map(str, value.shape))}]"
-    return f"{value!r} (call the class)" if isinstance(value, type) else repr(value)
+def _fits(value: Any, hint: Any, known: dict[Any, bool]) -> bool:
+    """Say whether a value is of a type, which is `known` of those that are like it."""
+    kind = (type(value), getattr(value, "dtype", None), getattr(value, "ndim", None))
+    fits = known.get(kind)
+    if fits is None:
+        from beartype.door import is_bearable  # a quarter of what importing ejk would cost
+
+        fits = is_bearable(value, hint) and not (isinstance(value, bool) and hint is not Flag)
+        if not isinstance(value, tuple):  # what one holds matters
+            known[kind] = fits
+    return fits
+
+
+def _misplaced(function: str, positional: list[str], arguments: list[str], args, kwargs) -> str:
+    """Say which arguments are unknown, given twice or too many."""
+    if unknown := [name for name in kwargs if name not in arguments]:
+        return "\n".join(
+            unexpected_keyword(name, function, arguments, _arguments) for name in unknown
+        )
+    if len(args) > len(positional):
+        rest = [name for name in arguments if name not in positional]
+        return (
+            f"{function}() takes {len(positional)} positional arguments at most, not {len(args)}: "
+            f"{', '.join(positional)}. By keyword: {', '.join(rest)}"
+        )
+    twice = [name for name in positional[: len(args)] if name in kwargs]
+    return f"{function}() was given {', '.join(twice)} twice, by position and by keyword"
+
+
+def _is_array(hint: Any) -> bool:
+    """Say whether an array is one of the alternatives."""
+    return hasattr(hint, "dims") or any(map(_is_array, typing.get_args(hint)))
 
 
 def _spell(hint: Any) -> str:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32
-from ejk._page_attention_problem import DTYPES, check_pool, fail
+from ejk._page_attention_problem import DTYPES, check_pool, convert, fail
 from ejk._typing import Cache, Slots, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
 from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache
@@ -95,7 +95,10 @@ def _problem_of(
     """Check the arguments and collect the static facts of the call."""
     num_tokens, _, head_dim = key.shape
     if key.dtype.name not in DTYPES:
-        raise TypeError(f"key.dtype={key.dtype.name} must be one of {', '.join(DTYPES)}")
+        raise TypeError(
+            f"key.dtype={key.dtype.name} must be one of {', '.join(DTYPES)}: "
+            "pass key.astype(key_cache.dtype)"
+        )
     num_pages, num_kv_heads, page_size = check_pool(key_cache, cache_layout, head_dim=head_dim)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
     if key.shape[1] != num_kv_heads:
@@ -103,8 +106,8 @@ def _problem_of(
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache is not None and cache.dtype != key.dtype:
             fail(
-                f"{name}.dtype={cache.dtype} must be the keys' dtype {key.dtype}: convert the new "
-                "tokens first; quantised caches are not supported yet"
+                f"{name}.dtype={cache.dtype} must be the keys' dtype {key.dtype}: "
+                + convert(cache, "key")
             )
     if key_cache.shape[-1] != head_dim:
         fail(
@@ -147,7 +150,10 @@ def _check_values(key, value, key_cache, value_cache) -> None:
     if value is None:
         return
     if value.dtype != key.dtype:
-        fail(f"value.dtype={value.dtype} must be the keys' dtype {key.dtype}")
+        fail(
+            f"value.dtype={value.dtype} must be the keys' dtype {key.dtype}: "
+            "pass value.astype(key.dtype)"
+        )
     if value.shape[:2] != key.shape[:2]:
         fail(f"value.shape={value.shape} must be key.shape={key.shape} but for the last axis")
     if value_cache is not None and value_cache.shape[:-1] != key_cache.shape[:-1]:

@@ -160,10 +160,6 @@ MISFIT_AND_RANGE = {
     "an infinite cap": ({"attn_logits_soft_cap": np.inf}, "attn_logits_soft_cap=inf must be"),
     "a cap of NaN": ({"attn_logits_soft_cap": np.nan}, "attn_logits_soft_cap=nan must be"),
     "sinks of other heads": ({"sinks": zeros(3)}, "sinks.shape[0]=3 must be num_heads=4"),
-    "sinks of 16 bits": (
-        {"sinks": zeros(4, dtype=np.float16)},
-        "sinks.dtype=float16 must be float32",
-    ),
     "slopes of other heads": (
         {"alibi_slopes": zeros(5)},
         "alibi_slopes.shape[0]=5 must be num_heads=4",

@@ -76,8 +76,7 @@ MISFIT_AND_RANGE = {
     ),
     "keys of another dtype": (
         {"rows": zeros(3, 2, 64, dtype=np.float16)},
-        "key_cache.dtype=float32 must be the keys' dtype float16: convert the new tokens first; "
-        "quantised caches are not supported yet",
+        "key_cache.dtype=float32 must be the keys' dtype float16: pass key.astype(jnp.float32)",
     ),
     "a quantised pool": (
         {"pool": zeros(8, 2, 16, 64, dtype=np.int8)},

@@ -32,6 +32,7 @@ ejk.write_kv_cache(query, query, pool, pool)  # error
 ejk.write_kv_cache(query, query, pool, pool, lens, kv_layout="NHD")  # error
 ejk.plan_page_attention(lens, num_heads=4)  # error
 ejk.merge_attention_states(query)  # error
+ejk.paged_attention(*a)  # error
 
 # Arguments of a wrong type.
 ejk.page_attention([[[1.0]]], pool, pool, lens, tables)  # error

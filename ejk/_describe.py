@@ -1,0 +1,126 @@
+"""How an argument is described in a message: shortly, and without a copy from the device."""
+
+import numbers
+import reprlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+
+class _Short(reprlib.Repr):
+    """Python's own representation of numbers, strings and what holds them, cut short."""
+
+    def __init__(self):
+        super().__init__(maxlevel=3, maxlist=3, maxtuple=3, maxdict=3, maxstring=80, maxother=80)
+
+    def repr1(self, x, level):
+        if hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type):
+            return _array(x)
+        return super().repr1(x, level)
+
+    def repr_instance(self, x, level):
+        if x is None or isinstance(x, numbers.Number):
+            return super().repr_instance(x, level)
+        return f"{x.__qualname__} (call the class)" if isinstance(x, type) else type(x).__name__
+
+
+describe = _Short().repr
+"""Describe a value in a hundred characters or few more."""
+
+
+def _array(x: Any) -> str:
+    try:
+        described = f"{np.dtype(x.dtype).name}[{', '.join(map(str, x.shape))}]"
+    except TypeError:  # another library's, or a key's
+        described = f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+    if isinstance(x, Tracer):
+        return f"traced {described}"
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
+        return described
+    module = type(x).__module__.split(".")[0]
+    return f"{module}.{type(x).__name__} {described}"
+
+
+def mend(name: str, value: Any, *, is_static: bool) -> str:
+    """Say how to make an argument what it must be, where that can be said.
+
+    Args:
+        name: the argument's.
+        value: what was given.
+        is_static: it must be known when a call is traced.
+    """
+    how = _static(name, value) if is_static else _array_mend(name, value)
+    return f"; {how}" if how else ""
+
+
+def _static(name: str, value: Any) -> str:
+    if not isinstance(value, jax.Array | np.ndarray):
+        return "0 is automatic" if (name, value) == ("num_splits", None) else ""
+    hint = ", or leave it out: it is a hint" if name.startswith("max_") else ""
+    return (
+        "it has to be known when the call is traced: pass a Python value, and under jax.jit name "
+        f"it in static_argnames{hint}"
+    )
+
+
+def _array_mend(name: str, value: Any) -> str:
+    if name == "sliding_window" and isinstance(value, list | tuple):
+        return window_mend(value)
+    if isinstance(value, list | tuple):
+        if name.endswith("_cache") and len(value) == 2:
+            return "pass the two pools as key_cache and value_cache"
+        return f"pass {'jnp.stack' if _holds_arrays(value) else 'jnp.asarray'}({name})"
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return "trace the call with it: jax.eval_shape(function, ...)"
+    if not isinstance(value, jax.Array | np.ndarray):
+        return f"pass jnp.from_dlpack({name})" if hasattr(value, "__dlpack__") else ""
+    mends = _BY_AXES.get((name, value.ndim))
+    if mends:
+        return mends
+    if name in _INTEGERS and not np.issubdtype(value.dtype, np.integer):
+        return f"pass {name}.astype(jnp.int32)"
+    return ""
+
+
+def window_mend(window: Any) -> str:
+    """Say which `sliding_window` is meant by another library's: (left, right), or -1 for none."""
+    left = window[0] if isinstance(window, list | tuple) and window else window
+    if not isinstance(left, int | np.integer):
+        return ""
+    if left < 0:
+        return "None is no window"
+    return f"sliding_window={left + 1} sees {left} tokens to the left: it counts the token itself"
+
+
+def _holds_arrays(values: Any) -> bool:
+    return any(isinstance(value, jax.Array | np.ndarray) for value in values)
+
+
+_INTEGERS = ("context_lens", "block_tables", "cu_q_lens", "slot_mapping", "positions")
+_LAYERS = (
+    "of a pool of all layers pass one layer's, {0}[layer], or the pool reshaped to [layers * "
+    "num_pages, ...] and block_tables + layer * num_pages"
+)
+_BATCHED = (
+    "of [batch, tokens, heads, dim] pass {0}.reshape(-1, *{0}.shape[2:]); the new tokens come "
+    "before the pools"
+)
+_BY_AXES = {
+    ("query", 2): "for one sequence pass query[None]",
+    ("query", 4): "of [batch, 1, heads, dim] pass query[:, 0]; several tokens a sequence go to "
+    "ejk.ragged_page_attention, packed as [total_tokens, num_heads, head_dim]",
+    ("context_lens", 0): "for one sequence pass context_lens[None]",
+    ("context_lens", 2): "the lengths come before the tables",
+    ("block_tables", 1): "for one sequence pass block_tables[None]; of a flat table, "
+    "block_tables.reshape(num_seqs, -1)",
+    ("key_cache", 6): _LAYERS.format("key_cache"),
+    ("value_cache", 6): _LAYERS.format("value_cache"),
+    ("value_cache", 1): "value_cache comes before the lengths; it is None for fused pools and "
+    "latent attention",
+    ("key", 4): _BATCHED.format("key"),
+    ("value", 4): _BATCHED.format("value"),
+    ("slot_mapping", 2): "pass slot_mapping.reshape(-1)",
+    ("outs", 3): "of one part alone there is nothing to merge: jnp.stack the parts",
+}

@@ -1,0 +1,138 @@
+"""What other libraries call the arguments and the operations of this one."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+_OWN_NAMES = {  # each with what it is called elsewhere
+    "query": "q queries query_states",
+    "key_cache": "k_cache k_pages key_pages key_cache_pages",
+    "value_cache": "v_cache v_pages value_pages value_cache_pages",
+    "context_lens": "seq_lens kv_lens lengths cache_seqlens seqused_k kv_seqlen kv_seq_lens "
+    "seq_len context_lengths context_len sequence_lengths seqlens",
+    "block_tables": "block_table page_indices page_table page_tables page_table_k page_ids",
+    "cu_q_lens": "cu_seqlens_q qo_indptr query_start_loc cu_seqlens cu_q_len q_indptr",
+    "attn_scale": "sm_scale softmax_scale scale scaling attention_scale logits_scale",
+    "attn_logits_soft_cap": "soft_cap logits_soft_cap softcap logit_cap logits_softcap "
+    "attn_logit_softcapping logit_soft_cap",
+    "max_context_len": "max_seqlen_k max_seq_len max_kv_len max_seqlen max_seq_len_k",
+    "max_q_len": "max_seqlen_q max_query_len max_seq_len_q",
+    "num_splits": "k_splits num_kv_splits",
+    "cache_layout": "kv_layout qkv_layout layout",
+    "sliding_window": "sliding_window_length sliding_window_size window",
+    "sinks": "s_aux attention_sink attention_sinks softmax_aux sink",
+    "alibi_slopes": "slopes alibi",
+    "tree_mask": "custom_mask packed_custom_mask attn_mask mask qq_bias",
+    "return_lse": "return_softmax_lse return_residual return_residuals",
+    "backend": "platform implementation",
+    "key": "append_key keys k new_keys",
+    "value": "append_value values v new_values",
+    "slot_mapping": "slots slot_map slot_indices",
+    "outs": "outputs v_states",
+    "lses": "softmax_lses s_states",
+    "num_heads": "num_qo_heads num_q_heads num_attention_heads num_query_heads",
+    "num_kv_heads": "num_key_value_heads kv_heads",
+    "head_dim": "head_size head_dim_qk",
+    "value_head_dim": "head_dim_vo head_size_v kv_lora_rank",
+    "page_size": "block_size tokens_per_page",
+    "max_blocks": "max_pages pages_per_seq max_blocks_per_seq",
+}
+_OWN_NAME = {name: own for own, names in _OWN_NAMES.items() for name in names.split()}
+
+_FUSED = "a pool of keys and values is key_cache, with value_cache=None and the pages first"
+_ROWS = "the pages of each sequence are a row of block_tables"
+_LAST = "leave it out: how full the last page is follows from context_lens"
+_CAUSAL = "leave it out: a token always sees its sequence up to itself"
+_NO_MASK = "leave it out: what is not visible is selected away"
+_FIELD = "it is a field of a backend object: backend=ejk.{}({}=...)"
+_QUANTISED = "quantised caches are not supported yet"
+_IN_PLACE = "leave it out: the result is returned"
+_MENDS = {
+    "window_left": "sliding_window is window_left + 1, as it counts the token itself, and None for "
+    "-1",
+    "window_size": "sliding_window is left + 1 of window_size=(left, 0), as it counts the token "
+    "itself, and None for (-1, -1)",
+    "window_right": "leave it out: no token sees later ones",
+    "mask_value": _NO_MASK,
+    "causal": _CAUSAL,
+    "is_causal": _CAUSAL,
+    "mask_type": _CAUSAL,
+    "num_seqs": "leave it out: repeat the last bound in cu_q_lens for the sequences past it",
+    "q_lens": "cu_q_lens is jnp.pad(jnp.cumsum(q_lens), (1, 0))",
+    "kv_cache": _FUSED,
+    "paged_kv_cache": _FUSED,
+    "kv_pages": "keys and values in turn are two pools here: kv_pages[:, :, 0::2] and "
+    'kv_pages[:, :, 1::2] with cache_layout="NHD". Split once, not in every step',
+    "kv_indptr": _ROWS,
+    "kv_indices": _ROWS,
+    "paged_kv_indptr": _ROWS,
+    "paged_kv_indices": _ROWS,
+    "kv_last_page_len": _LAST,
+    "paged_kv_last_page_len": _LAST,
+    "batch_indices": "slot_mapping is block_tables[batch_indices, positions // page_size] * "
+    "page_size + positions % page_size",
+    "page_table_v": "leave it out: keys and values share block_tables",
+    "k_scale": _QUANTISED,
+    "v_scale": _QUANTISED,
+    "key_scale": _QUANTISED,
+    "value_scale": _QUANTISED,
+    "kv_cache_dtype": _QUANTISED,
+    "inline_seq_dim": "leave it out: one launch runs over all sequences",
+    "out": _IN_PLACE,
+    "output": _IN_PLACE,
+    "pages_per_compute_block": _FIELD.format("PallasPageAttention", "pages_per_compute_block"),
+    "megacore_mode": _FIELD.format("PallasPageAttention", "megacore_mode"),
+    "vmem_limit_bytes": _FIELD.format("PallasPageAttention", "vmem_limit_bytes"),
+    "num_kv_pages_per_block": _FIELD.format("PallasRaggedPageAttention", "pages_per_block"),
+    "num_queries_per_block": _FIELD.format("PallasRaggedPageAttention", "block_q"),
+    "num_warps": _FIELD.format("TritonPageAttention", "num_warps"),
+    "num_stages": _FIELD.format("TritonPageAttention", "num_stages"),
+    "interpret": _FIELD.format("TritonPageAttention", "interpret"),
+}
+
+_OPERATIONS = {  # each with what it is called elsewhere
+    "page_attention": "paged_attention paged_attention_v1 paged_attention_v2 attention "
+    "single_query_cached_kv_attention flash_decoding decode_attention flash_mla_with_kvcache "
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "ragged_page_attention": "flash_attention flash_attn_varlen_func flash_attn_with_kvcache "
+    "flash_attn_func unified_attention ragged_paged_attention ragged_page_attention_v2 "
+    "ragged_page_attention_v3 dot_product_attention prefill_attention context_attention_fwd "
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "write_kv_cache": "reshape_and_cache reshape_and_cache_flash concat_and_cache_mla "
+    "append_paged_kv_cache append_paged_mla_kv_cache update_kv_cache",
+    "merge_attention_states": "merge_state merge_states merge_state_in_place merge_attn_states",
+    "plan_page_attention": "plan begin_forward get_scheduler_metadata",
+}
+_OPERATION = {name: own for own, names in _OPERATIONS.items() for name in names.split()}
+
+
+def unexpected_keyword(
+    name: str, function: str, arguments: Iterable[str], operations: Mapping[str, Iterable[str]]
+) -> str:
+    """Say what to write instead of a keyword that `function` does not take.
+
+    `operations` are the arguments of every operation.
+    """
+    own, arguments = _OWN_NAME.get(name, name), list(arguments)
+    others = [f"ejk.{other}" for other, theirs in operations.items() if own in theirs]
+    near = difflib.get_close_matches(name, arguments, n=1)
+    if own in arguments:
+        mend = f"it is {own} here"
+    elif name in _MENDS:
+        mend = _MENDS[name]
+    elif others:
+        mend = f"{own} is an argument of {', '.join(others)}"
+    elif near:
+        mend = f"did you mean {near[0]}?"
+    else:
+        mend = f"the arguments are {', '.join(arguments)}"
+    return f"{function}() got an unexpected keyword argument {name!r}: {mend}"
+
+
+def missing_attribute(name: str, public: Iterable[str]) -> str:
+    """Say what to write instead of `ejk.name`."""
+    message = f"module 'ejk' has no attribute {name!r}"
+    if name in _OPERATION:
+        return f"{message}: it is ejk.{_OPERATION[name]} here"
+    lower = {other.lower(): other for other in public if not other.startswith("_")}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"{message}: did you mean ejk.{lower[near[0]]}?" if near else message
