@@ -184,7 +184,8 @@ def check_pool(key_cache, cache_layout, **sizes) -> tuple[int, int, int]:
     Returns its pages, its KV heads and the slots of a page.
     """
     if not isinstance(cache_layout, str) or cache_layout not in LAYOUTS:
-        near = difflib.get_close_matches(str(cache_layout).upper(), LAYOUTS, n=1)
+        word = cache_layout[:20].upper() if isinstance(cache_layout, str) else ""
+        near = difflib.get_close_matches(word, LAYOUTS, n=1)
         fail(
             f"cache_layout={describe(cache_layout)} must be one of "
             f"{', '.join(map(repr, LAYOUTS))}" + "".join(f": did you mean {n!r}?" for n in near)

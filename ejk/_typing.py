@@ -107,10 +107,10 @@ def _misplaced(function: str, positional: list[str], arguments: list[str], args,
             unexpected_keyword(name, function, arguments, _arguments) for name in unknown
         )
     if len(args) > len(positional):
-        rest = [name for name in arguments if name not in positional]
+        rest = ", ".join(name for name in arguments if name not in positional)
         return (
-            f"{function}() takes {len(positional)} positional arguments at most, not {len(args)}: "
-            f"{', '.join(positional)}. By keyword: {', '.join(rest)}"
+            f"{function}() takes {', '.join(positional)} by position, not {len(args)} arguments"
+            + f"; by keyword: {rest}" * bool(rest)
         )
     twice = [name for name in positional[: len(args)] if name in kwargs]
     return f"{function}() was given {', '.join(twice)} twice, by position and by keyword"

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -210,8 +211,23 @@ def test_numbers_may_be_those_of_numpy():
 
 
 def test_optional_arguments_after_the_eighth_are_by_keyword_only():
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="by position, not 9 arguments; by keyword: cache_layout"):
         ejk.page_attention(*arguments().values(), None, None, 0, "HND")
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_what_each_head_has_may_be_of_16_bits(name, dtype):
+    given = arguments(context_lens=np.array([20, 3]))
+    narrow = jnp.array([0.5, -1.25, 3.0, 0.0]).astype(dtype)
+
+    def loss(x):
+        return jnp.sum(ejk.page_attention(**given | {name: x}, return_lse=True)[1])
+
+    assert loss(narrow) == loss(narrow.astype(jnp.float32))
+    gradient, wide = jax.grad(loss)(narrow), jax.grad(loss)(narrow.astype(jnp.float32))
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, wide.astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
