@@ -7,6 +7,12 @@ from ejk._backend_report import backend_report as backend_report
 from ejk._check_page_attention_inputs import (
     check_page_attention_inputs as check_page_attention_inputs,
 )
+from ejk._check_ragged_page_attention_inputs import (
+    check_ragged_page_attention_inputs as check_ragged_page_attention_inputs,
+)
+from ejk._check_write_kv_cache_inputs import (
+    check_write_kv_cache_inputs as check_write_kv_cache_inputs,
+)
 from ejk._context_parallel_attention import (
     context_parallel_attention as context_parallel_attention,
 )

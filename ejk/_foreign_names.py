@@ -113,7 +113,11 @@ def unexpected_keyword(
     `operations` are the arguments of every operation.
     """
     own, arguments = _OWN_NAME.get(name, name), list(arguments)
-    others = [f"ejk.{other}" for other, theirs in operations.items() if own in theirs]
+    others = [
+        f"ejk.{other}"
+        for other, theirs in operations.items()
+        if own in theirs and not other.startswith("check_")
+    ]
     near = difflib.get_close_matches(name, arguments, n=1)
     if own in arguments:
         mend = f"it is {own} here"

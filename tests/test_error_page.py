@@ -35,6 +35,15 @@ def write(**changes):
     return functools.partial(ejk.write_kv_cache, **right | changes)
 
 
+def checked_ragged(**changes):
+    right = dict(context_lens=np.array([20, 5]), cu_q_lens=np.array([0, 2, 5]))
+    ejk.check_ragged_page_attention_inputs(**test_ragged_errors.arguments(**right | changes))
+
+
+def checked_write(**changes):
+    ejk.check_write_kv_cache_inputs(**write(**changes).keywords)
+
+
 def plan(**changes):
     right = dict(num_heads=4, num_kv_heads=2, head_dim=64, page_size=16, max_blocks=3)
     return ejk.plan_page_attention(zeros(2, dtype=INT), **right | changes)
@@ -182,6 +191,17 @@ MISTAKES = {
     ),
     "a page that is none": lambda: ejk.check_page_attention_inputs(
         **test_errors.arguments(context_lens=LENS + 20, block_tables=TABLES - np.array([0, 1, 0]))
+    ),
+    "bounds that fall": lambda: checked_ragged(cu_q_lens=np.array([0, 4, 2])),
+    "more new tokens than tokens": lambda: checked_ragged(context_lens=np.array([1, 2])),
+    "a position below 0": lambda: checked_ragged(positions=np.array([0, 0, -1, 1, 2])),
+    "a token that does not see itself": lambda: checked_ragged(
+        tree_mask=~np.eye(5, 3, k=-2, dtype=bool)
+    ),
+    "a slot outside the pool": lambda: checked_write(slot_mapping=np.array([0, 128, 5])),
+    "two tokens for one slot": lambda: checked_write(slot_mapping=np.array([5, -1, 5])),
+    "a slot of a page that no sequence has": lambda: checked_write(
+        slot_mapping=np.array([0, 1, 32]), block_tables=TABLES
     ),
 }
 ROWS = {mistake: (error, said) for mistake, error, said in ROW.findall(PAGE.read_text())}
