@@ -58,7 +58,8 @@ def mend(name: str, value: Any, *, is_static: bool) -> str:
 def _static(name: str, value: Any) -> str:
     if not isinstance(value, jax.Array | np.ndarray):
         return "0 is automatic" if (name, value) == ("num_splits", None) else ""
-    hint = ", or leave it out: it is a hint" if name.startswith("max_") else ""
+    is_hint = name in ("max_context_len", "max_q_len")
+    hint = ", or leave it out: it is a hint" if is_hint else ""
     return (
         "it has to be known when the call is traced: pass a Python value, and under jax.jit name "
         f"it in static_argnames{hint}"
@@ -110,7 +111,7 @@ _BATCHED = (
 _BY_AXES = {
     ("query", 2): "for one sequence pass query[None]",
     ("query", 4): "of [batch, 1, heads, dim] pass query[:, 0]; several tokens a sequence go to "
-    "ejk.ragged_page_attention, packed as [total_tokens, num_heads, head_dim]",
+    "ejk.ragged_page_attention, as query.reshape(-1, *query.shape[2:]) with cu_q_lens",
     ("context_lens", 0): "for one sequence pass context_lens[None]",
     ("context_lens", 2): "the lengths come before the tables",
     ("block_tables", 1): "for one sequence pass block_tables[None]; of a flat table, "

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 import jax
@@ -77,8 +77,9 @@ def typed(function: F) -> F:
             raise TypeError(_misplaced(own_name, positional, list(parameters), args, kwargs))
         for name, value in given.items():
             if name in hints and not _fits(value, hints[name], known[name]):
-                must = f"{name}={describe(value)} must be {_spell(hints[name])}"
-                raise TypeError(must + mend(name, value, is_static=not _is_array(hints[name])))
+                hint, said = hints[name], describe(value)
+                how = mend(name, value, is_static=_is_static(hint))
+                raise TypeError(f"{name}={said} must be {_spell(hint)}{how}")
         if not required <= given.keys():
             missing = [repr(name) for name in parameters if name in required - given.keys()]
             raise TypeError(f"{own_name}() is missing {', '.join(missing)}")
@@ -116,9 +117,16 @@ def _misplaced(function: str, positional: list[str], arguments: list[str], args,
     return f"{function}() was given {', '.join(twice)} twice, by position and by keyword"
 
 
-def _is_array(hint: Any) -> bool:
-    """Say whether an array is one of the alternatives."""
-    return hasattr(hint, "dims") or any(map(_is_array, typing.get_args(hint)))
+def _is_static(hint: Any) -> bool:
+    """Say whether a number or a truth is asked for that cannot be an array."""
+    parts = list(_parts(hint))
+    return (int in parts or bool in parts) and not any(hasattr(part, "dims") for part in parts)
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    yield hint
+    for part in typing.get_args(hint):
+        yield from _parts(part)
 
 
 def _spell(hint: Any) -> str:
