@@ -1,17 +1,8 @@
-"""Launches Triton kernels from JAX: the one file that knows the two lines of jax-triton.
-
-| | 0.3 | 0.4 |
-|---|---|---|
-| result types | `out_shape=` | `out_type=` |
-| compiler options | `enable_fp_fusion=` | `backend_options=` |
-| custom call | `triton_kernel_call` | `triton_kernel_call_ffi` |
-| importing it | needs a GPU plugin of JAX | works anywhere |
-"""
+"""Launches Triton kernels from JAX: the one file that knows jax-triton, of its 0.4 line."""
 
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import os
 import warnings
@@ -20,7 +11,9 @@ from typing import Any
 
 import jax
 
-_CUSTOM_CALL_TARGETS = ("triton_kernel_call", "triton_kernel_call_ffi")
+from ejk.backends.triton import _installed
+
+CUSTOM_CALL_TARGET = "triton_kernel_call_ffi"
 
 # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 of the CUDA driver API.
 _TMA_TF32 = 11
@@ -53,13 +46,11 @@ def call(
       outputs: the parameters that follow, in order. Their memory is not initialised. None is an
         output that is absent.
       constants: every `tl.constexpr` parameter without a default.
-      in_place: parameters between inputs and outputs that the kernel reads and writes; only where
-        `can_run_in_place`.
+      in_place: parameters between inputs and outputs that the kernel reads and writes.
       grid: number of programs, from 1 to 2**31 - 1.
       num_warps: warps a program runs on.
       num_stages: depth of the software pipeline.
-      max_registers: of a thread, on an NVIDIA GPU; the compiler's choice if None. Only where
-        `can_run_in_place`.
+      max_registers: of a thread, on an NVIDIA GPU; the compiler's choice if None.
       compute_capability: 90 for sm_90; the capability of the machine's GPU if None.
       interpret: runs the kernel on the CPU with Triton's interpreter.
 
@@ -91,21 +82,15 @@ def call(
     written = tuple(in_place.values())
     if aliases:
         written = jax.lax.optimization_barrier(written)
-    jax_triton, is_ffi_line = _import_jax_triton()
-    assert is_ffi_line or not (aliases or max_registers), "see can_run_in_place"
     # Fusing a product and a sum into one instruction changes rounding, so the choice is written
-    # out here instead of following a default that may differ between the lines.
-    if is_ffi_line:
-        compiler_options: dict[str, Any] = {"enable_fp_fusion": True}
-        if max_registers is not None:
-            compiler_options["maxnreg"] = max_registers
-        options = {"out_type": result_types, "backend_options": compiler_options}
-    else:
-        options = {"out_shape": result_types, "enable_fp_fusion": True}
+    # out here instead of following a default.
+    compiler_options: dict[str, Any] = {"enable_fp_fusion": True}
+    if max_registers is not None:
+        compiler_options["maxnreg"] = max_registers
     with warnings.catch_warnings():
         # jax-triton would rather have a mutable reference, which a lowering rule has not got.
         warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
-        results = jax_triton.triton_call(
+        results = _import_jax_triton().triton_call(
             *operands,
             *written,
             kernel=kernel,
@@ -115,7 +100,8 @@ def call(
             num_stages=num_stages,
             compute_capability=compute_capability,
             input_output_aliases=aliases,
-            **options,
+            out_type=result_types,
+            backend_options=compiler_options,
             **constants,
         )
     if aliases:
@@ -124,34 +110,24 @@ def call(
     return tuple(None if k is None else result for k, result in zip(kept, results))
 
 
-def can_run_in_place() -> bool:
-    """Say whether a kernel may write to an input: jax-triton 0.3 wants a second pointer for it."""
-    return available() is not None or _import_jax_triton()[1]
-
-
 @functools.cache
-def available(*, interpret: bool = False) -> str | None:
-    """Says in one line why kernels cannot be launched here, or returns None if they can.
+def available(platform: str = "cuda") -> str | None:
+    """Says in one line why kernels cannot be launched, or returns None if they can.
 
     Args:
-      interpret: asks about the interpreter, which needs Triton and NumPy alone.
+      platform: the one to lower for; "cpu" asks about the interpreter.
     """
     try:
+        if reason := _installed.missing(platform):
+            return reason
         importlib.import_module("triton")
-        if not interpret:
+        if platform != "cpu":
             _import_jax_triton()
     except Exception as error:  # What a broken installation raises cannot be listed.
-        if isinstance(error, ModuleNotFoundError) and error.name in ("triton", "jax_triton"):
-            return f"{error.name.replace('_', '-')} is not installed"
-        missing = "triton" if interpret else "jax-triton"
+        broken = "triton" if platform == "cpu" else "jax-triton"
         reason = " ".join(str(error).split())
-        return f"{missing} cannot be imported: {type(error).__name__}: {reason}"
+        return f"{broken} cannot be imported: {type(error).__name__}: {reason}"
     return None
-
-
-def export_custom_call_targets() -> tuple[str, ...]:
-    """Names of the custom calls that `jax.export` must be told to accept, of both lines."""
-    return _CUSTOM_CALL_TARGETS
 
 
 @functools.cache
@@ -176,16 +152,15 @@ def _check_signature(
 
 
 @functools.cache
-def _import_jax_triton() -> tuple[Any, bool]:
-    """Imports jax-triton with its known faults mended; says whether it is the 0.4 line."""
+def _import_jax_triton() -> Any:
+    """Imports jax-triton with its known faults mended."""
     with _environment_variable_kept("TRITON_CACHE_DIR"), _tma_constant():
         jax_triton = importlib.import_module("jax_triton")
         triton_lib = importlib.import_module("jax_triton.triton_lib")
     _mend_dead_code_rule(triton_lib.triton_kernel_call_p)
     _keep_compiler_and_interpreter_apart(triton_lib)
     _leave_out_what_debuggers_read(triton_lib)
-    is_ffi_line = "out_type" in inspect.signature(jax_triton.triton_call).parameters
-    return jax_triton, is_ffi_line
+    return jax_triton
 
 
 @contextlib.contextmanager
@@ -203,14 +178,13 @@ def _environment_variable_kept(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tma_constant() -> Iterator[None]:
-    """Lends Triton's driver a name that jax-triton 0.4 imports from it.
+    """Lends Triton's driver a name that jax-triton imports from it.
 
     Triton 3.6 has not got it, and jax-triton takes the ImportError for a machine without NVIDIA's
     backend: every call then fails.
     """
     driver = importlib.import_module("triton.backends.nvidia.driver")
-    is_old_line = importlib.metadata.version("jax-triton").startswith("0.3.")
-    if is_old_line or hasattr(driver, "TMA_TF32"):
+    if hasattr(driver, "TMA_TF32"):
         yield
         return
     driver.TMA_TF32 = _TMA_TF32  # pyright: ignore[reportAttributeAccessIssue]
@@ -244,18 +218,14 @@ def _keep_compiler_and_interpreter_apart(triton_lib: Any) -> None:
     """
     from ejk.backends.triton import _interpret
 
-    if hasattr(triton_lib, "TritonFunction"):
-        owner, name = triton_lib.TritonFunction, "get_or_create_kernel"
-    else:
-        owner, name = triton_lib, "get_or_create_triton_kernel"
-    compile_kernel = getattr(owner, name)
+    compile_kernel = triton_lib.TritonFunction.get_or_create_kernel
 
     @functools.wraps(compile_kernel)
     def compile_alone(*args: Any, **kwargs: Any) -> Any:
         with _interpret.triton_language_lock:
             return compile_kernel(*args, **kwargs)
 
-    setattr(owner, name, compile_alone)
+    triton_lib.TritonFunction.get_or_create_kernel = compile_alone
 
 
 def _leave_out_what_debuggers_read(triton_lib: Any) -> None:
@@ -264,8 +234,6 @@ def _leave_out_what_debuggers_read(triton_lib: Any) -> None:
     They are two thirds of what a call carries, and XLA handles all that a call carries in every
     run: on an H100 with jax 0.11.2, 20 KB more cost a kernel 3.7 us of the host's time.
     """
-    if not hasattr(triton_lib, "TritonFunction"):
-        return  # The 0.3 line's calls are never captured; there a run costs more than that anyway.
     knobs = importlib.import_module("triton").knobs
     library = triton_lib.triton_kernel_call_lib
     make_kernel = library.TritonKernel

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from ejk._errors import Mendable
+
 # Shared memory that one block of threads may use, in bytes, by compute capability (CUDA C
 # programming guide, table of technical specifications).
 SHARED_MEMORY = {
@@ -56,14 +58,20 @@ class Target:
         return cls(compute_capability, num_sms, _shared_memory(compute_capability))
 
 
-def cannot_compile(target: Target | None, platform: str) -> str:
-    """Say why nothing is compiled for a target that is not known, or too old."""
+def cannot_compile(
+    target: Target | None, platform: str, example: str = "TritonPageAttention", num_sms: bool = True
+) -> str:
+    """Say why nothing is compiled for a target that is not known, or too old.
+
+    `example` names the class whose objects say for which target to compile, `num_sms` whether they
+    have to say that, too.
+    """
     if target is None:
-        hint = (
-            "; compute_capability and num_sms (90 and 132 for an H100) say for which to, "
-            "interpret=True runs on the CPU"
-        )
-        return f"no {platform} device is here to compile for" + hint * (platform == "cuda")
+        reason = f"no {platform} device is here to compile for"
+        if platform != "cuda":
+            return reason
+        h100 = "compute_capability=90" + ", num_sms=132" * num_sms
+        return Mendable(reason, f"for an H100, ejk.register_backend(ejk.{example}({h100}))")
     return (
         f"compute_capability={target.compute_capability} must be at least 80: older GPUs cannot "
         "copy asynchronously"

@@ -82,7 +82,7 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
         return 3 if self.interpret else 0  # plan, attention, combination
 
     def limits(self, problem: PageAttentionProblem, platform: str):
-        if missing := _launch.available(interpret=self.interpret):
+        if missing := _launch.available(platform):
             return (missing,)
         target = self.target(platform)
         if target is None or target.is_too_old:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from ejk.backends.page_attention import PageAttentionProblem, PagedProblem
 from ejk.backends.page_attention_plan import PlanProblem
-from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target
 from ejk.backends.triton.page_attention_tuned import TUNED, Blocks, Cell
 
@@ -134,7 +133,7 @@ class Launch:
         if problem.visible_bound <= GRANULE:
             return self
         programs = problem.num_kv_heads * self._group_blocks(problem)
-        if problem.num_seqs > 1 and _launch.can_run_in_place():
+        if problem.num_seqs > 1:
             own = PlanProblem(
                 problem.num_seqs,
                 problem.capacity,
@@ -147,7 +146,7 @@ class Launch:
         # One program a multiprocessor: of 16, 24, 33 and 49 parts of one context of 131,072 tokens
         # on an H100 (8 KV heads, 132 multiprocessors) 16 were done first, in 182.8 us; 24, a wave
         # and a half, took 194.1.
-        splits = target.num_sms // (problem.num_seqs * programs)
+        splits = target.num_sms // programs
         blocks = -(-problem.visible_bound // self.block_kv)
         return dataclasses.replace(self, num_splits=max(1, min(splits, blocks)))
 

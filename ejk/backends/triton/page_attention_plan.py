@@ -40,7 +40,7 @@ class TritonPlan(PlanBackend):
         return () if self.interpret else ("rocm",)
 
     def limits(self, problem, platform):
-        if missing := _launch.available(interpret=self.interpret):
+        if missing := _launch.available(platform):
             return (missing,)
         target = Target.of(platform, self.compute_capability, 1)
         if target is None or target.is_too_old:

@@ -70,13 +70,11 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
         return 5 if self.interpret else 0  # the plan, then attention and combination, twice
 
     def limits(self, problem: RaggedPageAttentionProblem, platform: str):
-        if missing := _launch.available(interpret=self.interpret):
+        if missing := _launch.available(platform):
             return (missing,)
-        if not self.interpret and not _launch.can_run_in_place():
-            return ("needs jax-triton 0.4, whose kernels may write to what others have begun",)
         target = self.target(platform)
         if target is None or target.is_too_old:
-            return (cannot_compile(target, platform),)
+            return (cannot_compile(target, platform, type(self).__name__),)
         launch = RaggedLaunch.of(problem, self, target)
         reasons = size_refusals(problem)
         grids = [launch.plan_grid(problem)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ejk.backends._fields import at_least
 from ejk.backends.triton import _launch
-from ejk.backends.triton._target import Target
+from ejk.backends.triton._target import Target, cannot_compile
 from ejk.backends.write_kv_cache import WriteKVCacheBackend, WriteKVCacheProblem
 from ejk.backends.xla.write_kv_cache import last_writes
 
@@ -63,19 +63,11 @@ class TritonWriteKVCache(WriteKVCacheBackend):
         return 1 if self.interpret else 0
 
     def limits(self, problem: WriteKVCacheProblem, platform: str):
-        if missing := _launch.available(interpret=self.interpret):
+        if missing := _launch.available(platform):
             return (missing,)
-        if not self.interpret and not _launch.can_run_in_place():
-            return ("jax-triton 0.3 cannot write to a kernel's input: from 0.4 on it can",)
         target = Target.of(platform, self.compute_capability, 1)
-        if target is None:
-            return (
-                f"no {platform} device is here to compile for"
-                + "; compute_capability (90 for an H100) says for which to, interpret=True runs on "
-                "the CPU" * (platform == "cuda"),
-            )
-        if target.compute_capability is not None and target.compute_capability < 80:
-            return (f"compute_capability={target.compute_capability} must be at least 80",)
+        if target is None or target.is_too_old:
+            return (cannot_compile(target, platform, type(self).__name__, num_sms=False),)
         if (grid := Blocks.of(problem, platform).grid(problem)) > MAX_GRID:
             return (f"its grid of {grid} programs exceeds {MAX_GRID}",)
         return ()
