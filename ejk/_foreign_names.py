@@ -45,6 +45,8 @@ _CAUSAL = "leave it out: a token always sees its sequence up to itself"
 _NO_MASK = "leave it out: what is not visible is selected away"
 _FIELD = "it is a field of a backend object: backend=ejk.{}({}=...)"
 _QUANTISED = "quantised caches are not supported yet"
+_SIDE_BY_SIDE = "keys of latent attention are the two parts side by side, with no values"
+_NO_DROPOUT = "leave it out: there is no dropout"
 _IN_PLACE = "leave it out: the result is returned"
 _MENDS = {
     "window_left": "sliding_window is window_left + 1, as it counts the token itself, and None for "
@@ -76,6 +78,21 @@ _MENDS = {
     "key_scale": _QUANTISED,
     "value_scale": _QUANTISED,
     "kv_cache_dtype": _QUANTISED,
+    "k_scales_pages": _QUANTISED,
+    "v_scales_pages": _QUANTISED,
+    "use_fp8": _QUANTISED,
+    "fp8_params": _QUANTISED,
+    "kv_c": _SIDE_BY_SIDE,
+    "k_pe": _SIDE_BY_SIDE,
+    "append_ckv": _SIDE_BY_SIDE,
+    "append_kpe": _SIDE_BY_SIDE,
+    "q_seqlen": "leave it out: a row of length 0 sees nothing",
+    "bias": "there is none; alibi_slopes and sliding_window cover two cases",
+    "dropout_rate": _NO_DROPOUT,
+    "seed": _NO_DROPOUT,
+    "cfg": "the fields of a backend object are the tuning",
+    "block_h": "leave it out: it follows from the heads of a group",
+    "debug": "leave it out",
     "inline_seq_dim": "leave it out: one launch runs over all sequences",
     "out": _IN_PLACE,
     "output": _IN_PLACE,
