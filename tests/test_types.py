@@ -17,7 +17,10 @@ import ejk
 from ejk.backends._fields import at_least
 
 FOLDER = pathlib.Path(__file__).parent / "typing"
-CHECKERS = {"pyright": [], "mypy": ["--no-color-output", "--show-traceback"]}
+CHECKERS = {  # by settings of their own, whatever the project's are
+    "pyright": ["--project", str(FOLDER), "--pythonpath", sys.executable],
+    "mypy": ["--config-file=", "--no-color-output", str(FOLDER)],
+}
 DIAGNOSTIC = re.compile(r"([\w./\\-]+\.py):(\d+)(?::\d+)?(?: -|:) error: ")
 
 
@@ -32,7 +35,7 @@ def test_type_checkers_refuse_what_is_wrong_and_nothing_else(checker):
         pytest.skip(f"{checker} is not installed")
     wrong, right = FOLDER / "wrong_calls.py", FOLDER / "right_calls.py"
     found = subprocess.run(
-        [sys.executable, "-m", checker, *CHECKERS[checker], str(wrong), str(right)],
+        [sys.executable, "-m", checker, *CHECKERS[checker]],
         capture_output=True,
         text=True,
         cwd=FOLDER.parent.parent,
