@@ -166,7 +166,7 @@ def shared_operands(
 
 def as_float32(x: Any) -> Any:
     """Widen what each head has. Gradients come back in its own type."""
-    return x if x is None or x.dtype == jnp.float32 else jnp.asarray(x).astype(jnp.float32)
+    return None if x is None else jnp.asarray(x).astype(jnp.float32)
 
 
 def convert(cache: Any, name: str) -> str:

@@ -174,7 +174,7 @@ def test_the_right_calls_are_right():
 
 
 def test_the_layout_is_by_keyword_only():
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="by position, not 6 arguments; by keyword: cache_layout"):
         ejk.write_kv_cache(*arguments().values(), "HND")
 
 
