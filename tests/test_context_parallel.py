@@ -153,3 +153,14 @@ def test_parts_are_not_rounded_before_they_are_merged(entry):
         values[page, :larger] = 1 + 2**-7
     out, _ = entry(case.replace(keys=keys, values=values))
     np.testing.assert_array_equal(out, np.ones_like(out))
+
+
+@each_entry(XLA)
+def test_sinks_of_16_bits(entry):
+    narrow = jnp.asarray(EDGES.options["sinks"]).astype(jnp.bfloat16)
+    results = [
+        entry(EDGES.replace(options=EDGES.options | {"sinks": sinks}))
+        for sinks in (narrow, narrow.astype(jnp.float32))
+    ]
+    for of_16_bits, of_32_bits in zip(*results):
+        np.testing.assert_array_equal(of_16_bits, of_32_bits)
