@@ -1,6 +1,6 @@
 """Let a real language model write text through a paged cache.
 
-    python examples/generate.py                           four texts of its own
+    python examples/generate.py                           four messages of its own
     python examples/generate.py "Why is the sky blue?"    answer this one
     python examples/generate.py --prompt "Once upon a time" --backend triton --interpret
 
@@ -28,11 +28,11 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}: `make demo` installs all that this needs")
 
-DEFAULT_PROMPTS = ("Once upon a time, there was a princess who",)
 DEFAULT_CHATS = (
     "What is the capital of France?",
     "Name three planets of the solar system.",
     "Write one sentence about the moon.",
+    "Why is the sea salty? Answer in one sentence.",
 )
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
@@ -193,7 +193,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.chats = [*args.chat, *args.chats]
     if not args.chats and not args.prompts:
-        args.chats, args.prompts = list(DEFAULT_CHATS), list(DEFAULT_PROMPTS)
+        args.chats = list(DEFAULT_CHATS)
     if args.interpret and args.backend not in ("triton", "pallas"):
         parser.error("--interpret needs --backend triton or --backend pallas")
     try:
@@ -326,8 +326,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def megabytes(num_tokens: int) -> float:
         return CacheSpec(1, num_tokens).num_bytes(model.config, model.dtype) / 1e6
 
-    paged = megabytes(most_pages * args.page_size)
-    dense = megabytes(len(passages) * most_tokens)
+    paged = round(megabytes(most_pages * args.page_size), 1)
+    dense = round(megabytes(len(passages) * most_tokens), 1)
     print(
         f"cache: at most {most_pages} pages of {args.page_size} tokens in use at once, "
         f"{paged:.1f} MB; a dense cache of {len(passages)} x {most_tokens} tokens takes "

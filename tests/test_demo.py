@@ -313,10 +313,7 @@ def test_chunks_and_pages_change_no_token(model, written, prefill_chunk, page_si
 @pytest.mark.demo
 def test_chunks_and_pages_change_no_token_of_the_shipped_prompts_in_bfloat16():
     model = smollm2.load(jnp.bfloat16)
-    prompts = [
-        *map(model.encode, generate.DEFAULT_PROMPTS),
-        *map(model.encode_chat, generate.DEFAULT_CHATS),
-    ]
+    prompts = [model.encode_chat(message) for message in generate.DEFAULT_CHATS]
 
     def run(**options):
         return paged_decode.generate(model, prompts, max_new_tokens=64, **options)
