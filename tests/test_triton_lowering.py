@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 import typing
 import zlib
 
@@ -184,3 +185,18 @@ def test_a_broken_installation_says_how(monkeypatch):
         assert _launch.available("cpu") is None
     finally:
         _launch.available.cache_clear()
+
+
+@pytest.mark.parametrize("is_aligned", [True, False])
+def test_pointers_are_specialized_as_triton_does_without_importing_torch(is_aligned):
+    """Triton below 3.9 imports torch the first time that it is asked."""
+    libtriton = importlib.import_module("triton._C.libtriton")
+    triton_lib = importlib.import_module("jax_triton.triton_lib")
+    _launch._import_jax_triton()
+    backend = triton.compiler.make_backend(triton.backends.compiler.GPUTarget("cuda", 90, 32))
+    for dtype in ("bf16", "fp16", "fp32", "i32", "i64"):
+        pointer = types.SimpleNamespace(data_ptr=lambda: 16 * is_aligned, dtype=dtype)
+        asked = (backend, pointer, False, True, is_aligned)
+        ours = triton_lib._triton.native_specialize_impl
+        assert ours is not libtriton.native_specialize_impl
+        assert ours(*asked) == libtriton.native_specialize_impl(*asked)

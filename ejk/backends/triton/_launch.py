@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import os
+import types
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -160,6 +161,7 @@ def _import_jax_triton() -> Any:
     _mend_dead_code_rule(triton_lib.triton_kernel_call_p)
     _keep_compiler_and_interpreter_apart(triton_lib)
     _leave_out_what_debuggers_read(triton_lib)
+    _specialize_without_torch(triton_lib)
     return jax_triton
 
 
@@ -255,3 +257,17 @@ def _leave_out_what_debuggers_read(triton_lib: Any) -> None:
                 library.TritonKernel = make_kernel
 
     triton_lib.TritonFunction._compile_kernel = compile_lean
+
+
+def _specialize_without_torch(triton_lib: Any) -> None:
+    """Keeps Triton from importing torch, which takes seconds, when a first kernel is compiled.
+
+    Triton below 3.9 imports torch, where it is installed, to tell a tensor of torch's from other
+    arguments. jax-triton asks for nothing but pointers, which Triton's backend answers as well.
+    """
+
+    def specialize_pointer(backend, pointer, is_const, do_specialize, is_aligned):
+        return f"*{pointer.dtype}", backend.get_tensor_specialization(pointer, align=is_aligned)
+
+    names = vars(triton_lib._triton) | {"native_specialize_impl": specialize_pointer}
+    triton_lib._triton = types.SimpleNamespace(**names)
