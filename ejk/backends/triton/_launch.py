@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ejk.backends.triton import _installed
+from ejk.backends.triton import _compiled, _installed
 
 CUSTOM_CALL_TARGET = "triton_kernel_call_ffi"
 
@@ -160,7 +160,7 @@ def _import_jax_triton() -> Any:
         triton_lib = importlib.import_module("jax_triton.triton_lib")
     _mend_dead_code_rule(triton_lib.triton_kernel_call_p)
     _keep_compiler_and_interpreter_apart(triton_lib)
-    _leave_out_what_debuggers_read(triton_lib)
+    _compile_for_running(triton_lib)
     _specialize_without_torch(triton_lib)
     return jax_triton
 
@@ -230,16 +230,19 @@ def _keep_compiler_and_interpreter_apart(triton_lib: Any) -> None:
     triton_lib.TritonFunction.get_or_create_kernel = compile_alone
 
 
-def _leave_out_what_debuggers_read(triton_lib: Any) -> None:
-    """Keeps line numbers and Triton's intermediate program out of the calls of our kernels.
+def _compile_for_running(triton_lib: Any) -> None:
+    """Compiles our kernels unless they are on disk, and without what debuggers read.
 
-    They are two thirds of what a call carries, and XLA handles all that a call carries in every
-    run: on an H100 with jax 0.11.2, 20 KB more cost a kernel 3.7 us of the host's time.
+    Line numbers and Triton's intermediate program are two thirds of what a call carries, and XLA
+    handles all that a call carries in every run: on an H100 with jax 0.11.2, 20 KB more cost a
+    kernel 3.7 us of the host's time.
     """
     knobs = importlib.import_module("triton").knobs
     library = triton_lib.triton_kernel_call_lib
     make_kernel = library.TritonKernel
     compile_kernel = triton_lib.TritonFunction._compile_kernel
+    compile_module = triton_lib.compile_ttir_inplace
+    compile_or_load = _compiled.kept_on_disk(compile_module, triton_lib.CompilationResult)
 
     def make_lean_kernel(name, warps, ctas, shared_memory, binary, ttir, *rest):
         return make_kernel(name, warps, ctas, shared_memory, binary, "", *rest)
@@ -251,10 +254,12 @@ def _leave_out_what_debuggers_read(triton_lib: Any) -> None:
         with knobs.compilation.scope():
             knobs.compilation.disable_line_info = True
             library.TritonKernel = make_lean_kernel
+            triton_lib.compile_ttir_inplace = compile_or_load
             try:
                 return compile_kernel(self, *args, **kwargs)
             finally:
                 library.TritonKernel = make_kernel
+                triton_lib.compile_ttir_inplace = compile_module
 
     triton_lib.TritonFunction._compile_kernel = compile_lean
 
