@@ -9,6 +9,7 @@ import jax
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
+from ejk._errors import UnsupportedError
 from ejk._page_attention import page_attention
 
 
@@ -48,7 +49,8 @@ def backend_report(
     Args:
         *args: the call's arguments; `jax.ShapeDtypeStruct` may stand for arrays.
         operation: the function that would be called.
-        platform: `"cpu"`, `"cuda"`, `"rocm"` or `"tpu"`; the default device's if None.
+        platform: `"cpu"`, `"cuda"`, `"rocm"` or `"tpu"`; the default device's if None. `"gpu"` is
+            `"rocm"` on a machine whose default device is such a one, else `"cuda"`.
         backend: the call's; the report is then about that one alone.
         **kwargs: the call's keyword arguments.
 
@@ -65,16 +67,23 @@ def backend_report(
         >>> ejk.backend_report(*args, platform="cpu").chosen
         'xla'
     """
-    if platform is None:
-        platform = _default_platform()
+    if platform in (None, "gpu"):
+        default = _default_platform()
+        platform = default if platform is None or default == "rocm" else "cuda"
     if platform not in _dispatch.PLATFORMS:
-        raise ValueError(f"platform={platform!r} must be one of {', '.join(_dispatch.PLATFORMS)}")
+        raise ValueError(
+            f"platform={platform!r} must be one of {', '.join(_dispatch.PLATFORMS)}, gpu or None"
+            f"{_dispatch.did_you_mean(str(platform), _dispatch.PLATFORMS)}"
+        )
     jaxpr = jax.make_jaxpr(functools.partial(_call, operation, args, kwargs))(_arrays(args, kwargs))
     for problem, choice in _dispatch.calls(jaxpr.jaxpr):
         if backend is not None:
             choice = _dispatch.choose(backend, type(problem), choice.backends)
         refusals = {b.name: choice.refusals(b, problem, platform) for b in choice.backends}
-        chosen = next((name for name, reasons in refusals.items() if not reasons), None)
+        try:
+            chosen = choice.select(problem, platform).name
+        except UnsupportedError:
+            chosen = None
         return BackendReport(platform, chosen, refusals)
     return BackendReport(platform, None, {})
 

@@ -4,26 +4,65 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from ejk import _partition
 
 
-def batch(primitive: Any, call: Callable[..., Any], leaves, axes, *, problem, choice, treedef):
-    """Batch `primitive`, whose operands are `leaves`; `call` runs a problem."""
-    size = next(x.shape[a] for x, a in zip(leaves, axes) if a is not None)
-    if size == 0:
-        empty = [jax.numpy.zeros((0, *r.shape), r.dtype) for r in problem.results]
-        return empty, [0] * len(empty)
-    axes = [-1 if a is None else a for a in axes]
-    operands = jax.tree.unflatten(treedef, leaves)
-    folded = problem.fold(size, operands, jax.tree.unflatten(treedef, axes))
-    if folded is None:
-        mapped = [jax.numpy.moveaxis(x, a, 0) for x, a in zip(leaves, axes) if a >= 0]
+def batch(call: Callable[..., Any], axis_data: Any, leaves, axes, *, problem, choice, treedef):
+    """Batch a problem's primitive, whose operands are `leaves`; `call` runs a problem.
 
-        def one(slices):
-            rest = iter(slices)
-            given = (x if a < 0 else next(rest) for x, a in zip(leaves, axes))
-            return primitive.bind(*given, problem=problem, choice=choice, treedef=treedef)
+    On explicit axes each device batches its own part, also of the batched axis.
+    """
+    if all(axis is None for axis in axes):
+        results = call(problem, choice, jax.tree.unflatten(treedef, leaves))
+        return results, [None] * len(results)
 
-        results = jax.lax.map(one, mapped)
+    def run(problem, leaves):
+        return _batch(call, problem, choice, treedef, axes, leaves)
+
+    to = problem.folded_axis
+    if _partition.explicit_mesh(map(jax.typeof, leaves)) is None:
+        results = run(problem, leaves)
     else:
-        results = [x.reshape(size, -1, *x.shape[1:]) for x in call(folded[0], choice, folded[1])]
-    return results, [0] * len(results)
+        batched = _partition.Batched(axes, axis_data.explicit_mesh_axis, to)
+        results = _partition.split(problem, treedef, leaves, run, batched)
+    return results, [to] * len(results)
+
+
+def merge_axis(x: jax.Array, axis: int | None, size: int, to: int = 0) -> jax.Array:
+    """Put a batched axis, of `size`, right before axis `to`, and make one of both.
+
+    An array that is not batched, with an axis of None or below 0, is repeated.
+    """
+    if axis is None or axis < 0:
+        shape = (*x.shape[:to], size, *x.shape[to:])
+        x = jnp.broadcast_to(jnp.expand_dims(x, to), shape)
+    else:
+        x = jnp.moveaxis(x, axis, to)
+    return x.reshape(*x.shape[:to], size * x.shape[to + 1], *x.shape[to + 2 :])
+
+
+def _batch(call, problem, choice, treedef, axes, leaves):
+    """Return the results, batched on the problem's `folded_axis`. Leaves may be left out: None."""
+    axes = [None if x is None else axis for x, axis in zip(leaves, axes)]
+    size = next(x.shape[a] for x, a in zip(leaves, axes) if a is not None)
+    to = problem.folded_axis
+    if size == 0:
+        shapes = ((*r.shape[:to], 0, *r.shape[to:]) for r in problem.results)
+        return [jnp.zeros(shape, r.dtype) for shape, r in zip(shapes, problem.results)]
+    operands = jax.tree.unflatten(treedef, leaves)
+    folded = problem.fold(
+        size, operands, jax.tree.unflatten(treedef, [-1 if a is None else a for a in axes])
+    )
+    if folded is not None:
+        results = zip(call(folded[0], choice, folded[1]), problem.results)
+        return [x.reshape(*r.shape[:to], size, *r.shape[to:]) for x, r in results]
+
+    def one(slices):
+        rest = iter(slices)
+        given = [x if a is None else next(rest) for x, a in zip(leaves, axes)]
+        return call(problem, choice, jax.tree.unflatten(treedef, given))
+
+    mapped = [jnp.moveaxis(x, a, 0) for x, a in zip(leaves, axes) if a is not None]
+    return [jnp.moveaxis(x, 0, to) for x in jax.lax.map(one, mapped)]

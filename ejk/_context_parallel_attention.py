@@ -216,14 +216,14 @@ def context_parallel_attention(
     else:
         own = own_pages(axis_name, part, context_lens, block_tables, page_offset, sliding_window)
         operands = PageAttentionOperands(
-            **shared_operands(part, query, key_cache, value_cache, attn_scale, None, alibi_slopes),
+            **shared_operands(query, key_cache, value_cache, attn_scale, None, alibi_slopes),
             context_lens=own.lens,
             block_tables=own.tables,
             sliding_window=own.windows,
             plan=None,
             block_distances=own.distances,
         )
-        out, lse = differentiable(part, choice, _dispatch.vary_together(operands))
+        out, lse = differentiable(part, choice, operands)
     out, lse = merge_over(axis_name, out, lse, sinks)
     out = out.astype(problem.dtype)
     return (out, lse) if return_lse else out

@@ -208,7 +208,7 @@ def context_parallel_ragged_attention(
             behind = jnp.maximum(as_int32(sliding_window, 2**31 - 1), 0)
             windows = row_lens - own.up_to(seq, position - behind, part.page_size)
         operands = RaggedPageAttentionOperands(
-            **shared_operands(part, query, key_cache, value_cache, attn_scale, None, alibi_slopes),
+            **shared_operands(query, key_cache, value_cache, attn_scale, None, alibi_slopes),
             context_lens=own.lens,
             block_tables=own.tables,
             cu_q_lens=bounds,
@@ -218,7 +218,7 @@ def context_parallel_ragged_attention(
             row_lens=row_lens,
             block_distances=own.distances,
         )
-        out, lse = differentiable(part, choice, _dispatch.vary_together(operands))
+        out, lse = differentiable(part, choice, operands)
     if sinks is not None:
         sinks = jnp.where(is_new[:, None], jnp.asarray(sinks)[None], -jnp.inf)
     out, lse = merge_over(axis_name, out, lse, sinks)

@@ -8,11 +8,14 @@ does not refuse. So CPU arrays in a GPU process, ahead-of-time compilation for a
 
 import abc
 import dataclasses
+import difflib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -21,19 +24,23 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ejk import _partition
 from ejk._batching import batch
-from ejk._errors import UnsupportedError
+from ejk._errors import Mendable, UnsupportedError
 from ejk._partition import Axes, Shards
 from ejk._typing import typed
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
+def did_you_mean(wrong: str, names: Sequence[str]) -> str:
+    """Return a question after the name that is nearest to a wrong one, if any is near."""
+    near = difflib.get_close_matches(wrong.lower(), names, n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
 class Problem(abc.ABC):
     """The static facts of one call: hashable, so that it is a parameter of the primitive."""
 
     operation: ClassVar[str]
-    derivatives: ClassVar[str] = "has no derivatives"
-    """What is said of one that was asked for in vain."""
 
     @property
     @abc.abstractmethod
@@ -49,10 +56,26 @@ class Problem(abc.ABC):
     def fold(self, size: int, operands: Any, axes: Any) -> "tuple[Problem, Any] | None":
         """Fold a `vmap` axis of `size` into the problem.
 
-        `axes` holds the batched axis of each operand, or -1. The folded problem's results lead
-        with an axis of `size` times their own first one. None where this cannot be done: the
-        call is then mapped over the axis.
+        `axes` holds the batched axis of each operand, or -1. Of the folded problem's results
+        `folded_axis` is `size` times as long. None where this cannot be done: the call is then
+        mapped over the axis.
         """
+
+    @property
+    def folded_axis(self) -> int:
+        """The axis of every result that `fold` makes longer, and before which `vmap` puts its."""
+        return 0
+
+    @property
+    def symbolic_sizes(self) -> tuple[str, ...]:
+        """The sizes that `jax.export` leaves to those who run what it exports: `num_seqs=n`."""
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        sizes = ((field.name, getattr(self, field.name)) for field in fields)
+        return tuple(
+            f"{name}={size}"
+            for name, size in sizes
+            if any(map(jax.export.is_symbolic_dim, size if isinstance(size, tuple) else (size,)))
+        )
 
     @property
     def axes(self) -> Axes | None:
@@ -81,6 +104,16 @@ class Backend(abc.ABC):
     is_opaque: ClassVar[bool] = True
     """XLA cannot see into what is run, nor therefore split it over devices."""
 
+    def __new__(cls, *args: Any, **fields: Any) -> "Backend":
+        if "__dataclass_fields__" in vars(cls):
+            names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+            for wrong in fields.keys() - {*names}:
+                raise TypeError(
+                    f"{cls.__name__} has no field {wrong!r}{did_you_mean(wrong, names)}; its "
+                    f"fields are {', '.join(names) or 'none'}"
+                )
+        return super().__new__(cls)
+
     @property
     @abc.abstractmethod
     def platforms(self) -> tuple[str, ...]:
@@ -90,6 +123,15 @@ class Backend(abc.ABC):
     def only_if_asked(self) -> tuple[str, ...]:
         """The platforms for which automatic choice passes this object over: nobody has run it."""
         return ()
+
+    @property
+    def has_target(self) -> bool:
+        """Its fields say for which device it compiles, as only someone who means it does.
+
+        Registered for automatic choice it is not passed over for want of what can be mended, such
+        as an installation: the call raises. It still is for features and sizes that it lacks.
+        """
+        return False
 
     @property
     def effects(self) -> frozenset[Any]:
@@ -115,6 +157,9 @@ class Backend(abc.ABC):
             return (f"is a backend of {self.problem_type.operation}, not of {problem.operation}",)
         if platform not in self.platforms:
             return (f"runs on {' and '.join(self.platforms)}, not on {platform}",)
+        if self.is_opaque and problem.symbolic_sizes:
+            sizes = ", ".join(problem.symbolic_sizes)
+            return (f"compiles for sizes that are static, and {sizes} is symbolic",)
         missing = sorted(problem.features - self.features)
         return (*(f"does not support {feature}" for feature in missing),
                 *self.limits(problem, platform))  # fmt: skip
@@ -148,6 +193,18 @@ def _same(a: Backend, b: Backend) -> bool:
     return (a.name, a.problem_type) == (b.name, b.problem_type)
 
 
+Refusals = list[tuple[Backend, str]]
+"""What several backends said of one call, each with one reason."""
+
+
+def _unsupported(problem: Problem, refused: Refusals) -> UnsupportedError:
+    reasons = dict.fromkeys(f"{backend.name}: {refusal}" for backend, refusal in refused)
+    return UnsupportedError(
+        f"no backend that was asked for can run this {problem.operation} call:\n  "
+        + "\n  ".join(reasons)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """The backends that may run a call, best first, and whether the caller left it to us."""
@@ -162,19 +219,28 @@ class Choice:
 
         With no platform, on any of its own. An `obstacle` is why none may run that is opaque.
         """
-        reasons = []
+        return self.weigh(problem, platform, obstacle)[0]
+
+    def weigh(
+        self, problem: Problem, platform: str | None, obstacle: str | None = None
+    ) -> tuple[Backend, Refusals]:
+        """Return what `select` does, and why the better backends do not run."""
+        refused: Refusals = []
         for backend in self.backends:
             for target in (platform,) if platform else backend.platforms:
                 refusals = self.refusals(backend, problem, target)
+                if (
+                    self.automatic
+                    and backend.has_target
+                    and any(isinstance(r, Mendable) for r in refusals)
+                ):
+                    raise _unsupported(problem, [(backend, refusal) for refusal in refusals])
                 if obstacle and backend.is_opaque and not refusals:
                     refusals = (obstacle,)
                 if not refusals:
-                    return backend
-                reasons += [f"{backend.name}: {refusal}" for refusal in refusals]
-        raise UnsupportedError(
-            f"no backend that was asked for can run this {problem.operation} call:\n  "
-            + "\n  ".join(dict.fromkeys(reasons))
-        )
+                    return backend, refused
+                refused += [(backend, refusal) for refusal in refusals]
+        raise _unsupported(problem, refused)
 
     def refusals(self, backend: Backend, problem: Problem, platform: str) -> tuple[str, ...]:
         refusals = backend.refusals(problem, platform)
@@ -197,13 +263,53 @@ def choose(
         return Choice((choice,), automatic=False)
     registered = [b for b in _registered if issubclass(problem_type, b.problem_type)]
     backends = (*registered, *(b for b in own if not any(_same(b, other) for other in registered)))
-    if choice is None:
+    if choice in (None, "auto"):
         return Choice(backends, automatic=True)
     named = tuple(backend for backend in backends if backend.name == choice)
     if not named:
-        names = ", ".join(repr(backend.name) for backend in backends)
-        raise ValueError(f"backend={choice!r} must be one of {names}, a backend object or None")
+        names = list(dict.fromkeys(backend.name for backend in backends))
+        raise ValueError(
+            f"backend={choice!r} must be one of {', '.join(map(repr, names))}, a backend object or "
+            f"None{did_you_mean(choice, names)}"
+        )
     return Choice(named, automatic=False)
+
+
+def _log_choice(problem: Problem, platform: str, backend: Backend, refused: Refusals) -> None:
+    """Say which backend runs, as a warning where XLA does for want of what can be mended."""
+    reasons = "".join(f"; not {other.name}: {refusal}" for other, refusal in refused)
+    LOGGER.debug("%s on %s: %s%s", problem.operation, platform, backend.name, reasons)
+    if backend.name != "xla" or platform not in ("cuda", "tpu"):
+        return
+    for other, refusal in refused:
+        if isinstance(refusal, Mendable) and refusal not in _warned:
+            _warned.add(refusal)
+            LOGGER.warning(
+                "%s on %s runs on xla and not on %s, which %s",
+                problem.operation, platform, other.name, refusal,
+            )  # fmt: skip
+
+
+LOGGER = logging.getLogger("ejk")
+_warned: set[str] = set()
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function(problem, how, operands)`, traced once for all calls of a kind.
+
+    So an eager call costs little more than one of `jax.jit` does. Operands may be NumPy arrays.
+    """
+
+    # A function may use no operand, but only operands say which devices the mesh is of.
+    @functools.partial(jax.jit, static_argnums=(0, 1), keep_unused=True, inline=True)
+    def traced(problem, how, operands):
+        return function(problem, how, vary_together(operands))
+
+    def run(problem: Problem, how: Any, operands: Any) -> Any:
+        _partition.check_placed(problem, operands)
+        return traced(problem, how, operands)
+
+    return run
 
 
 def call(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ...]:
@@ -212,39 +318,26 @@ def call(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ..
         # What was asked for and can run nowhere is refused while the caller's line is still on
         # the stack, not when the computation is lowered.
         choice.select(problem, platform=None)
-    return _run(problem, operands, _bind, choice)
+    leaves, treedef = jax.tree.flatten(vary_together(operands))
+    mesh = _partition.explicit_mesh(map(jax.typeof, leaves))
+    kinds = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).axis_types
+    primitive = split_p if not kinds or AxisType.Auto in kinds else call_p
+    return tuple(primitive.bind(*leaves, problem=problem, choice=choice, treedef=treedef))
 
 
+@compiled
 def answer(
-    problem: Problem, operands: Any, run: Callable[[Any, Any], Sequence[jax.Array]]
+    problem: Problem, run: Callable[[Any, Any], Sequence[jax.Array]], operands: Any
 ) -> tuple[jax.Array, ...]:
     """Return `run(problem, operands)`, what static facts answer, split and varying as a call's."""
-    return _run(problem, vary_together(operands), _answer, run)
-
-
-def _run(problem: Problem, operands: Any, run: Callable[..., Any], how: Any) -> Any:
-    if problem.axes:
-        if _partition.explicit_mesh(operands) is not None:
-            return _split(problem, run, how, operands)
-        _partition.check_placed(problem, operands)
-    return run(problem, operands, how)
-
-
-# An answer may use no operand, but only operands say which devices the mesh is of.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True)
-def _split(problem: Problem, run: Callable[..., Any], how: Any, operands: Any) -> Any:
-    return _partition.split(problem, operands, functools.partial(run, how=how))
-
-
-def _answer(problem: Problem, operands: Any, how: Callable[..., Any]) -> tuple[jax.Array, ...]:
-    return tuple(vary_together((operands, how(problem, operands)))[1])
-
-
-def _bind(problem: Problem, operands: Any, how: Choice) -> tuple[jax.Array, ...]:
-    leaves, treedef = jax.tree.flatten(vary_together(operands))
-    manual = set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Manual}
-    primitive = call_p if manual else split_p
-    return tuple(primitive.bind(*leaves, problem=problem, choice=how, treedef=treedef))
+    results = run(problem, operands)
+    leaves, treedef = jax.tree.flatten(operands)
+    types = [jax.typeof(x) for x in leaves]
+    mesh = _partition.explicit_mesh(types)
+    if mesh is not None:
+        specs = _partition.shards(problem, treedef, types).results
+        results = [jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(results, specs)]
+    return tuple(vary_together((operands, results))[1])
 
 
 def vary_together(operands: Any) -> Any:
@@ -273,15 +366,20 @@ def calls(jaxpr: Any) -> Iterator[tuple[Problem, Choice]]:
 
 def _abstract_eval(*avals, problem, choice, treedef):
     effects = frozenset().union(*(backend.effects for backend in choice.backends))
-    mesh, varying = avals[0].sharding.mesh, avals[0].mat
+    mesh = _partition.explicit_mesh(avals)
+    if mesh is not None:
+        specs = _partition.shards(problem, treedef, avals).results
+    else:
+        mesh = avals[0].sharding.mesh
+        specs = [PartitionSpec(*[None] * len(result.shape)) for result in problem.results]
     results = [
         ShapedArray(
             result.shape,
             result.dtype,
-            sharding=NamedSharding(mesh, PartitionSpec(*(None for _ in result.shape))),
-            manual_axis_type=varying,
+            sharding=NamedSharding(mesh, spec),
+            manual_axis_type=avals[0].mat,
         )
-        for result in problem.results
+        for result, spec in zip(problem.results, specs)
     ]
     return results, effects
 
@@ -291,12 +389,22 @@ def _lowering(platform: str) -> Callable[..., Any]:
         obstacle = _partition.obstacle(ctx, platform)
 
         def run(problem, operands):
-            backend = choice.select(problem, platform, obstacle)
+            backend, refused = choice.weigh(problem, platform, obstacle)
+            _log_choice(problem, platform, backend, refused)
             return list(backend.run(problem, operands, platform))
 
         def whole(*leaves):
             return run(problem, jax.tree.unflatten(treedef, leaves))
 
+        if _partition.explicit_mesh(ctx.avals_in) is not None:
+
+            def split(*leaves):
+                def run(problem, leaves):
+                    return call(problem, choice, jax.tree.unflatten(treedef, leaves))
+
+                return _partition.split(problem, treedef, leaves, run)
+
+            return _partition.lower_split(ctx, split, args)
         # What a backend runs is one device's own; over which mesh axes its arrays vary is settled.
         local = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
         inner = ctx.replace(avals_in=local)
@@ -314,8 +422,46 @@ def _lowering(platform: str) -> Callable[..., Any]:
     return rule
 
 
+def _forward_mode(*args, operation, **params):
+    raise NotImplementedError(
+        f"{operation} has first derivatives in reverse mode alone: use jax.grad, jax.vjp or "
+        "jax.jacrev, not jax.jvp, jax.jacfwd or jax.hessian"
+    )
+
+
+def reverse_mode_alone(problem: Problem, operands: Any) -> Any:
+    """Return the operands of what has a `custom_vjp`, with our words for forward mode."""
+
+    def guard(x):
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        return guard_p.bind(x, operation=problem.operation) if is_float else x
+
+    return jax.tree.map(guard, operands)
+
+
+def _guard_jvp(primals, tangents, **params):
+    [x], [t] = primals, tangents
+    is_zero = isinstance(t, ad.Zero)
+    return guard_p.bind(x, **params), t if is_zero else tangent_p.bind(t, **params)
+
+
+# The identity, and its tangents: reverse mode transposes these, forward mode runs them.
+guard_p = Primitive("ejk_guard")
+guard_p.def_impl(lambda x, **_: x)
+guard_p.def_abstract_eval(lambda aval, **_: aval)
+batching.defvectorized(guard_p)
+mlir.register_lowering(guard_p, lambda ctx, x, **_: [x])
+ad.primitive_jvps[guard_p] = _guard_jvp
+tangent_p = Primitive("ejk_tangent")
+tangent_p.def_impl(_forward_mode)
+tangent_p.def_abstract_eval(lambda aval, **_: aval)
+batching.primitive_batchers[tangent_p] = _forward_mode
+mlir.register_lowering(tangent_p, _forward_mode)
+ad.deflinear2(tangent_p, lambda cotangent, *_, **__: [cotangent])
+
+
 def _differentiate(*args, problem, **params):
-    raise NotImplementedError(f"{problem.operation} {problem.derivatives}")
+    _forward_mode(operation=problem.operation)
 
 
 def _primitive() -> Primitive:
@@ -325,7 +471,7 @@ def _primitive() -> Primitive:
     primitive.def_effectful_abstract_eval(_abstract_eval)
     for platform in PLATFORMS:
         mlir.register_lowering(primitive, _lowering(platform), platform=platform)
-    batching.primitive_batchers[primitive] = functools.partial(batch, primitive, call)
+    batching.fancy_primitive_batchers[primitive] = functools.partial(batch, call)
     ad.primitive_jvps[primitive] = _differentiate
     return primitive
 

@@ -3,24 +3,23 @@
 import numbers
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def as_int32(x: Any, bound: int) -> jax.Array:
+def as_int32(x: Any, bound: int) -> Any:
     """Narrow an integer, or an array of them, to int32.
 
     Values outside `[0, bound]` become -1 or `bound`, never another index: in the array's own dtype
     and, for NumPy, before JAX narrows it, where 2**32 would be 0. int32 arrays are returned as they
-    are.
+    are. What NumPy holds stays there.
     """
     if isinstance(x, numbers.Integral):
-        return jnp.int32(min(max(int(x), -1), bound))
-    if x.dtype == jnp.int32:
-        return jnp.asarray(x)
+        return np.int32(min(max(int(x), -1), bound))
+    if x.dtype == np.int32:
+        return x
     limits = jnp.iinfo(x.dtype)
-    return jnp.asarray(x.clip(max(limits.min, -1), min(limits.max, bound)).astype(jnp.int32))
+    return x.clip(max(limits.min, -1), min(limits.max, bound)).astype(np.int32)
 
 
 def static_int(name: str, value: Any, *, at_least: int) -> int:
@@ -43,3 +42,18 @@ def rounded_bound(name: str, value: Any, *, exact_up_to: int) -> int:
         return value
     power = 1 << (value - 1).bit_length()
     return power * 3 // 4 if value <= power * 3 // 4 else power
+
+
+def is_static(size: Any) -> bool:
+    """Say whether a size is a number, and not a symbolic dimension of `jax.export`."""
+    return isinstance(size, numbers.Integral)
+
+
+def exceeds(size: Any, bound: int) -> bool:
+    """Say whether a size is known to exceed a bound."""
+    return is_static(size) and size > bound
+
+
+def least(*sizes: Any) -> Any:
+    """Return the least of the sizes that are known; the first if none is."""
+    return min(filter(is_static, sizes), default=sizes[0])

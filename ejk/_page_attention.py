@@ -212,16 +212,16 @@ def page_attention(
     )
     choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
     operands = PageAttentionOperands(
-        **shared_operands(problem, query, key_cache, value_cache, attn_scale, sinks, alibi_slopes),
+        **shared_operands(query, key_cache, value_cache, attn_scale, sinks, alibi_slopes),
         context_lens=as_int32(context_lens, problem.capacity),
         block_tables=as_int32(block_tables, problem.num_pages),
         sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
         plan=None if plan is None else plan.work,
     )
     if 0 in (problem.num_seqs, problem.capacity, problem.num_pages):
-        results = _dispatch.answer(problem, operands, _nothing_visible)
+        results = _dispatch.answer(problem, _nothing_visible, operands)
     else:
-        results = differentiable(problem, choice, _dispatch.vary_together(operands))
+        results = differentiable(problem, choice, operands)
     return (results[0], results[1]) if return_lse else results[0]
 
 

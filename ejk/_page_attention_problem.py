@@ -7,11 +7,12 @@ import difflib
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ejk._describe import describe
-from ejk._indices import rounded_bound, static_int
+from ejk._indices import exceeds, least, rounded_bound, static_int
 from ejk.backends.page_attention import LAYOUTS, PageAttentionProblem, layout_of
 from ejk.backends.page_attention_plan import PlanFacts, window_fact
 
@@ -104,7 +105,7 @@ def shared_facts(
         fail(f"context_lens.shape[0]={context_lens.shape[0]} must be num_seqs={num_seqs}")
     if block_tables.shape[0] != num_seqs:
         fail(f"block_tables.shape[0]={block_tables.shape[0]} must be num_seqs={num_seqs}")
-    if capacity >= 2**31:
+    if exceeds(capacity, 2**31 - 1):
         fail(
             f"max_blocks * page_size={capacity} must be below 2**31: positions are 32-bit "
             f"(block_tables{list(block_tables.shape)}, page_size={page_size})"
@@ -146,19 +147,19 @@ def shared_facts(
 
 
 def shared_operands(
-    problem, query, key_cache, value_cache, attn_scale, sinks, alibi_slopes
+    query, key_cache, value_cache, attn_scale, sinks, alibi_slopes
 ) -> dict[str, Any]:
-    """Return what every attention to pages hands on as it is given, as JAX arrays."""
+    """Return what every attention to pages hands on as it is given; a scale of None is the default.
 
-    def array(x):
-        return None if x is None else jnp.asarray(x)
-
-    scale = problem.head_dim**-0.5 if attn_scale is None else attn_scale
+    What NumPy holds stays there: `jax.jit` is quicker to put it on the device.
+    """
+    if not (attn_scale is None or isinstance(attn_scale, jax.Array)):
+        attn_scale = np.float32(attn_scale)
     return {
-        "query": array(query),
-        "key_cache": array(key_cache),
-        "value_cache": array(value_cache),
-        "attn_scale": jnp.asarray(scale).astype(jnp.float32),
+        "query": query,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "attn_scale": attn_scale,
         "sinks": as_float32(sinks),
         "alibi_slopes": as_float32(alibi_slopes),
     }
@@ -166,7 +167,7 @@ def shared_operands(
 
 def as_float32(x: Any) -> Any:
     """Widen what each head has. Gradients come back in its own type."""
-    return None if x is None else jnp.asarray(x).astype(jnp.float32)
+    return x if x is None or x.dtype == np.float32 else x.astype(np.float32)
 
 
 def convert(cache: Any, name: str) -> str:
@@ -202,7 +203,7 @@ def check_pool(key_cache, cache_layout, **sizes) -> tuple[int, int, int]:
     )
     sizes |= {"num_kv_heads": num_kv_heads, "page_size": page_size}
     for name, size in sizes.items():
-        if size < 1:
+        if size == 0:
             fail(f"{name}={size} must be at least 1 {pool}")
     return num_pages, num_kv_heads, page_size
 
@@ -239,7 +240,7 @@ def visible_bound(facts, max_context_len, sliding_window) -> int:
         if sliding_window < 1:
             fail(f"sliding_window={sliding_window} must be at least 1: None is no window")
         bounds.append(int(sliding_window))
-    return max(1, min(bounds))
+    return max(1, least(*bounds))
 
 
 def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:

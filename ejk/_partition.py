@@ -16,15 +16,18 @@ On one device and inside `shard_map` none of this is needed, nor is it used.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.core import ShapedArray, Tracer
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ejk._errors import Mendable
 
 
 class Axes(NamedTuple):
@@ -55,14 +58,15 @@ def is_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
 def obstacle(ctx: mlir.LoweringRuleContext, platform: str) -> str | None:
     """Say why what XLA cannot see into is not split here, or return None where it is."""
     if platform == "tpu" and is_partitioned(ctx):
-        return (
-            "cannot be split by plain jit, as libtpu has no custom partitioning: give the mesh "
-            "explicit axes, or use jax.shard_map"
+        return Mendable(
+            "cannot be split by plain jit, as libtpu has no custom partitioning",
+            "give the mesh explicit axes, or use jax.shard_map",
         )
     if is_partitioned(ctx) and ctx.module_context.lowering_parameters.for_export:
-        return (
+        return Mendable(
             "cannot be exported for plain jit to split, as its program is made once XLA has "
-            "settled the shards: give the mesh explicit axes, or use jax.shard_map"
+            "settled the shards",
+            "give the mesh explicit axes, or use jax.shard_map",
         )
     context: Any = ctx.module_context.axis_context
     if not hasattr(context, "manual_axes"):
@@ -71,9 +75,9 @@ def obstacle(ctx: mlir.LoweringRuleContext, platform: str) -> str | None:
     left = [name for name, size in sizes if size > 1 and name not in context.manual_axes]
     if not left:
         return None
-    return (
-        f"cannot be split over the mesh axes {', '.join(left)}, which shard_map leaves to XLA: "
-        "leave out axis_names"
+    return Mendable(
+        f"cannot be split over the mesh axes {', '.join(left)}, which shard_map leaves to XLA",
+        "leave out axis_names",
     )
 
 
@@ -87,9 +91,9 @@ def is_split(entry: Any, mesh: Mapping[str, int]) -> bool:
     return any(mesh[axis] > 1 for axis in mesh_axes(entry))
 
 
-def explicit_mesh(operands: Any) -> Any:
-    """Return the mesh whose explicit axes some operand lies on, or None."""
-    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
+def explicit_mesh(types: Iterable[Any]) -> Any:
+    """Return the mesh whose explicit axes some array lies on, or None."""
+    meshes = (of.sharding.mesh for of in types)
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
@@ -100,9 +104,10 @@ def check_placed(problem: Any, operands: Any) -> None:
         ValueError: an array would have to move that is too large for it.
     """
     leaves, treedef = jax.tree.flatten(operands)
-    placed = [None if isinstance(x, Tracer) else x.sharding for x in leaves]
+    # Of tracers XLA alone knows; constants, which NumPy holds, lie nowhere.
+    placed = [None if isinstance(x, Tracer) else getattr(x, "sharding", None) for x in leaves]
     meshes = {of.mesh for of in placed if isinstance(of, NamedSharding)}
-    if len(meshes) == 1:
+    if len(meshes) == 1 and problem.axes:
         specs = [
             _full_spec(x) if isinstance(of, NamedSharding) else PartitionSpec(*[None] * x.ndim)
             for x, of in zip(leaves, placed)
@@ -110,33 +115,98 @@ def check_placed(problem: Any, operands: Any) -> None:
         problem.shards(jax.tree.unflatten(treedef, specs), meshes.pop().shape)
 
 
-def split(problem: Any, operands: Any, run: Callable[[Any, Any], Any]) -> Any:
-    """Run `run(problem, operands)` shard by shard, as the types of the operands are split.
+class Batched(NamedTuple):
+    """Where operands and results of a problem have an axis more, and how that axis is split."""
+
+    operands: Sequence[int | None]  # for each leaf
+    along: tuple[str, ...] | None = None  # mesh axes
+    results: int | None = None
+
+    def mend(self, spec: Any, axis: int | None) -> Any:
+        """Return how an array is split that has the axis, too."""
+        return (
+            spec if None in (spec, axis) else PartitionSpec(*spec[:axis], self.along, *spec[axis:])
+        )
+
+
+def shards(problem: Any, treedef: Any, types: Any, axes: Sequence[int | None] = ()) -> Shards:
+    """Return how a problem is split whose operands are of `types` on explicit axes.
+
+    Their axes in `axes` are not the problem's.
 
     Raises:
         ValueError: an operand would have to be gathered, which explicit axes never do unasked.
     """
-    mesh = explicit_mesh(operands)
-    paths, treedef = jax.tree.flatten_with_path(operands)
-    specs = [_full_spec(jax.typeof(x)) for _, x in paths]
-    shards = problem.shards(jax.tree.unflatten(treedef, specs), mesh.shape)
-    placed = []
-    for (path, x), spec, needed in zip(paths, specs, treedef.flatten_up_to(shards.operands)):
-        for had, has in zip(spec, needed or spec):
+    mesh = explicit_mesh(types)
+    specs = [_full_spec(of) for of in types]
+    for number, axis in enumerate(axes):
+        if axis is not None:
+            specs[number] = PartitionSpec(*specs[number][:axis], *specs[number][axis + 1 :])
+    if problem.axes is None:  # small: each device runs all of it
+        whole = [PartitionSpec(*[None] * len(spec)) for spec in specs]
+        results = tuple(PartitionSpec(*[None] * len(r.shape)) for r in problem.results)
+        return Shards(problem, jax.tree.unflatten(treedef, whole), results)
+    tree = jax.tree.unflatten(treedef, specs)
+    found = problem.shards(tree, mesh.shape)
+    for name, spec, needed in zip(tree._fields, tree, found.operands):
+        for had, has in zip(spec or (), needed or spec or ()):
             if is_split(had, mesh.shape) and mesh_axes(had) != mesh_axes(has):
-                name = jax.tree_util.keystr(path).lstrip(".")
                 raise ValueError(f"{name} is split as {spec}; with the others it must be {needed}")
-        if needed is not None:
-            x = jax.sharding.reshard(x, NamedSharding(mesh, needed))
-        placed.append(None if needed is None else x)
+    return found
+
+
+def split(
+    problem: Any,
+    treedef: Any,
+    leaves: Sequence[Any],
+    run: Callable[[Any, Any], Any],
+    batched: Batched | None = None,
+) -> Any:
+    """Run `run(problem, leaves)` shard by shard, as the types of the leaves are split.
+
+    Those that shards do without are None.
+    """
+    batched = batched or Batched([None] * len(leaves))
+    types = [jax.typeof(x) for x in leaves]
+    mesh = explicit_mesh(types)
+    own = shards(problem, treedef, types, batched.operands)
+    specs = treedef.flatten_up_to(own.operands)
+    specs = [batched.mend(spec, axis) for spec, axis in zip(specs, batched.operands)]
+    placed = [
+        None if spec is None else jax.sharding.reshard(x, NamedSharding(mesh, spec))
+        for x, spec in zip(leaves, specs)
+    ]
     names = zip(mesh.axis_names, mesh.axis_types)
     return jax.shard_map(
-        functools.partial(run, shards.problem),
+        lambda *leaves: tuple(run(own.problem, leaves)),
         mesh=mesh,
-        in_specs=(shards.operands,),
-        out_specs=shards.results,
+        in_specs=tuple(specs),
+        out_specs=tuple(batched.mend(spec, batched.results) for spec in own.results),
         axis_names={name for name, kind in names if kind == AxisType.Explicit},
-    )(jax.tree.unflatten(treedef, placed))
+    )(*placed)
+
+
+def lower_split(ctx: mlir.LoweringRuleContext, function: Callable[..., Any], leaves: Any) -> Any:
+    """Lower `function`, which splits its arrays over the explicit axes that their types name."""
+    with jax.sharding.use_abstract_mesh(explicit_mesh(ctx.avals_in)):
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
+
+
+def left_to_xla(pull_back: Callable[..., Any], operands: Any) -> Callable[..., Any]:
+    """Return `pull_back`, whose results are cotangents of `operands`, split as these are.
+
+    How gathers and scatters in between are split is for XLA to find, also on explicit axes.
+    """
+    types = jax.tree.map(jax.typeof, operands)
+    mesh = explicit_mesh(jax.tree.leaves(types))
+    if mesh is None:
+        return pull_back
+
+    def sharding(of):
+        is_float = jnp.issubdtype(of.dtype, jnp.floating)
+        return NamedSharding(mesh, of.sharding.spec) if is_float else None
+
+    return jax.sharding.auto_axes(pull_back, out_sharding=jax.tree.map(sharding, types))
 
 
 def lower(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
-from ejk._indices import as_int32, static_int
+from ejk._indices import as_int32, exceeds, is_static, least, static_int
 from ejk._page_attention import BACKENDS
 from ejk._typing import Lengths, ScalarInt, StaticInt, typed
 from ejk.backends.page_attention import PageAttentionProblem
@@ -91,6 +91,8 @@ def plan_page_attention(
     }
     checked = {
         name: static_int(name, size, at_least=int(name != "max_blocks"))
+        if is_static(size)
+        else size
         for name, size in sizes.items()
     }
     width = checked.pop("value_head_dim")
@@ -104,7 +106,7 @@ def plan_page_attention(
             f"num_heads={facts.num_heads} must be a multiple of num_kv_heads={facts.num_kv_heads}"
         )
     capacity = facts.max_blocks * facts.page_size
-    if capacity >= 2**31:
+    if exceeds(capacity, 2**31 - 1):
         raise ValueError(f"max_blocks * page_size={capacity} must be below 2**31")
 
     tritons = [
@@ -115,12 +117,14 @@ def plan_page_attention(
     targets = [t for triton in tritons if (t := triton.target(triton.platforms[0])) is not None]
     num_sms = targets[0].num_sms if targets else DEFAULT_NUM_SMS
     programs = facts.num_kv_heads * -(-group // block_group(group, width))
-    longest = min(capacity, window) if isinstance(window, int) else capacity
+    is_known = is_static(facts.num_seqs) and is_static(capacity)
+    longest = least(capacity, window) if isinstance(window, int) else capacity
     problem = PlanProblem(
         num_seqs=facts.num_seqs,
         capacity=capacity,
         has_window=sliding_window is not None,
-        max_cuts=choose_cuts(num_sms, facts.num_seqs, programs, longest),
+        # Kernels, which alone read a plan, want sizes that are static.
+        max_cuts=choose_cuts(num_sms, facts.num_seqs, programs, longest) if is_known else 0,
         granule=GRANULE,
     )
     if 0 in (facts.num_seqs, capacity):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
-from ejk._indices import as_int32, rounded_bound
+from ejk._indices import as_int32, exceeds, least, rounded_bound
 from ejk._page_attention_problem import fail, shared_facts, shared_operands, visible_bound
 from ejk._typing import (
     Bounds,
@@ -231,7 +231,7 @@ def ragged_page_attention(
     )
     choice = _dispatch.choose(backend, RaggedPageAttentionProblem, BACKENDS)
     operands = RaggedPageAttentionOperands(
-        **shared_operands(problem, query, key_cache, value_cache, attn_scale, sinks, alibi_slopes),
+        **shared_operands(query, key_cache, value_cache, attn_scale, sinks, alibi_slopes),
         context_lens=as_int32(context_lens, problem.capacity),
         block_tables=as_int32(block_tables, problem.num_pages),
         cu_q_lens=as_int32(cu_q_lens, problem.total_tokens),
@@ -240,9 +240,9 @@ def ragged_page_attention(
         tree_mask=_without_empty_axis(tree_mask),
     )
     if 0 in (problem.total_tokens, problem.num_seqs, problem.capacity, problem.num_pages):
-        results = _dispatch.answer(problem, operands, _nothing_visible)
+        results = _dispatch.answer(problem, _nothing_visible, operands)
     else:
-        results = differentiable(problem, choice, _dispatch.vary_together(operands))
+        results = differentiable(problem, choice, operands)
     return (results[0], results[1]) if return_lse else results[0]
 
 
@@ -275,7 +275,7 @@ def problem_of(
         given = f"cu_q_lens.shape[0]={cu_q_lens.shape[0]} must be num_seqs + 1={num_seqs + 1}"
         lengths = cu_q_lens.shape[0] == num_seqs
         fail(given + ": of lengths pass jnp.pad(jnp.cumsum(q_lens), (1, 0))" * lengths)
-    if total_tokens >= 2**31:
+    if exceeds(total_tokens, 2**31 - 1):
         fail(f"total_tokens={total_tokens} must be below 2**31: rows are counted in 32 bits")
     for name, value in (("positions", positions), ("tree_mask", tree_mask)):
         if value is not None and value.shape[0] != total_tokens:
@@ -283,7 +283,7 @@ def problem_of(
     q_len_bound = total_tokens
     if max_q_len is not None:
         rounded = rounded_bound("max_q_len", max_q_len, exact_up_to=FEW_TOKENS)
-        q_len_bound = min(q_len_bound, rounded)
+        q_len_bound = least(q_len_bound, rounded)
     counts_positions = facts["has_window"] or facts["has_alibi"]
     return RaggedPageAttentionProblem(
         **facts,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
-from ejk._indices import as_int32
+from ejk._indices import as_int32, exceeds
 from ejk._page_attention_problem import DTYPES, check_pool, convert, fail
 from ejk._typing import Cache, Slots, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
@@ -76,16 +76,16 @@ def write_kv_cache(
     problem = _problem_of(key, value, key_cache, value_cache, slot_mapping, cache_layout)
     choice = _dispatch.choose(backend, WriteKVCacheProblem, WRITE_BACKENDS)
     operands = WriteKVCacheOperands(
-        key=jnp.asarray(key),
-        value=None if value is None else jnp.asarray(value),
-        key_cache=jnp.asarray(key_cache),
-        value_cache=None if value_cache is None else jnp.asarray(value_cache),
+        key=key,
+        value=value,
+        key_cache=key_cache,
+        value_cache=value_cache,
         slot_mapping=as_int32(slot_mapping, problem.num_slots),
     )
     if 0 in (problem.num_tokens, problem.num_slots):
-        operands = _dispatch.vary_together(operands)
+        operands = _dispatch.vary_together(jax.tree.map(jnp.asarray, operands))
         return operands.key_cache, operands.value_cache
-    results = differentiable(problem, choice, _dispatch.vary_together(operands))
+    results = differentiable(problem, choice, operands)
     return results[0], None if value_cache is None else results[1]
 
 
@@ -117,7 +117,7 @@ def _problem_of(
     _check_values(key, value, key_cache, value_cache)
     if slot_mapping.shape[0] != num_tokens:
         fail(f"slot_mapping.shape[0]={slot_mapping.shape[0]} must be num_tokens={num_tokens}")
-    if num_pages * page_size >= 2**31:
+    if exceeds(num_pages * page_size, 2**31 - 1):
         fail(
             f"num_pages * page_size={num_pages * page_size} must be below 2**31: slots are 32-bit "
             f"{pool}"

@@ -236,5 +236,10 @@ def test_forward_mode_is_refused(entry):
         with entry.refusing():
             return attend(case, entry.backend, {**operands(case), "query": query})
 
-    with pytest.raises(TypeError, match=r"forward-mode.*custom_vjp"):
-        jax.jvp(run, (query,), (query,))
+    for forward in (
+        lambda: jax.jvp(run, (query,), (query,)),
+        lambda: jax.jit(jax.jacfwd(run))(query),
+        lambda: jax.hessian(lambda q: run(q)[0].sum())(query),
+    ):
+        with pytest.raises(NotImplementedError, match=r"derivatives in reverse mode alone"):
+            forward()

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ejk._batching import merge_axis
 from ejk._dispatch import Backend, Problem
 from ejk._partition import Axes, Shards
 from ejk.backends.page_attention_plan import PlanProblem
@@ -194,7 +195,6 @@ class PageAttentionProblem(PagedProblem):
     """The static facts of one `ejk.page_attention` call. No axis is empty."""
 
     operation: ClassVar[str] = "page_attention"
-    derivatives: ClassVar[str] = "has first derivatives in reverse mode alone"
     splits_sequences: ClassVar[bool] = True
 
     num_splits: int
@@ -221,18 +221,11 @@ class PageAttentionProblem(PagedProblem):
         if any(axis is not None and axis >= 0 for axis in shared):
             return None
 
-        def rows(name):
-            x, axis = getattr(operands, name), getattr(axes, name)
-            lead = (
-                jnp.moveaxis(x, axis, 0)
-                if axis >= 0
-                else jnp.broadcast_to(x[None], (size, *x.shape))
-            )
-            return lead.reshape(size * self.num_seqs, *lead.shape[2:])
-
+        per_seq = {name: (getattr(operands, name), getattr(axes, name)) for name in self.per_seq}
         # A plan is for one batch; the folded one makes its own.
         folded = dataclasses.replace(self, num_seqs=size * self.num_seqs, plan=None)
-        return folded, operands._replace(plan=None, **{name: rows(name) for name in self.per_seq})
+        rows = {name: merge_axis(x, axis, size) for name, (x, axis) in per_seq.items()}
+        return folded, operands._replace(plan=None, **rows)
 
     def shards(self, specs: PageAttentionOperands, mesh: Mapping[str, int]) -> Shards:
         # A plan is for all sequences and sized for all heads: each device makes its own.

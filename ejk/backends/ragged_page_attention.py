@@ -39,7 +39,6 @@ class RaggedPageAttentionProblem(PagedProblem):
     """The static facts of one `ejk.ragged_page_attention` call. No axis is empty."""
 
     operation: ClassVar[str] = "ragged_page_attention"
-    derivatives: ClassVar[str] = "has first derivatives in reverse mode alone"
     splits_sequences: ClassVar[bool] = False  # their rows are packed: no axis divides them
 
     total_tokens: int

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from ejk._batching import merge_axis
 from ejk._dispatch import Backend, Problem
+from ejk._indices import exceeds
 from ejk._partition import Axes, Shards, is_split, mesh_axes
 from ejk.backends.page_attention import LAYOUTS, Layout
 
@@ -100,8 +103,38 @@ class WriteKVCacheProblem(Problem):
         shapes = (self.key_shape, self.value_shape)
         return tuple(jax.ShapeDtypeStruct(x, self.dtype) for x in shapes if x is not None)
 
-    def fold(self, size, operands, axes):
-        return None  # each call has caches of its own: there is nothing to share
+    @property
+    def folded_axis(self) -> int:
+        return self.layout.pages
+
+    def fold(
+        self, size: int, operands: WriteKVCacheOperands, axes: WriteKVCacheOperands
+    ) -> "tuple[WriteKVCacheProblem, WriteKVCacheOperands] | None":
+        """Make a `vmap` axis part of the pages: in place where it comes right before them."""
+        if exceeds(size * self.num_slots, 2**31 - 1):
+            return None
+
+        def merged(x, axis, to):
+            return None if x is None else merge_axis(x, axis, size, to)
+
+        def longer(shape):
+            return shape and tuple(n * (size if a == self.folded_axis else 1)
+                                   for a, n in enumerate(shape))  # fmt: skip
+
+        # A slot outside its own call's pool must not be one of the next call's.
+        slots = merged(operands.slot_mapping, axes.slot_mapping, 0).reshape(size, -1)
+        first = self.num_slots * jnp.arange(size, dtype=jnp.int32)
+        is_inside = (slots >= 0) & (slots < self.num_slots)
+        slots = jnp.where(is_inside, slots + first[:, None], -1).reshape(-1)
+        to = WriteKVCacheOperands(0, 0, self.folded_axis, self.folded_axis, 0)
+        problem = dataclasses.replace(
+            self,
+            num_tokens=size * self.num_tokens,
+            key_shape=longer(self.key_shape),
+            value_shape=longer(self.value_shape),
+        )
+        operands = WriteKVCacheOperands(*map(merged, operands, axes, to))
+        return problem, operands._replace(slot_mapping=slots)
 
     @property
     def axes(self) -> Axes:

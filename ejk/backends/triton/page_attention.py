@@ -78,6 +78,10 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
         return () if self.interpret else ("rocm",)
 
     @property
+    def has_target(self):
+        return self.compute_capability is not None
+
+    @property
     def host_callbacks(self):
         return 3 if self.interpret else 0  # plan, attention, combination
 

@@ -66,6 +66,10 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
         return () if self.interpret else ("rocm",)
 
     @property
+    def has_target(self):
+        return self.compute_capability is not None
+
+    @property
     def host_callbacks(self):
         return 5 if self.interpret else 0  # the plan, then attention and combination, twice
 

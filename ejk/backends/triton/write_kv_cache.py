@@ -59,6 +59,10 @@ class TritonWriteKVCache(WriteKVCacheBackend):
         return () if self.interpret else ("rocm",)
 
     @property
+    def has_target(self):
+        return self.compute_capability is not None
+
+    @property
     def host_callbacks(self):
         return 1 if self.interpret else 0
 

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
 
-from ejk import _dispatch
+from ejk import _dispatch, _partition
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.xla.page_attention import KEYS, VALUES, page_index, product
 
@@ -38,7 +37,7 @@ def reverse_mode(pull_back: Callable[[Any, Any, Any], Any]) -> Callable[..., Any
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-    def differentiable(problem: Any, choice: _dispatch.Choice, operands: Any) -> Any:
+    def pulled_back(problem: Any, choice: _dispatch.Choice, operands: Any) -> Any:
         return _dispatch.call(problem, choice, operands)
 
     def forward(problem, choice, operands):
@@ -47,20 +46,19 @@ def reverse_mode(pull_back: Callable[[Any, Any, Any], Any]) -> Callable[..., Any
         return (out, lse) if problem.return_lse else (out,), (operands, lse)
 
     def backward(problem, choice, residuals, cotangents):
-        pull: Any = functools.partial(pull_back, problem)
-        types = jax.tree.map(jax.typeof, residuals[0])
-        mesh = types.query.sharding.mesh
-        if AxisType.Explicit in mesh.axis_types:
+        operands, lse = jax.tree.map(jnp.asarray, residuals)  # constants are NumPy's
+        pull = _partition.left_to_xla(functools.partial(pull_back, problem), operands)
+        return (pull((operands, lse), cotangents),)
 
-            def sharding(x):
-                is_float = jnp.issubdtype(x.dtype, jnp.floating)
-                return NamedSharding(mesh, x.sharding.spec) if is_float else None
+    pulled_back.defvjp(forward, backward)
 
-            # How gathers and scatters in between are split is for XLA to find.
-            pull = jax.sharding.auto_axes(pull, out_sharding=jax.tree.map(sharding, types))
-        return (pull(residuals, cotangents),)
+    @_dispatch.compiled
+    def differentiable(problem, choice, operands):
+        scale = problem.head_dim**-0.5 if operands.attn_scale is None else operands.attn_scale
+        operands = operands._replace(attn_scale=jnp.asarray(scale).astype(jnp.float32))
+        operands = _dispatch.vary_together(operands)
+        return pulled_back(problem, choice, _dispatch.reverse_mode_alone(problem, operands))
 
-    differentiable.defvjp(forward, backward)
     return differentiable
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk import _dispatch
+from ejk._indices import is_static, least
 from ejk.backends._fields import at_least
 from ejk.backends.page_attention import (
     PageAttentionBackend,
@@ -25,6 +26,8 @@ from ejk.backends.page_attention import (
 # platforms a step of the loop costs tens of microseconds, so blocks are large.
 BLOCK_BYTES = {"cpu": 2 * 2**20}
 BLOCK_BYTES_ELSEWHERE = 32 * 2**20
+# What blocks are sized for where only those who run an export know the batch. Not measured.
+SYMBOLIC_SEQS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +107,9 @@ class Blocks:
         if tokens is None:
             # All sequences' keys or values of one token, in the type of the products.
             head_dim = max(problem.head_dim, problem.value_head_dim)
-            tokens = min(
-                512, block_bytes // (4 * problem.num_seqs * problem.num_kv_heads * head_dim)
-            )
-        pages = min(max(tokens // problem.page_size, 1), problem.max_blocks)
+            num_seqs = problem.num_seqs if is_static(problem.num_seqs) else SYMBOLIC_SEQS
+            tokens = min(512, block_bytes // (4 * num_seqs * problem.num_kv_heads * head_dim))
+        pages = least(max(tokens // problem.page_size, 1), problem.max_blocks)
         return cls(pages, pages * problem.page_size)
 
     def span(self, context: Context) -> tuple[jax.Array, jax.Array]:
@@ -141,7 +143,7 @@ class Blocks:
 
     def pad(self, tables: jax.Array) -> jax.Array:
         """Widen the tables to whole blocks with invalid entries."""
-        short = -tables.shape[1] % self.pages
+        short = -(-tables.shape[1] // self.pages) * self.pages - tables.shape[1]
         return jnp.pad(tables, ((0, 0), (0, short)), constant_values=-1)
 
 

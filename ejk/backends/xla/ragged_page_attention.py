@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk import _dispatch
+from ejk._indices import least
 from ejk.backends._fields import at_least
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
@@ -89,15 +90,15 @@ class Sizes:
         if block_q is None:
             # Twice the mean: a batch of many decodes and a few prefills is nearly all decodes.
             usual = -(-2 * problem.total_tokens // problem.num_seqs)
-            block_q = min(MAX_BLOCK_Q, problem.q_len_bound, usual)
+            block_q = least(MAX_BLOCK_Q, problem.q_len_bound, usual)
         token_bytes = 4 * problem.num_kv_heads * max(problem.head_dim, problem.value_head_dim)
         if block_kv is None:
             block_kv = min(512, block_bytes // token_bytes)
-        pages = min(max(block_kv // problem.page_size, 1), problem.max_blocks)
-        num_blocks = problem.total_tokens // block_q + min(problem.num_seqs, problem.total_tokens)
+        pages = least(max(block_kv // problem.page_size, 1), problem.max_blocks)
+        num_blocks = problem.total_tokens // block_q + least(problem.num_seqs, problem.total_tokens)
         row_bytes = max(token_bytes, 4 * problem.num_heads * block_q)
         together = block_bytes // (pages * problem.page_size * row_bytes)
-        return cls(block_q, pages, num_blocks, min(max(together, 1), num_blocks))
+        return cls(block_q, pages, num_blocks, least(max(together, 1), num_blocks))
 
 
 class QueryBlocks(NamedTuple):

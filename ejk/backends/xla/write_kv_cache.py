@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ejk import _dispatch
+from ejk import _dispatch, _partition
 from ejk.backends.write_kv_cache import (
     WriteKVCacheBackend,
     WriteKVCacheOperands,
@@ -114,19 +114,33 @@ def _gather(problem, pool, places):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@_dispatch.compiled
 def differentiable(
     problem: WriteKVCacheProblem, choice: _dispatch.Choice, operands: WriteKVCacheOperands
 ) -> tuple[jax.Array, ...]:
     """Run `problem` on one of the backends of `choice`, with a reverse-mode rule."""
+    return _pulled_back(problem, choice, _dispatch.reverse_mode_alone(problem, operands))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pulled_back(problem, choice, operands):
     return _dispatch.call(problem, choice, operands)
 
 
 def _forward(problem, choice, operands):
-    return _dispatch.call(problem, choice, operands), operands.slot_mapping
+    # The caches' cotangents are like those of the results: what they held need not be kept.
+    kept = operands._replace(key_cache=None, value_cache=None)
+    return _dispatch.call(problem, choice, operands), kept
 
 
-def _backward(problem, choice, slots, cotangents):
+def _backward(problem, choice, kept, cotangents):
+    operands = kept._replace(**dict(zip(("key_cache", "value_cache"), cotangents)))
+    operands = jax.tree.map(jnp.asarray, operands)  # constants are NumPy's
+    pull = _partition.left_to_xla(functools.partial(_pull_back, problem), operands)
+    return (pull(operands.slot_mapping, cotangents),)
+
+
+def _pull_back(problem, slots, cotangents):
     """A row's cotangent is its slot's, if it is there; what it replaced has none."""
     places = _places(problem, slots)
     rows = [_gather(problem, pool, places) for pool in cotangents]
@@ -135,7 +149,7 @@ def _backward(problem, choice, slots, cotangents):
         rows = [rows[0].take(half, _halves_axis(problem)) for half in (0, 1)]
     key, value = (*rows, None)[:2]
     key_cache, value_cache = (*kept, None)[:2]
-    return (WriteKVCacheOperands(key, value, key_cache, value_cache, slot_mapping=None),)
+    return WriteKVCacheOperands(key, value, key_cache, value_cache, slot_mapping=None)
 
 
-differentiable.defvjp(_forward, _backward)
+_pulled_back.defvjp(_forward, _backward)
