@@ -285,7 +285,7 @@ def _log_choice(problem: Problem, platform: str, backend: Backend, refused: Refu
         if isinstance(refusal, Mendable) and refusal not in _warned:
             _warned.add(refusal)
             LOGGER.warning(
-                "%s on %s runs on xla and not on %s, which %s",
+                "%s on %s runs on xla and not on %s: %s",
                 problem.operation, platform, other.name, refusal,
             )  # fmt: skip
 

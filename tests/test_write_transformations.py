@@ -184,3 +184,19 @@ def test_shards_and_their_gradients_equal_the_whole(entry, layout, what):
     for a, b in zip(grads, expected):
         assert np.asarray(b).any()
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("layout, axis", [("HND", 0), ("NHD", 0), ("KV_HEADS_FIRST", 1)])
+def test_vmap_over_donated_pools_is_in_place(layout, axis):
+    """The batched axis right before that of the pages makes one pool of all."""
+    rows = jnp.ones((2, 2, 8), jnp.bfloat16)
+    shape = {"HND": (64, 2, 16, 8), "NHD": (64, 16, 2, 8), "KV_HEADS_FIRST": (2, 64, 16, 8)}[layout]
+
+    def one(pool, slots):
+        return ejk.write_kv_cache(rows, None, pool, None, slots, cache_layout=layout)[0]
+
+    pools = jax.ShapeDtypeStruct((*shape[:axis], 4, *shape[axis:]), jnp.bfloat16)
+    mapped = jax.jit(jax.vmap(one, (axis, 0), axis), donate_argnums=0)
+    lowered = mapped.lower(pools, jax.ShapeDtypeStruct((4, 2), jnp.int32))
+    memory = lowered.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < pools.size * 2 / 16
