@@ -1,13 +1,18 @@
 """Integers from callers: lengths, page ids, sizes."""
 
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
+if TYPE_CHECKING:
+    Size = int
+else:
+    Size = Any  # or a symbolic dimension of `jax.export`
 
-def as_int32(x: Any, bound: int) -> Any:
+
+def as_int32(x: Any, bound: Size) -> Any:
     """Narrow an integer, or an array of them, to int32.
 
     Values outside `[0, bound]` become -1 or `bound`, never another index: in the array's own dtype

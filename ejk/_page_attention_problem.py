@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejk._describe import describe
-from ejk._indices import exceeds, least, rounded_bound, static_int
+from ejk._indices import Size, exceeds, least, rounded_bound, static_int
 from ejk.backends.page_attention import LAYOUTS, PageAttentionProblem, layout_of
 from ejk.backends.page_attention_plan import PlanFacts, window_fact
 
@@ -179,7 +179,7 @@ def convert(cache: Any, name: str) -> str:
     return "quantised caches are not supported yet"
 
 
-def check_pool(key_cache, cache_layout, **sizes) -> tuple[int, int, int]:
+def check_pool(key_cache, cache_layout, **sizes) -> tuple[Size, int, int]:
     """Check a pool's axes, and that `sizes` and its own are not 0.
 
     Returns its pages, its KV heads and the slots of a page.
@@ -230,7 +230,7 @@ def _other_layouts(key_cache, num_heads) -> str:
     return f": num_kv_heads would be {' and '.join(fit)}" if fits else ""
 
 
-def visible_bound(facts, max_context_len, sliding_window) -> int:
+def visible_bound(facts, max_context_len, sliding_window) -> Size:
     """Check the static bounds on what a token sees, and return the least, for sizing work."""
     bounds = [facts["max_blocks"] * facts["page_size"]]
     if max_context_len is not None:

@@ -35,7 +35,7 @@ def cases():
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
-@pytest.mark.parametrize("backend, wrap", cases())
+@pytest.mark.parametrize("backend, wrap", list(cases()))
 def test_vmap_of_a_gradient(backend, wrap, scale):
     def loss(query, length, table):
         return ejk.page_attention(

@@ -14,6 +14,7 @@ import numpy as np
 
 from ejk._batching import merge_axis
 from ejk._dispatch import Backend, Problem
+from ejk._indices import Size
 from ejk._partition import Axes, Shards
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.page_attention_shards import axes_of, shards_of
@@ -88,14 +89,14 @@ class PagedProblem(Problem):
     splits_sequences: ClassVar[bool]
     """Each sequence is a row of queries and results, so that devices can share them out."""
 
-    num_seqs: int
+    num_seqs: Size
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_head_dim: int
-    num_pages: int
+    num_pages: Size
     page_size: int
-    max_blocks: int
+    max_blocks: Size
     dtype: np.dtype
     cache_layout: str
     fused: bool
@@ -135,7 +136,7 @@ class PagedProblem(Problem):
         return self.num_heads // self.num_kv_heads
 
     @property
-    def capacity(self) -> int:
+    def capacity(self) -> Size:
         """Tokens that a row of the block table can name."""
         return self.max_blocks * self.page_size
 
@@ -163,7 +164,7 @@ class PagedProblem(Problem):
 
     @property
     @abc.abstractmethod
-    def num_rows(self) -> int:
+    def num_rows(self) -> Size:
         """Query tokens: the first axis of the results."""
 
     @property
@@ -199,11 +200,11 @@ class PageAttentionProblem(PagedProblem):
 
     num_splits: int
     plan: PlanProblem | None
-    visible_bound: int
+    visible_bound: Size
     """No sequence is expected to see more tokens than this: for sizing work, nothing else."""
 
     @property
-    def num_rows(self) -> int:
+    def num_rows(self) -> Size:
         return self.num_seqs
 
     @property

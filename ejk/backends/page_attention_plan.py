@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejk._dispatch import Backend, Problem
+from ejk._indices import Size
 
 # A processor's fair share of a batch and a tenth, in shares of a cut: 1.1 * 2.5, for the 2.5 cuts
 # a processor (`PIECES_PER_SM`) that a batch is dealt out in.
@@ -42,8 +43,8 @@ class PlanProblem(Problem):
 
     operation: ClassVar[str] = "plan_page_attention"
 
-    num_seqs: int
-    capacity: int
+    num_seqs: Size
+    capacity: Size
     has_window: bool
     max_cuts: int
     granule: int
@@ -51,11 +52,11 @@ class PlanProblem(Problem):
     """Each sequence has a window of its own."""
 
     @property
-    def max_pieces(self) -> int:
+    def max_pieces(self) -> Size:
         return self.num_seqs + self.max_cuts
 
     @property
-    def max_splits(self) -> int:
+    def max_splits(self) -> Size:
         """Sequences that may be in several pieces: only what is above two cuts' share is."""
         return min(self.num_seqs, -(-self.max_cuts // 2))
 
@@ -76,12 +77,12 @@ class PlanProblem(Problem):
 class PlanFacts:
     """What a plan and the calls that use it have in common."""
 
-    num_seqs: int
+    num_seqs: Size
     num_heads: int
     num_kv_heads: int
     head_dim: int
     page_size: int
-    max_blocks: int
+    max_blocks: Size
     sliding_window: int | str | None  # "traced" for one that only the device knows
 
 

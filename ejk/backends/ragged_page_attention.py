@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk._dispatch import Backend
+from ejk._indices import Size
 from ejk.backends.page_attention import PagedProblem
 
 
@@ -41,18 +42,18 @@ class RaggedPageAttentionProblem(PagedProblem):
     operation: ClassVar[str] = "ragged_page_attention"
     splits_sequences: ClassVar[bool] = False  # their rows are packed: no axis divides them
 
-    total_tokens: int
+    total_tokens: Size
     has_positions: bool
     """Window or slopes count from positions that are given."""
     tree_width: int
     """Columns of the tree mask, 0 for none."""
-    q_len_bound: int
+    q_len_bound: Size
     """No sequence is expected to have more new tokens than this: for sizing work, nothing else."""
-    visible_bound: int
+    visible_bound: Size
     """No token is expected to see more tokens than this: for sizing work, nothing else."""
 
     @property
-    def num_rows(self) -> int:
+    def num_rows(self) -> Size:
         return self.total_tokens
 
     @property

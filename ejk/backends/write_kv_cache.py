@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from ejk._batching import merge_axis
 from ejk._dispatch import Backend, Problem
-from ejk._indices import exceeds
+from ejk._indices import Size, exceeds
 from ejk._partition import Axes, Shards, is_split, mesh_axes
 from ejk.backends.page_attention import LAYOUTS, Layout
 
@@ -37,10 +37,10 @@ class WriteKVCacheProblem(Problem):
 
     operation: ClassVar[str] = "write_kv_cache"
 
-    num_tokens: int
-    key_shape: tuple[int, ...]
+    num_tokens: Size
+    key_shape: tuple[Size, ...]
     """Of `key_cache`."""
-    value_shape: tuple[int, ...] | None
+    value_shape: tuple[Size, ...] | None
     """Of `value_cache`; None of fused and latent pools."""
     dtype: np.dtype
     cache_layout: str
@@ -62,7 +62,7 @@ class WriteKVCacheProblem(Problem):
         return layout.fused if self.fused else layout
 
     @property
-    def num_pages(self) -> int:
+    def num_pages(self) -> Size:
         return self.key_shape[self.layout.pages]
 
     @property
@@ -74,7 +74,7 @@ class WriteKVCacheProblem(Problem):
         return self.key_shape[self.layout.slots]
 
     @property
-    def num_slots(self) -> int:
+    def num_slots(self) -> Size:
         """Below 2**31."""
         return self.num_pages * self.page_size
 

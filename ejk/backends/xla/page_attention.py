@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk import _dispatch
-from ejk._indices import is_static, least
+from ejk._indices import Size, is_static, least
 from ejk.backends._fields import at_least
 from ejk.backends.page_attention import (
     PageAttentionBackend,
@@ -225,7 +225,7 @@ State = tuple[jax.Array, jax.Array, jax.Array]
 """The running maximum `m`, the sum `l` and the weighted values `acc` of an online softmax."""
 
 
-def nothing_seen(rows: tuple[int, ...], value_head_dim: int) -> State:
+def nothing_seen(rows: tuple[Size, ...], value_head_dim: int) -> State:
     return (
         jnp.full(rows, -jnp.inf, jnp.float32),
         jnp.zeros(rows, jnp.float32),

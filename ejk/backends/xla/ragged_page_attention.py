@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk import _dispatch
-from ejk._indices import least
+from ejk._indices import Size, least
 from ejk.backends._fields import at_least
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
@@ -76,7 +76,7 @@ class Sizes:
 
     tokens: int  # new tokens of a query block
     pages: int  # of a step
-    num_blocks: int  # as many query blocks as there may be
+    num_blocks: Size  # as many query blocks as there may be
     together: int  # query blocks of a step
 
     @classmethod

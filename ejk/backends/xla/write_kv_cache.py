@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk import _dispatch, _partition
+from ejk._indices import Size
 from ejk.backends.write_kv_cache import (
     WriteKVCacheBackend,
     WriteKVCacheOperands,
@@ -53,7 +54,7 @@ class XlaWriteKVCache(WriteKVCacheBackend):
         return lax.optimization_barrier(pools)
 
 
-def last_writes(slots: jax.Array, num_slots: int) -> jax.Array:
+def last_writes(slots: jax.Array, num_slots: Size) -> jax.Array:
     """Mark the tokens that are found in the pool afterwards, bool `[num_tokens]`.
 
     Those with a slot of the pool that no later token has. Two sorts, there and back: on two cores
