@@ -16,6 +16,7 @@ from ejk._context_parallel import (
 from ejk._dispatch import Backend
 from ejk._page_attention import BACKENDS
 from ejk._page_attention_problem import problem_of, shared_operands
+from ejk._rounding import rounded
 from ejk._typing import (
     Cache,
     Flag,
@@ -225,5 +226,5 @@ def context_parallel_attention(
         )
         out, lse = differentiable(part, choice, operands)
     out, lse = merge_over(axis_name, out, lse, sinks)
-    out = out.astype(problem.dtype)
+    out = rounded(out, problem.dtype)
     return (out, lse) if return_lse else out

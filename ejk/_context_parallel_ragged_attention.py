@@ -18,6 +18,7 @@ from ejk._dispatch import Backend
 from ejk._indices import as_int32
 from ejk._page_attention_problem import shared_operands
 from ejk._ragged_page_attention import BACKENDS, problem_of
+from ejk._rounding import rounded
 from ejk._typing import (
     Bounds,
     Cache,
@@ -222,5 +223,5 @@ def context_parallel_ragged_attention(
     if sinks is not None:
         sinks = jnp.where(is_new[:, None], jnp.asarray(sinks)[None], -jnp.inf)
     out, lse = merge_over(axis_name, out, lse, sinks)
-    out = out.astype(problem.dtype)
+    out = rounded(out, problem.dtype)
     return (out, lse) if return_lse else out

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from ejk._rounding import rounded
 from ejk._typing import Array, typed
 
 
@@ -55,5 +56,6 @@ def merge_attention_states(
     empty = total == 0
     safe_total = jnp.where(empty, 1.0, total)
     values = jnp.where(saw[..., None], outs.astype(jnp.float32), 0.0)
-    out = (weights[..., None] * values).sum(0) / safe_total[..., None]
-    return out.astype(outs.dtype), jnp.where(empty, -jnp.inf, m + jnp.log(safe_total))
+    # Divided before they are multiplied: the sum of large values might be infinite.
+    out = ((weights / safe_total[None])[..., None] * values).sum(0)
+    return rounded(out, outs.dtype), jnp.where(empty, -jnp.inf, m + jnp.log(safe_total))

@@ -89,7 +89,7 @@ def page_attention_kernel(
 
     # Load once: a sequence's state starts from the sink, or from nothing.
     m = jnp.full(m_ref.shape, -jnp.inf) if sinks_ref is None else across(sinks_ref[0], LANES)
-    initial = State(m, jnp.where(m == -jnp.inf, 0.0, 1.0), jnp.zeros(acc_ref.shape))
+    initial = State(m, weight_of_sink(m), jnp.zeros(acc_ref.shape))
 
     # Loop over the context: start the copies of the next round, wait for this one, compute it.
     def logits(slot, k, block):
@@ -124,7 +124,7 @@ def page_attention_kernel(
 
     def finish(state):
         """Return the output and the LSE: of a row that saw nothing, 0 and the sink or -inf."""
-        saw_any = state.l > 0
+        saw_any = state.l != 0
         l = jnp.where(saw_any, state.l, 1.0)
         out = (state.acc / across(l, problem.value_head_dim)).astype(problem.out_dtype)
         lse = None
@@ -180,6 +180,11 @@ class State(NamedTuple):
     m: Any  # [rows, 128], all lanes the same
     l: Any  # [rows, 128], all lanes the same
     acc: Any  # [rows, value_head_dim]
+
+
+def weight_of_sink(m):
+    """Return the weight of a sink beside itself: 0 of none, NaN of one that is not a number."""
+    return jnp.where(m == -jnp.inf, 0.0, jnp.where(m < jnp.inf, 1.0, jnp.nan))
 
 
 def merge(a: State, b: State) -> State:

@@ -36,6 +36,7 @@ from ejk.backends.pallas.page_attention_kernel import (
     heads_of,
     other_slot,
     product,
+    weight_of_sink,
 )
 from ejk.backends.pallas.page_attention_paging import Block, Cursor, Paging, divide
 from ejk.backends.pallas.page_attention_work import LANES
@@ -112,7 +113,7 @@ def ragged_page_attention_kernel(
         m = jnp.full((rows, LANES), -jnp.inf)
         if sinks_ref is not None:
             m = across(sinks_ref[part], LANES)
-        m_ref[part], l_ref[part] = m, jnp.where(m == -jnp.inf, 0.0, 1.0)
+        m_ref[part], l_ref[part] = m, weight_of_sink(m)
         acc_ref[part] = jnp.zeros(acc_ref.shape[1:])
     # [rows, 1]: which of the item's tokens each row is of, its place in the context, its position.
     token = tokens_of_rows(work)
@@ -209,7 +210,7 @@ def ragged_page_attention_kernel(
     # Write: of a row that saw nothing, 0 and the sink or -inf.
     for part in range(parts):
         state = State(m_ref[part], l_ref[part], acc_ref[part])
-        saw_any = state.l > 0
+        saw_any = state.l != 0
         l = jnp.where(saw_any, state.l, 1.0)
         out = (state.acc / across(l, problem.value_head_dim)).astype(problem.dtype)
         lse = jnp.where(saw_any, state.m + jnp.log(l), -jnp.inf)

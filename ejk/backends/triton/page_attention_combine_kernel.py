@@ -13,7 +13,7 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
+from ejk.backends.triton.page_attention_kernel import LN2, add_sink, rounded
 
 
 @triton.jit
@@ -88,10 +88,10 @@ def combine_parts_kernel(
     saw_nothing = l == 0
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head + tl.arange(0, 1))
-        m, l, alpha = add_sink(m, l, sink * LOG2E)
+        m, l, alpha, saw_nothing = add_sink(m, l, sink)
         acc *= alpha
     if block_dv == 0:
         lse = tl.where(saw_nothing, sink, (m + tl.log2(l)) * LN2)
         tl.store(lse_ptr + row + tl.arange(0, 1), lse)
-    out = acc / tl.where(l == 0, 1.0, l)
-    tl.store(out_ptr + row * VALUE_HEAD_DIM + offs_dv, out.to(out_ptr.dtype.element_ty), mask_dv)
+    out = rounded(acc / tl.where(l == 0, 1.0, l), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * VALUE_HEAD_DIM + offs_dv, out, mask_dv)

@@ -28,6 +28,8 @@ from ejk.backends.triton._products import load_queries, load_rows, query_key_pro
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+FLOAT16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
@@ -108,7 +110,10 @@ def page_attention_kernel(
         begin = tl.load(row_ptr + 1)
         reach = tl.minimum(tl.load(row_ptr + 2), reach)
         part = tl.load(row_ptr + 3)
-        # A plan for other lengths may give wrong numbers, never an access outside.
+        if HAS_WINDOW:
+            is_first = begin < 0
+            begin = tl.where(is_first, -1 - begin, begin)
+        # Whatever the plan says, nothing outside is touched.
         if (seq < 0) | (seq >= NUM_SEQS) | (part >= NUM_PARTS):
             return
         if (begin < 0) | (begin > MAX_BLOCKS * PAGE_SIZE):
@@ -150,7 +155,8 @@ def page_attention_kernel(
     l = tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
     table_ptr = block_tables_ptr + seq * MAX_BLOCKS
-    # Up to `reach`, not to `end`: this load need not wait for the length.
+    # Up to `reach`, not to `end`, and from where the plan's window began: this load need not wait
+    # for the length.
     positions = begin + offs_kv
     reachable = (positions < reach) & (positions < MAX_BLOCKS * PAGE_SIZE)
     pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=reachable, other=-1)
@@ -158,6 +164,15 @@ def page_attention_kernel(
     distance_ptr = block_distances_ptr + seq * MAX_BLOCKS
     if HAS_DISTANCES:
         distances = tl.load(distance_ptr + positions // PAGE_SIZE, mask=reachable, other=0)
+    if NUM_SPLITS == 0 and HAS_WINDOW:
+        planned = begin
+        begin = tl.maximum(tl.where(is_first, 0, planned), first)
+        if begin != planned:  # a plan for other lengths, or another window
+            positions = begin + offs_kv
+            seen = positions < end
+            pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=seen, other=-1)
+            if HAS_DISTANCES:
+                distances = tl.load(distance_ptr + positions // PAGE_SIZE, mask=seen, other=0)
 
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
@@ -219,7 +234,7 @@ def page_attention_kernel(
     saw_nothing = l == 0
     if HAS_SINKS:
         sinks = tl.load(sinks_ptr + offs_head, mask=mask_group, other=float("-inf"))
-        m, l, alpha = add_sink(m, l, sinks * LOG2E)
+        m, l, alpha, saw_nothing = add_sink(m, l, sinks)
         acc *= alpha[:, None]
         if BLOCK_DV_REST > 0:
             acc_rest *= alpha[:, None]
@@ -229,21 +244,40 @@ def page_attention_kernel(
     tl.store(lse_ptr + row, lse, mask=mask_group)
     l = tl.where(l == 0, 1.0, l)
     out_row_ptrs = out_ptr + row[:, None] * VALUE_HEAD_DIM
-    out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
+    out = rounded(acc / l[:, None], out_ptr.dtype.element_ty)
     tl.store(out_row_ptrs + offs_dv, out, mask=mask_group[:, None] & mask_dv)
     if BLOCK_DV_REST > 0:
-        out = (acc_rest / l[:, None]).to(out_ptr.dtype.element_ty)
+        out = rounded(acc_rest / l[:, None], out_ptr.dtype.element_ty)
         tl.store(out_row_ptrs + offs_dv_rest, out, mask=mask_group[:, None] & mask_dv_rest)
 
 
 @triton.jit
 @typing.no_type_check
 def add_sink(m, l, sink):
-    """Count one more logit in the denominator; `alpha` rescales the weighted values."""
-    m_new = tl.maximum(m, sink)
+    """Count a sink in the denominator; `alpha` rescales the weighted values.
+
+    Returns `m`, `l`, `alpha`, and whether the sink alone has weight: the LSE is then the sink.
+    """
+    in_log2 = sink * LOG2E
+    # A finite sink stays finite: from 2.36e38 on it would be infinite here, and its weight NaN.
+    is_beyond = (in_log2 == float("inf")) & (sink < float("inf"))
+    in_log2 = tl.where(is_beyond, FLOAT32_MAX, in_log2)
+    m_new = tl.maximum(m, in_log2)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - m_safe)
-    return m_new, l * alpha + tl.exp2(sink - m_safe), alpha
+    l *= alpha
+    sink_alone = (l == 0) & (sink < float("inf"))
+    return m_new, l + tl.exp2(in_log2 - m_safe), alpha, sink_alone
+
+
+@triton.jit
+@typing.no_type_check
+def rounded(out, dtype: tl.constexpr):
+    """Round to the output's type. What is finite stays so: float16 ends where values may be."""
+    if dtype == tl.float16:
+        nearest = tl.minimum(tl.maximum(out, -FLOAT16_MAX), FLOAT16_MAX)
+        out = tl.where(tl.abs(out) < float("inf"), nearest, out)
+    return out.to(dtype)
 
 
 @triton.jit

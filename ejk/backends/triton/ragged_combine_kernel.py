@@ -11,7 +11,7 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
+from ejk.backends.triton.page_attention_kernel import LN2, add_sink
 from ejk.backends.triton.ragged_softmax_kernel import write_rows
 
 
@@ -94,7 +94,7 @@ def ragged_combine_kernel(
     sinks = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     if HAS_SINKS:
         sinks = tl.load(sinks_ptr + heads, mask=mask_rows, other=float("-inf"))
-        m, l, alpha = add_sink(m, l, sinks * LOG2E)
+        m, l, alpha, saw_nothing = add_sink(m, l, sinks)
         inverse = alpha / tl.where(l == 0, 1.0, l)
     lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
     tl.store(lse_ptr + row, lse, mask=mask_rows)

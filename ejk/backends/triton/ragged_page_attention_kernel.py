@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from ejk.backends.triton._products import load_queries
-from ejk.backends.triton.page_attention_kernel import LN2, LOG2E, add_sink
+from ejk.backends.triton.page_attention_kernel import LN2, add_sink
 from ejk.backends.triton.ragged_plan_kernel import clear_rows
 from ejk.backends.triton.ragged_softmax_kernel import (
     first_bad,
@@ -264,6 +264,9 @@ def ragged_page_attention_kernel(
         )
 
     # Write the result, or this piece's part of it.
+    if PEEL:
+        # One instruction makes a weight there: 0, not NaN, of a logit that overflows.
+        l = tl.where(m == float("inf"), float("nan"), l)
     saw_nothing = l == 0
     if HAS_PARTS:
         if part >= 0:
@@ -280,7 +283,7 @@ def ragged_page_attention_kernel(
     sinks = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     if HAS_SINKS:
         sinks = tl.load(sinks_ptr + heads)
-        m, l, alpha = add_sink(m, l, sinks * LOG2E)
+        m, l, alpha, saw_nothing = add_sink(m, l, sinks)
         acc *= alpha[:, None]
         if BLOCK_DV_REST > 0:
             acc_rest *= alpha[:, None]

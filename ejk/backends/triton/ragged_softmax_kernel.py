@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ejk.backends.triton._products import load_rows, query_key_products
-from ejk.backends.triton.page_attention_kernel import LOG2E, tanh_f32
+from ejk.backends.triton.page_attention_kernel import LOG2E, rounded, tanh_f32
 
 SCANNED = tl.constexpr(512)  # table entries that are looked at together
 
@@ -116,6 +116,6 @@ def first_bad(table_ptr, begin, end, NUM_PAGES: tl.constexpr, PAGE_SIZE: tl.cons
 def write_rows(ptr, row, out, mask_rows, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Store `out`, rounded, from entry `FIRST` of each row on."""
     offs = FIRST + tl.arange(0, out.shape[1])
-    out = out.to(ptr.dtype.element_ty)
+    out = rounded(out, ptr.dtype.element_ty)
     mask = mask_rows[:, None] & (offs < WIDTH)
     tl.store(ptr + row[:, None] * WIDTH + offs, out, mask=mask)

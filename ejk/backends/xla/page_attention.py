@@ -14,6 +14,7 @@ from jax import lax
 
 from ejk import _dispatch
 from ejk._indices import Size, is_static, least
+from ejk._rounding import rounded
 from ejk.backends._fields import at_least
 from ejk.backends.page_attention import (
     PageAttentionBackend,
@@ -218,7 +219,7 @@ def _attend(problem, operands, context, blocks):
     sinks = group_heads(problem, operands.sinks[None]) if problem.has_sinks else None
     out, lse = finish(state, sinks)
     heads = (problem.num_seqs, problem.num_heads)
-    return out.reshape(*heads, -1).astype(problem.out_dtype), lse.reshape(heads)
+    return rounded(out.reshape(*heads, -1), problem.out_dtype), lse.reshape(heads)
 
 
 State = tuple[jax.Array, jax.Array, jax.Array]

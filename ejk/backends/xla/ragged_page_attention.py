@@ -15,6 +15,7 @@ from jax import lax
 
 from ejk import _dispatch
 from ejk._indices import Size, least
+from ejk._rounding import rounded
 from ejk.backends._fields import at_least
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
@@ -279,7 +280,7 @@ def _attend_blocks(problem, operands, sizes, bounds, blocks: QueryBlocks):
     state = nothing_seen(query.shape[:3], problem.value_head_dim)
     state = lax.fori_loop(begin, end, step, state)
     out, lse = finish(state, sinks_of_rows(problem, operands, blocks))
-    return by_token(problem, out).astype(problem.out_dtype), by_token(problem, lse)
+    return rounded(by_token(problem, out), problem.out_dtype), by_token(problem, lse)
 
 
 def _attend(
