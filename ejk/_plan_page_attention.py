@@ -45,9 +45,9 @@ def plan_page_attention(
     call without a plan makes its own. A model calls once a layer with the same lengths: make one
     plan a step, one for each distinct window, and hand it to every layer's call.
 
-    A plan is a hint. Other backends, and calls with `num_splits >= 1`, do without. Kernels clip
-    it by the call's own lengths: a plan made for other lengths may give wrong numbers, but never
-    an access outside the arrays.
+    A plan is a hint. Other backends, and calls with `num_splits >= 1`, do without. A plan made for
+    other lengths, or for another window that only the device knows, is slow, never wrong: calls
+    attend to what their own lengths and window show.
 
     Args:
         context_lens: those of the calls.

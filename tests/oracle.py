@@ -8,6 +8,8 @@ import math
 
 import numpy as np
 
+FLOAT32_END = 2.0**128  # logits are float32: from here on they are infinite
+
 
 def page_attention(
     query,
@@ -125,10 +127,14 @@ def attend(
                     logit = attn_logits_soft_cap * math.tanh(logit / attn_logits_soft_cap)
                 if alibi_slopes is not None:
                     logit = logit + float(alibi_slopes[h]) * distance
+                if abs(logit) >= FLOAT32_END:
+                    logit = math.copysign(np.inf, logit)
                 logits.append(logit)
                 values.append(token(value_cache, block_tables[s], j, h // group, cache_layout))
             sink = -np.inf if sinks is None else float(sinks[h])
             lse[r, h] = log_sum_exp([*logits, sink])
+            if np.isnan(lse[r, h]):
+                out[r, h] = np.nan
             for logit, v in zip(logits, values):
                 out[r, h] += math.exp(logit - lse[r, h]) * v
     return out, lse
@@ -205,14 +211,16 @@ def plan_page_attention(context_lens, *, capacity, sliding_window, max_cuts, gra
     `sliding_window` is one of all sequences, or a list of one for each.
 
     A context of more than two chunks is cut in the fewest pieces of at most a chunk, all but the
-    last of one size. The longest pieces come first, of equally long ones the first sequence's.
+    last of one size. The longest pieces come first, of equally long ones the first sequence's. The
+    last piece of a context ends with the capacity; the first begins at 0, or, with a window that
+    begins at `first`, has `-1 - first` for its begin.
     """
-    ranges, granules = [], []
+    firsts, granules = [], []
     for s, context_len in enumerate(context_lens):
         n = min(max(int(context_len), 0), capacity)
         window = sliding_window[s] if np.ndim(sliding_window) else sliding_window
         first = 0 if window is None else max(n - max(int(window), 0), 0)
-        ranges.append((first, n))
+        firsts.append(first)
         granules.append(-(-(n - first) // granule))
     total, longest = sum(granules), max(granules)
     chunk = max(longest, 1)
@@ -225,18 +233,22 @@ def plan_page_attention(context_lens, *, capacity, sliding_window, max_cuts, gra
 
     pieces, splits = [], []
     for minus_size, seq, parts in sorted(cuts):
-        first, n = ranges[seq]
+        first = firsts[seq]
         if parts > 1:
             splits.append((seq, len(pieces), parts))
         for i in range(parts):
             begin = first - minus_size * granule * i
-            end = min(begin - minus_size * granule, n)
+            end = begin - minus_size * granule if i + 1 < parts else capacity
+            if sliding_window is not None and i == 0:
+                begin = -1 - first
             pieces.append((seq, begin, end, len(pieces) if parts > 1 else -1))
     return pieces, splits
 
 
 def log_sum_exp(logits):
-    """Return `log(sum(exp(logits)))`, -inf if there is nothing to sum."""
+    """Return `log(sum(exp(logits)))`, -inf if there is nothing to sum, NaN of NaN or infinity."""
+    if any(math.isnan(logit) or logit == math.inf for logit in logits):
+        return np.nan
     top = max(logits, default=-np.inf)
     if top == -np.inf:
         return -np.inf

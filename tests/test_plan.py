@@ -68,24 +68,28 @@ def check(planner, lens, *, capacity, window, max_cuts):
     assert [tuple(row) for row in pieces] == expected[0]
     assert [tuple(row) for row in splits] == expected[1]
 
-    places, rounded = {}, []
+    places, rounded = {}, {}
     for i, (seq, begin, end, part) in enumerate(pieces):
         places.setdefault(seq, []).append((i, begin, end, part))
-        rounded.append(-(-(end - begin) // GRANULE))
     assert sorted(places) == list(range(len(lens)))  # a row that sees nothing is written, too
     for seq, own in places.items():
         n = min(max(int(lens[seq]), 0), capacity)
         of_seq = window[seq] if own_windows else window
         first = 0 if window is None else max(n - max(int(of_seq), 0), 0)
-        # They follow each other, from the first position that is visible to the last.
-        assert [b for _, b, _, _ in own] == [first, *(e for _, _, e, _ in own[:-1])]
-        assert own[-1][2] == n and (first == n or all(b < e for _, b, e, _ in own))
+        # They follow each other, from the beginning to the capacity: a call may see any of it.
+        begin = 0 if window is None else -1 - first
+        assert [b for _, b, _, _ in own] == [begin, *(e for _, _, e, _ in own[:-1])]
+        assert own[-1][2] == capacity
+        # What this batch sees is in no piece too few.
+        begins = [first, *(b for _, b, _, _ in own[1:])]
+        assert first == n or all(b < n for b in begins)
+        rounded[seq] = -(-(min(own[0][2], n) - first) // GRANULE)
         assert [i for i, *_ in own] == list(range(own[0][0], own[0][0] + len(own)))
         assert all((p == i) if len(own) > 1 else (p == -1) for i, _, _, p in own)
     assert {(s, f, c) for s, f, c in splits} == {
         (seq, own[0][0], len(own)) for seq, own in places.items() if len(own) > 1
     }
-    largest = [rounded[places[seq][0][0]] for seq in dict.fromkeys(seq for seq, *_ in pieces)]
+    largest = [rounded[seq] for seq in dict.fromkeys(seq for seq, *_ in pieces)]
     assert largest == sorted(largest, reverse=True)
     return splits
 

@@ -106,10 +106,13 @@ def test_sequences_that_see_nothing(shape):
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(arrays(np.int32, 7, elements=ANY_INT32 | st.integers(0, 576)), st.booleans())
 def test_a_plan_for_other_lengths_stays_in_bounds(lens, windowed):
-    """And writes every row, once."""
-    case = long_case(features=frozenset({"sliding_window"} if windowed else ()), window=200)
-    plan = plan_for(case, TRITON.backend, context_lens=lens)
-    stored_once(lambda: TRITON(case, plan=plan))
+    """And writes every row, once, the right one."""
+    features = frozenset({"sinks", *(("sliding_window",) if windowed else ())})
+    case = long_case(features=features, window=jnp.int32(200))
+    plan = plan_for(
+        case, TRITON.backend, context_lens=lens, sliding_window=200 if windowed else None
+    )
+    assert_close(case, *stored_once(lambda: TRITON(case, plan=plan)))
 
 
 PLAN = plan_for(long_case(), TRITON.backend)

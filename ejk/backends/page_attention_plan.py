@@ -30,11 +30,16 @@ class PlanProblem(Problem):
 
     - row 0: how many pieces there are, and how many sequences have several;
     - `num_seqs + max_cuts` rows, those of the pieces: sequence, begin and end of its positions,
-      and its part, or -1 where the piece is all that its sequence sees;
+      and its part, or -1 where the piece is all of its sequence;
     - `max_splits` rows, those of the sequences in several pieces: sequence, first part, parts.
 
     What lies beyond the counts is not initialised. The longest pieces come first; a sequence's
     pieces follow each other. A part has the number of its piece.
+
+    The pieces of a sequence share out all positions from 0 to the capacity, and a call takes of
+    each what its own lengths and window show: a plan for others is slow, never wrong. With a
+    window the first piece has `-1 - first` as its begin, where `first` is the first position that
+    the plan's window shows: where to look first, while the call's own window is not known yet.
 
     With `max_cuts=0` no context is cut, and the plan is an order. Nor is a batch cut whose longest
     context is at most `EVEN_SHARE / max_cuts` of its granules: no processor has much more to do

@@ -103,8 +103,11 @@ def page_attention_plan_kernel(
         mask = piece < pieces
         begin = first + piece * size * GRANULE
         tl.store(row_ptrs, seqs, mask=mask)
+        end = tl.where(piece + 1 < pieces, begin + size * GRANULE, CAPACITY)
+        if HAS_WINDOW:
+            begin = tl.where(piece == 0, -1 - begin, begin)
         tl.store(row_ptrs + 1, begin, mask=mask)
-        tl.store(row_ptrs + 2, tl.minimum(begin + size * GRANULE, length), mask=mask)
+        tl.store(row_ptrs + 2, end, mask=mask)
         tl.store(row_ptrs + 3, tl.where(is_split, place + piece, -1), mask=mask)
     row_ptrs = work_ptr + (1 + NUM_SEQS + MAX_CUTS + split) * 4
     tl.store(row_ptrs, seqs, mask=is_split)

@@ -49,14 +49,17 @@ class XlaPlan(PlanBackend):
         pieces = jnp.maximum(_ceil_div(granules, jnp.maximum(size, 1)), 1)
 
         seqs = jnp.argsort(-size, stable=True).astype(jnp.int32)
-        pieces, size, first, length = (x[seqs] for x in (pieces, size, first, length))
+        pieces, size, first = (x[seqs] for x in (pieces, size, first))
         place = jnp.cumsum(pieces, dtype=jnp.int32) - pieces
 
         slot = jnp.arange(problem.max_pieces, dtype=jnp.int32)
         owner = jnp.searchsorted(place, slot, side="right", method="sort").astype(jnp.int32) - 1
         piece = slot - place[owner]
         begin = first[owner] + piece * size[owner] * problem.granule
-        end = jnp.minimum(begin + size[owner] * problem.granule, length[owner])
+        is_last = piece + 1 == pieces[owner]
+        end = jnp.where(is_last, problem.capacity, begin + size[owner] * problem.granule)
+        if problem.has_window:
+            begin = jnp.where(piece == 0, -1 - begin, begin)
         which = jnp.where(pieces[owner] > 1, slot, -1)
         rows = jnp.stack([seqs[owner], begin, end, which], axis=1)
         split = jnp.flatnonzero(pieces > 1, size=problem.max_splits, fill_value=0)
