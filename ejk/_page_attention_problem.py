@@ -4,7 +4,6 @@ What other operations on pages are given is checked here, too: once for all of t
 """
 
 import difflib
-import math
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ from ejk._indices import Size, exceeds, least, rounded_bound, static_int
 from ejk.backends.page_attention import LAYOUTS, PageAttentionProblem, layout_of
 from ejk.backends.page_attention_plan import PlanFacts, window_fact
 
+# A logit that such a cap would change is so large that only the largest logit has weight anyway.
+CAPS_NOTHING = 1e30
 DTYPES = ("float32", "bfloat16", "float16")
 LEAST_BOUND = 64  # tokens that a context is expected to have at least: fewer need no other program
 
@@ -121,10 +122,6 @@ def shared_facts(
         if value.shape[0] != num_heads:
             fail(f"{name}.shape[0]={value.shape[0]} must be num_heads={num_heads}")
 
-    if isinstance(soft_cap, bool):
-        raise TypeError(f"attn_logits_soft_cap={soft_cap} must be a number")
-    if soft_cap is not None and not (0 < soft_cap < math.inf):
-        fail(f"attn_logits_soft_cap={soft_cap} must be above 0 and finite")
     return {
         "num_seqs": num_seqs,
         "num_heads": num_heads,
@@ -139,7 +136,7 @@ def shared_facts(
         "fused": key_cache.ndim == 5,
         "latent": key_cache.ndim == 4 and value_cache is None,
         "has_window": sliding_window is not None,
-        "soft_cap": None if soft_cap is None else float(soft_cap),
+        "soft_cap": _held_soft_cap(soft_cap),
         "has_sinks": sinks is not None,
         "has_alibi": alibi_slopes is not None,
         "return_lse": bool(return_lse),
@@ -154,6 +151,11 @@ def shared_operands(
     What NumPy holds stays there: `jax.jit` is quicker to put it on the device.
     """
     if not (attn_scale is None or isinstance(attn_scale, jax.Array)):
+        attn_scale = float(attn_scale)
+        if abs(attn_scale) > float(np.finfo(np.float32).max):
+            fail(f"attn_scale={attn_scale} must be a float32, at most 3.4e38")
+        if abs(attn_scale) > 2.0**127:  # kernels multiply it by log2(e), which float32 must hold
+            query, attn_scale = query * 2, attn_scale / 2
         attn_scale = np.float32(attn_scale)
     return {
         "query": query,
@@ -241,6 +243,23 @@ def visible_bound(facts, max_context_len, sliding_window) -> Size:
             fail(f"sliding_window={sliding_window} must be at least 1: None is no window")
         bounds.append(int(sliding_window))
     return max(1, least(*bounds))
+
+
+def _held_soft_cap(soft_cap) -> float | None:
+    """Check a soft cap and return it as it is held, in float32; None for one that caps nothing."""
+    if soft_cap is None:
+        return None
+    if isinstance(soft_cap, bool | np.bool_):
+        raise TypeError(f"attn_logits_soft_cap={soft_cap} must be a number")
+    if isinstance(soft_cap, np.generic):
+        soft_cap = soft_cap.item()
+    limits = np.finfo(np.float32)
+    if not float(limits.tiny) <= soft_cap <= float(limits.max):
+        fail(
+            f"attn_logits_soft_cap={soft_cap} must be above 0 and a float32, from "
+            f"{limits.tiny:.2g} to {limits.max:.2g}; None caps nothing"
+        )
+    return float(np.float32(soft_cap)) if soft_cap < CAPS_NOTHING else None
 
 
 def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:

@@ -149,7 +149,8 @@ def ragged_page_attention(
 
     where `pos_j = j`, but for new tokens with `positions` given: `pos_t = max(positions[row], 0)`.
     With a `tree_mask`, `t` sees all tokens before the new ones, and of these not those up to
-    itself but token `j` exactly where `tree_mask[row, j - (n - q_len)]`.
+    itself but token `j` exactly where `tree_mask[row, j - (n - q_len)]`. A row with `t < 0`, of
+    more new tokens than tokens, sees nothing, whatever its mask says.
 
     A row that sees no token, such as one with `t < 0`, is exactly 0, its LSE the sink or -inf. A
     row of no sequence is 0, its LSE -inf. What is said of bad table entries, of memory that no
@@ -184,8 +185,8 @@ def ragged_page_attention(
         positions: of the new tokens, as queries and as keys, for window and slopes alone: depths
             in a tree. Negative ones act as 0. Any integer dtype.
         tree_mask: which new tokens of its own sequence a new token sees; column `j` is the
-            sequence's `j`-th, and those past the last column are not seen. Usually `positions` are
-            given, too.
+            sequence's `j`-th, and those past the last column are not seen. A new token before the
+            first token sees nothing, whatever the mask says. Usually `positions` are given, too.
         return_lse: also return the natural-log LSE, float32 `[total_tokens, num_heads]`.
         backend: None for the best backend of the platform that the computation is lowered for;
             `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.

@@ -25,6 +25,7 @@ from context_parallel import (
 )
 from shapes import Shape
 from strategies import INT32_MAX, Configuration, build, cases
+from test_not_finite import spoil
 from test_page_attention import bits_equal
 from tolerances import assert_close
 
@@ -38,6 +39,16 @@ each_quick = functools.partial(each_case, entries=[XLA, TRITON])
 
 @each_parallel(cases(CONFIGURATIONS))
 def test_agrees_with_the_oracle(entry, case):
+    assert_close(case, *entry(case))
+
+
+@each_entry(*ENTRIES)
+@pytest.mark.parametrize("place", ["query", "key", "value", "sink", "overflow"])
+def test_nan_on_one_device_is_never_lost(entry, place):
+    """Where the other devices have numbers, or saw nothing."""
+    uncapped = Configuration(PLAIN, np.dtype(np.float32), "NHD", frozenset({"sinks", "attn_scale"}))
+    case, _ = spoil(build(uncapped, np.array([36, 35, 13, 2], np.int32)), place, seed=1)
+    assert np.isnan(case.expected()[0]).any()
     assert_close(case, *entry(case))
 
 
