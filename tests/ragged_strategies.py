@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from itertools import combinations
 from typing import Self
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from strategies import (
     draw_options,
     draw_pools,
     draw_tables,
+    fixed,
     lengths,
     one_of,
     windows,
@@ -108,13 +110,15 @@ def ragged_cases(draw, configurations=CONFIGURATIONS, extras=EXTRAS) -> RaggedCa
     ints = [dtype for dtype in INTEGERS if np.iinfo(dtype).max >= shape.num_pages]
     lens_dtype = draw(st.sampled_from(INTEGERS))
     lens = [draw(lengths(shape, lens_dtype)) for _ in range(shape.num_seqs)]
+    number = configurations.index(config)
+    some = [frozenset(few) for n in range(len(extras) + 1) for few in combinations(extras, n)]
     return build_ragged(
         config,
         np.array(lens, lens_dtype),
         draw(_bounds(shape.num_seqs)),
-        extras=frozenset(name for name in extras if draw(st.booleans())),
+        extras=fixed(draw, some, number),
         tables_dtype=draw(st.sampled_from(ints)),
-        window=draw(windows(shape)),
+        window=draw(fixed(draw, windows(shape), number)),
         seed=draw(st.integers(0, 2**32 - 1)),
         share=draw(st.booleans()),
         invalid=draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),

@@ -51,7 +51,6 @@ def test_plain_call_is_a_causal_softmax(entry):
             np.testing.assert_allclose(out[row, head], expected, rtol=0, atol=4e-6)
 
 
-@pytest.mark.fast
 @each_ragged(share=1.5)
 def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
