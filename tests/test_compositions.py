@@ -75,6 +75,8 @@ def composition(seed):
     draw = random.Random(seed)
     name = OPERATIONS[seed % 3]
     wrappers = draw.choices(WRAPPERS, k=draw.randint(1, 4))
+    if wrappers.count(by_shard_map) > 1:  # a mesh axis can be split once
+        wrappers = [by_shard_map, *(wrap for wrap in wrappers if wrap is not by_shard_map)]
     grads = draw.random() < 0.5
     at = draw.randint(0, len(wrappers))
     backend = draw.choice([None, "xla", "xla", "xla", 0, 1])

@@ -187,8 +187,8 @@ def test_the_report_takes_shapes_for_arrays_and_raises_as_the_call_does():
     assert "xla" in str(report) and "triton: runs on cuda and rocm, not on cpu" in str(report)
     with pytest.raises(ValueError, match="num_splits=-1 must be at least 0"):
         ejk.backend_report(*shapes, num_splits=-1)
-    with pytest.raises(ValueError, match="platform='gpu' must be one of"):
-        ejk.backend_report(*shapes, platform="gpu")
+    with pytest.raises(ValueError, match="platform='metal' must be one of"):
+        ejk.backend_report(*shapes, platform="metal")
 
 
 def test_the_report_of_a_call_that_needs_no_backend():
