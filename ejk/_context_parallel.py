@@ -44,12 +44,14 @@ def own_pages(
     if num_pages >= 2**31:
         fail(f"devices * local_pages={num_pages} must be below 2**31: ids of pages are 32-bit")
     own = OwnPages.of(
-        as_int32(context_lens, part.capacity),
-        as_int32(block_tables, num_pages),
+        jnp.asarray(as_int32(context_lens, part.capacity)),
+        jnp.asarray(as_int32(block_tables, num_pages)),
         first_page=jax.lax.axis_index(axis_name) * part.num_pages,
         num_pages=part.num_pages,
         page_size=part.page_size,
-        sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
+        sliding_window=None
+        if sliding_window is None
+        else jnp.asarray(as_int32(sliding_window, 2**31 - 1)),
         has_distances=part.has_alibi,
     )
     offset = as_int32(page_offset, part.num_pages)

@@ -194,7 +194,7 @@ def context_parallel_ragged_attention(
     )
     choice = _dispatch.choose(backend, RaggedPageAttentionProblem, BACKENDS)
     part = part_of(problem)
-    bounds = sane_bounds(part, as_int32(cu_q_lens, part.total_tokens))
+    bounds = sane_bounds(part, jnp.asarray(as_int32(cu_q_lens, part.total_tokens)))
     is_new, seq = sequences_of_rows(part, bounds)
     if 0 in (part.total_tokens, part.num_seqs, part.capacity, part.num_pages):
         given = (query, key_cache, value_cache, context_lens, block_tables, bounds)

@@ -59,6 +59,6 @@ def exceeds(size: Any, bound: int) -> bool:
     return is_static(size) and size > bound
 
 
-def least(*sizes: Any) -> Any:
+def least(*sizes: Size) -> Size:
     """Return the least of the sizes that are known; the first if none is."""
     return min(filter(is_static, sizes), default=sizes[0])

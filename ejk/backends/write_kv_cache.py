@@ -122,7 +122,7 @@ class WriteKVCacheProblem(Problem):
                                    for a, n in enumerate(shape))  # fmt: skip
 
         # A slot outside its own call's pool must not be one of the next call's.
-        slots = merged(operands.slot_mapping, axes.slot_mapping, 0).reshape(size, -1)
+        slots = merge_axis(operands.slot_mapping, axes.slot_mapping, size).reshape(size, -1)
         first = self.num_slots * jnp.arange(size, dtype=jnp.int32)
         is_inside = (slots >= 0) & (slots < self.num_slots)
         slots = jnp.where(is_inside, slots + first[:, None], -1).reshape(-1)
