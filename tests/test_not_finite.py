@@ -29,14 +29,14 @@ LENGTHS = np.array([0, 1, 15, 16, 17, 47, 48, 49, 33])
 BOUNDS = np.array([0, 1, 4, 5, 8, 9, 12, 12, 13, 13])
 
 
-def spoil(case, place, seed):
+def spoil(case, place, seed, token=None):
     """Put something into what a row sees that makes it NaN. Return the call, and whose rows."""
     rng = np.random.default_rng(seed)
     rows = [r for r in range(len(case.query)) if not case.outside[r] and case.seen(r)[1]]
     row, head = int(rng.choice(rows)), int(rng.integers(case.shape.num_heads))
     kv_head = head * case.shape.num_kv_heads // case.shape.num_heads
     s, seen = case.seen(row)
-    j, _ = seen[rng.integers(len(seen))]
+    j = seen[rng.integers(len(seen))][0] if token is None else token
     page, slot = int(case.block_tables[s][j // case.shape.page_size]), j % case.shape.page_size
     query, keys, values = case.query.copy(), case.keys.copy(), case.values.copy()
     options = {k: x.copy() if isinstance(x, np.ndarray) else x for k, x in case.options.items()}
@@ -90,6 +90,19 @@ def test_each_place(entry, place, num_splits):
     case = build(config(features=PLAIN, num_splits=num_splits), LENGTHS, seed=1)
     case, _ = spoil(case, place, 1)
     assert_close(case, *entry(case))
+
+
+@ragged_edge
+@pytest.mark.parametrize("token", [100, 255])
+def test_a_logit_that_overflows_where_nothing_is_masked(entry, token):
+    """In the last such block, too, after which nothing else would make the sum of weights NaN."""
+    shape = dataclasses.replace(SMALL, num_heads=8, max_blocks=20, num_pages=24, num_seqs=1)
+    large = config(shape=shape, dtype=np.dtype(ml_dtypes.bfloat16))
+    case = build_ragged(large, np.array([300]), np.array([0, 40]), total=40)
+    case, _ = spoil(case, "overflow", 1, token)
+    out, lse = entry(case)
+    assert np.isnan(lse).any()
+    assert_close(case, out, lse)
 
 
 @edge
