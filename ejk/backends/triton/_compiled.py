@@ -44,7 +44,7 @@ def kept_on_disk(compile_module: Callable[..., Any], result_type: Callable[..., 
 def _key(module: Any, backend: Any, options: Any) -> str:
     """Name what a compiled kernel follows from: the program, the compiler, and what it is told."""
     libtriton = importlib.import_module("triton._C.libtriton")
-    library = os.stat(libtriton.__file__)
+    library = os.stat(str(libtriton.__file__))
     facts = (
         str(module),
         backend.hash(),
