@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ejk._page_attention_problem import fail
-
 
 def check_values(
     rules: Callable[..., Iterable[tuple[Any, int, str]]], *arrays: Any, limits: Sequence[int]
@@ -43,7 +41,7 @@ def check_sizes(**sizes: tuple[Any, str, int]) -> None:
     """Check the first axis of each array that is not None: its name and its size."""
     for name, (x, axis, size) in sizes.items():
         if x is not None and x.shape[0] != size:
-            fail(f"{name}.shape[0]={x.shape[0]} must be {axis}={size}")
+            raise ValueError(f"{name}.shape[0]={x.shape[0]} must be {axis}={size}")
 
 
 def _place(indices: Sequence[Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ejk import _dispatch
 from ejk._indices import as_int32, static_int
 from ejk._merge_attention_states import merge_attention_states
 from ejk._own_pages import OwnPages
-from ejk._page_attention_problem import as_float32, fail
+from ejk._page_attention_problem import as_float32
 
 AxisName = Annotated[str | tuple[str, ...], "the name of a mesh axis, or a tuple of names"]
 
@@ -23,7 +23,7 @@ def check_alike(axis_name, page_offset, **arrays):
     for name, x in dict(arrays, page_offset=page_offset).items():
         varying = jax.typeof(x).mat.varying if hasattr(x, "dtype") else frozenset()
         if split := axes & varying:
-            fail(
+            raise ValueError(
                 f"{name} must be the same on every device along axis_name={axis_name!r}, but it "
                 f"varies over {', '.join(map(repr, sorted(split)))}"
             )
@@ -42,7 +42,9 @@ def own_pages(
     """Take a device's own pages out of a table that names those of all."""
     num_pages = _axis_size(axis_name) * part.num_pages
     if num_pages >= 2**31:
-        fail(f"devices * local_pages={num_pages} must be below 2**31: ids of pages are 32-bit")
+        raise ValueError(
+            f"devices * local_pages={num_pages} must be below 2**31: ids of pages are 32-bit"
+        )
     own = OwnPages.of(
         jnp.asarray(as_int32(context_lens, part.capacity)),
         jnp.asarray(as_int32(block_tables, num_pages)),
@@ -80,7 +82,7 @@ def _axis_size(axis_name) -> int:
     """Return how many devices there are along `axis_name`, or say which axes there are."""
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     if not names or len(set(names)) < len(names):
-        fail(f"axis_name={axis_name!r} must name one axis or several, each once")
+        raise ValueError(f"axis_name={axis_name!r} must name one axis or several, each once")
     try:
         return jax.lax.axis_size(axis_name)
     except NameError:

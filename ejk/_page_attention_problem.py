@@ -87,27 +87,31 @@ def shared_facts(
             "pass query.astype(key_cache.dtype)"
         )
     if key_cache.dtype != query.dtype:
-        fail(
+        raise ValueError(
             f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}: "
             + convert(key_cache, "query")
         )
     if num_heads % num_kv_heads:
-        fail(
+        raise ValueError(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
             f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
             + _other_layouts(key_cache, num_heads)
         )
     if key_cache.shape[-1] != head_dim:
-        fail(
+        raise ValueError(
             f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the query's "
             f"head_dim={head_dim}"
         )
     if context_lens.shape[0] != num_seqs:
-        fail(f"context_lens.shape[0]={context_lens.shape[0]} must be num_seqs={num_seqs}")
+        raise ValueError(
+            f"context_lens.shape[0]={context_lens.shape[0]} must be num_seqs={num_seqs}"
+        )
     if block_tables.shape[0] != num_seqs:
-        fail(f"block_tables.shape[0]={block_tables.shape[0]} must be num_seqs={num_seqs}")
+        raise ValueError(
+            f"block_tables.shape[0]={block_tables.shape[0]} must be num_seqs={num_seqs}"
+        )
     if exceeds(capacity, 2**31 - 1):
-        fail(
+        raise ValueError(
             f"max_blocks * page_size={capacity} must be below 2**31: positions are 32-bit "
             f"(block_tables{list(block_tables.shape)}, page_size={page_size})"
         )
@@ -115,12 +119,12 @@ def shared_facts(
         if value is None:
             continue
         if value.dtype.name not in DTYPES:
-            fail(
+            raise ValueError(
                 f"{name}.dtype={value.dtype} must be float32, bfloat16 or float16: "
                 f"pass {name}.astype(jnp.float32)"
             )
         if value.shape[0] != num_heads:
-            fail(f"{name}.shape[0]={value.shape[0]} must be num_heads={num_heads}")
+            raise ValueError(f"{name}.shape[0]={value.shape[0]} must be num_heads={num_heads}")
 
     return {
         "num_seqs": num_seqs,
@@ -153,7 +157,7 @@ def shared_operands(
     if not (attn_scale is None or isinstance(attn_scale, jax.Array)):
         attn_scale = float(attn_scale)
         if abs(attn_scale) > float(np.finfo(np.float32).max):
-            fail(f"attn_scale={attn_scale} must be a float32, at most 3.4e38")
+            raise ValueError(f"attn_scale={attn_scale} must be a float32, at most 3.4e38")
         if abs(attn_scale) > 2.0**127:  # kernels multiply it by log2(e), which float32 must hold
             query, attn_scale = query * 2, attn_scale / 2
         attn_scale = np.float32(attn_scale)
@@ -189,14 +193,14 @@ def check_pool(key_cache, cache_layout, **sizes) -> tuple[Size, int, int]:
     if not isinstance(cache_layout, str) or cache_layout not in LAYOUTS:
         word = cache_layout[:20].upper() if isinstance(cache_layout, str) else ""
         near = difflib.get_close_matches(word, LAYOUTS, n=1)
-        fail(
+        raise ValueError(
             f"cache_layout={describe(cache_layout)} must be one of "
             f"{', '.join(map(repr, LAYOUTS))}" + "".join(f": did you mean {n!r}?" for n in near)
         )
     layout = layout_of(key_cache, cache_layout)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
     if layout.halves is not None and key_cache.shape[layout.halves] != 2:
-        fail(
+        raise ValueError(
             f"key_cache.shape[{layout.halves}]={key_cache.shape[layout.halves]} must be 2, keys "
             f"and values {pool}: " + _unstack(key_cache)
         )
@@ -206,7 +210,7 @@ def check_pool(key_cache, cache_layout, **sizes) -> tuple[Size, int, int]:
     sizes |= {"num_kv_heads": num_kv_heads, "page_size": page_size}
     for name, size in sizes.items():
         if size == 0:
-            fail(f"{name}={size} must be at least 1 {pool}")
+            raise ValueError(f"{name}={size} must be at least 1 {pool}")
     return num_pages, num_kv_heads, page_size
 
 
@@ -240,7 +244,9 @@ def visible_bound(facts, max_context_len, sliding_window) -> Size:
         bounds.append(max(rounded, LEAST_BOUND))
     if isinstance(sliding_window, (int, np.integer, np.ndarray)):
         if sliding_window < 1:
-            fail(f"sliding_window={sliding_window} must be at least 1: None is no window")
+            raise ValueError(
+                f"sliding_window={sliding_window} must be at least 1: None is no window"
+            )
         bounds.append(int(sliding_window))
     return max(1, least(*bounds))
 
@@ -255,7 +261,7 @@ def _held_soft_cap(soft_cap) -> float | None:
         soft_cap = soft_cap.item()
     limits = np.finfo(np.float32)
     if not float(limits.tiny) <= soft_cap <= float(limits.max):
-        fail(
+        raise ValueError(
             f"attn_logits_soft_cap={soft_cap} must be above 0 and a float32, from "
             f"{limits.tiny:.2g} to {limits.max:.2g}; None caps nothing"
         )
@@ -268,34 +274,34 @@ def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
     if key_cache.ndim == 5:
         fused = "with a key_cache of five axes, which holds keys and values"
         if value_cache is not None:
-            fail(f"value_cache{list(value_cache.shape)} must be None {fused}")
+            raise ValueError(f"value_cache{list(value_cache.shape)} must be None {fused}")
         if value_head_dim is not None:
-            fail(f"value_head_dim={value_head_dim} must be None {fused}")
+            raise ValueError(f"value_head_dim={value_head_dim} must be None {fused}")
         return head_dim
     if value_cache is None:
         if value_head_dim is None:
-            fail(
+            raise ValueError(
                 "value_cache=None must come with value_head_dim, for latent attention: the values "
                 "are then the first value_head_dim entries of the keys. Or with a key_cache of "
                 "five axes that holds keys and values"
             )
         width = static_int("value_head_dim", value_head_dim, at_least=1)
         if width > head_dim:
-            fail(f"value_head_dim={width} must be at most head_dim={head_dim}")
+            raise ValueError(f"value_head_dim={width} must be at most head_dim={head_dim}")
         return width
     if value_head_dim is not None:
-        fail(f"value_head_dim={value_head_dim} must be None where a value_cache is given")
+        raise ValueError(
+            f"value_head_dim={value_head_dim} must be None where a value_cache is given"
+        )
     if value_cache.dtype != key_cache.dtype:
-        fail(f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}")
+        raise ValueError(
+            f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}"
+        )
     if value_cache.shape[:-1] != key_cache.shape[:-1]:
-        fail(
+        raise ValueError(
             f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} "
             "but for the last axis"
         )
     if value_cache.shape[-1] < 1:
-        fail(f"value_cache.shape[3]={value_cache.shape[-1]} must be at least 1")
+        raise ValueError(f"value_cache.shape[3]={value_cache.shape[-1]} must be at least 1")
     return value_cache.shape[-1]
-
-
-def fail(message: str):
-    raise ValueError(message)

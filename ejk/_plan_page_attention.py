@@ -1,5 +1,7 @@
 """`ejk.plan_page_attention`: a batch's work dealt out once, for the calls of all layers."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from ejk import _dispatch
@@ -89,7 +91,7 @@ def plan_page_attention(
         "max_blocks": max_blocks,
         "value_head_dim": head_dim if value_head_dim is None else value_head_dim,
     }
-    checked = {
+    checked: dict[str, Any] = {
         name: static_int(name, size, at_least=int(name != "max_blocks"))
         if is_static(size)
         else size

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32, exceeds
-from ejk._page_attention_problem import DTYPES, check_pool, convert, fail
+from ejk._page_attention_problem import DTYPES, check_pool, convert
 from ejk._typing import Cache, Slots, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
 from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache
@@ -104,23 +104,25 @@ def _problem_of(
     num_pages, num_kv_heads, page_size = check_pool(key_cache, cache_layout, head_dim=head_dim)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
     if key.shape[1] != num_kv_heads:
-        fail(f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}")
+        raise ValueError(f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache is not None and cache.dtype != key.dtype:
-            fail(
+            raise ValueError(
                 f"{name}.dtype={cache.dtype} must be the keys' dtype {key.dtype}: "
                 + convert(cache, "key")
             )
     if key_cache.shape[-1] != head_dim:
-        fail(
+        raise ValueError(
             f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the keys' "
             f"head_dim={head_dim}"
         )
     _check_values(key, value, key_cache, value_cache)
     if slot_mapping.shape[0] != num_tokens:
-        fail(f"slot_mapping.shape[0]={slot_mapping.shape[0]} must be num_tokens={num_tokens}")
+        raise ValueError(
+            f"slot_mapping.shape[0]={slot_mapping.shape[0]} must be num_tokens={num_tokens}"
+        )
     if exceeds(num_pages * page_size, 2**31 - 1):
-        fail(
+        raise ValueError(
             f"num_pages * page_size={num_pages * page_size} must be below 2**31: slots are 32-bit "
             f"{pool}"
         )
@@ -137,35 +139,39 @@ def _check_values(key, value, key_cache, value_cache) -> None:
     """Check that there are values exactly where there is room for them, and that they fit."""
     if key_cache.ndim == 5:
         if value_cache is not None:
-            fail(
+            raise ValueError(
                 f"value_cache{list(value_cache.shape)} must be None with a key_cache of five axes, "
                 "which holds keys and values"
             )
         if value is None:
-            fail("value=None must be an array with a key_cache of five axes, which holds values")
+            raise ValueError(
+                "value=None must be an array with a key_cache of five axes, which holds values"
+            )
     elif (value is None) != (value_cache is None):
         name = "value" if value is None else "value_cache"
-        fail(
+        raise ValueError(
             f"{name}=None must be an array, or value and value_cache both None: latent attention "
             "reads the values out of the keys"
         )
     if value is None:
         return
     if value.dtype != key.dtype:
-        fail(
+        raise ValueError(
             f"value.dtype={value.dtype} must be the keys' dtype {key.dtype}: "
             "pass value.astype(key.dtype)"
         )
     if value.shape[:2] != key.shape[:2]:
-        fail(f"value.shape={value.shape} must be key.shape={key.shape} but for the last axis")
+        raise ValueError(
+            f"value.shape={value.shape} must be key.shape={key.shape} but for the last axis"
+        )
     if value_cache is not None and value_cache.shape[:-1] != key_cache.shape[:-1]:
-        fail(
+        raise ValueError(
             f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} but "
             "for the last axis"
         )
     cache, name = (key_cache, "key_cache") if value_cache is None else (value_cache, "value_cache")
     if cache.shape[-1] != value.shape[-1] or value.shape[-1] < 1:
-        fail(
+        raise ValueError(
             f"{name}.shape[{cache.ndim - 1}]={cache.shape[-1]} must be the values' "
             f"value_head_dim={value.shape[-1]}, and at least 1"
         )
