@@ -24,7 +24,8 @@ CUDA := $(if $(filter cuda12,$(ACCELERATOR)),cuda12,cuda13)
 
 # What runs the real kernels where there is a GPU; the other tests are the same on a CPU.
 GPU_TESTS := $(patsubst %,tests/test_%.py,gpu page_attention edges gradients vmap fused_pools \
-	ragged_page_attention ragged_gradients write_kv_cache write_transformations processes)
+	ragged_page_attention ragged_gradients write_kv_cache write_transformations processes \
+	not_finite stale_plans long_products)
 
 SMOKE_TESTS = $(shell grep -l pytest.mark.smoke tests/test_*.py)
 
