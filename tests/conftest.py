@@ -7,6 +7,7 @@ import sys
 
 if "--gpu" in sys.argv:
     os.environ["EJK_TEST_GPU"] = "1"  # workers of pytest-xdist inherit it
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share one GPU
 if not os.environ.get("EJK_TEST_GPU"):
     # A CPU lowers, interprets and compiles for everything; libtpu must not look for a TPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -121,14 +121,14 @@ def test_bugs_of_the_write_are_caught(bug, monkeypatch):
 @pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", BACKWARD)
 def test_bugs_of_the_gradient_are_caught(bug, monkeypatch):
-    sound = xla.differentiable.bwd
+    sound = xla._pulled_back.bwd
 
     def faulty(*arguments):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(xla, *BACKWARD[bug])
             return sound(*arguments)
 
-    monkeypatch.setattr(xla.differentiable, "bwd", faulty)
+    monkeypatch.setattr(xla._pulled_back, "bwd", faulty)
     with pytest.raises(AssertionError):
         holds_backward(mutant(f"sound write: {bug}"))
 
