@@ -15,6 +15,7 @@ import workloads
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+OTHERS = ("tune_", "compare_", "first_call_")  # results that are no lines of the tables
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->\n"
 
 
@@ -22,7 +23,7 @@ def load() -> dict[str, dict[tuple[str, str], dict]]:
     """Read the newest line of each device, workload and contender."""
     found: dict[str, dict[tuple[str, str], dict]] = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
-        if path.name.startswith("tune_"):
+        if path.name.startswith(OTHERS):
             continue
         for line in map(json.loads, path.read_text().splitlines()):
             of_device = found.setdefault(line["device"], {})

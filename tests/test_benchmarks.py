@@ -75,6 +75,14 @@ def test_checkouts_are_compared_in_turn(tmp_path):
     assert line["before_us"] > 0 and line["after_us"] > 0 and line["ratio"] > 0
 
 
+def test_a_first_call_is_timed():
+    command = [sys.executable, str(FOLDER / "first_call.py")]
+    command += ["--lower", "--operation", "write_kv_cache"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seconds, imported_torch = printed.split()[-2:]
+    assert float(seconds) > 0 and imported_torch == "False"
+
+
 @pytest.fixture
 def report(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
