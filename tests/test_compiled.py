@@ -52,7 +52,7 @@ def test_another_program_or_compiler_is_compiled(what, compiler, monkeypatch):
         in_a_new_process(by=18 if what == "constant" else 17)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"binary": 1', "[]"])
+@pytest.mark.parametrize("text", ["", "{}", '{"binary": 1', "[]", "null"])
 def test_a_broken_file_is_compiled_anew(text, compiler, tmp_path):
     first = in_a_new_process(by=17)
     [path] = tmp_path.glob("*/ejk.json")

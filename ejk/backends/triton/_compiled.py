@@ -65,7 +65,7 @@ def _load(key: str) -> dict[str, Any] | None:
         if path := _manager(key).get_file(FILE):
             with open(path) as file:
                 kept = json.load(file)
-            return kept if set(kept) == set(KEPT) else None
+            return kept if isinstance(kept, dict) and kept.keys() == {*KEPT} else None
     except (OSError, RuntimeError, ValueError) as error:
         _log(error)
     return None
