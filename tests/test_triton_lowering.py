@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 import ejk
+from ejk._errors import Mendable
 from ejk.backends.triton import _launch
 
 pytestmark = pytest.mark.usefixtures("jax_triton")
@@ -181,7 +182,12 @@ def test_a_broken_installation_says_how(monkeypatch):
     _launch.available.cache_clear()
     _launch._import_jax_triton.cache_clear()
     try:
-        assert _launch.available() == "jax-triton cannot be imported: ImportError: needs GPU"
+        reason = _launch.available()
+        assert reason == (
+            "jax-triton cannot be imported: ImportError: needs GPU: "
+            'pip install --force-reinstall "ejk[triton]"'
+        )
+        assert isinstance(reason, Mendable), "XLA would run in its place without a word"
         assert _launch.available("cpu") is None
     finally:
         _launch.available.cache_clear()

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from ejk._errors import Mendable
 from ejk.backends.triton import _compiled, _installed
 
 CUSTOM_CALL_TARGET = "triton_kernel_call_ffi"
@@ -126,8 +127,11 @@ def available(platform: str = "cuda") -> str | None:
             _import_jax_triton()
     except Exception as error:  # What a broken installation raises cannot be listed.
         broken = "triton" if platform == "cpu" else "jax-triton"
-        reason = " ".join(str(error).split())
-        return f"{broken} cannot be imported: {type(error).__name__}: {reason}"
+        said = " ".join(str(error).split())
+        return Mendable(
+            f"{broken} cannot be imported: {type(error).__name__}: {said}",
+            'pip install --force-reinstall "ejk[triton]"',
+        )
     return None
 
 
