@@ -53,17 +53,23 @@ MISSING = {
 HIDE = """
 import importlib.metadata, sys
 
-class Hidden:
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0].replace("_", "-") in HIDDEN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *where):
+        is_hidden = name.split(".")[0].replace("_", "-") in HIDDEN
+        return None if is_hidden else self.finder.find_spec(name, *where)
 
 def version(name, real=importlib.metadata.version):
     if name in HIDDEN and name not in VERSIONS:
         raise importlib.metadata.PackageNotFoundError(name)
     return VERSIONS.get(name) or real(name)
 
-sys.meta_path.insert(0, Hidden)
+sys.meta_path[:] = map(Hiding, sys.meta_path)
 importlib.metadata.version = version
 """
 
@@ -138,6 +144,22 @@ def test_going_to_xla_for_want_of_the_plugin_warns_with_its_command():
     [line] = [line for line in run("no plugin", program).splitlines() if "plugin" in line]
     assert line == f"WARNING:ejk:page_attention on cuda runs on xla and not on triton: {NO_PLUGIN}"
     assert f"    {line}\n" in PAGE.read_text()
+
+
+def test_triton_may_be_of_a_distribution_with_another_name(monkeypatch):
+    """As PyTorch's are."""
+    monkeypatch.setitem(MISSING, "nothing", (set(), {}, ""))
+    program = """
+def version(name, real=importlib.metadata.version):
+    if name == "triton":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+
+importlib.metadata.version = version
+report = ejk.backend_report(*arguments, platform="cuda", backend=H100)
+print(report.refusals["triton"])
+"""
+    assert run("nothing", program).splitlines() == ["()"]
 
 
 def test_with_all_pieces_the_module_holds_the_kernel(monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 import warnings
 
@@ -17,7 +18,7 @@ def missing(platform: str) -> str | None:
     """
     packages = ("triton",) if platform == "cpu" else ("triton", "jax-triton")
     for package in packages:
-        if version(package) is None:
+        if not _is_installed(package):
             if sys.platform != "linux":
                 return f"{package} is not installed; there is none but for Linux"
             extra = "triton" if platform == "cpu" or _has_plugin() else _extra(platform)
@@ -28,6 +29,12 @@ def missing(platform: str) -> str | None:
     if jax_triton and jax_triton.startswith("0.3."):
         return Mendable(f"jax-triton {jax_triton} is too old", 'pip install "jax-triton>=0.4,<0.5"')
     return None if _has_plugin() else _plugin_refusal(platform)
+
+
+def _is_installed(package: str) -> bool:
+    """Say whether a package can be found; PyTorch distributes Triton under names of its own."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    return spec is not None and spec.origin is not None  # a mere folder of that name has none
 
 
 def version(package: str) -> str | None:
