@@ -91,13 +91,12 @@ Item = collections.namedtuple("Item", "nodeid")
 def test_one_in_n_keeps_every_function_and_backend():
     ids = [f"f.py::test_{f}[{b}-{i}]" for f in "ab" for b in ("xla", "triton x") for i in range(30)]
     items = [Item(name) for name in (*ids, "f.py::test_c")]
-    kept = {item.nodeid for item in tiers.one_in(10, items)}
-    assert {name.split("-")[0] for name in kept} == {
-        "f.py::test_a[xla", "f.py::test_a[triton x", "f.py::test_b[xla", "f.py::test_b[triton x",
+    kept = [item.nodeid for item in tiers.one_in(10**9, items)]  # what is kept in any case
+    assert sorted(name.split("-")[0] for name in kept) == [
+        "f.py::test_a[triton x", "f.py::test_a[xla", "f.py::test_b[triton x", "f.py::test_b[xla",
         "f.py::test_c",
-    }  # fmt: skip
-    assert 5 <= len(kept) <= 25
-    assert kept == {item.nodeid for item in tiers.one_in(10, items)}
+    ]  # fmt: skip
+    assert {*kept} == {item.nodeid for item in tiers.one_in(10**9, items)}
 
 
 def test_neighbours_do_not_drop_out_together():
