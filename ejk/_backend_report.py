@@ -10,6 +10,7 @@ import jax
 from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._errors import UnsupportedError
+from ejk._nearest import did_you_mean
 from ejk._page_attention import page_attention
 
 
@@ -73,7 +74,7 @@ def backend_report(
     if platform not in _dispatch.PLATFORMS:
         raise ValueError(
             f"platform={platform!r} must be one of {', '.join(_dispatch.PLATFORMS)}, gpu or None"
-            f"{_dispatch.did_you_mean(str(platform), _dispatch.PLATFORMS)}"
+            f"{did_you_mean(str(platform), _dispatch.PLATFORMS)}"
         )
     jaxpr = jax.make_jaxpr(functools.partial(_call, operation, args, kwargs))(_arrays(args, kwargs))
     for problem, choice in _dispatch.calls(jaxpr.jaxpr):

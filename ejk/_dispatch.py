@@ -8,7 +8,6 @@ does not refuse. So CPU arrays in a GPU process, ahead-of-time compilation for a
 
 import abc
 import dataclasses
-import difflib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,16 +24,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ejk import _partition
 from ejk._batching import batch
 from ejk._errors import Mendable, UnsupportedError
+from ejk._nearest import did_you_mean
 from ejk._partition import Axes, Shards
 from ejk._typing import typed
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-def did_you_mean(wrong: str, names: Sequence[str]) -> str:
-    """Return a question after the name that is nearest to a wrong one, if any is near."""
-    near = difflib.get_close_matches(wrong.lower(), names, n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
 
 
 class Problem(abc.ABC):

@@ -12,9 +12,5 @@ class Mendable(str):
     that passes a backend over for such a reason warns.
     """
 
-    mend: str
-
     def __new__(cls, reason: str, mend: str) -> "Mendable":
-        self = super().__new__(cls, f"{reason}: {mend}")
-        self.mend = mend
-        return self
+        return super().__new__(cls, f"{reason}: {mend}")

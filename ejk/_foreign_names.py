@@ -1,7 +1,8 @@
 """What other libraries call the arguments and the operations of this one."""
 
-import difflib
 from collections.abc import Iterable, Mapping
+
+from ejk._nearest import nearest
 
 _OWN_NAMES = {  # each with what it is called elsewhere
     "query": "q queries query_states",
@@ -135,7 +136,7 @@ def unexpected_keyword(
         for other, theirs in operations.items()
         if own in theirs and not other.startswith("check_")
     ]
-    near = difflib.get_close_matches(name, arguments, n=1)
+    near = nearest(name, arguments)
     if own in arguments:
         mend = f"it is {own} here"
     elif name in _MENDS:
@@ -143,7 +144,7 @@ def unexpected_keyword(
     elif others:
         mend = f"{own} is an argument of {', '.join(others)}"
     elif near:
-        mend = f"did you mean {near[0]}?"
+        mend = f"did you mean {near}?"
     else:
         mend = f"the arguments are {', '.join(arguments)}"
     return f"{function}() got an unexpected keyword argument {name!r}: {mend}"
@@ -154,6 +155,5 @@ def missing_attribute(name: str, public: Iterable[str]) -> str:
     message = f"module 'ejk' has no attribute {name!r}"
     if name in _OPERATION:
         return f"{message}: it is ejk.{_OPERATION[name]} here"
-    lower = {other.lower(): other for other in public if not other.startswith("_")}
-    near = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f"{message}: did you mean ejk.{lower[near[0]]}?" if near else message
+    near = nearest(name, (other for other in public if not other.startswith("_")))
+    return f"{message}: did you mean ejk.{near}?" if near else message

@@ -3,7 +3,6 @@
 What other operations on pages are given is checked here, too: once for all of them.
 """
 
-import difflib
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 
 from ejk._describe import describe
 from ejk._indices import Size, exceeds, least, rounded_bound, static_int
+from ejk._nearest import did_you_mean
 from ejk.backends.page_attention import LAYOUTS, PageAttentionProblem, layout_of
 from ejk.backends.page_attention_plan import PlanFacts, window_fact
 
@@ -191,11 +191,10 @@ def check_pool(key_cache, cache_layout, **sizes) -> tuple[Size, int, int]:
     Returns its pages, its KV heads and the slots of a page.
     """
     if not isinstance(cache_layout, str) or cache_layout not in LAYOUTS:
-        word = cache_layout[:20].upper() if isinstance(cache_layout, str) else ""
-        near = difflib.get_close_matches(word, LAYOUTS, n=1)
+        near = did_you_mean(cache_layout, LAYOUTS) if isinstance(cache_layout, str) else ""
         raise ValueError(
             f"cache_layout={describe(cache_layout)} must be one of "
-            f"{', '.join(map(repr, LAYOUTS))}" + "".join(f": did you mean {n!r}?" for n in near)
+            f"{', '.join(map(repr, LAYOUTS))}{near}"
         )
     layout = layout_of(key_cache, cache_layout)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
