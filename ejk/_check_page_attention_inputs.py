@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from ejk._check_values import check_sizes, check_values
-from ejk._page_attention_problem import check_pool
+from ejk._check_values import check_values
+from ejk._page_attention_problem import check_pool, check_sizes
 from ejk._typing import Cache, Lengths, Query, ScalarInt, Tables, typed
 from ejk.backends.page_attention import CacheLayout
 

@@ -1,8 +1,8 @@
 """`ejk.check_ragged_page_attention_inputs`: the rules that only the device's values can break."""
 
 from ejk._check_page_attention_inputs import NO_WINDOW, page_rule, sequence_rules
-from ejk._check_values import check_sizes, check_values
-from ejk._page_attention_problem import check_pool
+from ejk._check_values import check_values
+from ejk._page_attention_problem import check_pool, check_sizes
 from ejk._typing import (
     Bounds,
     Cache,

@@ -37,13 +37,6 @@ def check_values(
             raise ValueError(message.format(value=value, **_place(worst)))
 
 
-def check_sizes(**sizes: tuple[Any, str, int]) -> None:
-    """Check the first axis of each array that is not None: its name and its size."""
-    for name, (x, axis, size) in sizes.items():
-        if x is not None and x.shape[0] != size:
-            raise ValueError(f"{name}.shape[0]={x.shape[0]} must be {axis}={size}")
-
-
 def _place(indices: Sequence[Any]) -> dict[str, Any]:
     return {f"i{axis}": index for axis, index in enumerate(indices)}
 

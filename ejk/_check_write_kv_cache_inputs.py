@@ -1,7 +1,7 @@
 """`ejk.check_write_kv_cache_inputs`: the rules that only the device's values can break."""
 
-from ejk._check_values import check_sizes, check_values
-from ejk._page_attention_problem import check_pool
+from ejk._check_values import check_values
+from ejk._page_attention_problem import check_pool, check_sizes
 from ejk._typing import Cache, Slots, Tables, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
 

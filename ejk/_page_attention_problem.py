@@ -102,29 +102,24 @@ def shared_facts(
             f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the query's "
             f"head_dim={head_dim}"
         )
-    if context_lens.shape[0] != num_seqs:
-        raise ValueError(
-            f"context_lens.shape[0]={context_lens.shape[0]} must be num_seqs={num_seqs}"
-        )
-    if block_tables.shape[0] != num_seqs:
-        raise ValueError(
-            f"block_tables.shape[0]={block_tables.shape[0]} must be num_seqs={num_seqs}"
-        )
+    check_sizes(
+        context_lens=(context_lens, "num_seqs", num_seqs),
+        block_tables=(block_tables, "num_seqs", num_seqs),
+    )
     if exceeds(capacity, 2**31 - 1):
         raise ValueError(
             f"max_blocks * page_size={capacity} must be below 2**31: positions are 32-bit "
             f"(block_tables{list(block_tables.shape)}, page_size={page_size})"
         )
     for name, value in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if value is None:
-            continue
-        if value.dtype.name not in DTYPES:
+        if value is not None and value.dtype.name not in DTYPES:
             raise ValueError(
                 f"{name}.dtype={value.dtype} must be float32, bfloat16 or float16: "
                 f"pass {name}.astype(jnp.float32)"
             )
-        if value.shape[0] != num_heads:
-            raise ValueError(f"{name}.shape[0]={value.shape[0]} must be num_heads={num_heads}")
+    check_sizes(
+        sinks=(sinks, "num_heads", num_heads), alibi_slopes=(alibi_slopes, "num_heads", num_heads)
+    )
 
     return {
         "num_seqs": num_seqs,
@@ -183,6 +178,13 @@ def convert(cache: Any, name: str) -> str:
     if jnp.issubdtype(cache.dtype, jnp.floating) and cache.dtype.itemsize > 2:
         return "keep the pools in one of " + ", ".join(DTYPES)
     return "quantised caches are not supported yet"
+
+
+def check_sizes(**sizes: tuple[Any, str, Size]) -> None:
+    """Check the first axis of each array that is not None: its name and its size."""
+    for name, (x, axis, size) in sizes.items():
+        if x is not None and x.shape[0] != size:
+            raise ValueError(f"{name}.shape[0]={x.shape[0]} must be {axis}={size}")
 
 
 def check_pool(key_cache, cache_layout, **sizes) -> tuple[Size, int, int]:

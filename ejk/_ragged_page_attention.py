@@ -8,7 +8,12 @@ import jax.numpy as jnp
 from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32, exceeds, least, rounded_bound
-from ejk._page_attention_problem import shared_facts, shared_operands, visible_bound
+from ejk._page_attention_problem import (
+    check_sizes,
+    shared_facts,
+    shared_operands,
+    visible_bound,
+)
 from ejk._typing import (
     Bounds,
     Cache,
@@ -280,11 +285,10 @@ def problem_of(
         raise ValueError(
             f"total_tokens={total_tokens} must be below 2**31: rows are counted in 32 bits"
         )
-    for name, value in (("positions", positions), ("tree_mask", tree_mask)):
-        if value is not None and value.shape[0] != total_tokens:
-            raise ValueError(
-                f"{name}.shape[0]={value.shape[0]} must be total_tokens={total_tokens}"
-            )
+    check_sizes(
+        positions=(positions, "total_tokens", total_tokens),
+        tree_mask=(tree_mask, "total_tokens", total_tokens),
+    )
     q_len_bound = total_tokens
     if max_q_len is not None:
         rounded = rounded_bound("max_q_len", max_q_len, exact_up_to=FEW_TOKENS)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32, exceeds
-from ejk._page_attention_problem import DTYPES, check_pool, convert
+from ejk._page_attention_problem import DTYPES, check_pool, check_sizes, convert
 from ejk._typing import Cache, Slots, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
 from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache
@@ -117,10 +117,7 @@ def _problem_of(
             f"head_dim={head_dim}"
         )
     _check_values(key, value, key_cache, value_cache)
-    if slot_mapping.shape[0] != num_tokens:
-        raise ValueError(
-            f"slot_mapping.shape[0]={slot_mapping.shape[0]} must be num_tokens={num_tokens}"
-        )
+    check_sizes(slot_mapping=(slot_mapping, "num_tokens", num_tokens))
     if exceeds(num_pages * page_size, 2**31 - 1):
         raise ValueError(
             f"num_pages * page_size={num_pages * page_size} must be below 2**31: slots are 32-bit "
