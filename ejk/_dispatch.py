@@ -9,6 +9,7 @@ does not refuse. So CPU arrays in a GPU process, ahead-of-time compilation for a
 import abc
 import dataclasses
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -99,13 +100,14 @@ class Backend(abc.ABC):
     """XLA cannot see into what is run, nor therefore split it over devices."""
 
     def __new__(cls, *args: Any, **fields: Any) -> "Backend":
-        if "__dataclass_fields__" in vars(cls):
-            names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-            for wrong in fields.keys() - {*names}:
-                raise TypeError(
-                    f"{cls.__name__} has no field {wrong!r}{did_you_mean(wrong, names)}; its "
-                    f"fields are {', '.join(names) or 'none'}"
-                )
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        names = [parameter.name for parameter in parameters]
+        wrong = next((name for name in fields if name not in names), None)
+        if wrong and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise TypeError(
+                f"{cls.__name__} has no field {wrong!r}{did_you_mean(wrong, names)}; its fields "
+                f"are {', '.join(names) or 'none'}"
+            )
         return super().__new__(cls)
 
     @property

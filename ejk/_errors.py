@@ -8,9 +8,9 @@ class UnsupportedError(NotImplementedError):
 class Mendable(str):
     """A refusal for want of something that can be installed or changed.
 
-    It reads `reason: mend`. `mend` says what to do, a command where there is one: automatic choice
-    that passes a backend over for such a reason warns.
+    It is made of the reason and of what to do, a command where there is one, and reads
+    `reason: mend`. Automatic choice that passes a backend over for such a reason warns.
     """
 
-    def __new__(cls, reason: str, mend: str) -> "Mendable":
-        return super().__new__(cls, f"{reason}: {mend}")
+    def __new__(cls, *parts: str) -> "Mendable":
+        return super().__new__(cls, ": ".join(parts))  # one part where a copy is made

@@ -134,7 +134,7 @@ def unexpected_keyword(
     others = [
         f"ejk.{other}"
         for other, theirs in operations.items()
-        if own in theirs and not other.startswith("check_")
+        if own in theirs and not other.startswith(("check_", "register_", "unregister_"))
     ]
     near = nearest(name, arguments)
     if own in arguments:

@@ -1,6 +1,8 @@
 """What is said of a choice: in the log `ejk`, in errors, in a report."""
 
+import dataclasses
 import logging
+import pickle
 
 import jax
 import numpy as np
@@ -83,6 +85,30 @@ def test_a_wrong_name_is_told_the_nearest(wrong, right):
         ejk.page_attention(*ARGS, backend=wrong)
     with pytest.raises(ValueError, match=r"must be .*did you mean 'cuda'\?"):
         ejk.backend_report(*ARGS, platform="cuda12")
+
+
+def test_a_report_may_be_copied_and_saved(without_jax_triton):
+    report = ejk.backend_report(*ARGS, platform="cuda")
+    assert dataclasses.asdict(report) == vars(report)
+    assert pickle.loads(pickle.dumps(report)) == report
+
+
+def test_fields_of_other_peoples_backends_are_what_they_can_be_made_with():
+    @dataclasses.dataclass(frozen=True)
+    class Derived(ejk.XlaPageAttention):
+        pages: dataclasses.InitVar[int] = 1
+        tokens: int = dataclasses.field(default=0, init=False)
+
+        def __post_init__(self, pages):
+            object.__setattr__(self, "tokens", 16 * pages)
+
+    class Free(ejk.XlaPageAttention):
+        def __init__(self, **fields):
+            super().__init__(block_kv=fields["tokens"])
+
+    assert Derived(pages=2).tokens == Free(tokens=32).block_kv == 32
+    with pytest.raises(TypeError, match=r"no field 'tokens'; its fields are block_kv, pages$"):
+        Derived(tokens=32)
 
 
 def test_a_wrong_field_is_told_the_nearest():
