@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -27,6 +26,7 @@ from ejk._batching import batch
 from ejk._errors import Mendable, UnsupportedError
 from ejk._nearest import did_you_mean
 from ejk._partition import Axes, Shards
+from ejk._reverse_mode import refuse_forward_mode
 from ejk._typing import typed
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -418,46 +418,8 @@ def _lowering(platform: str) -> Callable[..., Any]:
     return rule
 
 
-def _forward_mode(*args, operation, **params):
-    raise NotImplementedError(
-        f"{operation} has first derivatives in reverse mode alone: use jax.grad, jax.vjp or "
-        "jax.jacrev, not jax.jvp, jax.jacfwd or jax.hessian"
-    )
-
-
-def reverse_mode_alone(problem: Problem, operands: Any) -> Any:
-    """Return the operands of what has a `custom_vjp`, with our words for forward mode."""
-
-    def guard(x):
-        is_float = jnp.issubdtype(x.dtype, jnp.floating)
-        return guard_p.bind(x, operation=problem.operation) if is_float else x
-
-    return jax.tree.map(guard, operands)
-
-
-def _guard_jvp(primals, tangents, **params):
-    [x], [t] = primals, tangents
-    is_zero = isinstance(t, ad.Zero)
-    return guard_p.bind(x, **params), t if is_zero else tangent_p.bind(t, **params)
-
-
-# The identity, and its tangents: reverse mode transposes these, forward mode runs them.
-guard_p = Primitive("ejk_guard")
-guard_p.def_impl(lambda x, **_: x)
-guard_p.def_abstract_eval(lambda aval, **_: aval)
-batching.defvectorized(guard_p)
-mlir.register_lowering(guard_p, lambda ctx, x, **_: [x])
-ad.primitive_jvps[guard_p] = _guard_jvp
-tangent_p = Primitive("ejk_tangent")
-tangent_p.def_impl(_forward_mode)
-tangent_p.def_abstract_eval(lambda aval, **_: aval)
-batching.primitive_batchers[tangent_p] = _forward_mode
-mlir.register_lowering(tangent_p, _forward_mode)
-ad.deflinear2(tangent_p, lambda cotangent, *_, **__: [cotangent])
-
-
 def _differentiate(*args, problem, **params):
-    _forward_mode(operation=problem.operation)
+    refuse_forward_mode(operation=problem.operation)
 
 
 def _primitive() -> Primitive:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch, _partition
+from ejk._reverse_mode import reverse_mode_alone
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.xla.page_attention import KEYS, VALUES, page_index, product
 
@@ -57,7 +58,7 @@ def reverse_mode(pull_back: Callable[[Any, Any, Any], Any]) -> Callable[..., Any
         scale = problem.head_dim**-0.5 if operands.attn_scale is None else operands.attn_scale
         operands = operands._replace(attn_scale=jnp.asarray(scale).astype(jnp.float32))
         operands = _dispatch.vary_together(operands)
-        return pulled_back(problem, choice, _dispatch.reverse_mode_alone(problem, operands))
+        return pulled_back(problem, choice, reverse_mode_alone(problem.operation, operands))
 
     return differentiable
 

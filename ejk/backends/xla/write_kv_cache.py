@@ -13,6 +13,7 @@ from jax import lax
 
 from ejk import _dispatch, _partition
 from ejk._indices import Size
+from ejk._reverse_mode import reverse_mode_alone
 from ejk.backends.write_kv_cache import (
     WriteKVCacheBackend,
     WriteKVCacheOperands,
@@ -120,7 +121,7 @@ def differentiable(
     problem: WriteKVCacheProblem, choice: _dispatch.Choice, operands: WriteKVCacheOperands
 ) -> tuple[jax.Array, ...]:
     """Run `problem` on one of the backends of `choice`, with a reverse-mode rule."""
-    return _pulled_back(problem, choice, _dispatch.reverse_mode_alone(problem, operands))
+    return _pulled_back(problem, choice, reverse_mode_alone(problem.operation, operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
