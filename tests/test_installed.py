@@ -34,7 +34,7 @@ MISSING = {
     "jax-triton 0.3": (
         set(),
         {"jax-triton": "0.3.1"},
-        'jax-triton 0.3.1 is too old: pip install "jax-triton>=0.4,<0.5"',
+        'jax-triton 0.3.1 does not fit: pip install "jax-triton>=0.4,<0.5"',
     ),
     "no plugin": (PLUGINS, {}, NO_PLUGIN),
     "no plugin, CUDA 12": (
@@ -124,6 +124,14 @@ def test_without_a_target_the_page_says_how_to_name_one(monkeypatch):
 @pytest.mark.parametrize("name", MISSING)
 def test_the_page_has_the_words(name):
     assert f"    {MISSING[name][-1]}\n" in PAGE.read_text()
+
+
+def test_a_newer_line_of_jax_triton_is_not_patched(monkeypatch):
+    """What is mended in it is of the 0.4 line."""
+    monkeypatch.setitem(MISSING, "jax-triton 0.5", (set(), {"jax-triton": "0.5.0"}, ""))
+    program = 'print(ejk.backend_report(*arguments, platform="cuda").refusals["triton"][0])'
+    [words] = run("jax-triton 0.5", program).splitlines()
+    assert words == MISSING["jax-triton 0.3"][-1].replace("0.3.1", "0.5.0")
 
 
 def test_nothing_that_was_asked_for_is_replaced_without_the_plugin():

@@ -26,8 +26,10 @@ def missing(platform: str) -> str | None:
     if platform == "cpu":
         return None
     jax_triton = version("jax-triton")
-    if jax_triton and jax_triton.startswith("0.3."):
-        return Mendable(f"jax-triton {jax_triton} is too old", 'pip install "jax-triton>=0.4,<0.5"')
+    if jax_triton and not jax_triton.startswith("0.4."):
+        return Mendable(
+            f"jax-triton {jax_triton} does not fit", 'pip install "jax-triton>=0.4,<0.5"'
+        )
     return None if _has_plugin() else _plugin_refusal(platform)
 
 
