@@ -3,7 +3,6 @@
 from typing import Literal, overload
 
 import jax
-import jax.numpy as jnp
 
 from ejk import _dispatch
 from ejk._dispatch import Backend
@@ -30,7 +29,7 @@ from ejk.backends.page_attention import (
 from ejk.backends.page_attention_plan import PageAttentionPlan
 from ejk.backends.pallas.page_attention import PallasPageAttention
 from ejk.backends.triton.page_attention import TritonPageAttention
-from ejk.backends.xla.page_attention import XlaPageAttention
+from ejk.backends.xla.page_attention import XlaPageAttention, finish, nothing_seen
 from ejk.backends.xla.page_attention_backward import differentiable
 
 BACKENDS = (TritonPageAttention(), PallasPageAttention(), XlaPageAttention())
@@ -227,8 +226,7 @@ def page_attention(
 
 def _nothing_visible(problem: PageAttentionProblem, operands: PageAttentionOperands):
     """Answer a call whose static facts leave no token to see."""
-    rows, sink = (problem.num_seqs, problem.num_heads), operands.sinks
-    out = jnp.zeros((*rows, problem.value_head_dim), problem.dtype)
-    if sink is None:
-        sink = jnp.full((problem.num_heads,), -jnp.inf, jnp.float32)
-    return (out, jnp.broadcast_to(sink[None], rows))[: len(problem.results)]
+    rows = (problem.num_seqs, problem.num_heads)
+    sinks = None if operands.sinks is None else operands.sinks[None]
+    out, lse = finish(nothing_seen(rows, problem.value_head_dim), sinks)
+    return (out.astype(problem.dtype), lse)[: len(problem.results)]

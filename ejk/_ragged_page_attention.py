@@ -37,6 +37,7 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem,
 )
 from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
+from ejk.backends.xla.page_attention import finish, nothing_seen
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
 from ejk.backends.xla.ragged_page_attention_backward import differentiable
 
@@ -313,11 +314,10 @@ def _without_empty_axis(tree_mask) -> jax.Array | None:
 
 def _nothing_visible(problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands):
     """Answer a call whose static facts leave no token to see."""
-    out_shape = (problem.total_tokens, problem.num_heads, problem.value_head_dim)
-    lse = jnp.full(out_shape[:2], -jnp.inf, jnp.float32)
-    if operands.sinks is not None:
-        bounds = jnp.clip(operands.cu_q_lens, 0, problem.total_tokens)
-        rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
-        is_new = (rows >= bounds[0]) & (rows < bounds.max())
-        lse = jnp.where(is_new[:, None], operands.sinks[None], lse)
-    return (jnp.zeros(out_shape, problem.dtype), lse)[: len(problem.results)]
+    bounds = jnp.clip(operands.cu_q_lens, 0, problem.total_tokens)
+    rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
+    is_new = ((rows >= bounds[0]) & (rows < bounds.max()))[:, None]
+    sinks = None if operands.sinks is None else jnp.where(is_new, operands.sinks[None], -jnp.inf)
+    state = nothing_seen((problem.total_tokens, problem.num_heads), problem.value_head_dim)
+    out, lse = finish(state, sinks)
+    return (out.astype(problem.dtype), lse)[: len(problem.results)]

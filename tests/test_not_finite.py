@@ -155,6 +155,23 @@ def test_a_sink_that_is_no_number_makes_rows_nan_that_see_nothing(entry, sink):
     assert np.isfinite(out[:, 1:3]).all()
 
 
+@pytest.mark.parametrize("sink", [np.nan, np.inf])
+@pytest.mark.parametrize("pages", [0, 30])
+def test_such_a_sink_does_so_where_static_facts_answer(sink, pages):
+    """A pool without pages, or a table of width 0."""
+    case = build(config(), LENGTHS).replace(options=sinks_of(sink))
+    query, keys, values, lens, tables = case.arguments()
+    call = (query, keys[:pages], values[:pages], lens, tables[:, : 0 if pages else None])
+    results = [
+        ejk.page_attention(*call, **case.options, return_lse=True),
+        ejk.ragged_page_attention(*call, np.arange(10), **case.options, return_lse=True),
+    ]
+    for out, lse in results:
+        assert np.isnan(out[:, 0]).all() and np.isnan(lse[:, 0]).all()
+        assert not out[:, 1:3].any()
+        np.testing.assert_array_equal(lse[:, 1:3], np.broadcast_to([-np.inf, 0], (9, 2)))
+
+
 FLOAT16 = np.dtype(np.float16)
 HALF = 0.5 + 2.0**-12 * 1.02  # just above the middle of two float16: its weights are rounded up
 
