@@ -3,8 +3,10 @@
 import numbers
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 if TYPE_CHECKING:
     Size = int
@@ -15,16 +17,18 @@ else:
 def as_int32(x: Any, bound: Size) -> Any:
     """Narrow an integer, or an array of them, to int32.
 
-    Values outside `[0, bound]` become -1 or `bound`, never another index: in the array's own dtype
-    and, for NumPy, before JAX narrows it, where 2**32 would be 0. int32 arrays are returned as they
-    are. What NumPy holds stays there.
+    What int32 cannot hold becomes -1 or `bound`, never another index: in the array's own dtype and,
+    for NumPy, before JAX narrows it, where 2**32 would be 0. int32 arrays are returned as they are.
+    What NumPy holds stays there.
     """
     if isinstance(x, numbers.Integral):
         return np.int32(min(max(int(x), -1), bound))
     if x.dtype == np.int32:
         return x
     limits = jnp.iinfo(x.dtype)
-    return x.clip(max(limits.min, -1), min(limits.max, bound)).astype(np.int32)
+    if limits.max > 2**31 - 1:
+        x = x.clip(max(limits.min, -1), bound)
+    return x.astype(np.int32)
 
 
 def static_int(name: str, value: Any, *, at_least: int) -> int:
@@ -47,6 +51,18 @@ def rounded_bound(name: str, value: Any, *, exact_up_to: int) -> int:
         return value
     power = 1 << (value - 1).bit_length()
     return power * 3 // 4 if value <= power * 3 // 4 else power
+
+
+def count_up_to(numbers: jax.Array, limits: jax.Array) -> jax.Array:
+    """Count the numbers that are at most each of the limits. Both are int32 and ascend.
+
+    `jnp.searchsorted` does the same, but refuses sizes that are symbolic.
+    """
+    both = jnp.concatenate([numbers, limits])
+    index = jnp.arange(both.shape[0], dtype=jnp.int32)
+    _, order = lax.sort_key_val(both, index)
+    rank = jnp.zeros_like(index).at[order].set(index)
+    return rank[numbers.shape[0] :] - index[: limits.shape[0]]
 
 
 def is_static(size: Any) -> bool:

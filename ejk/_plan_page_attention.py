@@ -8,7 +8,7 @@ from ejk import _dispatch
 from ejk._dispatch import Backend
 from ejk._indices import as_int32, exceeds, is_static, least, static_int
 from ejk._page_attention import BACKENDS
-from ejk._typing import Lengths, ScalarInt, StaticInt, typed
+from ejk._typing import Lengths, ScalarInt, StaticInt, StaticSize, typed
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.page_attention_plan import (
     PageAttentionPlan,
@@ -35,7 +35,7 @@ def plan_page_attention(
     num_kv_heads: StaticInt,
     head_dim: StaticInt,
     page_size: StaticInt,
-    max_blocks: StaticInt,
+    max_blocks: StaticSize,
     sliding_window: ScalarInt | None = None,
     value_head_dim: StaticInt | None = None,
     backend: str | Backend | None = None,

@@ -37,6 +37,10 @@ Scalar = Annotated[
 ]
 Flag = Annotated[bool | np.bool_, "a bool"]
 StaticInt = Annotated[int | np.integer, "an int"]
+if typing.TYPE_CHECKING:
+    StaticSize = StaticInt
+else:  # or a symbolic dimension of `jax.export`
+    StaticSize = Annotated[int | np.integer | type(jax.export.symbolic_shape("n")[0]), "an int"]
 StaticFloat = Annotated[float | int | np.floating | np.integer, "a number"]
 ScalarInt = Annotated[int | np.integer | Integer[Array, ""], "an int or a 0-d integer array"]
 

@@ -93,3 +93,35 @@ def test_new_tokens_and_writes():
     exported = export.export(jax.jit(write))(tokens, pool, slots)
     given = (np.ones((3, 2, 16), np.float32), given[1], np.array([0, -1, 9], np.int32))
     np.testing.assert_array_equal(exported.call(*given), write(*given))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "uint32"])
+def test_every_size_at_once(dtype):
+    """With integers of every width: they are clipped to sizes that are not known."""
+    n, pages, width, tokens = export.symbolic_shape("n, pages, width, tokens")
+    sizes = {"batch": n, "pages": pages, "width": width}
+    query, keys, values, lens, tables = types(sizes)
+    lens, tables = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (lens, tables))
+    new = jax.ShapeDtypeStruct((tokens, *query.shape[1:]), query.dtype)
+    bounds = jax.ShapeDtypeStruct((n + 1,), dtype)
+    rows = jax.ShapeDtypeStruct((tokens, 2, 16), query.dtype)
+    slots = jax.ShapeDtypeStruct((tokens,), dtype)
+
+    def planned(query, keys, values, lens, tables):
+        plan = ejk.plan_page_attention(
+            lens, num_heads=4, num_kv_heads=2, head_dim=16, page_size=4,
+            max_blocks=tables.shape[1],
+        )  # fmt: skip
+        return ejk.page_attention(query, keys, values, lens, tables, plan=plan)
+
+    q, k, v, n, t = (x if x.dtype == np.float32 else x.astype(dtype) for x in arrays(types(SIZES)))
+    cu, token, slot = np.arange(5).astype(dtype), k[:4, :, 0], np.array([3, 0, 47, 100], dtype)
+    calls = [
+        (planned, (query, keys, values, lens, tables), (q, k, v, n, t)),
+        (ejk.ragged_page_attention, (new, keys, values, lens, tables, bounds), (q, k, v, n, t, cu)),
+        (ejk.write_kv_cache, (rows, rows, keys, values, slots), (token, token, k, v, slot)),
+    ]
+    for function, symbolic_types, given in calls:
+        exported = export.export(jax.jit(function))(*symbolic_types)
+        for a, b in zip(jax.tree.leaves(exported.call(*given)), jax.tree.leaves(function(*given))):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk._dispatch import Backend
-from ejk._indices import Size
+from ejk._indices import Size, count_up_to
 from ejk.backends.page_attention import PagedProblem
 
 
@@ -94,7 +94,7 @@ def sequences_of_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """Say of each row, by sane bounds, whether it is a new token, and of which sequence."""
     rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
-    seq = jnp.searchsorted(bounds[1:], rows, side="right", method="sort").astype(jnp.int32)
+    seq = count_up_to(bounds[1:], rows)
     is_new = (rows >= bounds[0]) & (seq < problem.num_seqs)
     return is_new, jnp.minimum(seq, len(bounds) - 2)
 

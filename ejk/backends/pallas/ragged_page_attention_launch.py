@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ejk._indices import count_up_to
 from ejk.backends.pallas.page_attention_launch import OPTIONAL, _given, _scratch
 from ejk.backends.pallas.page_attention_work import LANES, round_up
 from ejk.backends.pallas.ragged_page_attention_kernel import ragged_page_attention_kernel
@@ -78,7 +79,7 @@ def _launch_items(work, operands, bounds, begins, blocks, vmem_limit_bytes, inte
     problem: RaggedPageAttentionProblem = work.problem
     ends = begins + blocks
     which = jnp.arange(work.num_seqs, dtype=jnp.int32)
-    seq = jnp.searchsorted(ends, which, side="right", method="sort").astype(jnp.int32)
+    seq = count_up_to(ends, which)
     exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
     begin = (which - begins[seq]) * work.block_q  # of the sequence's new tokens
     q_lens = bounds[1:] - bounds[:-1]

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from ejk import _dispatch
+from ejk._indices import count_up_to
 from ejk.backends.page_attention_plan import EVEN_SHARE, PlanBackend, PlanOperands, PlanProblem
 
 VAST = 2**26
@@ -53,7 +54,7 @@ class XlaPlan(PlanBackend):
         place = jnp.cumsum(pieces, dtype=jnp.int32) - pieces
 
         slot = jnp.arange(problem.max_pieces, dtype=jnp.int32)
-        owner = jnp.searchsorted(place, slot, side="right", method="sort").astype(jnp.int32) - 1
+        owner = count_up_to(place, slot) - 1
         piece = slot - place[owner]
         begin = first[owner] + piece * size[owner] * problem.granule
         is_last = piece + 1 == pieces[owner]

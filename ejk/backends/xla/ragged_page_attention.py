@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk import _dispatch
-from ejk._indices import Size, least
+from ejk._indices import Size, count_up_to, least
 from ejk._rounding import rounded
 from ejk.backends._fields import at_least
 from ejk.backends.ragged_page_attention import (
@@ -121,7 +121,7 @@ def query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
     """Return the query blocks that `which` numbers: sequence by sequence."""
     q_lens = bounds[1:] - bounds[:-1]
     ends = block_ends(bounds, sizes)
-    seq = jnp.searchsorted(ends, which, side="right", method="sort").astype(jnp.int32)
+    seq = count_up_to(ends, which)
     exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
     nth = which - jnp.where(seq == 0, 0, ends[seq - 1])  # of its sequence's
     local = nth[:, None] * sizes.tokens + jnp.arange(sizes.tokens, dtype=jnp.int32)[None]
