@@ -50,6 +50,18 @@ def test_eager_calls_compile_once(entry):
 
 
 @edge
+def test_windows_that_are_numbers_compile_few_programs(entry):
+    """A window sizes work as a bound does: rounded up."""
+    case = build(config(features=frozenset({"sliding_window"})), LENGTHS, as_jax=True)
+    for window in (1, 1):  # see above
+        entry(case, sliding_window=window)
+    with CompilationCounter() as compiled:
+        for window in (2, 33, np.int64(47), np.array(48), 64, 1000):
+            entry(case, sliding_window=window)
+    assert compiled.count == 0
+
+
+@edge
 def test_jit_traces_once(entry):
     traced = 0
 
