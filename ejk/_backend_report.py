@@ -61,7 +61,7 @@ def backend_report(
     Raises:
         TypeError, ValueError: what the call itself would raise.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, ejk
         >>> pool = jax.ShapeDtypeStruct((8, 2, 16, 64), jnp.float32)
         >>> args = (jnp.ones((1, 4, 64)), pool, pool, jnp.array([20]), jnp.array([[3, 5]]))

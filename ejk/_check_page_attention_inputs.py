@@ -34,7 +34,7 @@ def check_page_attention_inputs(
     Raises:
         ValueError: with concrete arrays, naming the sequence, the entry, its value and the rule.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, ejk
         >>> pool = jnp.ones((8, 2, 16, 64))
         >>> args = (jnp.ones((1, 4, 64)), pool, pool, jnp.array([20]), jnp.array([[3, 8]]))

@@ -50,7 +50,7 @@ def check_ragged_page_attention_inputs(
     Raises:
         ValueError: with concrete arrays, naming the sequence or row, its value and the rule.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, ejk
         >>> pool, tables = jnp.ones((8, 2, 16, 64)), jnp.array([[3, 5], [1, 0]])
         >>> args = (jnp.ones((8, 4, 64)), pool, pool, jnp.array([20, 6]), tables)

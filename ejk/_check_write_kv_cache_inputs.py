@@ -40,7 +40,7 @@ def check_write_kv_cache_inputs(
     Raises:
         ValueError: with concrete arrays, naming the token, its slot and the rule.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, ejk
         >>> pool, rows = jnp.zeros((8, 2, 16, 64)), jnp.ones((3, 2, 64))
         >>> ejk.check_write_kv_cache_inputs(rows, rows, pool, pool, jnp.array([5, -1, 5]))

@@ -161,7 +161,7 @@ def context_parallel_attention(
             an argument that varies over `axis_name` but must not.
         UnsupportedError: no backend that was asked for can run the call; every reason is named.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, ejk
         >>> from jax.sharding import PartitionSpec as P
         >>> mesh = jax.make_mesh((1,), ("pages",), devices=jax.devices()[:1])

@@ -11,7 +11,7 @@ def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
     JAX promises compatibility over time for the custom calls that it knows; jax-triton's is not
     one of them. An exported CUDA kernel serves the compute capability that it was made for.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, ejk
         >>> args = (jnp.ones((1, 4, 64)), *[jnp.ones((8, 2, 16, 64))] * 2)
         >>> args += (jnp.array([20]), jnp.array([[3, 5]]))

@@ -32,7 +32,7 @@ def merge_attention_states(
         TypeError: an argument of the wrong rank or dtype kind.
         ValueError: axes that do not fit each other.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, ejk
         >>> outs = jnp.array([0.0, 4.0]).reshape(2, 1, 1, 1)
         >>> lses = jnp.log(jnp.array([1.0, 3.0])).reshape(2, 1, 1)

@@ -181,7 +181,7 @@ def page_attention(
         ValueError: arguments that do not fit each other, or a value out of range.
         UnsupportedError: no backend that was asked for can run the call; every reason is named.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, ejk
         >>> pool = jnp.ones((8, 2, 16, 64))  # 8 pages of 16 tokens, 2 KV heads
         >>> tables = jnp.array([[3, 5], [1, 0]])

@@ -70,7 +70,7 @@ def plan_page_attention(
         TypeError: an argument of the wrong rank or dtype kind.
         ValueError: arguments that do not fit each other, or a value out of range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, ejk
         >>> pool, tables = jnp.ones((8, 2, 16, 64)), jnp.array([[3, 5], [1, 0]])
         >>> lens = jnp.array([20, 1])

@@ -205,7 +205,7 @@ def ragged_page_attention(
         ValueError: arguments that do not fit each other, or a value out of range.
         UnsupportedError: no backend that was asked for can run the call; every reason is named.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, ejk
         >>> pool, tables = jnp.ones((8, 2, 16, 64)), jnp.array([[3, 5], [1, 0]])
         >>> lens, bounds = jnp.array([20, 7]), jnp.array([0, 1, 8])  # a decode and a prefill of 7

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -40,6 +41,12 @@ def test_examples_of_docstrings(name, restored_registry):
         optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
     )
     assert not result.failed
+
+
+@pytest.mark.parametrize("name", sorted(set(dir(ejk)) - {"backends"}))
+def test_examples_are_in_a_section_that_the_reference_shows_as_code(name):
+    docstring = inspect.getdoc(getattr(ejk, name)) or ""
+    assert ("\nExamples:\n" in docstring) == (">>>" in docstring)
 
 
 def test_there_is_something_to_run():
