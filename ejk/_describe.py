@@ -16,7 +16,8 @@ class _Short(reprlib.Repr):
         super().__init__(maxlevel=3, maxlist=3, maxtuple=3, maxdict=3, maxstring=80, maxother=80)
 
     def repr1(self, x, level):
-        if hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type):
+        is_array = isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "dtype")
+        if is_array and not isinstance(x, type):
             return _array(x)
         return super().repr1(x, level)
 
@@ -43,15 +44,22 @@ def _array(x: Any) -> str:
     return f"{module}.{type(x).__name__} {described}"
 
 
-def mend(name: str, value: Any, *, is_static: bool) -> str:
+def mend(name: str, value: Any, *, is_static: bool, has_axes: bool) -> str:
     """Say how to make an argument what it must be, where that can be said.
 
     Args:
         name: the argument's.
         value: what was given.
         is_static: it must be known when a call is traced.
+        has_axes: it may be an array that is no scalar.
     """
-    how = _static(name, value) if is_static else _array_mend(name, value)
+    how = ""
+    if is_static:
+        how = _static(name, value)
+    elif name == "sliding_window" and isinstance(value, list | tuple):
+        how = window_mend(value)
+    elif has_axes:
+        how = _array_mend(name, value)
     return f"; {how}" if how else ""
 
 
@@ -67,8 +75,6 @@ def _static(name: str, value: Any) -> str:
 
 
 def _array_mend(name: str, value: Any) -> str:
-    if name == "sliding_window" and isinstance(value, list | tuple):
-        return window_mend(value)
     if isinstance(value, list | tuple):
         if name.endswith("_cache") and len(value) == 2:
             return "pass the two pools as key_cache and value_cache"
@@ -110,8 +116,9 @@ _BATCHED = (
 )
 _BY_AXES = {
     ("query", 2): "for one sequence pass query[None]",
-    ("query", 4): "of [batch, 1, heads, dim] pass query[:, 0]; several tokens a sequence go to "
-    "ejk.ragged_page_attention, as query.reshape(-1, *query.shape[2:]) with cu_q_lens",
+    ("query", 4): "of [batch, 1, heads, dim] ejk.page_attention takes query[:, 0]; several "
+    "tokens a sequence go to ejk.ragged_page_attention, as query.reshape(-1, *query.shape[2:]) "
+    "with cu_q_lens",
     ("context_lens", 0): "for one sequence pass context_lens[None]",
     ("context_lens", 2): "the lengths come before the tables",
     ("block_tables", 1): "for one sequence pass block_tables[None]; of a flat table, "

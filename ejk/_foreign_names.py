@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 
+from ejk._describe import describe
 from ejk._nearest import nearest
 
 _OWN_NAMES = {  # each with what it is called elsewhere
     "query": "q queries query_states",
-    "key_cache": "k_cache k_pages key_pages key_cache_pages",
-    "value_cache": "v_cache v_pages value_pages value_cache_pages",
+    "key_cache": "k_cache k_pages key_pages key_cache_pages key k keys",
+    "value_cache": "v_cache v_pages value_pages value_cache_pages value v values",
     "context_lens": "seq_lens kv_lens lengths cache_seqlens seqused_k kv_seqlen kv_seq_lens "
     "seq_len context_lengths context_len sequence_lengths seqlens",
     "block_tables": "block_table page_indices page_table page_tables page_table_k page_ids",
@@ -37,7 +38,10 @@ _OWN_NAMES = {  # each with what it is called elsewhere
     "page_size": "block_size tokens_per_page",
     "max_blocks": "max_pages pages_per_seq max_blocks_per_seq",
 }
-_OWN_NAME = {name: own for own, names in _OWN_NAMES.items() for name in names.split()}
+_OWN_NAME: dict[str, list[str]] = {}  # more than one where operations differ
+for _own, _names in _OWN_NAMES.items():
+    for _name in _names.split():
+        _OWN_NAME.setdefault(_name, []).append(_own)
 
 _FUSED = "a pool of keys and values is key_cache, with value_cache=None and the pages first"
 _ROWS = "the pages of each sequence are a row of block_tables"
@@ -130,7 +134,9 @@ def unexpected_keyword(
 
     `operations` are the arguments of every operation.
     """
-    own, arguments = _OWN_NAME.get(name, name), list(arguments)
+    arguments = list(arguments)
+    owns = _OWN_NAME.get(name, [name])
+    own = next((own for own in owns if own in arguments), owns[0])
     others = [
         f"ejk.{other}"
         for other, theirs in operations.items()
@@ -147,7 +153,7 @@ def unexpected_keyword(
         mend = f"did you mean {near}?"
     else:
         mend = f"the arguments are {', '.join(arguments)}"
-    return f"{function}() got an unexpected keyword argument {name!r}: {mend}"
+    return f"{function}() got an unexpected keyword argument {describe(name)}: {mend}"
 
 
 def missing_attribute(name: str, public: Iterable[str]) -> str:

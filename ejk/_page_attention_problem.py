@@ -84,7 +84,7 @@ def shared_facts(
     if query.dtype.name not in DTYPES:
         raise TypeError(
             f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}: "
-            "pass query.astype(key_cache.dtype)"
+            + convert(key_cache, "query")
         )
     if key_cache.dtype != query.dtype:
         raise ValueError(

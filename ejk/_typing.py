@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypeVar
@@ -82,7 +83,7 @@ def typed(function: F) -> F:
         for name, value in given.items():
             if name in hints and not _fits(value, hints[name], known[name]):
                 hint, said = hints[name], describe(value)
-                how = mend(name, value, is_static=_is_static(hint))
+                how = mend(name, value, is_static=_is_static(hint), has_axes=_has_axes(hint))
                 raise TypeError(f"{name}={said} must be {_spell(hint)}{how}")
         if not required <= given.keys():
             missing = [repr(name) for name in parameters if name in required - given.keys()]
@@ -108,9 +109,11 @@ def _fits(value: Any, hint: Any, known: dict[Any, bool]) -> bool:
 def _misplaced(function: str, positional: list[str], arguments: list[str], args, kwargs) -> str:
     """Say which arguments are unknown, given twice or too many."""
     if unknown := [name for name in kwargs if name not in arguments]:
-        return "\n".join(
-            unexpected_keyword(name, function, arguments, _arguments) for name in unknown
-        )
+        said = [unexpected_keyword(name, function, arguments, _arguments) for name in unknown]
+        lengths = itertools.accumulate(len(line) + 1 for line in said)
+        fit = sum(length < 1800 for length in lengths)
+        more = [f"and {len(said) - fit} more"] if fit < len(said) else []
+        return "\n".join(said[:fit] + more)
     if len(args) > len(positional):
         rest = ", ".join(name for name in arguments if name not in positional)
         return (
@@ -125,6 +128,10 @@ def _is_static(hint: Any) -> bool:
     """Say whether a number or a truth is asked for that cannot be an array."""
     parts = list(_parts(hint))
     return (int in parts or bool in parts) and not any(hasattr(part, "dims") for part in parts)
+
+
+def _has_axes(hint: Any) -> bool:
+    return any(getattr(part, "dims", ()) for part in _parts(hint))
 
 
 def _parts(hint: Any) -> Iterator[Any]:

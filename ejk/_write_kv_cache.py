@@ -64,7 +64,7 @@ def write_kv_cache(
         ValueError: arguments that do not fit each other.
         UnsupportedError: no backend that was asked for can run the call; every reason is named.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, ejk
         >>> pool, rows = jnp.zeros((8, 2, 16, 64)), jnp.ones((3, 2, 64))
         >>> slots = jnp.array([5 * 16 + 2, -1, 0])  # slot 2 of page 5, nowhere, slot 0 of page 0
@@ -99,7 +99,7 @@ def _problem_of(
     if key.dtype.name not in DTYPES:
         raise TypeError(
             f"key.dtype={key.dtype.name} must be one of {', '.join(DTYPES)}: "
-            "pass key.astype(key_cache.dtype)"
+            + convert(key_cache, "key")
         )
     num_pages, num_kv_heads, page_size = check_pool(key_cache, cache_layout, head_dim=head_dim)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"

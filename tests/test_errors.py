@@ -87,6 +87,7 @@ RANK_AND_KIND = {
     "a bound on the device": ({"max_context_len": jnp.int32(1)}, "max_context_len="),
     "a width in fractions": ({"value_cache": None, "value_head_dim": 8.0}, "value_head_dim=8.0"),
     "a backend that is none": ({"backend": 3}, "backend=3 must be"),
+    "a module as backend": ({"backend": np}, "backend=module must be"),
 }
 
 MISFIT_AND_RANGE = {
@@ -193,6 +194,58 @@ def test_wrong_ranks_and_dtype_kinds_are_type_errors(change, message):
 def test_misfits_and_values_out_of_range_are_value_errors(change, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         ejk.page_attention(**arguments(**change))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"backend": ["xla"]}, "backend=['xla'] must be str or Backend or None"),
+        ({"attn_scale": [0.5]}, "attn_scale=[0.5] must be a number or a 0-d array or None"),
+    ],
+)
+def test_nothing_is_advised_that_would_fail_again(change, said):
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
+        ejk.page_attention(**arguments(**change))
+
+
+def test_what_numpy_makes_by_default_is_told_which_types_there_are():
+    wide = zeros(NUM_PAGES, KV_HEADS, PAGE, HEAD_DIM, dtype=np.float64)
+    query = zeros(NUM_SEQS, NUM_HEADS, HEAD_DIM, dtype=np.float64)
+    with pytest.raises(TypeError, match=r"keep the pools in one of float32, bfloat16, float16$"):
+        ejk.page_attention(**arguments(query=query, pool=wide))
+
+
+def check_fields(backend, **fields):
+    """Set fields past `__init__`, whose types the import hook of the tests would check."""
+    for name, value in fields.items():
+        object.__setattr__(backend, name, value)
+    backend.__post_init__()
+    return backend
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ejk.TritonPageAttention,
+        ejk.TritonRaggedPageAttention,
+        ejk.TritonWriteKVCache,
+        ejk.PallasPageAttention,
+        ejk.PallasRaggedPageAttention,
+        ejk.PallasWriteKVCache,
+    ],
+)
+@pytest.mark.parametrize("value", ["cpu", 1, None])
+def test_a_truth_says_whether_to_interpret(kind, value):
+    with pytest.raises(TypeError, match=f"^interpret={value!r} must be a bool"):
+        check_fields(kind(), interpret=value)
+    assert check_fields(kind(), interpret=np.True_) == kind(interpret=True)
+
+
+@pytest.mark.parametrize("value", ["9.0", "sm_90", 9.0, (9, 0)])
+def test_how_a_compute_capability_is_written_is_said(value):
+    said = f"compute_capability={value!r} must be an int: 90 is sm_90, a device's '9.0'"
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
+        check_fields(ejk.TritonPageAttention(), compute_capability=value)
 
 
 def test_the_right_call_is_right():

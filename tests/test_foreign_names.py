@@ -59,6 +59,19 @@ def test_every_operation_answers_all_unknown_keywords_at_once(operation):
     assert "'mask_value': leave it out" in second
 
 
+@pytest.mark.parametrize("name, own", [("key", "key_cache"), ("k", "key_cache")])
+def test_the_keys_of_attention_are_the_pool(name, own):
+    with pytest.raises(TypeError, match=f"argument '{name}': it is {own} here$"):
+        ejk.page_attention(**{name: None})
+
+
+def test_many_unknown_keywords_are_a_short_message():
+    unknown = {f"{'option' * 20}{i}": None for i in range(100)}
+    with pytest.raises(TypeError, match=r"\nand \d+ more$") as info:
+        ejk.context_parallel_ragged_attention(**unknown)
+    assert len(str(info.value)) < 2000
+
+
 @pytest.mark.parametrize(
     "name, own",
     [

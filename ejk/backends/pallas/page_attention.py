@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import io_callback
 
-from ejk.backends._fields import at_least
+from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.page_attention import (
     PageAttentionBackend,
     PageAttentionOperands,
@@ -75,6 +75,7 @@ class PallasPageAttention(PageAttentionBackend):
     )
 
     def __post_init__(self):
+        check_interpret(self, of_pallas=True)
         if self.megacore_mode not in (None, "batch", "kv_head"):
             raise ValueError(
                 f"megacore_mode={self.megacore_mode!r} must be 'batch', 'kv_head' or None"

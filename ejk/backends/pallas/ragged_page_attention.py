@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ejk.backends._fields import at_least
+from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.page_attention import CONTEXT_PARALLEL
 from ejk.backends.pallas.page_attention import (
     PallasPageAttention,
@@ -56,6 +56,7 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
     features = (PallasPageAttention.features - CONTEXT_PARALLEL) | {"positions", "tree_mask"}
 
     def __post_init__(self):
+        check_interpret(self, of_pallas=True)
         at_least(self, block_q=1, pages_per_block=1, vmem_limit_bytes=1)
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ejk.backends._fields import check_interpret
 from ejk.backends.pallas.page_attention import _callback_effects, _chip, _chip_version
 from ejk.backends.pallas.page_attention_tuned import SMEM_LIMIT_BYTES, TOO_OLD
 from ejk.backends.pallas.write_kv_cache_work import Work
@@ -35,6 +36,9 @@ class PallasWriteKVCache(WriteKVCacheBackend):
             'cache_layout="KV_HEADS_FIRST"',
         }
     )
+
+    def __post_init__(self):
+        check_interpret(self, of_pallas=True)
 
     @property
     def platforms(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from ejk.backends._fields import at_least
+from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.page_attention import (
     PageAttentionBackend,
     PageAttentionOperands,
@@ -60,6 +60,7 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
     )
 
     def __post_init__(self):
+        check_interpret(self)
         at_least(self, block_kv=16, num_warps=1, num_stages=1, split_tokens=1)
         at_least(self, compute_capability=80, num_sms=1)
         for field in ("block_kv", "num_warps"):

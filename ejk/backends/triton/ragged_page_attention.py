@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from ejk.backends._fields import at_least
+from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.page_attention import CONTEXT_PARALLEL
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
@@ -47,6 +47,7 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
     features = TritonPageAttention.features - CONTEXT_PARALLEL | {"positions", "tree_mask"}
 
     def __post_init__(self):
+        check_interpret(self)
         at_least(self, block_rows=16, block_kv=16, num_warps=1, num_stages=1)
         at_least(self, few_block_kv=16, few_num_warps=1, few_num_stages=1)
         at_least(self, compute_capability=80, num_sms=1)

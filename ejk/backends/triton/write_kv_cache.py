@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ejk.backends._fields import at_least
+from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target, cannot_compile
 from ejk.backends.write_kv_cache import WriteKVCacheBackend, WriteKVCacheProblem
@@ -48,6 +48,7 @@ class TritonWriteKVCache(WriteKVCacheBackend):
     )
 
     def __post_init__(self):
+        check_interpret(self)
         at_least(self, compute_capability=80)
 
     @property
