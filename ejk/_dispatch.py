@@ -236,7 +236,21 @@ class Choice:
                 if not refusals:
                     return backend, refused
                 refused += [(backend, refusal) for refusal in refusals]
-        raise _unsupported(problem, refused)
+        raise _unsupported(problem, refused + self._interpreted(problem, platform))
+
+    def _interpreted(self, problem: Problem, platform: str | None) -> Refusals:
+        """Say which backends would run interpreted, where a CPU is what there is."""
+        if (platform or jax.default_backend()) != "cpu":
+            return []
+        here: Refusals = []
+        for backend in self.backends:
+            if getattr(backend, "interpret", True):  # already, or it has no interpreter
+                continue
+            interpreted = dataclasses.replace(backend, interpret=True)  # type: ignore[type-var]
+            if not interpreted.refusals(problem, "cpu"):
+                how = f"backend={type(backend).__name__}(interpret=True)"
+                here.append((backend, f"on a CPU its kernel is interpreted with {how}"))
+        return here
 
     def refusals(self, backend: Backend, problem: Problem, platform: str) -> tuple[str, ...]:
         refusals = backend.refusals(problem, platform)

@@ -1,6 +1,7 @@
 """Which backend runs a call: by the platform that it is lowered for, or the one asked for."""
 
 import dataclasses
+import functools
 import re
 from typing import ClassVar
 
@@ -105,6 +106,17 @@ def test_interpretation_runs_in_place_of_the_device():
         assert kernels(lowered("cpu", backend=backend)) == set()
         with pytest.raises(ejk.UnsupportedError, match=r"runs on cpu, not on"):
             lowered("cuda", backend=backend)
+
+
+@pytest.mark.parametrize("name", ["triton", "pallas"])
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is more than a CPU")
+def test_who_has_a_cpu_alone_is_told_how_to_interpret(name, staged):
+    call = functools.partial(ejk.page_attention, backend=name)
+    kind = {"triton": "TritonPageAttention", "pallas": "PallasPageAttention"}[name]
+    how = rf"{name}: on a CPU its kernel is interpreted with backend={kind}\(interpret=True\)"
+    with pytest.raises(ejk.UnsupportedError, match=how):
+        (jax.jit(call) if staged else call)(*ARGS)
 
 
 @pytest.mark.parametrize("fields", [dict(block_kv=24), dict(num_warps=3), dict(num_sms=0)])

@@ -159,6 +159,7 @@ MISTAKES = {
     "a backend that nobody has": decode(backend="cudnn"),
     "a plan for another batch or model": lambda: decode(plan=plan(num_heads=32))(),
     "a field out of range": lambda: ejk.TritonPageAttention(block_kv=24),
+    "a kernel for an accelerator, where a CPU is all there is": decode(backend="pallas"),
     "a backend that cannot run the call": decode(backend=test_errors.Picky(), sinks=zeros(4)),
     # Ragged
     "bounds that are no integers": ragged(cu_q_lens=zeros(3)),
