@@ -30,12 +30,12 @@ def batch(call: Callable[..., Any], axis_data: Any, leaves, axes, *, problem, ch
     return results, [to] * len(results)
 
 
-def merge_axis(x: jax.Array, axis: int | None, size: int, to: int = 0) -> jax.Array:
+def merge_axis(x: jax.Array, axis: int, size: int, to: int = 0) -> jax.Array:
     """Put a batched axis, of `size`, right before axis `to`, and make one of both.
 
-    An array that is not batched, with an axis of None or below 0, is repeated.
+    An array that is not batched, with an axis below 0, is repeated.
     """
-    if axis is None or axis < 0:
+    if axis < 0:
         shape = (*x.shape[:to], size, *x.shape[to:])
         x = jnp.broadcast_to(jnp.expand_dims(x, to), shape)
     else:

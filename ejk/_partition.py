@@ -122,7 +122,7 @@ class Batched(NamedTuple):
     along: tuple[str, ...] | None = None  # mesh axes
     results: int | None = None
 
-    def mend(self, spec: Any, axis: int | None) -> Any:
+    def with_axis(self, spec: Any, axis: int | None) -> Any:
         """Return how an array is split that has the axis, too."""
         return (
             spec if None in (spec, axis) else PartitionSpec(*spec[:axis], self.along, *spec[axis:])
@@ -171,7 +171,7 @@ def split(
     mesh = explicit_mesh(types)
     own = shards(problem, treedef, types, batched.operands)
     specs = treedef.flatten_up_to(own.operands)
-    specs = [batched.mend(spec, axis) for spec, axis in zip(specs, batched.operands)]
+    specs = [batched.with_axis(spec, axis) for spec, axis in zip(specs, batched.operands)]
     placed = [
         None if spec is None else jax.sharding.reshard(x, NamedSharding(mesh, spec))
         for x, spec in zip(leaves, specs)
@@ -181,7 +181,7 @@ def split(
         lambda *leaves: tuple(run(own.problem, leaves)),
         mesh=mesh,
         in_specs=tuple(specs),
-        out_specs=tuple(batched.mend(spec, batched.results) for spec in own.results),
+        out_specs=tuple(batched.with_axis(spec, batched.results) for spec in own.results),
         axis_names={name for name, kind in names if kind == AxisType.Explicit},
     )(*placed)
 
