@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from ejk import _dispatch
+from ejk._describe import describe
 from ejk._dispatch import Backend
 from ejk._errors import UnsupportedError
 from ejk._nearest import did_you_mean
@@ -68,6 +69,12 @@ def backend_report(
         >>> ejk.backend_report(*args, platform="cpu").chosen
         'xla'
     """
+    if not callable(operation):
+        raise TypeError(
+            f"operation={describe(operation)} must be a function, as ejk.page_attention"
+        )
+    if not isinstance(backend, str | Backend | None):
+        raise TypeError(f"backend={describe(backend)} must be str or Backend or None")
     if platform in (None, "gpu"):
         default = _default_platform()
         platform = default if platform is None or default == "rocm" else "cuda"

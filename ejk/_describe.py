@@ -5,6 +5,7 @@ import reprlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -78,6 +79,8 @@ def _array_mend(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         if name.endswith("_cache") and len(value) == 2:
             return "pass the two pools as key_cache and value_cache"
+        if len({len(row) for row in value if isinstance(row, list | tuple)}) > 1:
+            return f"pad the rows with -1 to one length, and pass jnp.asarray({name})"
         return f"pass {'jnp.stack' if _holds_arrays(value) else 'jnp.asarray'}({name})"
     if isinstance(value, jax.ShapeDtypeStruct):
         return "trace the call with it: jax.eval_shape(function, ...)"
@@ -86,7 +89,7 @@ def _array_mend(name: str, value: Any) -> str:
     mends = _BY_AXES.get((name, value.ndim))
     if mends:
         return mends
-    if name in _INTEGERS and not np.issubdtype(value.dtype, np.integer):
+    if name in _INTEGERS and not jnp.issubdtype(value.dtype, np.integer):
         return f"pass {name}.astype(jnp.int32)"
     return ""
 

@@ -108,6 +108,11 @@ class Backend(abc.ABC):
                 f"{cls.__name__} has no field {wrong!r}{did_you_mean(wrong, names)}; its fields "
                 f"are {', '.join(names) or 'none'}"
             )
+        for attribute in ("name", "features"):
+            if not hasattr(cls, attribute) and attribute not in names:
+                raise TypeError(f"{cls.__name__} must have a class attribute {attribute}")
+        if cls.__hash__ is None:
+            raise TypeError(f"{cls.__name__} must be hashable: @dataclasses.dataclass(frozen=True)")
         return super().__new__(cls)
 
     @property
@@ -244,9 +249,9 @@ class Choice:
             return []
         here: Refusals = []
         for backend in self.backends:
-            if getattr(backend, "interpret", True):  # already, or it has no interpreter
-                continue
-            interpreted = dataclasses.replace(backend, interpret=True)  # type: ignore[type-var]
+            if getattr(backend, "interpret", True) or not dataclasses.is_dataclass(backend):
+                continue  # it is interpreted already, or says nothing of an interpreter
+            interpreted = dataclasses.replace(backend, interpret=True)
             if not interpreted.refusals(problem, "cpu"):
                 how = f"backend={type(backend).__name__}(interpret=True)"
                 here.append((backend, f"on a CPU its kernel is interpreted with {how}"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 from typing import ClassVar
 
@@ -208,3 +209,30 @@ def test_the_report_of_a_call_that_needs_no_backend():
     report = ejk.backend_report(*empty, platform="cpu")
     assert report.chosen is None and report.refusals == {}
     assert "without a backend" in str(report)
+
+
+def test_the_report_minds_what_it_is_asked_about():
+    report = inspect.unwrap(ejk.backend_report)  # past the import hook of the tests
+    said = "operation='ragged_page_attention' must be a function, as ejk.page_attention"
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
+        report(*ARGS, operation="ragged_page_attention")
+    said = "backend=XlaPageAttention (call the class) must be str or Backend or None"
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
+        report(*ARGS, backend=ejk.XlaPageAttention)
+
+
+MEMBERS = {n: getattr(Sevens, n) for n in ("name", "features", "platforms", "limits", "run")}
+
+
+@pytest.mark.parametrize("attribute", ["name", "features"])
+def test_a_third_party_is_told_what_its_class_lacks(attribute):
+    rest = {n: member for n, member in MEMBERS.items() if n != attribute}
+    incomplete = type("Incomplete", (ejk.PageAttentionBackend,), rest)
+    with pytest.raises(TypeError, match=f"^Incomplete must have a class attribute {attribute}$"):
+        incomplete()
+
+
+def test_a_third_party_is_told_to_freeze_its_dataclass():
+    thawed = dataclasses.dataclass(type("Thawed", (ejk.PageAttentionBackend,), {**MEMBERS}))
+    with pytest.raises(TypeError, match=r"^Thawed must be hashable: @dataclasses.dataclass\("):
+        thawed()

@@ -113,6 +113,7 @@ MISTAKES = {
     "a wrong number of axes": decode(query=zeros(4, 64)),
     "a batch of queries of several tokens": decode(query=zeros(2, 1, 4, 64)),
     "a list where an array is needed": decode(context_lens=[20, 1]),
+    "a list of rows of several lengths": decode(block_tables=[[3, 5], [1]]),
     "a list of arrays": decode(query=[zeros(4, 64), zeros(4, 64)]),
     "an array of another library": decode(query=Foreign()),
     "a shape alone": decode(query=jax.ShapeDtypeStruct((2, 4, 64), jnp.float32)),

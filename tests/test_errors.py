@@ -56,6 +56,10 @@ RANK_AND_KIND = {
         {"context_lens": zeros(2)},
         "context_lens=float32[2] must be an integer array [num_seqs]",
     ),
+    "keys of random numbers as lengths": (
+        {"context_lens": jax.random.split(jax.random.key(0), 2)},
+        "context_lens=key<fry>[2] must be an integer array [num_seqs]",
+    ),
     "lengths of booleans": ({"context_lens": zeros(2, dtype=bool)}, "context_lens=bool[2]"),
     "lengths of rank 2": (
         {"context_lens": zeros(2, 1, dtype=np.int32)},
