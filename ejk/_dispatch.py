@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -312,7 +313,8 @@ _warned: set[str] = set()
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function(problem, how, operands)`, traced once for all calls of a kind.
 
-    So an eager call costs little more than one of `jax.jit` does. Operands may be NumPy arrays.
+    So an eager call costs little more than one of `jax.jit` does. Operands may be NumPy arrays,
+    which callers may change as soon as the call returns: `jax.jit` alone would still read them.
     """
 
     # A function may use no operand, but only operands say which devices the mesh is of.
@@ -322,7 +324,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(problem: Problem, how: Any, operands: Any) -> Any:
         _partition.check_placed(problem, operands)
-        return traced(problem, how, operands)
+        own = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, operands)
+        return traced(problem, how, own)
 
     return run
 

@@ -137,5 +137,10 @@ def plan_page_attention(
         context_lens=as_int32(context_lens, capacity),
         sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
     )
-    [work] = _dispatch.call(problem, choice, operands)
+    [work] = _dealt_out(problem, choice, operands)
     return PageAttentionPlan(work, problem, facts)
+
+
+@_dispatch.compiled
+def _dealt_out(problem, choice, operands):
+    return _dispatch.call(problem, choice, operands)
