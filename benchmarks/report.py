@@ -40,7 +40,9 @@ def page(device: str, lines: dict) -> str:
     ours = [line for (_, contender), line in lines.items() if contender == "ejk"]
     newest = max(ours or lines.values(), key=lambda line: line["date"])
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
-    text = f"### {device}\n\nMeasured on {newest['date']} with {versions}.\n"
+    first, last = (of(line["date"] for line in lines.values()) for of in (min, max))
+    when = f"on {last}" if first == last else f"from {first} to {last}, the newest"
+    text = f"### {device}\n\nMeasured {when} with {versions}.\n"
     if ours:
         text += named_table(lines) + losses(lines)
     text += own_table(lines, "shapes", "Shapes that nobody tunes for")
