@@ -30,6 +30,10 @@ from ejk._partition import Axes, Shards
 from ejk._reverse_mode import refuse_forward_mode
 from ejk._typing import typed
 
+CPU_INSTEAD = (
+    ": call it under jax.default_device(jax.devices('cpu')[0]), or set JAX_PLATFORMS=cpu, or leave "
+    "interpret=True out"
+)
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -158,7 +162,8 @@ class Backend(abc.ABC):
         if not isinstance(problem, self.problem_type):
             return (f"is a backend of {self.problem_type.operation}, not of {problem.operation}",)
         if platform not in self.platforms:
-            return (f"runs on {' and '.join(self.platforms)}, not on {platform}",)
+            where = f"runs on {' and '.join(self.platforms)}, not on {platform}"
+            return (where + CPU_INSTEAD * bool(getattr(self, "interpret", False)),)
         if self.is_opaque and problem.symbolic_sizes:
             sizes = ", ".join(problem.symbolic_sizes)
             return (f"compiles for sizes that are static, and {sizes} is symbolic",)
