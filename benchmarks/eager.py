@@ -1,7 +1,7 @@
 """Microseconds of Python that an un-jitted call takes: `python benchmarks/eager.py [backend]`.
 
-The last line is what `jax.jit` itself takes of a call with as many arrays. On an H100's machine they
-were 142, 119, 113 and 34.
+The last line is what `jax.jit` itself takes of a call with as many arrays. On an H100's machine
+they were 142, 119, 113 and 34.
 """
 
 import sys
