@@ -86,6 +86,8 @@ def composition(seed):
         backend = KERNELS[name][backend](interpret=True)
     scale = draw.choice([None, 0.25, 1, np.float32(0.25), jnp.float32(0.25)])
     kinds = [draw.choice([jnp.asarray, np.asarray]) for _ in range(6)]
+    if grads and by_shard_map in wrappers[:at] and by_vmap in wrappers[at:]:
+        wrappers.append(by_jit)  # vmap(grad(shard_map(jnp.sin))) fails in JAX, too, without
     return name, backend, scale, kinds, [*wrappers[:at], *[by_grad] * grads, *wrappers[at:]]
 
 
