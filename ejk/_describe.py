@@ -109,7 +109,7 @@ def _holds_arrays(values: Any) -> bool:
 
 
 _INTEGERS = ("context_lens", "block_tables", "cu_q_lens", "slot_mapping", "positions")
-_LAYERS = (
+ALL_LAYERS = (
     "of a pool of all layers pass one layer's, {0}[layer], or the pool reshaped to [layers * "
     "num_pages, ...] and block_tables + layer * num_pages"
 )
@@ -126,8 +126,8 @@ _BY_AXES = {
     ("context_lens", 2): "the lengths come before the tables",
     ("block_tables", 1): "for one sequence pass block_tables[None]; of a flat table, "
     "block_tables.reshape(num_seqs, -1)",
-    ("key_cache", 6): _LAYERS.format("key_cache"),
-    ("value_cache", 6): _LAYERS.format("value_cache"),
+    ("key_cache", 6): ALL_LAYERS.format("key_cache"),
+    ("value_cache", 6): ALL_LAYERS.format("value_cache"),
     ("value_cache", 1): "value_cache comes before the lengths; it is None for fused pools and "
     "latent attention",
     ("key", 4): _BATCHED.format("key"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ejk._describe import describe
+from ejk._describe import ALL_LAYERS, describe
 from ejk._indices import Size, exceeds, least, rounded_bound, static_int
 from ejk._nearest import did_you_mean
 from ejk.backends.page_attention import LAYOUTS, PageAttentionProblem, layout_of
@@ -219,10 +219,7 @@ def _unstack(pools) -> str:
     """Say how pools that are stacked on the first of five axes are passed."""
     if pools.shape[0] == 2:
         return "of [2, num_pages, ...] pass kv_cache[0], kv_cache[1] as key_cache, value_cache"
-    return (
-        "of a pool of all layers pass one layer's, key_cache[layer], or the pool reshaped to "
-        "[layers * num_pages, ...] and block_tables + layer * num_pages"
-    )
+    return ALL_LAYERS.format("key_cache")
 
 
 def _other_layouts(key_cache, num_heads) -> str:
