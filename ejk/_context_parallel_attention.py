@@ -226,5 +226,5 @@ def context_parallel_attention(
         )
         out, lse = differentiable(part, choice, operands)
     out, lse = merge_over(axis_name, out, lse, sinks)
-    out = rounded(out, problem.dtype)
+    out = rounded(out, problem.out_dtype)
     return (out, lse) if return_lse else out

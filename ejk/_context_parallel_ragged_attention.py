@@ -223,5 +223,5 @@ def context_parallel_ragged_attention(
     if sinks is not None:
         sinks = jnp.where(is_new[:, None], jnp.asarray(sinks)[None], -jnp.inf)
     out, lse = merge_over(axis_name, out, lse, sinks)
-    out = rounded(out, problem.dtype)
+    out = rounded(out, problem.out_dtype)
     return (out, lse) if return_lse else out

@@ -229,4 +229,4 @@ def _nothing_visible(problem: PageAttentionProblem, operands: PageAttentionOpera
     rows = (problem.num_seqs, problem.num_heads)
     sinks = None if operands.sinks is None else operands.sinks[None]
     out, lse = finish(nothing_seen(rows, problem.value_head_dim), sinks)
-    return (out.astype(problem.dtype), lse)[: len(problem.results)]
+    return (out.astype(problem.out_dtype), lse)[: len(problem.results)]

@@ -320,4 +320,4 @@ def _nothing_visible(problem: RaggedPageAttentionProblem, operands: RaggedPageAt
     sinks = None if operands.sinks is None else jnp.where(is_new, operands.sinks[None], -jnp.inf)
     state = nothing_seen((problem.total_tokens, problem.num_heads), problem.value_head_dim)
     out, lse = finish(state, sinks)
-    return (out.astype(problem.dtype), lse)[: len(problem.results)]
+    return (out.astype(problem.out_dtype), lse)[: len(problem.results)]

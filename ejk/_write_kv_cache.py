@@ -127,7 +127,8 @@ def _problem_of(
         num_tokens=num_tokens,
         key_shape=tuple(key_cache.shape),
         value_shape=None if value_cache is None else tuple(value_cache.shape),
-        dtype=key.dtype,
+        row_dtype=key.dtype,
+        cache_dtype=key_cache.dtype,
         cache_layout=cache_layout,
     )
 

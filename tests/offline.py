@@ -2,9 +2,14 @@
 
 Registers, spills, shared memory and the width of copies follow from the target alone, so a machine
 without a GPU can hold a kernel to its budget on every generation.
+
+With `EJK_TEST_CODE=after.txt` every program that a test compiles leaves a line in that file: a
+digest of its code, the test and the kernel. A change that only moves code leaves the same lines.
 """
 
 import dataclasses
+import hashlib
+import os
 import re
 import subprocess
 import tempfile
@@ -171,7 +176,19 @@ def _compile(
     # jax-triton promises the compiler that every array starts on a multiple of 16 bytes.
     attributes = {(number,): [["tt.divisibility", 16]] for number in range(len(pointers))}
     source = ASTSource(kernel, signature, dict(constants), attributes)
-    return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+    options = {**options, "enable_fp_fusion": True}
+    if record := os.environ.get("EJK_TEST_CODE"):
+        triton.knobs.compilation.disable_line_info = True  # it names files, which may move
+        _record(Path(record), kernel, triton.compile(source, target=target, options=options))
+    return triton.compile(source, target=target, options=options)
+
+
+def _record(path: Path, kernel: Any, compiled: Any) -> None:
+    code = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    digest = hashlib.sha256(code.replace(kernel.__name__, "kernel").encode()).hexdigest()
+    test = os.environ["PYTEST_CURRENT_TEST"].split("::", 1)[1]
+    with path.open("a") as lines:
+        lines.write(f"{digest} {test} {kernel.__name__}\n")
 
 
 def _resource_usage(ptx: str, capability: int) -> str:

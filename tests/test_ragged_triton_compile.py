@@ -4,10 +4,9 @@ import dataclasses
 import functools
 import re
 
-import jax.numpy as jnp
 import offline
 import pytest
-from test_triton_compile import EVERY_OPTION, LLAMA
+from test_triton_compile import EVERY_OPTION, LLAMA, of_dtype
 
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
@@ -43,7 +42,7 @@ MORE_VARIANTS = {
         "num_heads": 9,
         "num_kv_heads": 3,
     },
-    "float16": {"dtype": jnp.dtype("float16")},
+    "float16": of_dtype("float16"),
     "fused pools": {"fused": True},
     "pages of 64": {"page_size": 64, "max_blocks": 64},
     "tree mask": {"tree_width": 8},
@@ -59,7 +58,7 @@ UNUSUAL = {
         "latent": True,
         "page_size": 64,
     },
-    "float32": {"dtype": jnp.dtype("float32")},
+    "float32": of_dtype("float32"),
     "tree of positions": EVERY_OPTION | {"tree_width": 8, "has_positions": True},
 }
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -90,7 +89,7 @@ def compile_for(target: str, options: dict, which: int):
     """Compile one launch of the attention kernel as the adapter would make it on `target`."""
     problem = dataclasses.replace(MIXED, **options)
     launch = launch_for(target, problem)
-    rows, dtype = launch.launches[which], problem.dtype.name
+    rows, dtype = launch.launches[which], problem.query_dtype.name
     pointers = {
         "query_ptr": dtype,
         "cu_q_lens_ptr": "int32",

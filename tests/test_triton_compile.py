@@ -30,7 +30,8 @@ LLAMA = PageAttentionProblem(
     num_pages=16384,
     page_size=16,
     max_blocks=256,
-    dtype=jnp.dtype("bfloat16"),
+    query_dtype=jnp.dtype("bfloat16"),
+    cache_dtype=jnp.dtype("bfloat16"),
     cache_layout="NHD",
     fused=False,
     latent=False,
@@ -50,6 +51,12 @@ EVERY_OPTION = {
     "has_alibi": True,
     "return_lse": True,
 }
+
+
+def of_dtype(name: str) -> dict:
+    return {"query_dtype": jnp.dtype(name), "cache_dtype": jnp.dtype(name)}
+
+
 VARIANTS = {
     "head dimension 128": {},
     "head dimension 64": {"head_dim": 64, "value_head_dim": 64},
@@ -59,7 +66,7 @@ VARIANTS = {
         "num_heads": 9,
         "num_kv_heads": 3,
     },
-    "float16": {"dtype": jnp.dtype("float16")},
+    "float16": of_dtype("float16"),
     "fused pools": {"fused": True},
     "one pass": {"num_splits": 1},
     "splits": {"num_splits": 4},
@@ -79,9 +86,9 @@ WIDE = {
         "latent": True,
         "page_size": 64,
     },
-    "float32": {"dtype": jnp.dtype("float32")},
+    "float32": of_dtype("float32"),
     "float32 latent attention": {
-        "dtype": jnp.dtype("float32"),
+        **of_dtype("float32"),
         "head_dim": 576,
         "value_head_dim": 512,
         "num_heads": 16,
@@ -110,7 +117,7 @@ def compile_for(target: str, options: dict):
     else:
         gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, stages_queries=False)
     launch = Launch.of(problem, TritonPageAttention(), gpu)
-    dtype = problem.dtype.name
+    dtype = problem.query_dtype.name
     pointers = {
         "query_ptr": dtype,
         "key_ptr": dtype,

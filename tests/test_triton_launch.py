@@ -26,7 +26,8 @@ def problem(head_dim=128, group=4, dtype="bfloat16", **facts):
         head_dim=head_dim,
         value_head_dim=facts.pop("value_head_dim", head_dim),
         num_heads=group * LLAMA.num_kv_heads,
-        dtype=jnp.dtype(dtype),
+        query_dtype=jnp.dtype(dtype),
+        cache_dtype=jnp.dtype(dtype),
         **facts,
     )
 

@@ -35,13 +35,15 @@ def problem_of(
     key_shape = key_shape or POOLS[layout](*[2] * fused)
     width = key_shape[-1] if value_head_dim is None else value_head_dim
     value_shape = None if fused or not width else (*key_shape[:-1], width)
-    return WriteKVCacheProblem(num_tokens, key_shape, value_shape, jnp.dtype(dtype), layout)
+    return WriteKVCacheProblem(
+        num_tokens, key_shape, value_shape, jnp.dtype(dtype), jnp.dtype(dtype), layout
+    )
 
 
 def compile_for(target, num_tokens, options):
     """Compile the kernel as the adapter would launch it on `target`."""
     problem = problem_of(num_tokens, **options)
-    dtype = problem.dtype.name
+    dtype = problem.cache_dtype.name
     pointers = {
         "key_ptr": dtype,
         "value_ptr": dtype,
@@ -77,7 +79,7 @@ def test_rows_are_copied_16_bytes_at_a_time(target, variant, num_tokens):
     assert program.shared_bytes <= 8192
     # Keys and values of the block, each once; slots are loaded 4 bytes and more at a time.
     pools, threads = (1 if problem.latent else 2), 32 * blocks.num_warps
-    block_bytes = blocks.tokens * blocks.row * problem.dtype.itemsize
+    block_bytes = blocks.tokens * blocks.row * problem.cache_dtype.itemsize
     assert block_bytes % (16 * threads) == 0
     found = accesses(program.ptx)
     assert {width: n for (kind, width), n in found.items() if kind == "st"} == {

@@ -97,7 +97,8 @@ class PagedProblem(Problem):
     num_pages: Size
     page_size: int
     max_blocks: Size
-    dtype: np.dtype
+    query_dtype: np.dtype
+    cache_dtype: np.dtype
     cache_layout: str
     fused: bool
     """`key_cache` has five axes, keys and values on one of them."""
@@ -118,7 +119,7 @@ class PagedProblem(Problem):
 
     @property
     def out_dtype(self) -> np.dtype:
-        return np.dtype(np.float32) if self.is_part else self.dtype
+        return np.dtype(np.float32) if self.is_part else self.query_dtype
 
     @property
     def own_windows(self) -> bool:

@@ -42,7 +42,9 @@ class WriteKVCacheProblem(Problem):
     """Of `key_cache`."""
     value_shape: tuple[Size, ...] | None
     """Of `value_cache`; None of fused and latent pools."""
-    dtype: np.dtype
+    row_dtype: np.dtype
+    """Of the keys and values that are written."""
+    cache_dtype: np.dtype
     cache_layout: str
 
     @property
@@ -101,7 +103,7 @@ class WriteKVCacheProblem(Problem):
     @property
     def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         shapes = (self.key_shape, self.value_shape)
-        return tuple(jax.ShapeDtypeStruct(x, self.dtype) for x in shapes if x is not None)
+        return tuple(jax.ShapeDtypeStruct(x, self.cache_dtype) for x in shapes if x is not None)
 
     @property
     def folded_axis(self) -> int:

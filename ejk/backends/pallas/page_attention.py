@@ -95,8 +95,10 @@ class PallasPageAttention(PageAttentionBackend):
         reasons = []
         if (version := _chip_version()) in TOO_OLD:
             reasons.append(f"TPU {version}: the kernel needs a v4 or later")
-        if problem.dtype not in (jnp.float32, jnp.bfloat16):
-            reasons.append(f"dtype={problem.dtype}: the matrix unit takes float32 and bfloat16")
+        if problem.query_dtype not in (jnp.float32, jnp.bfloat16):
+            reasons.append(
+                f"dtype={problem.query_dtype}: the matrix unit takes float32 and bfloat16"
+            )
         if self.megacore_mode == "kv_head":
             if problem.num_kv_heads % 2:
                 reasons.append(

@@ -112,7 +112,7 @@ def _scratch(work: Work) -> dict[str, Any]:
 
     def pages(head_dim):
         blocks = (2, work.round_blocks, work.block_pages)
-        return pltpu.VMEM((*blocks, *work.page_shape(head_dim)), problem.dtype)
+        return pltpu.VMEM((*blocks, *work.page_shape(head_dim)), problem.cache_dtype)
 
     return dict(
         k_buf=pages(problem.head_dim),
@@ -135,6 +135,7 @@ def _cost(work: Work) -> pl.CostEstimate:
     row_elements = problem.num_seqs * problem.num_heads * (keys + values)
     return pl.CostEstimate(
         flops=2 * tokens * problem.num_heads * (keys + values),
-        bytes_accessed=(tokens * token_elements + row_elements) * problem.dtype.itemsize,
+        bytes_accessed=tokens * token_elements * problem.cache_dtype.itemsize
+        + row_elements * problem.query_dtype.itemsize,
         transcendentals=tokens * problem.num_heads,
     )

@@ -67,19 +67,19 @@ class Work:
     def key_bytes(self) -> int:
         """Bytes of a block's keys, each head's in whole lanes."""
         problem = self.problem
-        head_bytes = round_up(problem.head_dim, LANES) * problem.dtype.itemsize
+        head_bytes = round_up(problem.head_dim, LANES) * problem.cache_dtype.itemsize
         return self.block_kv * self.kv_heads * head_bytes
 
     def vmem(self) -> dict[str, int]:
         """Return the bytes of each buffer in VMEM; those of blocked operands count twice."""
         problem, rows, block_kv = self.problem, self.rows, self.block_kv
-        dtype, f32 = problem.dtype, jnp.dtype(jnp.float32)
+        dtype, f32 = problem.cache_dtype, jnp.dtype(jnp.float32)
         keys, values = problem.head_dim, problem.value_head_dim
         heads = (self.kv_heads, self.head_rows)
         # Below the line: what the compiler keeps of a block, found by compiling. float32 is split
         # in parts for the highest precision; heads inside a token, or pages that are no whole
         # tiles, are put in order first, in 32 bits where a chip has no 16-bit vectors.
-        copies = 2 if dtype == f32 else 1
+        copies = 2 if problem.query_dtype == f32 else 1
         nhd, whole_tiles = problem.cache_layout == "NHD", problem.page_size % SUBLANES == 0
         *lead, last = self.page_shape(max(keys, values))[problem.fused :]
         page = tiled((*lead[:-1], round_up(lead[-1], SUBLANES), last), f32)
@@ -88,14 +88,15 @@ class Work:
         return {
             "k_buf": tiled((*blocks, *self.page_shape(keys)), dtype),
             "v_buf": tiled((*blocks, *self.page_shape(values)), dtype) * self.has_two_pools,
-            "q": tiled((*steps, *heads, keys), dtype),
+            "q": tiled((*steps, *heads, keys), problem.query_dtype),
             "out": tiled((*steps, *heads, values), problem.out_dtype),
             "lse": tiled((*steps, 1, rows), f32) * problem.return_lse,
             "sinks and slopes": 2 * tiled((rows, 1), f32) * (problem.has_sinks + problem.has_alibi),
             "m and l": 2 * tiled((rows, LANES), f32),
             "acc": tiled((rows, values), f32),
             "logits": 3 * tiled((self.round_blocks * rows, block_kv), f32),
-            "operands of products": copies * tiled((block_kv, max(keys, values)), dtype),
+            "operands of products": copies
+            * tiled((block_kv, max(keys, values)), problem.query_dtype),
             "reordered heads": self.block_pages * page * (
                 nhd * max(copies, self.round_blocks * self.reordered_copies)
                 + 4 * (not whole_tiles)

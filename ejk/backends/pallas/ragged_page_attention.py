@@ -72,8 +72,10 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
         reasons = []
         if (version := _chip_version()) in TOO_OLD:
             reasons.append(f"TPU {version}: the kernel needs a v4 or later")
-        if problem.dtype not in (jnp.float32, jnp.bfloat16):
-            reasons.append(f"dtype={problem.dtype}: the matrix unit takes float32 and bfloat16")
+        if problem.query_dtype not in (jnp.float32, jnp.bfloat16):
+            reasons.append(
+                f"dtype={problem.query_dtype}: the matrix unit takes float32 and bfloat16"
+            )
         works, limit = self._works(problem), self._vmem_limit()
         if not self._seqs_per_launch(problem):
             reasons.append(

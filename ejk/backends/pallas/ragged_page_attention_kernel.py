@@ -212,7 +212,7 @@ def ragged_page_attention_kernel(
         state = State(m_ref[part], l_ref[part], acc_ref[part])
         saw_any = state.l != 0
         l = jnp.where(saw_any, state.l, 1.0)
-        out = (state.acc / across(l, problem.value_head_dim)).astype(problem.dtype)
+        out = (state.acc / across(l, problem.value_head_dim)).astype(problem.out_dtype)
         lse = jnp.where(saw_any, state.m + jnp.log(l), -jnp.inf)
         for i in range(work.heads_at_once):
             of_head = slice(i * work.head_rows, (i + 1) * work.head_rows)

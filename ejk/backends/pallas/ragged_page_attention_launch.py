@@ -205,7 +205,7 @@ def _call(work: RaggedWork, scalars, inputs, vmem_limit_bytes, interpret):
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
 
     lse = result(LANES, jnp.float32) if problem.return_lse else None
-    outputs = _given(out_ref=result(problem.value_head_dim, problem.dtype), lse_ref=lse)
+    outputs = _given(out_ref=result(problem.value_head_dim, problem.out_dtype), lse_ref=lse)
     state = {
         "m_ref": pltpu.VMEM((*work.state_shape, LANES), jnp.float32),
         "l_ref": pltpu.VMEM((*work.state_shape, LANES), jnp.float32),
@@ -248,7 +248,7 @@ def _cost(work: RaggedWork) -> pl.CostEstimate:
     item_elements = work.rows * (keys + values)
     return pl.CostEstimate(
         flops=2 * tokens * work.rows * (keys + values),
-        bytes_accessed=problem.dtype.itemsize
-        * (tokens * token_elements + work.num_seqs * item_elements),
+        bytes_accessed=problem.cache_dtype.itemsize * tokens * token_elements
+        + problem.query_dtype.itemsize * work.num_seqs * item_elements,
         transcendentals=tokens * work.rows,
     )

@@ -42,9 +42,9 @@ class RaggedWork(Work):
         lanes = tiled((parts, rows, LANES), f32)
         # Found by compiling: what is kept of logits and weights, and of keys and values, of which
         # masking makes copies, and float32 parts for the highest precision; most on v5p.
-        is_f32 = problem.dtype == f32
+        is_f32 = problem.query_dtype == f32
         width = max(problem.head_dim, problem.value_head_dim)
-        operand = tiled((self.block_kv, width), problem.dtype)
+        operand = tiled((self.block_kv, width), problem.query_dtype)
         per_head = tiled((self.kv_heads, self.head_rows, LANES), f32)
         logits = tiled((rows, self.block_kv), f32)
         needs = super().vmem()

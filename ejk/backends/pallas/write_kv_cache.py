@@ -53,8 +53,8 @@ class PallasWriteKVCache(WriteKVCacheBackend):
         reasons = []
         if (version := _chip_version()) in TOO_OLD:
             reasons.append(f"TPU {version}: the kernel needs a v4 or later")
-        if problem.dtype not in (jnp.float32, jnp.bfloat16):
-            reasons.append(f"dtype={problem.dtype}: the chip takes float32 and bfloat16")
+        if problem.cache_dtype not in (jnp.float32, jnp.bfloat16):
+            reasons.append(f"dtype={problem.cache_dtype}: the chip takes float32 and bfloat16")
         if 4 * problem.num_tokens > SMEM_LIMIT_BYTES:
             reasons.append(
                 f"num_tokens={problem.num_tokens}: their slots must fit in {SMEM_LIMIT_BYTES} "

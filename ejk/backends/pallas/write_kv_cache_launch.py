@@ -88,7 +88,7 @@ def by_slot(slots: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array]:
 def _scratch(work: Work) -> dict[str, Any]:
     windows = {
         f"{name}_buf": pltpu.VMEM(
-            (work.block_tokens, *work.window_shape(width)), work.problem.dtype
+            (work.block_tokens, *work.window_shape(width)), work.problem.cache_dtype
         )
         for name, width in work.widths.items()
         if work.has_windows
@@ -103,7 +103,7 @@ def _cost(work: Work) -> pl.CostEstimate:
     """What the launch would cost if every token had a window of its own."""
     problem = work.problem
     slots = 1 + (2 * work.window_slots if work.has_windows else 1)
-    row_bytes = problem.num_kv_heads * sum(work.widths.values()) * problem.dtype.itemsize
+    row_bytes = problem.num_kv_heads * sum(work.widths.values()) * problem.cache_dtype.itemsize
     return pl.CostEstimate(
         flops=0, bytes_accessed=problem.num_tokens * slots * row_bytes, transcendentals=0
     )

@@ -43,7 +43,7 @@ class Work:
         """Slots that are read and written for one: a tile's, or the page where that is no tile."""
         if not self.has_windows:
             return 1
-        tile = SUBLANES * 4 // self.problem.dtype.itemsize
+        tile = SUBLANES * 4 // self.problem.cache_dtype.itemsize
         return tile if self.problem.page_size % tile == 0 else self.problem.page_size
 
     def row_shape(self, head_dim: int) -> tuple[int, ...]:
@@ -62,9 +62,9 @@ class Work:
             # On a v5p a row of one slot takes a tile's eight, where others pad it to two.
             row = self.row_shape(width)
             row = (row[0], SUBLANES, width) if self.has_windows else row
-            needs[f"{name} rows"] = 2 * tiled((tokens, *row), problem.dtype)
+            needs[f"{name} rows"] = 2 * tiled((tokens, *row), problem.row_dtype)
             if self.has_windows:
                 window = self.window_shape(width)
-                needs[f"{name}_buf"] = tiled((tokens, *window), problem.dtype)
-                needs[f"a window of {name}s"] = 4 * tiled(window, problem.dtype)
+                needs[f"{name}_buf"] = tiled((tokens, *window), problem.cache_dtype)
+                needs[f"a window of {name}s"] = 4 * tiled(window, problem.cache_dtype)
         return needs

@@ -80,7 +80,7 @@ class Launch:
         )
         large = _is_large(problem, tuning, target, rows)
         cell = Cell(
-            target.compute_capability, problem.dtype.itemsize, problem.head_dim, rows, large
+            target.compute_capability, problem.cache_dtype.itemsize, problem.head_dim, rows, large
         )
         if problem.head_dim == problem.value_head_dim and cell in tuned:
             blocks = tuned[cell]
@@ -104,7 +104,9 @@ class Launch:
     def _heuristic(self, problem: PageAttentionProblem, target: Target, large: bool) -> Blocks:
         """Return what was best nearly wherever we measured: shared memory may yet shrink it."""
         wide = sum(self.block_dv)
-        is_float32 = problem.dtype == jnp.float32  # taken on the ordinary cores, from registers
+        is_float32 = (
+            problem.query_dtype == jnp.float32
+        )  # taken on the ordinary cores, from registers
         if not large:  # It is latency that counts, not bytes.
             num_warps = 8 if wide > (128 if is_float32 else 256) else 4
             return Blocks(64 if self.block_group == 16 else 32, num_warps, 3 if is_float32 else 2)
@@ -186,7 +188,7 @@ class Launch:
         """Bound the shared memory of a program, in bytes."""
         queries = self.block_group * sum(self.block_d) if target.stages_queries else 0
         weights = self.block_group * self.block_kv
-        held = problem.dtype.itemsize * (queries + weights) + 4 * weights
+        held = problem.query_dtype.itemsize * (queries + weights) + 4 * weights
         return self._streamed(problem) + held
 
     def _streamed(self, problem: PageAttentionProblem) -> int:
@@ -194,7 +196,7 @@ class Launch:
         k_block, v_block = (self.block_kv * sum(width) for width in (self.block_d, self.block_dv))
         buffers = self.num_stages - 1
         elements = buffers * (k_block + v_block) if buffers else max(k_block, v_block)
-        return problem.dtype.itemsize * elements
+        return problem.cache_dtype.itemsize * elements
 
     def constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
         return {
@@ -339,7 +341,7 @@ def chain(problem: PagedProblem) -> int:
     in emulation it is 2.8 times that of 64 at a time, and 2.2 times that of 128.
     """
     block_d, _ = two_parts(problem.head_dim)
-    return min(block_d, LONGEST_CHAIN) if problem.dtype == jnp.float32 else block_d
+    return min(block_d, LONGEST_CHAIN) if problem.query_dtype == jnp.float32 else block_d
 
 
 def power_of_two(at_least: int) -> int:

@@ -131,7 +131,7 @@ def _fills_hopper(problem, target: Target) -> bool:
     all registers 182.0; 64 of them, a chunk of 512 on 16,384, took 371.1 and the others 327.8. The
     same number of rows is asked of two programs of 128, for which it was not measured.
     """
-    is_16_bit = problem.dtype.itemsize == 2
+    is_16_bit = problem.query_dtype.itemsize == 2
     fits = is_16_bit and 64 <= max(_widths(problem)) <= 128 and not problem.tree_width
     rows = problem.total_tokens * problem.num_heads  # of all KV heads
     are_many = 4 * rows >= 3 * HOPPER_LONG[0] * target.num_sms
@@ -150,7 +150,7 @@ def _widths(problem) -> tuple[int, int]:
 
 def _fits_registers(problem, target: Target, rows: Rows) -> bool:
     d, dv = _widths(problem)
-    if problem.dtype == jnp.float32:  # taken on the ordinary cores, operands from registers
+    if problem.query_dtype == jnp.float32:  # taken on the ordinary cores, operands from registers
         return rows.rows <= 32 and rows.block_kv <= 32
     lanes, limit = (32, HELD_MMA) if target.stages_queries else (64, HELD_AMD)
     logits = rows.block_kv * 3 // 2  # and the weights, in 16 bits
@@ -168,10 +168,12 @@ def _wide_shared_memory(
 ) -> int:
     """Bound the shared memory of a program, in bytes."""
     d, dv = _widths(problem)
-    size = problem.dtype.itemsize
+    size = problem.query_dtype.itemsize
     # A product that is waited for later keeps its block of values, and so a buffer.
     buffers = num_stages if _is_hopper(target) else num_stages - 1
-    streamed = size * block_kv * ((d + dv) * buffers if buffers else max(d, dv))
+    streamed = (
+        problem.cache_dtype.itemsize * block_kv * ((d + dv) * buffers if buffers else max(d, dv))
+    )
     queries = size * rows * d
     weights = rows * block_kv * (4 if problem.tree_width else size) + 1024
     if target.compute_capability == 90 and size == 2 and not problem.tree_width:

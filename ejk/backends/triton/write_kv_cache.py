@@ -112,7 +112,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, problem: WriteKVCacheProblem, platform: str) -> "Blocks":
-        itemsize, warp_bytes = problem.dtype.itemsize, 16 * (64 if platform == "rocm" else 32)
+        itemsize, warp_bytes = problem.row_dtype.itemsize, 16 * (64 if platform == "rocm" else 32)
         row = min(_power_of_two(_row(problem)), MAX_BLOCK_ROW)
         programs = problem.num_tokens * -(-_row(problem) // row)
         shared = _power_of_two(-(-programs // ENOUGH_PROGRAMS))
