@@ -180,7 +180,7 @@ def add_features(page: Page) -> None:
     page.add(
         "## Features\n\n"
         "Each optional feature is named after its argument. `fused_pools` means a `key_cache` of\n"
-        "five axes, `context_parallel` means `ejk.context_parallel_attention`. A backend refuses\n"
+        "five axes, `axis_name` means pages that are split over devices. A backend refuses\n"
         "every feature that it does not declare.\n\n"
         "Features of `ejk.page_attention`:"
     )

@@ -222,7 +222,7 @@ def context_parallel_attention(
             block_tables=own.tables,
             sliding_window=own.windows,
             plan=None,
-            block_distances=own.distances,
+            page_distances=own.distances,
         )
         out, lse = differentiable(part, choice, operands)
     out, lse = merge_over(axis_name, out, lse, sinks)

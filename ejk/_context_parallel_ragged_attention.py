@@ -217,7 +217,7 @@ def context_parallel_ragged_attention(
             positions=None,
             tree_mask=None,
             row_lens=row_lens,
-            block_distances=own.distances,
+            page_distances=own.distances,
         )
         out, lse = differentiable(part, choice, operands)
     if sinks is not None:

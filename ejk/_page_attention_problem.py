@@ -238,12 +238,17 @@ def _other_layouts(key_cache, num_heads) -> str:
 def visible_bound(facts, max_context_len, sliding_window) -> Size:
     """Check the static bounds on what a token sees, and return the least, for sizing work."""
     bounds = [facts["max_blocks"] * facts["page_size"]]
-    if isinstance(sliding_window, (int, np.integer, np.ndarray)) and sliding_window < 1:
-        raise ValueError(f"sliding_window={sliding_window} must be at least 1: None is no window")
+    check_window(sliding_window)
     for name, bound in (("max_context_len", max_context_len), ("sliding_window", sliding_window)):
         if not (bound is None or isinstance(bound, jax.Array)):
             bounds.append(max(rounded_bound(name, bound, exact_up_to=0), LEAST_BOUND))
     return max(1, least(*bounds))
+
+
+def check_window(sliding_window: Any) -> None:
+    """Check a window that is known when a call is traced."""
+    if isinstance(sliding_window, int | np.integer | np.ndarray) and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window} must be at least 1: None is no window")
 
 
 def _held_soft_cap(soft_cap) -> float | None:

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch
-from ejk._dispatch import Backend
-from ejk._indices import as_int32, exceeds, is_static, least, static_int
+from ejk._dispatch import Backend, Choice
+from ejk._indices import as_int32, exceeds, is_static, static_int
 from ejk._page_attention import BACKENDS
+from ejk._page_attention_problem import check_window
 from ejk._typing import Lengths, ScalarInt, StaticInt, StaticSize, typed
-from ejk.backends.page_attention import PageAttentionProblem
+from ejk.backends.page_attention import PageAttentionBackend, PageAttentionProblem
 from ejk.backends.page_attention_plan import (
     PageAttentionPlan,
     PlanFacts,
@@ -17,14 +19,7 @@ from ejk.backends.page_attention_plan import (
     PlanProblem,
     window_fact,
 )
-from ejk.backends.triton.page_attention import TritonPageAttention
-from ejk.backends.triton.page_attention_launch import GRANULE, block_group, choose_cuts
-from ejk.backends.triton.page_attention_plan import TritonPlan
 from ejk.backends.xla.page_attention_plan import XlaPlan
-
-# Sizes a plan where no GPU is known: more or fewer pieces than its processors want cost a little
-# speed, nothing else.
-DEFAULT_NUM_SMS = 132
 
 
 @typed
@@ -83,64 +78,44 @@ def plan_page_attention(
     Source:
         Work lists made once a step: FlashInfer (Ye et al., 2025, arXiv:2501.01005).
     """
-    sizes = {
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "page_size": page_size,
-        "max_blocks": max_blocks,
-        "value_head_dim": head_dim if value_head_dim is None else value_head_dim,
-    }
-    checked: dict[str, Any] = {
-        name: static_int(name, size, at_least=int(name != "max_blocks"))
-        if is_static(size)
-        else size
-        for name, size in sizes.items()
-    }
-    width = checked.pop("value_head_dim")
-    window = window_fact(sliding_window)
-    facts = PlanFacts(num_seqs=context_lens.shape[0], **checked, sliding_window=window)
-    if isinstance(window, int):
-        static_int("sliding_window", window, at_least=1)
-    group, rest = divmod(facts.num_heads, facts.num_kv_heads)
-    if rest:
+
+    def size(name: str, value: Any, at_least: int = 1) -> Any:
+        return static_int(name, value, at_least=at_least) if is_static(value) else value
+
+    facts = PlanFacts(
+        num_seqs=context_lens.shape[0],
+        num_heads=size("num_heads", num_heads),
+        num_kv_heads=size("num_kv_heads", num_kv_heads),
+        head_dim=size("head_dim", head_dim),
+        page_size=size("page_size", page_size),
+        max_blocks=size("max_blocks", max_blocks, at_least=0),
+        sliding_window=window_fact(sliding_window),
+    )
+    width = facts.head_dim if value_head_dim is None else size("value_head_dim", value_head_dim)
+    check_window(sliding_window)
+    if facts.num_heads % facts.num_kv_heads:
         raise ValueError(
             f"num_heads={facts.num_heads} must be a multiple of num_kv_heads={facts.num_kv_heads}"
         )
-    capacity = facts.max_blocks * facts.page_size
-    if exceeds(capacity, 2**31 - 1):
-        raise ValueError(f"max_blocks * page_size={capacity} must be below 2**31")
+    if exceeds(facts.capacity, 2**31 - 1):
+        raise ValueError(f"max_blocks * page_size={facts.capacity} must be below 2**31")
 
-    tritons = [
-        candidate
-        for candidate in _dispatch.choose(backend, PageAttentionProblem, BACKENDS).backends
-        if isinstance(candidate, TritonPageAttention)
-    ]
-    targets = [t for triton in tritons if (t := triton.target(triton.platforms[0])) is not None]
-    num_sms = targets[0].num_sms if targets else DEFAULT_NUM_SMS
-    programs = facts.num_kv_heads * -(-group // block_group(group, width))
-    is_known = is_static(facts.num_seqs) and is_static(capacity)
-    longest = least(capacity, window) if isinstance(window, int) else capacity
-    problem = PlanProblem(
-        num_seqs=facts.num_seqs,
-        capacity=capacity,
-        has_window=sliding_window is not None,
-        # Kernels, which alone read a plan, want sizes that are static.
-        max_cuts=choose_cuts(num_sms, facts.num_seqs, programs, longest) if is_known else 0,
-        granule=GRANULE,
-    )
-    if 0 in (facts.num_seqs, capacity):
+    candidates = _dispatch.choose(backend, PageAttentionProblem, BACKENDS).backends
+    own = (b.planner for b in candidates if isinstance(b, PageAttentionBackend))
+    planners = (*filter(None, own), XlaPlan())
+    problem = planners[0].plan_problem(facts, width)
+    if 0 in (facts.num_seqs, facts.capacity):
         return PageAttentionPlan(jnp.zeros(problem.results[0].shape, jnp.int32), problem, facts)
-    planners = [TritonPlan(triton.compute_capability, triton.interpret) for triton in tritons]
-    choice = _dispatch.choose(None, PlanProblem, (*planners, XlaPlan()))
     operands = PlanOperands(
-        context_lens=as_int32(context_lens, capacity),
+        context_lens=as_int32(context_lens, facts.capacity),
         sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
     )
-    [work] = _dealt_out(problem, choice, operands)
+    [work] = _dealt_out(problem, _dispatch.choose(None, PlanProblem, planners), operands)
     return PageAttentionPlan(work, problem, facts)
 
 
 @_dispatch.compiled
-def _dealt_out(problem, choice, operands):
+def _dealt_out(
+    problem: PlanProblem, choice: Choice, operands: PlanOperands
+) -> tuple[jax.Array, ...]:
     return _dispatch.call(problem, choice, operands)

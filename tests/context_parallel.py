@@ -64,7 +64,7 @@ ENTRIES = [
         examples=3,
         may_refuse=(
             r"float16: the matrix unit takes float32 and bfloat16",
-            r"does not support context_parallel with alibi_slopes",
+            r"does not support axis_name with alibi_slopes",
         ),
     ),
 ]

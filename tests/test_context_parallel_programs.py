@@ -271,7 +271,7 @@ def test_a_tpu_takes_the_xla_program_where_there_are_slopes():
         function = context_parallel.program(None, DEVICES, tuple(given), static)
         [(problem, choice)] = _dispatch.calls(jax.make_jaxpr(function)(given).jaxpr)
         assert choice.select(problem, "tpu").name == chosen
-    with pytest.raises(ejk.UnsupportedError, match="context_parallel with alibi_slopes"):
+    with pytest.raises(ejk.UnsupportedError, match="axis_name with alibi_slopes"):
         given, static = split_arguments(EDGES)
         context_parallel.program(PALLAS.backend, DEVICES, tuple(given), static)(given)
 

@@ -154,7 +154,7 @@ def test_what_is_answered_without_a_backend():
 def test_kernels_refuse_by_name(backend):
     given, static = split_arguments(build_ragged(FEW[0], LENGTHS, BOUNDS, window=INT32_MAX))
     static = tuple((name, x) for name, x in static if name != "num_splits")
-    with pytest.raises(ejk.UnsupportedError, match="does not support context_parallel"):
+    with pytest.raises(ejk.UnsupportedError, match="does not support axis_name"):
         context_parallel.program(backend, DEVICES, tuple(given), static)(given)
 
 

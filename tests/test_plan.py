@@ -170,6 +170,17 @@ def test_the_call_plans_for_the_backends_machine(machine, num_sms, dtype):
     assert bool(splits) == (num_sms == 100 and dtype != np.int8)  # of 127 tokens none is cut
 
 
+def test_who_needs_no_plan_is_given_an_order():
+    """Longest first, and nothing cut. Without a backend the plan is for one that may need it."""
+    for backend in ("xla", "pallas", ejk.XlaPageAttention()):
+        plan = ejk.plan_page_attention(np.array([3, 900, 0, 1280]), **SIZE, backend=backend)
+        pieces, splits = rows(np.asarray(plan.work), plan.problem)
+        assert [tuple(r) for r in pieces] == [(s, 0, 1280, -1) for s in (3, 1, 0, 2)]
+        assert not splits
+    plan = ejk.plan_page_attention(np.array([3, 900, 0, 1280]), **SIZE)
+    assert plan.problem.max_cuts > 0
+
+
 def test_no_sequences_and_no_blocks_are_plans_too():
     for lens, max_blocks in ((np.zeros(0, np.int32), 80), (np.array([7, 7]), 0)):
         plan = ejk.plan_page_attention(lens, **SIZE | {"max_blocks": max_blocks})
@@ -221,7 +232,11 @@ WRONG = {
     "no slots": (ValueError, {"page_size": 0}, "page_size=0 must be at least 1"),
     "less than no blocks": (ValueError, {"max_blocks": -1}, "max_blocks=-1 must be at least"),
     "no values": (ValueError, {"value_head_dim": 0}, "value_head_dim=0 must be at least 1"),
-    "a window of nothing": (ValueError, {"sliding_window": 0}, "sliding_window=0 must be at"),
+    "a window of nothing": (
+        ValueError,
+        {"sliding_window": 0},
+        "sliding_window=0 must be at least 1: None is no window",
+    ),
     "a window of less": (ValueError, {"sliding_window": np.int8(-3)}, "sliding_window=-3 must"),
     "heads that no group divides": (
         ValueError,

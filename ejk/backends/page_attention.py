@@ -16,11 +16,8 @@ from ejk._batching import merge_axis
 from ejk._dispatch import Backend, Problem
 from ejk._indices import Size
 from ejk._partition import Axes, Shards
-from ejk.backends.page_attention_plan import PlanProblem
+from ejk.backends.page_attention_plan import PlanBackend, PlanProblem
 from ejk.backends.page_attention_shards import axes_of, shards_of
-
-CONTEXT_PARALLEL = frozenset({"context_parallel", "context_parallel with alibi_slopes"})
-"""The features of `ejk.context_parallel_attention`."""
 
 CacheLayout = Literal["HND", "NHD", "KV_HEADS_FIRST"]
 
@@ -55,6 +52,12 @@ LAYOUTS: dict[str, Layout] = {
     "KV_HEADS_FIRST": Layout(kv_heads=0, pages=1, slots=2),
 }
 
+POOLS = frozenset({"fused_pools", *(f'cache_layout="{layout}"' for layout in LAYOUTS)})
+"""The features of how pools lie in memory."""
+
+AXIS = frozenset({"axis_name", "axis_name with alibi_slopes"})
+"""The features of pages that are split over devices: `axis_name=`."""
+
 
 def layout_of(pool: Any, cache_layout: str) -> Layout:
     """Return where the axes of `key_cache` are: a pool of five is fused."""
@@ -79,13 +82,27 @@ class PageAttentionOperands(NamedTuple):
     sinks: Any  # float32 [num_heads], or None
     alibi_slopes: Any  # float32 [num_heads], or None
     plan: Any  # int32 [rows, 4], see PlanProblem, or None
-    block_distances: Any = None  # int32 [num_seqs, max_blocks], or None: see `is_part`
+    page_distances: Any = None  # int32 [num_seqs, max_blocks], or None: see `is_part`
 
 
 @dataclasses.dataclass(frozen=True)
 class PagedProblem(Problem):
     """The static facts of attention to pages. No axis is empty."""
 
+    feature_names: ClassVar[frozenset[str]] = (
+        frozenset(
+            {
+                "attn_logits_soft_cap",
+                "sliding_window",
+                "sinks",
+                "alibi_slopes",
+                "value_head_dim",
+                "return_lse",
+            }
+        )
+        | POOLS
+        | AXIS
+    )
     splits_sequences: ClassVar[bool]
     """Each sequence is a row of queries and results, so that devices can share them out."""
 
@@ -113,8 +130,8 @@ class PagedProblem(Problem):
     """The result is to be merged with others: those of a context's pages that are elsewhere.
 
     It is float32. Each query row has a window of its own (here a row is a sequence), and lengths
-    and windows count the tokens of the pages that are here; so slopes need `block_distances`, the
-    positions from the query to the first token of each block.
+    and windows count the tokens of the pages that are here; so slopes need `page_distances`, the
+    positions from the query to the first token of each page.
     """
 
     @property
@@ -128,7 +145,7 @@ class PagedProblem(Problem):
 
     @property
     def own_distances(self) -> bool:
-        """Slopes count from `block_distances`."""
+        """Slopes count from `page_distances`."""
         return self.is_part and self.has_alibi
 
     @property
@@ -157,8 +174,8 @@ class PagedProblem(Problem):
             "value_head_dim": self.latent,
             "fused_pools": self.fused,
             "return_lse": self.return_lse,
-            "context_parallel": self.is_part,
-            "context_parallel with alibi_slopes": self.own_distances,
+            "axis_name": self.is_part,
+            "axis_name with alibi_slopes": self.own_distances,
             f'cache_layout="{self.cache_layout}"': True,
         }
         return frozenset(feature for feature, is_used in used.items() if is_used)
@@ -197,6 +214,7 @@ class PageAttentionProblem(PagedProblem):
     """The static facts of one `ejk.page_attention` call. No axis is empty."""
 
     operation: ClassVar[str] = "page_attention"
+    feature_names: ClassVar[frozenset[str]] = PagedProblem.feature_names | {"axis_name with plan"}
     splits_sequences: ClassVar[bool] = True
 
     num_splits: int
@@ -209,10 +227,15 @@ class PageAttentionProblem(PagedProblem):
         return self.num_seqs
 
     @property
+    def features(self) -> frozenset[str]:
+        planned = self.is_part and self.plan is not None
+        return super().features | ({"axis_name with plan"} if planned else frozenset())
+
+    @property
     def per_seq(self) -> list[str]:
         """The operands that have a row for each sequence."""
         names = ["query", "context_lens", "block_tables"]
-        names += ["sliding_window"] * self.own_windows + ["block_distances"] * self.own_distances
+        names += ["sliding_window"] * self.own_windows + ["page_distances"] * self.own_distances
         return names
 
     def fold(
@@ -246,7 +269,7 @@ class PageAttentionProblem(PagedProblem):
             sinks=(heads,) if self.has_sinks else None,
             alibi_slopes=(heads,) if self.has_alibi else None,
             plan=None,
-            block_distances=(seqs, None) if self.own_distances else None,
+            page_distances=(seqs, None) if self.own_distances else None,
         )
 
 
@@ -260,3 +283,8 @@ class PageAttentionBackend(Backend):
     """
 
     problem_type = PageAttentionProblem
+
+    @property
+    def planner(self) -> PlanBackend | None:
+        """Who makes plans for this backend's calls; None if it needs none."""
+        return None

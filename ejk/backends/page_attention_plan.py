@@ -1,5 +1,6 @@
 """What every backend of `ejk.plan_page_attention` is given."""
 
+import abc
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
@@ -42,11 +43,12 @@ class PlanProblem(Problem):
     the plan's window shows: where to look first, while the call's own window is not known yet.
 
     With `max_cuts=0` no context is cut, and the plan is an order. Nor is a batch cut whose longest
-    context is at most `EVEN_SHARE / max_cuts` of its granules: no processor has much more to do
+    context is at most `even_share / max_cuts` of its granules: no processor has much more to do
     than the others.
     """
 
     operation: ClassVar[str] = "plan_page_attention"
+    feature_names: ClassVar[frozenset[str]] = frozenset({"sliding_window"})
 
     num_seqs: Size
     capacity: Size
@@ -55,6 +57,8 @@ class PlanProblem(Problem):
     granule: int
     own_windows: bool = False
     """Each sequence has a window of its own."""
+    even_share: tuple[int, int] = EVEN_SHARE
+    """A processor's fair share of a batch and a little more, in shares of a cut: a fraction."""
 
     @property
     def max_pieces(self) -> Size:
@@ -74,7 +78,7 @@ class PlanProblem(Problem):
         rows = 1 + self.max_pieces + self.max_splits
         return (jax.ShapeDtypeStruct((rows, 4), jnp.int32),)
 
-    def fold(self, size, operands, axes):
+    def fold(self, size: int, operands: Any, axes: Any) -> None:
         return None  # plans of several batches are several plans
 
 
@@ -89,6 +93,11 @@ class PlanFacts:
     page_size: int
     max_blocks: Size
     sliding_window: int | str | None  # "traced" for one that only the device knows
+
+    @property
+    def capacity(self) -> Size:
+        """Tokens that a row of the block tables can name."""
+        return self.max_blocks * self.page_size
 
 
 def window_fact(sliding_window: Any) -> int | str | None:
@@ -135,3 +144,7 @@ class PlanBackend(Backend):
     """A way to run `ejk.plan_page_attention`."""
 
     problem_type = PlanProblem
+
+    @abc.abstractmethod
+    def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
+        """Say which work there may be in the calls of these facts, and how it is dealt out."""

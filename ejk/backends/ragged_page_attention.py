@@ -32,7 +32,7 @@ class RaggedPageAttentionOperands(NamedTuple):
     positions: Any  # int32 [total_tokens], or None
     tree_mask: Any  # bool [total_tokens, tree_width], or None
     row_lens: Any = None  # int32 [total_tokens]: tokens that each sees, where the problem `is_part`
-    block_distances: Any = None  # as in `PageAttentionOperands`, but from the last token of each
+    page_distances: Any = None  # as in `PageAttentionOperands`, but from the last token of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,12 @@ class RaggedPageAttentionProblem(PagedProblem):
     """The static facts of one `ejk.ragged_page_attention` call. No axis is empty."""
 
     operation: ClassVar[str] = "ragged_page_attention"
+    feature_names: ClassVar[frozenset[str]] = PagedProblem.feature_names | {
+        "positions",
+        "tree_mask",
+        "axis_name with positions",
+        "axis_name with tree_mask",
+    }
     splits_sequences: ClassVar[bool] = False  # their rows are packed: no axis divides them
 
     total_tokens: Size
@@ -58,7 +64,12 @@ class RaggedPageAttentionProblem(PagedProblem):
 
     @property
     def features(self) -> frozenset[str]:
-        used = {"positions": self.has_positions, "tree_mask": self.tree_width > 0}
+        used = {
+            "positions": self.has_positions,
+            "tree_mask": self.tree_width > 0,
+            "axis_name with positions": self.is_part and self.has_positions,
+            "axis_name with tree_mask": self.is_part and self.tree_width > 0,
+        }
         return super().features | {feature for feature, is_used in used.items() if is_used}
 
     def fold(self, size, operands, axes):
@@ -80,7 +91,7 @@ class RaggedPageAttentionProblem(PagedProblem):
             positions=(None,) if self.has_positions else None,
             tree_mask=(None, None) if self.tree_width else None,
             row_lens=(None,) if self.is_part else None,
-            block_distances=(None, None) if self.own_distances else None,
+            page_distances=(None, None) if self.own_distances else None,
         )
 
 

@@ -67,7 +67,7 @@ class PallasPageAttention(PageAttentionBackend):
             "value_head_dim",
             "fused_pools",
             "return_lse",
-            "context_parallel",
+            "axis_name",
             'cache_layout="HND"',
             'cache_layout="NHD"',
             'cache_layout="KV_HEADS_FIRST"',

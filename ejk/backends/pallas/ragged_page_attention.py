@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk.backends._fields import at_least, check_interpret
-from ejk.backends.page_attention import CONTEXT_PARALLEL
+from ejk.backends.page_attention import AXIS
 from ejk.backends.pallas.page_attention import (
     PallasPageAttention,
     _callback_effects,
@@ -53,7 +53,7 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
     interpret: bool | Hashable = False
 
     name = "pallas"
-    features = (PallasPageAttention.features - CONTEXT_PARALLEL) | {"positions", "tree_mask"}
+    features = (PallasPageAttention.features - AXIS) | {"positions", "tree_mask"}
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)

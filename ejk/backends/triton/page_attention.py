@@ -15,7 +15,7 @@ from ejk.backends.page_attention_plan import PlanOperands
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target, cannot_compile
 from ejk.backends.triton.page_attention_launch import Launch, Tuning
-from ejk.backends.triton.page_attention_plan import run_plan
+from ejk.backends.triton.page_attention_plan import TritonPlan, run_plan
 
 MAX_GRID = 2**31 - 1
 MAX_CAPACITY = 2**31 - 2**20
@@ -51,8 +51,8 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
             "value_head_dim",
             "fused_pools",
             "return_lse",
-            "context_parallel",
-            "context_parallel with alibi_slopes",
+            "axis_name",
+            "axis_name with alibi_slopes",
             'cache_layout="HND"',
             'cache_layout="NHD"',
             'cache_layout="KV_HEADS_FIRST"',
@@ -153,6 +153,10 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
             )
         return (out, lse) if problem.return_lse else (out,)
 
+    @property
+    def planner(self) -> TritonPlan:
+        return TritonPlan(self.compute_capability, self.num_sms, self.interpret)
+
     def target(self, platform: str) -> Target | None:
         """Return the GPU to compile for, None where none is known."""
         return Target.of(platform, self.compute_capability, self.num_sms)
@@ -185,6 +189,6 @@ def _inputs(operands: PageAttentionOperands, work: Any) -> dict[str, Any]:
         "sliding_window_ptr": operands.sliding_window,
         "sinks_ptr": operands.sinks,
         "alibi_slopes_ptr": operands.alibi_slopes,
-        "block_distances_ptr": operands.block_distances,
+        "block_distances_ptr": operands.page_distances,
         "work_ptr": work,
     }

@@ -4,9 +4,17 @@ import dataclasses
 import functools
 from typing import Any
 
-from ejk.backends.page_attention_plan import EVEN_SHARE, PlanBackend, PlanOperands, PlanProblem
+from ejk._indices import is_static, least
+from ejk.backends.page_attention_plan import (
+    EVEN_SHARE,
+    PlanBackend,
+    PlanFacts,
+    PlanOperands,
+    PlanProblem,
+)
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target, cannot_compile
+from ejk.backends.triton.page_attention_launch import GRANULE, block_group, choose_cuts
 
 # Sequences of a program, sequences that it compares them with at a time, warps. All at a time is
 # best, and few to a program: its code has to be fetched from memory once a step. On an H100, of
@@ -14,6 +22,9 @@ from ejk.backends.triton._target import Target, cannot_compile
 FEW_SEQS = 256
 BLOCKS_OF_FEW = (2, 256, 4)
 BLOCKS_OF_MANY = (4, 1024, 8)
+# Sizes a plan where no GPU is known: more or fewer pieces than its processors want cost a little
+# speed, nothing else.
+DEFAULT_NUM_SMS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +33,12 @@ class TritonPlan(PlanBackend):
 
     Attributes:
         compute_capability: compile for it; the device's own if None.
+        num_sms: multiprocessors to deal out the work to; the device's own if None.
         interpret: run the kernel on the CPU with Triton's interpreter.
     """
 
     compute_capability: int | None = None
+    num_sms: int | None = None
     interpret: bool = False
 
     name = "triton"
@@ -46,6 +59,23 @@ class TritonPlan(PlanBackend):
         if target is None or target.is_too_old:
             return (cannot_compile(target, platform),)
         return ()
+
+    def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
+        target = Target.of(self.platforms[0], self.compute_capability, self.num_sms)
+        num_sms = DEFAULT_NUM_SMS if target is None else target.num_sms
+        group = facts.num_heads // facts.num_kv_heads
+        programs = facts.num_kv_heads * -(-group // block_group(group, value_head_dim))
+        window, capacity = facts.sliding_window, facts.capacity
+        longest = least(capacity, window) if isinstance(window, int) else capacity
+        # Kernels, which alone read a plan, want sizes that are static.
+        is_known = is_static(facts.num_seqs) and is_static(capacity)
+        return PlanProblem(
+            num_seqs=facts.num_seqs,
+            capacity=capacity,
+            has_window=window is not None,
+            max_cuts=choose_cuts(num_sms, facts.num_seqs, programs, longest) if is_known else 0,
+            granule=GRANULE,
+        )
 
     def run(self, problem: PlanProblem, operands: PlanOperands, platform):
         target = Target.of(platform, self.compute_capability, 1)

@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 from ejk.backends._fields import at_least, check_interpret
-from ejk.backends.page_attention import CONTEXT_PARALLEL
+from ejk.backends.page_attention import AXIS
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,
@@ -44,7 +44,7 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
     interpret: bool = False
 
     name = "triton"
-    features = TritonPageAttention.features - CONTEXT_PARALLEL | {"positions", "tree_mask"}
+    features = TritonPageAttention.features - AXIS | {"positions", "tree_mask"}
 
     def __post_init__(self):
         check_interpret(self)

@@ -56,8 +56,8 @@ class XlaPageAttention(PageAttentionBackend):
             "value_head_dim",
             "fused_pools",
             "return_lse",
-            "context_parallel",
-            "context_parallel with alibi_slopes",
+            "axis_name",
+            "axis_name with alibi_slopes",
             'cache_layout="HND"',
             'cache_layout="NHD"',
             'cache_layout="KV_HEADS_FIRST"',
@@ -139,7 +139,7 @@ class Blocks:
         if not problem.own_distances:
             return block * self.tokens + tokens[None] - (context.length[:, None] - 1)
         entries = block * self.pages + jnp.arange(self.pages, dtype=jnp.int32)
-        begins = operands.block_distances.at[:, entries].get(mode="fill", fill_value=0)
+        begins = operands.page_distances.at[:, entries].get(mode="fill", fill_value=0)
         return jnp.repeat(begins, problem.page_size, axis=1) + tokens[None] % problem.page_size
 
     def pad(self, tables: jax.Array) -> jax.Array:

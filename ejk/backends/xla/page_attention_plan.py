@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from ejk import _dispatch
 from ejk._indices import count_up_to
-from ejk.backends.page_attention_plan import EVEN_SHARE, PlanBackend, PlanOperands, PlanProblem
+from ejk.backends.page_attention_plan import PlanBackend, PlanFacts, PlanOperands, PlanProblem
 
 VAST = 2**26
 
@@ -26,6 +26,11 @@ class XlaPlan(PlanBackend):
     def limits(self, problem, platform):
         return ()
 
+    def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
+        """Plan an order, longest first: nobody is known who takes contexts in pieces."""
+        has_window = facts.sliding_window is not None
+        return PlanProblem(facts.num_seqs, facts.capacity, has_window, max_cuts=0, granule=1)
+
     def run(self, problem: PlanProblem, operands: PlanOperands, platform):
         length = jnp.clip(operands.context_lens, 0, problem.capacity)
         first = jnp.zeros_like(length)
@@ -41,7 +46,7 @@ class XlaPlan(PlanBackend):
         high = jnp.where(is_vast, VAST, high)
         chunk = high + _ceil_div(low, cuts)
         # longest * denominator <= numerator * total / max_cuts, in whole numbers of 32 bits
-        numerator, denominator = EVEN_SHARE
+        numerator, denominator = problem.even_share
         share = numerator * high + numerator * low // cuts
         is_even = (granules.max() * denominator <= share) | (problem.max_cuts == 0)
         chunk = jnp.maximum(jnp.where(is_even, granules.max(), chunk), 1)

@@ -230,7 +230,7 @@ class Keys(NamedTuple):
         keys, values = load_pages(problem, operands, pages, visible.any(1))
         ahead = key_position[:, None] - blocks.position[..., None]
         if problem.own_distances:
-            begins = operands.block_distances.at[at].get(mode="fill", fill_value=0)
+            begins = operands.page_distances.at[at].get(mode="fill", fill_value=0)
             slots = jnp.arange(num_keys, dtype=jnp.int32) % problem.page_size
             from_last = jnp.repeat(begins, problem.page_size, axis=1) + slots[None]
             ahead = from_last[:, None] + blocks.newer[..., None]
