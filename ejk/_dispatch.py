@@ -22,7 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ejk import _partition
+from ejk import _jax, _partition
 from ejk._batching import batch
 from ejk._errors import Mendable, UnsupportedError
 from ejk._nearest import did_you_mean
@@ -434,7 +434,7 @@ def _lowering(platform: str) -> Callable[..., Any]:
         # The programs of shards cannot order their effects: an interpreter with any runs whole.
         backend = choice.select(problem, platform, obstacle)
         splits = problem.axes and not (backend.effects or obstacle)
-        if splits and _partition.is_partitioned(ctx):
+        if splits and _jax.is_partitioned(ctx):
             callbacks = backend.host_callbacks
             return _partition.lower(inner, args, problem, treedef, run, callbacks)
         results = mlir.lower_fun(whole, multiple_results=True)(inner, *args)

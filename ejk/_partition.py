@@ -27,6 +27,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ejk import _jax
 from ejk._errors import Mendable
 
 
@@ -49,30 +50,21 @@ class Shards(NamedTuple):
     results: tuple[PartitionSpec, ...]
 
 
-def is_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
-    """Say whether XLA splits the computation: not on one device, nor inside `shard_map`."""
-    devices = getattr(ctx.module_context.axis_context, "device_assignment", None)
-    return devices is not None and len(devices) > 1
-
-
 def obstacle(ctx: mlir.LoweringRuleContext, platform: str) -> str | None:
     """Say why what XLA cannot see into is not split here, or return None where it is."""
-    if platform == "tpu" and is_partitioned(ctx):
+    is_partitioned = _jax.is_partitioned(ctx)
+    if platform == "tpu" and is_partitioned:
         return Mendable(
             "cannot be split by plain jit, as libtpu has no custom partitioning",
             "give the mesh explicit axes, or use jax.shard_map",
         )
-    if is_partitioned(ctx) and ctx.module_context.lowering_parameters.for_export:
+    if is_partitioned and _jax.is_exported(ctx):
         return Mendable(
             "cannot be exported for plain jit to split, as its program is made once XLA has "
             "settled the shards",
             "give the mesh explicit axes, or use jax.shard_map",
         )
-    context: Any = ctx.module_context.axis_context
-    if not hasattr(context, "manual_axes"):
-        return None
-    sizes = context.mesh.shape.items()
-    left = [name for name, size in sizes if size > 1 and name not in context.manual_axes]
+    left = _jax.axes_left_to_xla(ctx)
     if not left:
         return None
     return Mendable(
