@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from ejk import _partition
 
 
-def batch(call: Callable[..., Any], axis_data: Any, leaves, axes, *, problem, choice, treedef):
+def batch(
+    call: Callable[..., Any],
+    along: tuple[str, ...] | None,
+    leaves,
+    axes,
+    *,
+    problem,
+    choice,
+    treedef,
+):
     """Batch a problem's primitive, whose operands are `leaves`; `call` runs a problem.
 
     On explicit axes each device batches its own part, also of the batched axis.
@@ -25,7 +34,7 @@ def batch(call: Callable[..., Any], axis_data: Any, leaves, axes, *, problem, ch
     if _partition.explicit_mesh(map(jax.typeof, leaves)) is None:
         results = run(problem, leaves)
     else:
-        batched = _partition.Batched(axes, axis_data.explicit_mesh_axis, to)
+        batched = _partition.Batched(axes, along, to)
         results = _partition.split(problem, treedef, leaves, run, batched)
     return results, [to] * len(results)
 

@@ -12,14 +12,12 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import numpy as np
-from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
+from jax.extend.core import Jaxpr, Primitive, jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ejk import _jax, _partition
@@ -368,23 +366,22 @@ def vary_together(operands: Any) -> Any:
 
     Then the results do too, and a gradient is summed over the axes that its operand lacks.
     """
-    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(operands)))
+    axes = frozenset().union(*(_jax.varying(x) for x in jax.tree.leaves(operands)))
 
     def vary(x):
-        missing = axes - jax.typeof(x).mat.varying
+        missing = axes - _jax.varying(x)
         return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
     return jax.tree.map(vary, operands)
 
 
-def calls(jaxpr: Any) -> Iterator[tuple[Problem, Choice]]:
+def calls(jaxpr: Jaxpr) -> Iterator[tuple[Problem, Choice]]:
     """Yield the problem and the choice of each call that a jaxpr holds, at any depth."""
     for equation in jaxpr.eqns:
         if equation.primitive in (call_p, split_p):
             yield equation.params["problem"], equation.params["choice"]
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                yield from calls(getattr(inner, "jaxpr", inner))
+        for inner in jaxprs_in_params(equation.params):
+            yield from calls(inner)
 
 
 def _abstract_eval(*avals, problem, choice, treedef):
@@ -396,12 +393,7 @@ def _abstract_eval(*avals, problem, choice, treedef):
         mesh = avals[0].sharding.mesh
         specs = [PartitionSpec(*[None] * len(result.shape)) for result in problem.results]
     results = [
-        ShapedArray(
-            result.shape,
-            result.dtype,
-            sharding=NamedSharding(mesh, spec),
-            manual_axis_type=avals[0].mat,
-        )
+        _jax.result_type(result, NamedSharding(mesh, spec), like=avals[0])
         for result, spec in zip(problem.results, specs)
     ]
     return results, effects
@@ -419,7 +411,8 @@ def _lowering(platform: str) -> Callable[..., Any]:
         def whole(*leaves):
             return run(problem, jax.tree.unflatten(treedef, leaves))
 
-        if _partition.explicit_mesh(ctx.avals_in) is not None:
+        types = _jax.operand_types(ctx)
+        if _partition.explicit_mesh(types) is not None:
 
             def split(*leaves):
                 def run(problem, leaves):
@@ -429,40 +422,34 @@ def _lowering(platform: str) -> Callable[..., Any]:
 
             return _partition.lower_split(ctx, split, args)
         # What a backend runs is one device's own; over which mesh axes its arrays vary is settled.
-        local = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        inner = ctx.replace(avals_in=local)
+        local = [ShapedArray(of.shape, of.dtype) for of in types]
         # The programs of shards cannot order their effects: an interpreter with any runs whole.
         backend = choice.select(problem, platform, obstacle)
         splits = problem.axes and not (backend.effects or obstacle)
         if splits and _jax.is_partitioned(ctx):
             callbacks = backend.host_callbacks
-            return _partition.lower(inner, args, problem, treedef, run, callbacks)
-        results = mlir.lower_fun(whole, multiple_results=True)(inner, *args)
-        if inner.tokens_out is not None:  # they order the effects of an interpreter
-            ctx.set_tokens_out(inner.tokens_out)
-        return results
+            return _partition.lower(ctx, args, local, problem, treedef, run, callbacks)
+        return _jax.lower(ctx, whole, args, local)
 
     return rule
 
 
-def _differentiate(*args, problem, **params):
+def _differentiate(primals: Any, tangents: Any, *, problem: Problem, **rest: Any) -> NoReturn:
     refuse_forward_mode(operation=problem.operation)
 
 
 def _primitive() -> Primitive:
-    primitive = Primitive("ejk")
-    primitive.multiple_results = True
-    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    primitive.def_effectful_abstract_eval(_abstract_eval)
-    for platform in PLATFORMS:
-        mlir.register_lowering(primitive, _lowering(platform), platform=platform)
-    batching.fancy_primitive_batchers[primitive] = functools.partial(batch, call)
-    ad.primitive_jvps[primitive] = _differentiate
-    return primitive
+    return _jax.primitive(
+        "ejk",
+        _abstract_eval,
+        {platform: _lowering(platform) for platform in PLATFORMS},
+        batcher=functools.partial(batch, call),
+        jvp=_differentiate,
+    )
 
 
 # Outside `shard_map` the lowering has to know the devices that a program is split over. JAX then
 # wants devices for every lowering and one mesh for the whole program: inside, it need not.
 call_p = _primitive()
 split_p = _primitive()
-prim_requires_devices_during_lowering.add(split_p)
+_jax.require_devices(split_p)

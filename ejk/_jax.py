@@ -4,12 +4,124 @@ JAX promises none of them. What could change in silence raises here instead, and
 `tests/test_jax_internals.py` asks each function whether the JAX that is installed still has it.
 """
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.interpreters import mlir
+from jax._src import dispatch
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, partial_eval
+from jax.sharding import Sharding
 
 Context = mlir.LoweringRuleContext
+"""Where a primitive is lowered."""
+
+Rule = Callable[..., Any]
+"""What JAX asks of a primitive."""
+
+
+def primitive(
+    name: str,
+    result_types: Rule,
+    lowerings: Mapping[str | None, Rule],
+    *,
+    multiple_results: bool = True,
+    impl: Rule | None = None,
+    batcher: Rule | None = None,
+    jvp: Rule | None = None,
+    transpose: Rule | None = None,
+) -> Primitive:
+    """Return a new primitive that has these rules.
+
+    Args:
+        name: how jaxprs show it.
+        result_types: of the operands' types and the parameters, the results' types and effects.
+        lowerings: for each platform, or for all under None, of a `Context`, the operands and the
+            parameters, the results.
+        multiple_results: there is a list of results; else one.
+        impl: runs it where nothing traces it; it is compiled if None.
+        batcher: of the mesh axes that a `vmap` axis is split over, the operands, the axis of each
+            and the parameters, the results and their axes. Element by element if None.
+        jvp: of primals, tangents and parameters, the results and theirs.
+        transpose: it is linear: of a cotangent, the operands and the parameters, their cotangents.
+    """
+    made = Primitive(name)
+    made.multiple_results = multiple_results
+    made.def_impl(impl or functools.partial(_run, made))
+    made.def_effectful_abstract_eval(result_types)
+    for platform, rule in lowerings.items():
+        mlir.register_lowering(made, rule, platform=platform)
+    if batcher is None:
+        batching.defvectorized(made)
+    else:
+        batching.fancy_primitive_batchers[made] = lambda mapped, *arrays, **parameters: batcher(
+            mapped.explicit_mesh_axis, *arrays, **parameters
+        )
+    if jvp:
+        ad.primitive_jvps[made] = jvp
+    if transpose:
+        ad.deflinear2(made, transpose)
+    return made
+
+
+def _run(primitive: Primitive, *operands: Any, **parameters: Any) -> Any:
+    with jax.disable_jit(False):  # it is evaluated, not traced, where that is true
+        return _bind(primitive, tuple(parameters.items()), *operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _bind(primitive: Primitive, parameters: tuple[tuple[str, Any], ...], *operands: Any) -> Any:
+    return primitive.bind(*operands, **dict(parameters))
+
+
+def varying(x: Any) -> frozenset[str]:
+    """Return the mesh axes of `shard_map` that an array varies over."""
+    return varying_as(x).varying
+
+
+def varying_as(x: Any) -> Any:
+    """Return what `jax.ShapeDtypeStruct` takes as `manual_axis_type`, to vary as an array does."""
+    return jax.typeof(x).manual_axis_type
+
+
+def result_type(result: jax.ShapeDtypeStruct, sharding: Sharding, like: Any) -> ShapedArray:
+    """Return the type of a primitive's result that varies as an operand of type `like` does."""
+    axes = like.manual_axis_type
+    return ShapedArray(result.shape, result.dtype, sharding=sharding, manual_axis_type=axes)
+
+
+def require_devices(primitive: Primitive) -> None:
+    """Have JAX lower programs that hold `primitive` for the devices that they are split over."""
+    _read(dispatch, "prim_requires_devices_during_lowering").add(primitive)
+
+
+def operand_types(ctx: Context) -> Sequence[Any]:
+    """Return the types of the operands of the primitive that is lowered."""
+    return ctx.avals_in
+
+
+def lower(
+    ctx: Context,
+    function: Callable[..., Sequence[Any]],
+    operands: Sequence[Any],
+    types: Sequence[Any] | None = None,
+) -> Any:
+    """Lower a function in the place of a primitive.
+
+    Args:
+        ctx: the primitive's.
+        function: is traced.
+        operands: lowered already.
+        types: of the operands; the primitive's if None.
+    """
+    inner = ctx if types is None else ctx.replace(avals_in=types)
+    results = mlir.lower_fun(function, multiple_results=True)(inner, *operands)
+    if inner is not ctx and inner.tokens_out is not None:  # they order effects
+        ctx.set_tokens_out(inner.tokens_out)
+    return results
 
 
 def is_partitioned(ctx: Context) -> bool:
@@ -36,6 +148,41 @@ def is_exported(ctx: Context) -> bool:
     return ctx.module_context.lowering_parameters.for_export
 
 
+class HostCallbacks:
+    """Calls back to Python out of programs that are made when XLA has settled the shards.
+
+    XLA is given all callbacks of a computation before it asks for them: these stand in.
+    """
+
+    def __init__(self, ctx: Context, count: int):
+        self.first, self.count = len(ctx.module_context.host_callbacks), count
+        self.functions: list[Callable[..., Any]] = []
+        for index in range(count):
+            ctx.module_context.add_host_callback(functools.partial(self._call, index))
+
+    def _call(self, index: int, *arrays: Any) -> Any:
+        return self.functions[index](*arrays)
+
+    def lower(self, ctx: Context, function: Rule, operands: Sequence[Any]) -> Any:
+        """Lower a function in the place of a primitive, whose callbacks these are."""
+        module = ctx.module_context.replace(host_callbacks=[None] * self.first)
+        results = lower(ctx.replace(module_context=module), function, operands)
+        self.functions = module.host_callbacks[self.first :]
+        assert len(self.functions) <= self.count, "see Backend.host_callbacks"
+        return results
+
+
+def drop_dead_code_rule(primitive: Primitive) -> None:
+    """Drop a primitive's rule for dead code where JAX would call it with more than it accepts.
+
+    JAX's own then does what a pure kernel needs: it drops the call when nobody uses a result.
+    """
+    rule = partial_eval.dce_rules.get(primitive)
+    passed = inspect.signature(partial_eval.dce_jaxpr_closed_call_rule).parameters
+    if rule and len(passed) != len(inspect.signature(rule).parameters):
+        del partial_eval.dce_rules[primitive]
+
+
 def _axis_context(ctx: Context) -> Any:
     """Return who splits the computation: XLA, or `shard_map`. Another would not be noticed."""
     axes = ctx.module_context.axis_context
@@ -46,7 +193,7 @@ def _axis_context(ctx: Context) -> Any:
 
 def _read(of: Any, name: str) -> Any:
     if not hasattr(of, name):
-        raise _unknown(f"no {type(of).__name__}.{name}")
+        raise _unknown(f"no {getattr(of, '__name__', type(of).__name__)}.{name}")
     return getattr(of, name)
 
 

@@ -23,8 +23,6 @@ import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray, Tracer
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ejk import _jax
@@ -50,7 +48,7 @@ class Shards(NamedTuple):
     results: tuple[PartitionSpec, ...]
 
 
-def obstacle(ctx: mlir.LoweringRuleContext, platform: str) -> str | None:
+def obstacle(ctx: _jax.Context, platform: str) -> str | None:
     """Say why what XLA cannot see into is not split here, or return None where it is."""
     is_partitioned = _jax.is_partitioned(ctx)
     if platform == "tpu" and is_partitioned:
@@ -178,10 +176,10 @@ def split(
     )(*placed)
 
 
-def lower_split(ctx: mlir.LoweringRuleContext, function: Callable[..., Any], leaves: Any) -> Any:
+def lower_split(ctx: _jax.Context, function: Callable[..., Any], leaves: Any) -> Any:
     """Lower `function`, which splits its arrays over the explicit axes that their types name."""
-    with jax.sharding.use_abstract_mesh(explicit_mesh(ctx.avals_in)):
-        return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
+    with jax.sharding.use_abstract_mesh(explicit_mesh(_jax.operand_types(ctx))):
+        return _jax.lower(ctx, function, leaves)
 
 
 def left_to_xla(pull_back: Callable[..., Any], operands: Any) -> Callable[..., Any]:
@@ -202,8 +200,9 @@ def left_to_xla(pull_back: Callable[..., Any], operands: Any) -> Callable[..., A
 
 
 def lower(
-    ctx: mlir.LoweringRuleContext,
+    ctx: _jax.Context,
     leaves: Sequence[Any],
+    types: Sequence[Any],
     problem: Any,
     treedef: Any,
     run: Callable[[Any, Any], Any],
@@ -214,6 +213,7 @@ def lower(
     Args:
         ctx: of the primitive that is lowered.
         leaves: its operands.
+        types: of the leaves, where they are not split.
         problem: of the whole arrays.
         treedef: of the operands.
         run: traced once the shards are known.
@@ -222,9 +222,9 @@ def lower(
     axes = problem.axes
     kept = [of is not None for of in treedef.flatten_up_to(axes.operands)]
     leaves = [x for x, keep in zip(leaves, kept) if keep]
-    ctx = ctx.replace(avals_in=[aval for aval, keep in zip(ctx.avals_in, kept) if keep])
+    types = [of for of, keep in zip(types, kept) if keep]
     treedef = jax.tree.structure(jax.tree.unflatten(treedef, [keep or None for keep in kept]))
-    callbacks = _HostCallbacks(ctx, host_callbacks)
+    callbacks = _jax.HostCallbacks(ctx, host_callbacks)
 
     def program(problem):
         def run_leaves(*leaves):
@@ -249,7 +249,7 @@ def lower(
 
     function = custom_partitioning(program(problem))
     function.def_partition(partition, sharding_rule=_rule(axes, treedef), **axes.sizes)
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
+    return _jax.lower(ctx, function, leaves, types)
 
 
 def _spec(problem, x):
@@ -281,40 +281,16 @@ def _rule(axes: Axes, treedef: Any) -> str:
     return " -> ".join(", ".join(map(spell, arrays)) for arrays in (operands, axes.results))
 
 
-class _HostCallbacks:
-    """Calls back to Python out of programs that are made when XLA has settled the shards.
-
-    XLA is given all callbacks of a computation before it asks for them: these stand in.
-    """
-
-    def __init__(self, ctx: mlir.LoweringRuleContext, count: int):
-        self.first, self.count = len(ctx.module_context.host_callbacks), count
-        self.functions: list[Callable[..., Any]] = []
-        for index in range(count):
-            ctx.module_context.add_host_callback(functools.partial(self._call, index))
-
-    def _call(self, index, *args):
-        return self.functions[index](*args)
-
-    def lower(self, ctx, lower, args):
-        context = ctx.module_context.replace(host_callbacks=[None] * self.first)
-        results = lower(ctx.replace(module_context=context), *args)
-        self.functions = context.host_callbacks[self.first :]
-        assert len(self.functions) <= self.count, "see Backend.host_callbacks"
-        return results
+def _result_types(
+    *types: Any, run: Any, results: Sequence[jax.ShapeDtypeStruct], callbacks: Any
+) -> tuple[list[ShapedArray], frozenset[Any]]:
+    return [ShapedArray(result.shape, result.dtype) for result in results], frozenset()
 
 
-shard_p = Primitive("ejk_shard")
-shard_p.multiple_results = True
+def _lower_shard(
+    ctx: _jax.Context, *leaves: Any, run: Any, results: Any, callbacks: _jax.HostCallbacks
+) -> Any:
+    return callbacks.lower(ctx, run, leaves)
 
 
-@shard_p.def_abstract_eval
-def _abstract_eval(*avals, run, results, callbacks):
-    return [ShapedArray(result.shape, result.dtype) for result in results]
-
-
-def _lower_shard(ctx, *args, run, results, callbacks):
-    return callbacks.lower(ctx, mlir.lower_fun(run, multiple_results=True), args)
-
-
-mlir.register_lowering(shard_p, _lower_shard)
+shard_p = _jax.primitive("ejk_shard", _result_types, {None: _lower_shard})

@@ -1,12 +1,16 @@
-"""JAX still has what `ejk._jax` uses of its internals; what it would miss in silence raises."""
+"""JAX still has what `ejk._jax` uses of its internals."""
 
 import dataclasses
 import re
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.interpreters import mlir
+from jax.experimental.buffer_callback import buffer_callback
+from jax.interpreters import mlir, partial_eval
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ejk
 from ejk import _jax
@@ -16,6 +20,239 @@ pytestmark = pytest.mark.fast
 POOL = np.ones((8, 2, 16, 128), np.float32)
 ARGS = (np.ones((2, 4, 128), np.float32), POOL, POOL,
         np.array([20, 1], np.int32), np.array([[3, 5], [1, 0]], np.int32))  # fmt: skip
+X = np.arange(8, dtype=np.float32)
+
+
+def same_type(x, **params):
+    return x, frozenset()
+
+
+def identity(**rules):
+    lowerings = rules.pop("lowerings", {None: lambda ctx, x: [x]})
+    return _jax.primitive("identity", same_type, lowerings, multiple_results=False, **rules)
+
+
+def mesh(*kinds):
+    shape, names = (2, 1)[: len(kinds)], ("x", "y")[: len(kinds)]
+    devices = jax.devices()[:2]
+    return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+
+
+def asked(question, wrap=lambda function: function, place=lambda x: x, lower=None):
+    """Ask of the context in which an identity is lowered, that JAX lowers for known devices."""
+    answers = []
+
+    def rule(ctx, x):
+        answers.append(question(ctx))
+        return [x]
+
+    primitive = identity(lowerings={None: rule})
+    _jax.require_devices(primitive)
+    function = jax.jit(wrap(primitive.bind))
+    (lower or (lambda function, x: function.lower(x)))(function, place(X))
+    return answers[-1]
+
+
+def split_by_xla(x):
+    return jax.device_put(x, NamedSharding(mesh(AxisType.Auto, AxisType.Auto), PartitionSpec("x")))
+
+
+def manual(*names):
+    """Wrap a function in `shard_map` over some axes of a mesh of two devices."""
+
+    def wrap(function):
+        return jax.shard_map(
+            function, mesh=mesh(AxisType.Auto, AxisType.Auto), axis_names={*names},
+            in_specs=PartitionSpec("x" if "x" in names else None),
+            out_specs=PartitionSpec("x" if "x" in names else None),
+        )  # fmt: skip
+
+    return wrap
+
+
+def primitive():
+    twice = identity(
+        impl=lambda x: 3 * x,
+        lowerings={"cpu": lambda ctx, x: _jax.lower(ctx, lambda x: [2 * x], [x])},
+        jvp=lambda primals, tangents: (primals[0], linear.bind(tangents[0])),
+    )
+    linear = identity(transpose=lambda cotangent, x: [5 * cotangent])
+    np.testing.assert_array_equal(twice.bind(X), 3 * X)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(twice.bind))(X), 2 * X)
+    assert jax.jit(jax.grad(twice.bind))(1.0) == 5
+    with pytest.raises(NotImplementedError, match="identity"):
+        jax.jit(twice.bind).trace(X).lower(lowering_platforms=("tpu",))
+
+    # What has no rule of its own is compiled, which has a parameter and may have several results.
+    many = _jax.primitive(
+        "many",
+        lambda *types, number: ([*types], frozenset()),
+        {None: lambda ctx, *xs, number: _jax.lower(ctx, lambda *xs: [x + number for x in xs], xs)},
+        batcher=lambda along, xs, axes, number: (many.bind(*xs, number=number + 1), axes),
+    )
+    with jax.disable_jit():
+        assert many.bind(1.0, 2.0, number=3) == [4, 5]
+    np.testing.assert_array_equal(jax.vmap(lambda x: many.bind(x, number=3)[0])(X), X + 4)
+
+
+def batched_along():
+    seen = []
+
+    def batcher(along, arrays, axes):
+        seen.append(along)
+        return arrays[0], axes[0]
+
+    explicit = mesh(AxisType.Explicit)
+    batched = identity(batcher=batcher)
+    with jax.set_mesh(explicit):
+        jax.vmap(batched.bind)(jax.device_put(X, NamedSharding(explicit, PartitionSpec("x"))))
+    jax.vmap(batched.bind)(X)
+    assert [tuple(along or ()) for along in seen] == [("x",), ()]
+
+
+def varying():
+    seen = []
+
+    def function(x):
+        seen.append(_jax.varying(x))
+        return x
+
+    jax.jit(manual("x")(function)).lower(X)
+    assert seen[-1] == {"x"} and _jax.varying(X) == frozenset()
+
+
+def varying_as():
+    def function(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=_jax.varying_as(x))
+        return jax.pure_callback(lambda x: x, shape, x)
+
+    jax.jit(manual("x", "y")(function)).lower(X)
+
+
+def result_type():
+    on = NamedSharding(mesh(AxisType.Explicit).abstract_mesh, PartitionSpec("x"))
+    found = _jax.result_type(jax.ShapeDtypeStruct((8,), np.float32), on, like=jax.typeof(X))
+    assert (found.shape, found.dtype, found.sharding.spec) == ((8,), np.float32, on.spec)
+    assert found.manual_axis_type == _jax.varying_as(X)
+
+
+def require_devices():
+    assert asked(_jax.is_partitioned, place=split_by_xla)
+
+
+def operand_types():
+    [found] = asked(_jax.operand_types)
+    assert (found.shape, found.dtype) == ((8,), np.float32)
+
+
+def lower():
+    halves = [jax.typeof(X[:4])] * 2
+    both = _jax.primitive(
+        "both",
+        lambda *types: ([jax.typeof(X)], frozenset()),
+        {
+            None: lambda ctx, *xs: _jax.lower(
+                ctx, lambda x, y: [jnp.concatenate([x, y])], xs, halves
+            )
+        },
+    )
+    np.testing.assert_array_equal(both.bind(X[:4], X[4:])[0], X)
+
+
+def is_partitioned():
+    assert asked(_jax.is_partitioned, place=split_by_xla)
+    assert not asked(_jax.is_partitioned)
+    assert not asked(_jax.is_partitioned, wrap=manual("x", "y"))
+
+
+def axes_left_to_xla():
+    assert asked(_jax.axes_left_to_xla, wrap=manual("y"), place=split_by_xla) == ["x"]
+    assert asked(_jax.axes_left_to_xla, wrap=manual("x", "y")) == []
+    assert asked(_jax.axes_left_to_xla, place=split_by_xla) == []
+
+
+def is_exported():
+    assert not asked(_jax.is_exported)
+    assert asked(_jax.is_exported, lower=lambda function, x: jax.export.export(function)(x))
+
+
+def host_callbacks():
+    """One that stands in is called before the program that it belongs to was lowered."""
+
+    def call_back(x):
+        def copy(ctx, out, x):
+            np.asarray(out)[...] = 7 * np.asarray(x)
+
+        return [buffer_callback(copy, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)]
+
+    def rule(ctx, x):
+        callbacks = _jax.HostCallbacks(ctx, 2)
+        return callbacks.lower(ctx, call_back, [x])
+
+    np.testing.assert_array_equal(jax.jit(identity(lowerings={None: rule}).bind)(X), 7 * X)
+
+
+def drop_dead_code_rule():
+    theirs = identity()
+    kept = partial_eval.dce_jaxpr_closed_call_rule
+    partial_eval.dce_rules[theirs] = kept
+    _jax.drop_dead_code_rule(theirs)
+    assert partial_eval.dce_rules.pop(theirs) is kept
+    partial_eval.dce_rules[theirs] = lambda used, equation, more, still_more: None
+    _jax.drop_dead_code_rule(theirs)
+    assert theirs not in partial_eval.dce_rules
+    _jax.drop_dead_code_rule(theirs)
+
+
+USES = {
+    "primitive": (primitive, batched_along),
+    "varying": (varying,),
+    "varying_as": (varying_as,),
+    "result_type": (result_type,),
+    "require_devices": (require_devices,),
+    "operand_types": (operand_types,),
+    "lower": (lower,),
+    "is_partitioned": (is_partitioned,),
+    "axes_left_to_xla": (axes_left_to_xla,),
+    "is_exported": (is_exported,),
+    "HostCallbacks": (host_callbacks,),
+    "drop_dead_code_rule": (drop_dead_code_rule,),
+}
+
+
+def check(name):
+    for use in USES[name]:
+        try:
+            use()
+        except Exception as error:
+            error.add_note(f"jax {jax.__version__} has moved what ejk._jax.{name} uses")
+            raise
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize("name", USES)
+def test_jax_has_what_is_used(name):
+    check(name)
+
+
+def test_every_function_is_asked():
+    defined = {
+        name
+        for name, found in vars(_jax).items()
+        if getattr(found, "__module__", None) == _jax.__name__ and not name.startswith("_")
+    }
+    assert defined == USES.keys()
+
+
+def test_what_has_moved_is_told_with_the_version(monkeypatch):
+    monkeypatch.setattr(jax, "typeof", lambda x: types.SimpleNamespace(vma=frozenset()))
+    with pytest.raises(AttributeError) as raised:
+        check("varying")
+    assert raised.value.__notes__[-1:] == [
+        f"jax {jax.__version__} has moved what ejk._jax.varying uses"
+    ]
+
+
 SAYS_VERSION = f"^jax {re.escape(jax.__version__)} has "
 
 
@@ -27,26 +264,14 @@ class Renamed:
     manual: frozenset = frozenset({"x"})
 
 
-def lower():
-    jax.jit(lambda *args: ejk.page_attention(*args)).lower(*ARGS)
-
-
-@pytest.fixture
-def ctx(monkeypatch):
-    """The context of a lowering whose axis context is `Renamed`."""
-    seen = []
-    is_partitioned = _jax.is_partitioned
-    with monkeypatch.context() as patch:
-        patch.setattr(_jax, "is_partitioned", lambda ctx: seen.append(ctx) or is_partitioned(ctx))
-        lower()
-    module = seen[0].module_context.replace(axis_context=Renamed())
-    return seen[0].replace(module_context=module)
+def renamed(ctx):
+    return ctx.replace(module_context=ctx.module_context.replace(axis_context=Renamed()))
 
 
 @pytest.mark.parametrize("name", ["is_partitioned", "axes_left_to_xla"])
-def test_an_unknown_axis_context_is_no_answer(name, ctx):
+def test_an_unknown_axis_context_is_no_answer(name):
     with pytest.raises(RuntimeError, match=SAYS_VERSION + "an axis context Renamed"):
-        getattr(_jax, name)(ctx)
+        asked(lambda ctx: getattr(_jax, name)(renamed(ctx)))
 
 
 @pytest.mark.parametrize(
@@ -56,13 +281,22 @@ def test_an_unknown_axis_context_is_no_answer(name, ctx):
         ("axes_left_to_xla", "SPMDAxisContext", "manual_axes"),
     ],
 )
-def test_a_renamed_attribute_is_no_answer(name, kind, lacks, ctx, monkeypatch):
+def test_a_renamed_attribute_is_no_answer(name, kind, lacks, monkeypatch):
     monkeypatch.setattr(mlir, kind, Renamed)
     with pytest.raises(RuntimeError, match=SAYS_VERSION + f"no Renamed.{lacks}"):
-        getattr(_jax, name)(ctx)
+        asked(lambda ctx: getattr(_jax, name)(renamed(ctx)))
+
+
+def test_devices_that_JAX_no_longer_tells_are_missed(monkeypatch):  # noqa: N802
+    monkeypatch.delattr(_jax.dispatch, "prim_requires_devices_during_lowering")
+    with pytest.raises(RuntimeError, match=SAYS_VERSION + r"no jax\._src\.dispatch\.prim_req"):
+        _jax.require_devices(identity())
 
 
 def test_a_call_raises_where_its_devices_are_unknown(monkeypatch):
+    def lower():
+        jax.jit(lambda *args: ejk.page_attention(*args)).lower(*ARGS)
+
     lower()
     monkeypatch.setattr(mlir, "ShardingContext", Renamed)
     with pytest.raises(RuntimeError, match=SAYS_VERSION + "an axis context ShardingContext"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from ejk import _jax
 from ejk._errors import Mendable
 from ejk.backends.triton import _compiled, _installed
 
@@ -162,7 +163,8 @@ def _import_jax_triton() -> Any:
     with _environment_variable_kept("TRITON_CACHE_DIR"), _tma_constant():
         jax_triton = importlib.import_module("jax_triton")
         triton_lib = importlib.import_module("jax_triton.triton_lib")
-    _mend_dead_code_rule(triton_lib.triton_kernel_call_p)
+    # JAX 0.12 passes a third argument, which jax-triton 0.4.1 does not take.
+    _jax.drop_dead_code_rule(triton_lib.triton_kernel_call_p)
     _keep_compiler_and_interpreter_apart(triton_lib)
     _compile_for_running(triton_lib)
     _specialize_without_torch(triton_lib)
@@ -198,22 +200,6 @@ def _tma_constant() -> Iterator[None]:
         yield
     finally:
         del driver.TMA_TF32  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _mend_dead_code_rule(primitive: Any) -> None:
-    """Drops jax-triton's dead-code rule where JAX would call it with more than it accepts.
-
-    JAX 0.12 passes a third argument, which jax-triton 0.4.1 does not take. The default rule does
-    what a pure kernel needs: it drops the call when nobody uses a result.
-    """
-    partial_eval = importlib.import_module("jax.interpreters.partial_eval")
-    rule = partial_eval.dce_rules.get(primitive)
-    if rule is None:
-        return
-    passed = inspect.signature(partial_eval.dce_jaxpr_closed_call_rule).parameters
-    accepted = inspect.signature(rule).parameters
-    if len(passed) != len(accepted):
-        del partial_eval.dce_rules[primitive]
 
 
 def _keep_compiler_and_interpreter_apart(triton_lib: Any) -> None:
