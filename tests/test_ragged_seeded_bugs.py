@@ -47,7 +47,7 @@ def holds(bug: str):
 
 
 query_blocks, visible, key_positions = ragged.query_blocks, ragged._visible, ragged._key_positions
-sane_bounds, block_ends, gather = ragged.sane_bounds, ragged.block_ends, pages._gather
+sane_bounds, block_counts, gather = ragged.sane_bounds, ragged.block_counts, pages._gather
 by_token, accumulate = ragged.by_token, ragged.accumulate
 
 
@@ -126,7 +126,8 @@ def unselected_gather(problem, pool, pages, half, visible):
 
 
 def fewer_blocks(bounds, sizes):
-    return jnp.minimum(block_ends(bounds, sizes), block_ends(bounds, sizes)[-1] - 1)
+    ends = jnp.cumsum(block_counts(bounds, sizes))
+    return jnp.diff(jnp.minimum(ends, ends[-1] - 1), prepend=0)
 
 
 def heads_in_reverse(problem, x):
@@ -154,7 +155,7 @@ BUGS = {
     "trees hide the context": (ragged, "_visible", trees_without_context),
     "positions are ignored": (ragged, "query_blocks", given_positions_ignored),
     "keys keep their default positions": (ragged, "_key_positions", default_key_positions),
-    "the last block of queries is dropped": (ragged, "block_ends", fewer_blocks),
+    "the last block of queries is dropped": (ragged, "block_counts", fewer_blocks),
     "bounds may fall": (
         ragged, "sane_bounds", lambda problem, bounds: jnp.clip(bounds, 0, problem.total_tokens),
     ),

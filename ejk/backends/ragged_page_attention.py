@@ -110,6 +110,39 @@ def sequences_of_rows(
     return is_new, jnp.minimum(seq, len(bounds) - 2)
 
 
+class Items(NamedTuple):
+    """Blocks of new tokens, each of one sequence: what a program takes at a time."""
+
+    seq: jax.Array  # int32 [items]: whose they are
+    begin: jax.Array  # int32 [items]: the first token, counted from its sequence's first new one
+    row: jax.Array  # int32 [items]: that token's row of `query`
+    count: jax.Array  # int32 [items]: tokens; 0 of an item that does not exist
+    length: jax.Array  # int32 [items]: tokens of the sequence's context
+    context: jax.Array  # int32 [items]: those before its new ones; negative where these are more
+
+
+def number_items(
+    problem: RaggedPageAttentionProblem,
+    context_lens: jax.Array,
+    bounds: jax.Array,
+    counts: jax.Array,
+    tokens: int,
+    which: jax.Array,
+) -> Items:
+    """Find the items that `which` numbers, where sequences have `counts` of so many `tokens`.
+
+    They are numbered sequence by sequence; the last of one may have fewer tokens.
+    """
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    seq = count_up_to(ends, which)
+    exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
+    begin = (which - (ends - counts)[seq]) * tokens
+    q_len = (bounds[1:] - bounds[:-1])[seq]
+    count = jnp.where(exists, jnp.minimum(q_len - begin, tokens), 0)
+    length = jnp.clip(context_lens, 0, problem.capacity)[seq]
+    return Items(seq, begin, bounds[seq] + begin, count, length, length - q_len)
+
+
 class RaggedPageAttentionBackend(Backend):
     """A way to run `ejk.ragged_page_attention`: subclass it to add your own.
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk import _dispatch
-from ejk._indices import Size, count_up_to, least
+from ejk._indices import Size, least
 from ejk._rounding import rounded
 from ejk.backends._fields import at_least
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
+    number_items,
     sane_bounds,
 )
 from ejk.backends.xla.page_attention import (
@@ -119,18 +120,13 @@ class QueryBlocks(NamedTuple):
 
 def query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
     """Return the query blocks that `which` numbers: sequence by sequence."""
-    q_lens = bounds[1:] - bounds[:-1]
-    ends = block_ends(bounds, sizes)
-    seq = count_up_to(ends, which)
-    exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
-    nth = which - jnp.where(seq == 0, 0, ends[seq - 1])  # of its sequence's
-    local = nth[:, None] * sizes.tokens + jnp.arange(sizes.tokens, dtype=jnp.int32)[None]
-    token = bounds[seq][:, None] + local
-    length = jnp.clip(operands.context_lens, 0, problem.capacity)[seq]
-    context = length - q_lens[seq]
-    place = context[:, None] + local
-    inside = exists[:, None] & (local < q_lens[seq][:, None])
-    token = jnp.where(inside, token, problem.total_tokens)
+    counts = block_counts(bounds, sizes)
+    items = number_items(problem, operands.context_lens, bounds, counts, sizes.tokens, which)
+    nth = jnp.arange(sizes.tokens, dtype=jnp.int32)[None]
+    inside = nth < items.count[:, None]
+    token = jnp.where(inside, items.row[:, None] + nth, problem.total_tokens)
+    place = (items.context + items.begin)[:, None] + nth
+    newer = items.length[:, None] - 1 - place
     if problem.is_part:  # counted, not placed: the tokens here that each sees come first
         place = operands.row_lens.at[token].get(mode="fill", fill_value=0) - 1
     position = place
@@ -145,18 +141,16 @@ def query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
         window = jnp.broadcast_to(window, place.shape)
         first = jnp.maximum(position - (jnp.maximum(window, 0) - 1), 0)
         if problem.has_positions:  # those of new tokens may be anything
-            first = jnp.minimum(first, jnp.maximum(context, 0)[:, None])
-    last = jnp.broadcast_to(length[:, None], place.shape) if problem.tree_width else place + 1
-    newer = q_lens[seq][:, None] - 1 - local
+            first = jnp.minimum(first, jnp.maximum(items.context, 0)[:, None])
+    last = jnp.broadcast_to(items.length[:, None], place.shape) if problem.tree_width else place + 1
     return QueryBlocks(
-        seq, token, place, position, context, inside, first, last, window, newer
+        items.seq, token, place, position, items.context, inside, first, last, window, newer
     )  # fmt: skip
 
 
-def block_ends(bounds: jax.Array, sizes: Sizes) -> jax.Array:
-    """Return how many query blocks the sequences up to each have."""
-    blocks = -(-(bounds[1:] - bounds[:-1]) // sizes.tokens)
-    return jnp.cumsum(blocks, dtype=jnp.int32)
+def block_counts(bounds: jax.Array, sizes: Sizes) -> jax.Array:
+    """Return how many query blocks each sequence has."""
+    return -(-(bounds[1:] - bounds[:-1]) // sizes.tokens)
 
 
 def _visible(problem, operands, blocks: QueryBlocks, key, key_position):
@@ -287,7 +281,7 @@ def _attend(
     problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands, sizes: Sizes
 ):
     bounds = sane_bounds(problem, operands.cu_q_lens)
-    num_blocks = block_ends(bounds, sizes)[-1]
+    num_blocks = block_counts(bounds, sizes).sum(dtype=jnp.int32)
 
     def step(number, results):
         which = number * sizes.together + jnp.arange(sizes.together, dtype=jnp.int32)

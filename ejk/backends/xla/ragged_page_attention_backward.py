@@ -22,7 +22,7 @@ from ejk.backends.xla.ragged_page_attention import (
     Keys,
     QueryBlocks,
     Sizes,
-    block_ends,
+    block_counts,
     by_kv_head,
     by_token,
     query_blocks,
@@ -37,7 +37,7 @@ def _pull_back(problem, residuals, cotangents):
     h = cotangents[1] if problem.return_lse else jnp.zeros_like(lse)
     sizes = Sizes.of(problem, BLOCK_BYTES)
     bounds = sane_bounds(problem, operands.cu_q_lens)
-    num_blocks = block_ends(bounds, sizes)[-1]
+    num_blocks = block_counts(bounds, sizes).sum(dtype=jnp.int32)
 
     def step(number, grads):
         which = number * sizes.together + jnp.arange(sizes.together, dtype=jnp.int32)
