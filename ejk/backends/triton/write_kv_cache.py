@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.triton import _launch
 from ejk.backends.triton._target import Target, cannot_compile
-from ejk.backends.write_kv_cache import WriteKVCacheBackend, WriteKVCacheProblem
-from ejk.backends.xla.write_kv_cache import last_writes
+from ejk.backends.write_kv_cache import WriteKVCacheBackend, WriteKVCacheProblem, last_writes
 
 MAX_GRID = 2**31 - 1
 # What a program holds of the keys, and of the values, in bytes: 4 times 16 in each of 128 threads.
