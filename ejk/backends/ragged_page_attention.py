@@ -116,7 +116,7 @@ class Items(NamedTuple):
     seq: jax.Array  # int32 [items]: whose they are
     begin: jax.Array  # int32 [items]: the first token, counted from its sequence's first new one
     row: jax.Array  # int32 [items]: that token's row of `query`
-    count: jax.Array  # int32 [items]: tokens; 0 of an item that does not exist
+    num_tokens: jax.Array  # int32 [items]: 0 of an item that does not exist
     length: jax.Array  # int32 [items]: tokens of the sequence's context
     context: jax.Array  # int32 [items]: those before its new ones; negative where these are more
 
@@ -138,9 +138,9 @@ def number_items(
     exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
     begin = (which - (ends - counts)[seq]) * tokens
     q_len = (bounds[1:] - bounds[:-1])[seq]
-    count = jnp.where(exists, jnp.minimum(q_len - begin, tokens), 0)
+    num_tokens = jnp.where(exists, jnp.minimum(q_len - begin, tokens), 0)
     length = jnp.clip(context_lens, 0, problem.capacity)[seq]
-    return Items(seq, begin, bounds[seq] + begin, count, length, length - q_len)
+    return Items(seq, begin, bounds[seq] + begin, num_tokens, length, length - q_len)
 
 
 class RaggedPageAttentionBackend(Backend):

@@ -123,7 +123,7 @@ def query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
     counts = block_counts(bounds, sizes)
     items = number_items(problem, operands.context_lens, bounds, counts, sizes.tokens, which)
     nth = jnp.arange(sizes.tokens, dtype=jnp.int32)[None]
-    inside = nth < items.count[:, None]
+    inside = nth < items.num_tokens[:, None]
     token = jnp.where(inside, items.row[:, None] + nth, problem.total_tokens)
     place = (items.context + items.begin)[:, None] + nth
     newer = items.length[:, None] - 1 - place
