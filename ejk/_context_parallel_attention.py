@@ -31,7 +31,7 @@ from ejk._typing import (
     typed,
 )
 from ejk.backends.page_attention import CacheLayout, PageAttentionOperands, PageAttentionProblem
-from ejk.backends.xla.page_attention_backward import differentiable
+from ejk.backends.reverse_mode.page_attention import differentiable
 
 
 @overload

@@ -40,7 +40,7 @@ from ejk.backends.ragged_page_attention import (
     sane_bounds,
     sequences_of_rows,
 )
-from ejk.backends.xla.ragged_page_attention_backward import differentiable
+from ejk.backends.reverse_mode.ragged_page_attention import differentiable
 
 
 @overload

@@ -36,10 +36,10 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
 )
+from ejk.backends.reverse_mode.ragged_page_attention import differentiable
 from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
 from ejk.backends.xla.page_attention import finish, nothing_seen
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
-from ejk.backends.xla.ragged_page_attention_backward import differentiable
 
 FEW_TOKENS = 8  # new tokens of a decode step or a draft: rounded up they could ask for wide blocks
 BACKENDS = (TritonRaggedPageAttention(), PallasRaggedPageAttention(), XlaRaggedPageAttention())

@@ -10,9 +10,10 @@ from ejk._page_attention_problem import DTYPES, check_pool, check_sizes, convert
 from ejk._typing import Cache, Slots, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
 from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache
+from ejk.backends.reverse_mode.write_kv_cache import differentiable
 from ejk.backends.triton.write_kv_cache import TritonWriteKVCache
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
-from ejk.backends.xla.write_kv_cache import XlaWriteKVCache, differentiable
+from ejk.backends.xla.write_kv_cache import XlaWriteKVCache
 
 WRITE_BACKENDS = (TritonWriteKVCache(), PallasWriteKVCache(), XlaWriteKVCache())
 """Best first: each platform's own kernel, then XLA, which runs everything."""

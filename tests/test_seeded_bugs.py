@@ -19,9 +19,9 @@ from tolerances import assert_close
 
 import ejk
 import ejk._page_attention as public
-import ejk.backends.xla.attention_backward as shared
+import ejk.backends.reverse_mode.attention as shared
+import ejk.backends.reverse_mode.page_attention as backward
 import ejk.backends.xla.page_attention as forward
-import ejk.backends.xla.page_attention_backward as backward
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -57,9 +57,10 @@ MUTATED = {
     "pallas/ragged_page_attention_kernel": "test_ragged_pallas_interpret",
     "pallas/write_kv_cache_kernel": "test_write_pallas_interpret",
     "xla/page_attention": "test_seeded_bugs",
-    "xla/page_attention_backward": "test_seeded_bugs",
+    "reverse_mode/page_attention": "test_seeded_bugs",
     "xla/ragged_page_attention": "test_ragged_seeded_bugs",
     "xla/write_kv_cache": "test_write_seeded_bugs",
+    "reverse_mode/write_kv_cache": "test_write_seeded_bugs",
 }
 KERNELS = sorted(
     str(path.relative_to(ROOT / "ejk" / "backends").with_suffix(""))

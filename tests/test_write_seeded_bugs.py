@@ -12,6 +12,7 @@ from writes import SHAPES, build
 
 import ejk
 import ejk._write_kv_cache as public
+import ejk.backends.reverse_mode.write_kv_cache as reverse
 import ejk.backends.xla.write_kv_cache as xla
 
 F32 = np.dtype(np.float32)
@@ -43,12 +44,14 @@ def holds_backward(entry):
 
 
 last_writes, places, gather, pools_and_rows = (
-    xla.last_writes, xla._places, xla._gather, xla._pools_and_rows
+    xla.last_writes, xla.places, reverse._gather, xla._pools_and_rows
 )  # fmt: skip
 
 
-def in_pool(slots, num_slots):
-    return (slots >= 0) & (slots < num_slots)
+def places_of_all(problem, slots):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "last_writes", lambda slots, n: (slots >= 0) & (slots < n))
+        return places(problem, slots)
 
 
 def first_writes(slots, num_slots):
@@ -82,15 +85,15 @@ FORWARD = {
     "of several none stays": (xla, "last_writes", lonely_writes),
     "every second token writes": (xla, "last_writes", every_second_writes),
     "page and offset change places": (
-        xla, "_places", lambda problem, slots: places(problem, slots)[:, ::-1],
+        xla, "places", lambda problem, slots: places(problem, slots)[:, ::-1],
     ),
-    "slots wrap": (xla, "_places", slots_changed(lambda slots, n: slots % n)),
-    "slots are clamped": (xla, "_places", slots_changed(lambda slots, n: slots.clip(0, n - 1))),
+    "slots wrap": (xla, "places", slots_changed(lambda slots, n: slots % n)),
+    "slots are clamped": (xla, "places", slots_changed(lambda slots, n: slots.clip(0, n - 1))),
     "slots past the end go to the last": (
-        xla, "_places", slots_changed(lambda slots, n: jnp.minimum(slots, n - 1)),
+        xla, "places", slots_changed(lambda slots, n: jnp.minimum(slots, n - 1)),
     ),
     "values come first": (xla, "_pools_and_rows", values_first),
-    "one slot on": (xla, "_places", one_slot_on),
+    "one slot on": (xla, "places", one_slot_on),
     "64-bit slots are narrowed first": (
         public, "as_int32", lambda x, bound: jnp.asarray(np.asarray(x).astype(np.int32)),
     ),
@@ -99,13 +102,13 @@ FORWARD = {
 
 def other_half(problem, pool, to):
     rows = gather(problem, pool, to)
-    return jnp.flip(rows, xla._halves_axis(problem)) if problem.fused else rows
+    return jnp.flip(rows, reverse.halves_axis(problem)) if problem.fused else rows
 
 
 BACKWARD = {
-    "what was overwritten has a gradient": ("last_writes", in_pool),
-    "what was replaced has a gradient": ("_scatter", lambda problem, pool, to, rows: pool),
-    "rows have their neighbours' gradient": ("_places", one_slot_on),
+    "what was overwritten has a gradient": ("places", places_of_all),
+    "what was replaced has a gradient": ("scatter", lambda problem, pool, to, rows: pool),
+    "rows have their neighbours' gradient": ("places", one_slot_on),
     "keys have the values' gradient": ("_gather", other_half),
 }
 
@@ -121,14 +124,7 @@ def test_bugs_of_the_write_are_caught(bug, monkeypatch):
 @pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", BACKWARD)
 def test_bugs_of_the_gradient_are_caught(bug, monkeypatch):
-    sound = xla._pulled_back.bwd
-
-    def faulty(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(xla, *BACKWARD[bug])
-            return sound(*arguments)
-
-    monkeypatch.setattr(xla._pulled_back, "bwd", faulty)
+    monkeypatch.setattr(reverse, *BACKWARD[bug])
     with pytest.raises(AssertionError):
         holds_backward(mutant(f"sound write: {bug}"))
 

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch, _partition
-from ejk._reverse_mode import reverse_mode_alone
 from ejk.backends.page_attention import PagedProblem
+from ejk.backends.reverse_mode import with_pull_back
 from ejk.backends.xla.page_attention import KEYS, VALUES, page_index, product
 
 # One size for all platforms: the backward pass does not know which it is lowered for.
@@ -37,28 +37,22 @@ def reverse_mode(pull_back: Callable[[Any, Any, Any], Any]) -> Callable[..., Any
     `pull_back(problem, (operands, lse), cotangents)` returns the operands' cotangents.
     """
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-    def pulled_back(problem: Any, choice: _dispatch.Choice, operands: Any) -> Any:
-        return _dispatch.call(problem, choice, operands)
-
-    def forward(problem, choice, operands):
+    def forward(problem: PagedProblem, choice: _dispatch.Choice, operands: Any) -> tuple[Any, Any]:
         with_lse = dataclasses.replace(problem, return_lse=True)
         out, lse = _dispatch.call(with_lse, choice, operands)
         return (out, lse) if problem.return_lse else (out,), (operands, lse)
 
-    def backward(problem, choice, residuals, cotangents):
-        operands, lse = jax.tree.map(jnp.asarray, residuals)  # constants are NumPy's
-        pull = _partition.left_to_xla(functools.partial(pull_back, problem), operands)
-        return (pull((operands, lse), cotangents),)
+    def backward(problem: PagedProblem, kept: Any, cotangents: Any) -> Any:
+        pull = _partition.left_to_xla(functools.partial(pull_back, problem), kept[0])
+        return pull(kept, cotangents)
 
-    pulled_back.defvjp(forward, backward)
+    call = with_pull_back(forward, backward)
 
     @_dispatch.compiled
-    def differentiable(problem, choice, operands):
+    def differentiable(problem: PagedProblem, choice: _dispatch.Choice, operands: Any) -> Any:
         scale = problem.head_dim**-0.5 if operands.attn_scale is None else operands.attn_scale
         operands = operands._replace(attn_scale=jnp.asarray(scale).astype(jnp.float32))
-        operands = _dispatch.vary_together(operands)
-        return pulled_back(problem, choice, reverse_mode_alone(problem.operation, operands))
+        return call(problem, choice, _dispatch.vary_together(operands))
 
     return differentiable
 

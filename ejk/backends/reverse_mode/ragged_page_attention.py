@@ -1,6 +1,6 @@
 """Reverse mode of `ejk.ragged_page_attention`, the same for every backend.
 
-As `attention_backward` has it, for a few blocks of new tokens at a time, each of one sequence: as
+As `attention` has it, for a few blocks of new tokens at a time, each of one sequence: as
 the XLA program takes them in the forward pass.
 """
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk.backends.ragged_page_attention import sane_bounds
-from ejk.backends.xla.attention_backward import (
+from ejk.backends.reverse_mode.attention import (
     BLOCK_BYTES,
     Rows,
     Softmax,

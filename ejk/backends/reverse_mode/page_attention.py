@@ -1,9 +1,9 @@
-"""Reverse mode of `ejk.page_attention`, the same for every backend: see `attention_backward`."""
+"""Reverse mode of `ejk.page_attention`, the same for every backend: see `attention`."""
 
 import jax.numpy as jnp
 from jax import lax
 
-from ejk.backends.xla.attention_backward import (
+from ejk.backends.reverse_mode.attention import (
     BLOCK_BYTES,
     Rows,
     Softmax,
