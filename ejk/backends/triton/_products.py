@@ -32,8 +32,8 @@ def load_rows(
 @triton.jit
 @typing.no_type_check
 def load_queries(
-    row_ptrs, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHAIN: tl.constexpr,
-    BLOCK_D_REST: tl.constexpr,
+    row_ptrs, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Load queries in the parts that `query_key_products` takes."""
     q = ()
@@ -48,7 +48,7 @@ def load_queries(
 @typing.no_type_check
 def query_key_products(
     q, k_ptrs, exists, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHAIN: tl.constexpr, BLOCK_D_REST: tl.constexpr,
+    BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Return `[rows, tokens]`: sums of `CHAIN` products, and of `BLOCK_D_REST`, added up apart."""
     PARTS: tl.constexpr = BLOCK_D // CHAIN

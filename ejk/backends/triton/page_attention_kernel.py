@@ -83,8 +83,8 @@ def page_attention_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHAIN: tl.constexpr,  # products that are added up apart from others, of a logit
     BLOCK_D_REST: tl.constexpr,  # 0 for none
+    CHAIN: tl.constexpr,  # products that are added up apart from others, of a logit
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
 ):
@@ -141,7 +141,7 @@ def page_attention_kernel(
     offs_head = kv_head * GROUP + offs_group
     offs_kv = tl.arange(0, BLOCK_KV)
     query_row_ptrs = query_ptr + (seq * NUM_HEADS + offs_head[:, None]) * HEAD_DIM
-    q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, CHAIN, BLOCK_D_REST)
+    q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN)
     offs_dv = tl.arange(0, BLOCK_DV)
     mask_dv = offs_dv < VALUE_HEAD_DIM
     if BLOCK_DV_REST > 0:
@@ -189,7 +189,7 @@ def page_attention_kernel(
         pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
 
         # [BLOCK_GROUP, BLOCK_KV]
-        s = query_key_products(q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, CHAIN, BLOCK_D_REST)
+        s = query_key_products(q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN)
         if SOFT_CAP > 0:
             s = SOFT_CAP * tanh_f32(s * (scale / SOFT_CAP)) * LOG2E
         else:

@@ -221,8 +221,8 @@ class Launch:
             "BLOCK_GROUP": self.block_group,
             "BLOCK_KV": self.block_kv,
             "BLOCK_D": self.block_d[0],
-            "CHAIN": chain(problem),
             "BLOCK_D_REST": self.block_d[1],
+            "CHAIN": chain(problem),
             "BLOCK_DV": self.block_dv[0],
             "BLOCK_DV_REST": self.block_dv[1],
         }

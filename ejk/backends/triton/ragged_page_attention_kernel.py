@@ -97,8 +97,8 @@ def ragged_page_attention_kernel(
     BLOCK_KV: tl.constexpr,
     EDGE_KV: tl.constexpr,  # the same for blocks that are masked
     BLOCK_D: tl.constexpr,
-    CHAIN: tl.constexpr,  # products that are added up apart from others, of a logit
     BLOCK_D_REST: tl.constexpr,  # 0 for none
+    CHAIN: tl.constexpr,  # products that are added up apart from others, of a logit
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
     BLOCK_BOUNDS: tl.constexpr,
@@ -171,7 +171,7 @@ def ragged_page_attention_kernel(
 
     # Load once: queries, scale, slopes; which blocks of the context need no mask.
     query_row_ptrs = query_ptr + (tokens * NUM_HEADS + heads)[:, None] * HEAD_DIM
-    q = load_queries(query_row_ptrs, mask_rows, HEAD_DIM, BLOCK_D, CHAIN, BLOCK_D_REST)
+    q = load_queries(query_row_ptrs, mask_rows, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN)
     scale = tl.load(attn_scale_ptr)
     slopes = scale
     if HAS_ALIBI:
@@ -239,7 +239,7 @@ def ragged_page_attention_kernel(
         m, l, acc, acc_rest = see_block(
             q, m, l, acc, acc_rest, k_ptrs, v_ptrs, key_position, position, exists, visible,
             slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, True,
-            BLOCK_D, CHAIN, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
+            BLOCK_D, BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST,
         )  # fmt: skip
     if PEEL:
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
@@ -251,7 +251,7 @@ def ragged_page_attention_kernel(
             m, l, acc, acc_rest = see_block(
                 q, m, l, acc, acc_rest, k_tokens, v_tokens, seen, position, seen, mask_rows,
                 slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
-                BLOCK_D, CHAIN, BLOCK_D_REST, BLOCK_DV, BLOCK_DV_REST,
+                BLOCK_D, BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST,
             )  # fmt: skip
         # Anew, or they would take registers in the loop that needs them most. The loads are
         # volatile, so that the compiler does not know that it has seen them.

@@ -58,14 +58,14 @@ def see_block(
     HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr,  # or everything exists and is visible
     BLOCK_D: tl.constexpr,
-    CHAIN: tl.constexpr,
     BLOCK_D_REST: tl.constexpr,
+    CHAIN: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,
 ):
     """Return `m`, `l`, `acc` and `acc_rest` after one more block of tokens."""
     # [BLOCK_ROWS, BLOCK_KV]
-    s = query_key_products(q, k_ptrs, exists, HEAD_DIM, MASKED, BLOCK_D, CHAIN, BLOCK_D_REST)
+    s = query_key_products(q, k_ptrs, exists, HEAD_DIM, MASKED, BLOCK_D, BLOCK_D_REST, CHAIN)
     c = scale * LOG2E
     if SOFT_CAP > 0:
         s = SOFT_CAP * tanh_f32(s * (scale / SOFT_CAP)) * LOG2E
