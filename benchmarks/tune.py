@@ -36,9 +36,9 @@ import timing
 import workloads
 
 import ejk
+from ejk.backends.gpu import SHARED_MEMORY, Target
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton import page_attention_launch
-from ejk.backends.triton._target import SHARED_MEMORY, Target
 from ejk.backends.triton.page_attention_launch import Launch, Tuning
 from ejk.backends.triton.page_attention_tuned import Blocks, Cell
 

@@ -8,9 +8,9 @@ import offline
 import pytest
 from test_triton_compile import EVERY_OPTION, LLAMA, of_dtype
 
+from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
-from ejk.backends.triton._target import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.triton.ragged_combine_kernel import ragged_combine_kernel
 from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
 from ejk.backends.triton.ragged_page_attention_blocks import HOPPER_LONG, HOPPER_SHORT
@@ -81,7 +81,7 @@ def launch_for(target: str, problem, **tuning):
         capability = int(target.removeprefix("sm_"))
         gpu = Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
     else:
-        gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, stages_queries=False)
+        gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, is_amd=True)
     return RaggedLaunch.of(problem, TritonRaggedPageAttention(**tuning), gpu)
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import offline
 import pytest
 
+from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton import page_attention_launch
-from ejk.backends.triton._target import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.triton.page_attention import TritonPageAttention
 from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
 from ejk.backends.triton.page_attention_kernel import page_attention_kernel
@@ -115,7 +115,7 @@ def compile_for(target: str, options: dict):
         capability = int(target.removeprefix("sm_"))
         gpu = Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
     else:
-        gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, stages_queries=False)
+        gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, is_amd=True)
     launch = Launch.of(problem, TritonPageAttention(), gpu)
     dtype = problem.query_dtype.name
     pointers = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from test_triton_compile import LLAMA
 
-from ejk.backends.triton._target import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
+from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.triton.page_attention_launch import Launch, Tuning
 from ejk.backends.triton.page_attention_tuned import TUNED
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.fast
 
 H100 = Target(90, num_sms=132, shared_memory=SHARED_MEMORY[90])
 TARGETS = [Target(c, 100, SHARED_MEMORY[c]) for c in SHARED_MEMORY]
-TARGETS.append(Target(None, 304, SHARED_MEMORY_ROCM, stages_queries=False))
+TARGETS.append(Target(None, 304, SHARED_MEMORY_ROCM, is_amd=True))
 
 
 def problem(head_dim=128, group=4, dtype="bfloat16", **facts):

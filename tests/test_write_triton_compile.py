@@ -7,10 +7,13 @@ import offline
 import pytest
 from strategies import LAYOUTS
 
+from ejk.backends.gpu import Target
 from ejk.backends.triton.write_kv_cache import Blocks, constants
 from ejk.backends.triton.write_kv_cache_kernel import write_kv_cache_kernel
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
+NVIDIA = Target(90, num_sms=132, shared_memory=0)
+AMD = Target(None, num_sms=304, shared_memory=0, is_amd=True)
 POOLS = {
     "HND": lambda *half: (16384, *half, 8, 16, 128),
     "NHD": lambda *half: (16384, *half, 16, 8, 128),
@@ -53,7 +56,7 @@ def compile_for(target, num_tokens, options):
     }
     is_cuda = target.startswith("sm_")
     compile_kernel = offline.compile_cuda if is_cuda else offline.compile_amd
-    blocks = Blocks.of(problem, "cuda" if is_cuda else "rocm")
+    blocks = Blocks.of(problem, NVIDIA if is_cuda else AMD)
     program = compile_kernel(
         write_kv_cache_kernel, pointers, constants(problem, blocks), target,
         num_warps=blocks.num_warps, num_stages=1,
@@ -106,9 +109,9 @@ def test_narrow_stores_are_seen():
 
 def test_many_tokens_share_a_program_and_few_do_not():
     wide = problem_of(64, key_shape=(128, 64, 16, 128))
-    assert Blocks.of(problem_of(64), "cuda") == (1, 1024, 4)
-    assert Blocks.of(problem_of(64), "rocm") == (1, 1024, 2)
-    assert Blocks.of(problem_of(8192), "cuda") == (4, 1024, 4)
-    assert Blocks.of(problem_of(8192, dtype="float32"), "cuda") == (2, 1024, 4)
-    assert Blocks.of(wide, "cuda") == (1, 2048, 4)
-    assert Blocks.of(wide, "cuda").grid(wide) == 64 * 4
+    assert Blocks.of(problem_of(64), NVIDIA) == (1, 1024, 4)
+    assert Blocks.of(problem_of(64), AMD) == (1, 1024, 2)
+    assert Blocks.of(problem_of(8192), NVIDIA) == (4, 1024, 4)
+    assert Blocks.of(problem_of(8192, dtype="float32"), NVIDIA) == (2, 1024, 4)
+    assert Blocks.of(wide, NVIDIA) == (1, 2048, 4)
+    assert Blocks.of(wide, NVIDIA).grid(wide) == 64 * 4

@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 from ejk.backends._fields import at_least, check_interpret
+from ejk.backends.gpu import MAX_GRID, Target, cannot_compile
 from ejk.backends.page_attention import (
     PageAttentionBackend,
     PageAttentionOperands,
@@ -13,11 +14,9 @@ from ejk.backends.page_attention import (
 )
 from ejk.backends.page_attention_plan import PlanOperands
 from ejk.backends.triton import _launch
-from ejk.backends.triton._target import Target, cannot_compile
 from ejk.backends.triton.page_attention_launch import Launch, Tuning
 from ejk.backends.triton.page_attention_plan import TritonPlan, run_plan
 
-MAX_GRID = 2**31 - 1
 MAX_CAPACITY = 2**31 - 2**20
 
 
@@ -91,7 +90,8 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
             return (missing,)
         target = self.target(platform)
         if target is None or target.is_too_old:
-            return (cannot_compile(target, platform),)
+            example = f"{type(self).__name__}(compute_capability=90, num_sms=132)"
+            return (cannot_compile(target, platform, example),)
         reasons = []
         launch = Launch.of(problem, self, target)
         if launch.grid(problem) > MAX_GRID:

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PageAttentionProblem, PagedProblem
 from ejk.backends.page_attention_plan import PlanProblem
-from ejk.backends.triton._target import Target
 from ejk.backends.triton.page_attention_tuned import TUNED, Blocks, Cell
 
 LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after the other
@@ -186,7 +186,8 @@ class Launch:
 
     def shared_memory(self, problem: PageAttentionProblem, target: Target) -> int:
         """Bound the shared memory of a program, in bytes."""
-        queries = self.block_group * sum(self.block_d) if target.stages_queries else 0
+        # On AMD the product reads its queries from registers.
+        queries = 0 if target.is_amd else self.block_group * sum(self.block_d)
         weights = self.block_group * self.block_kv
         held = problem.query_dtype.itemsize * (queries + weights) + 4 * weights
         return self._streamed(problem) + held

@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 from ejk._indices import is_static, least
+from ejk.backends.gpu import Target, cannot_compile
 from ejk.backends.page_attention_plan import (
     EVEN_SHARE,
     PlanBackend,
@@ -13,7 +14,6 @@ from ejk.backends.page_attention_plan import (
     PlanProblem,
 )
 from ejk.backends.triton import _launch
-from ejk.backends.triton._target import Target, cannot_compile
 from ejk.backends.triton.page_attention_launch import GRANULE, block_group, choose_cuts
 
 # Sequences of a program, sequences that it compares them with at a time, warps. All at a time is
@@ -57,7 +57,7 @@ class TritonPlan(PlanBackend):
             return (missing,)
         target = Target.of(platform, self.compute_capability, 1)
         if target is None or target.is_too_old:
-            return (cannot_compile(target, platform),)
+            return (cannot_compile(target, platform, "TritonPlan(compute_capability=90)"),)
         return ()
 
     def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:

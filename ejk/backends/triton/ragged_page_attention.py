@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 from ejk.backends._fields import at_least, check_interpret
+from ejk.backends.gpu import MAX_GRID, Target, cannot_compile
 from ejk.backends.page_attention import AXIS
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
@@ -12,8 +13,7 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem,
 )
 from ejk.backends.triton import _launch
-from ejk.backends.triton._target import Target, cannot_compile
-from ejk.backends.triton.page_attention import MAX_GRID, TritonPageAttention, size_refusals
+from ejk.backends.triton.page_attention import TritonPageAttention, size_refusals
 from ejk.backends.triton.ragged_page_attention_blocks import RaggedTuning
 from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch
 
@@ -79,7 +79,8 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
             return (missing,)
         target = self.target(platform)
         if target is None or target.is_too_old:
-            return (cannot_compile(target, platform, type(self).__name__),)
+            example = f"{type(self).__name__}(compute_capability=90, num_sms=132)"
+            return (cannot_compile(target, platform, example),)
         launch = RaggedLaunch.of(problem, self, target)
         reasons = size_refusals(problem)
         grids = [launch.plan_grid(problem)]

@@ -5,8 +5,8 @@ import itertools
 
 import jax.numpy as jnp
 
+from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PageAttentionProblem, PagedProblem
-from ejk.backends.triton._target import Target
 from ejk.backends.triton.page_attention_launch import Launch, Tuning, two_parts
 
 # Query rows that one narrow block may have: more are wide, or several narrow ones.
@@ -152,7 +152,7 @@ def _fits_registers(problem, target: Target, rows: Rows) -> bool:
     d, dv = _widths(problem)
     if problem.query_dtype == jnp.float32:  # taken on the ordinary cores, operands from registers
         return rows.rows <= 32 and rows.block_kv <= 32
-    lanes, limit = (32, HELD_MMA) if target.stages_queries else (64, HELD_AMD)
+    limit = HELD_AMD if target.is_amd else HELD_MMA
     logits = rows.block_kv * 3 // 2  # and the weights, in 16 bits
     if problem.tree_width:
         logits += 2 * rows.block_kv  # pointers to the mask
@@ -160,7 +160,7 @@ def _fits_registers(problem, target: Target, rows: Rows) -> bool:
         limit = HELD_WGMMA if target.compute_capability == 90 else HELD_TCGEN05
     else:
         logits += d // 2
-    return rows.rows * (dv + logits) <= limit * lanes * rows.num_warps
+    return rows.rows * (dv + logits) <= limit * target.warp_size * rows.num_warps
 
 
 def _wide_shared_memory(
@@ -179,7 +179,7 @@ def _wide_shared_memory(
     if target.compute_capability == 90 and size == 2 and not problem.tree_width:
         if rows >= 16 * num_warps:  # each warp multiplies weights of its own, from registers
             weights = 1024
-    if not target.stages_queries:  # they pass through before anything streams
+    if target.is_amd:  # queries pass through to registers before anything streams
         return max(queries, streamed + weights)
     # In the end the results pass through, beside where the queries did.
     return max(streamed + weights, size * rows * dv + 1024) + queries

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ejk.backends.gpu import Target
 from ejk.backends.page_attention_plan import EVEN_SHARE
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
-from ejk.backends.triton._target import Target
 from ejk.backends.triton.page_attention_launch import (
     GRANULE,
     chain,

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from ejk.backends._fields import at_least, check_interpret
+from ejk.backends.gpu import MAX_GRID, Target, cannot_compile
 from ejk.backends.triton import _launch
-from ejk.backends.triton._target import Target, cannot_compile
 from ejk.backends.write_kv_cache import WriteKVCacheBackend, WriteKVCacheProblem, last_writes
 
-MAX_GRID = 2**31 - 1
 # What a program holds of the keys, and of the values, in bytes: 4 times 16 in each of 128 threads.
 BLOCK_BYTES = 8192
 MAX_BLOCK_ROW = 2048  # elements
@@ -71,8 +70,8 @@ class TritonWriteKVCache(WriteKVCacheBackend):
             return (missing,)
         target = Target.of(platform, self.compute_capability, 1)
         if target is None or target.is_too_old:
-            return (cannot_compile(target, platform, type(self).__name__, num_sms=False),)
-        if (grid := Blocks.of(problem, platform).grid(problem)) > MAX_GRID:
+            return (cannot_compile(target, platform, "TritonWriteKVCache(compute_capability=90)"),)
+        if (grid := Blocks.of(problem, target).grid(problem)) > MAX_GRID:
             return (f"its grid of {grid} programs exceeds {MAX_GRID}",)
         return ()
 
@@ -81,7 +80,7 @@ class TritonWriteKVCache(WriteKVCacheBackend):
 
         target = Target.of(platform, self.compute_capability, 1)
         assert target is not None  # or `limits` would have refused
-        slots, blocks = operands.slot_mapping, Blocks.of(problem, platform)
+        slots, blocks = operands.slot_mapping, Blocks.of(problem, target)
         if problem.num_tokens > MAX_COMPARED:
             slots = jnp.where(last_writes(slots, problem.num_slots), slots, -1)
         pools = {"key_cache_ptr": operands.key_cache}
@@ -110,8 +109,8 @@ class Blocks(NamedTuple):
     num_warps: int
 
     @classmethod
-    def of(cls, problem: WriteKVCacheProblem, platform: str) -> "Blocks":
-        itemsize, warp_bytes = problem.row_dtype.itemsize, 16 * (64 if platform == "rocm" else 32)
+    def of(cls, problem: WriteKVCacheProblem, target: Target) -> "Blocks":
+        itemsize, warp_bytes = problem.row_dtype.itemsize, 16 * target.warp_size
         row = min(_power_of_two(_row(problem)), MAX_BLOCK_ROW)
         programs = problem.num_tokens * -(-_row(problem) // row)
         shared = _power_of_two(-(-programs // ENOUGH_PROGRAMS))

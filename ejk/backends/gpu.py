@@ -1,4 +1,4 @@
-"""The GPU that a kernel is compiled for: what its launch may count on."""
+"""The GPU that a kernel is compiled for: what its launch may count on, in whatever language."""
 
 import dataclasses
 
@@ -21,6 +21,7 @@ SHARED_MEMORY = {
     121: 99 * 1024,
 }
 SHARED_MEMORY_ROCM = 64 * 1024  # gfx942, and no less on its successors (AMD CDNA 3 ISA)
+MAX_GRID = 2**31 - 1  # programs of a launch, along the first axis (the same table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,12 @@ class Target:
     compute_capability: int | None  # None on ROCm, where the compiler asks the device itself
     num_sms: int
     shared_memory: int  # bytes a program
-    stages_queries: bool = True  # the product reads its queries from shared memory, too
+    is_amd: bool = False
+
+    @property
+    def warp_size(self) -> int:
+        """Threads that run in step."""
+        return 64 if self.is_amd else 32
 
     @property
     def is_too_old(self) -> bool:
@@ -51,27 +57,23 @@ class Target:
             return None
         num_sms = num_sms or device.core_count
         if platform == "rocm":
-            return cls(None, num_sms, SHARED_MEMORY_ROCM, stages_queries=False)
+            return cls(None, num_sms, SHARED_MEMORY_ROCM, is_amd=True)
         if compute_capability is None:
             major, minor = str(device.compute_capability).split(".")
             compute_capability = int(major) * 10 + int(minor)
         return cls(compute_capability, num_sms, _shared_memory(compute_capability))
 
 
-def cannot_compile(
-    target: Target | None, platform: str, example: str = "TritonPageAttention", num_sms: bool = True
-) -> str:
+def cannot_compile(target: Target | None, platform: str, example: str) -> str:
     """Say why nothing is compiled for a target that is not known, or too old.
 
-    `example` names the class whose objects say for which target to compile, `num_sms` whether they
-    have to say that, too.
+    `example` is a backend of `ejk` that says to compile for an H100.
     """
     if target is None:
         reason = f"no {platform} device is here to compile for"
         if platform != "cuda":
             return reason
-        h100 = "compute_capability=90" + ", num_sms=132" * num_sms
-        return Mendable(reason, f"for an H100, ejk.register_backend(ejk.{example}({h100}))")
+        return Mendable(reason, f"for an H100, ejk.register_backend(ejk.{example})")
     return (
         f"compute_capability={target.compute_capability} must be at least 80: older GPUs cannot "
         "copy asynchronously"
