@@ -21,6 +21,7 @@ SHARED_MEMORY = {
     121: 99 * 1024,
 }
 SHARED_MEMORY_ROCM = 64 * 1024  # gfx942, and no less on its successors (AMD CDNA 3 ISA)
+H100 = {"compute_capability": 90, "num_sms": 132}
 MAX_GRID = 2**31 - 1  # programs of a launch, along the first axis (the same table)
 
 

@@ -1,19 +1,21 @@
 """`ejk.page_attention` as a Triton kernel: its tuning, what it refuses, how it is launched."""
 
 import dataclasses
-import functools
 from typing import Any
 
-from ejk.backends._fields import at_least, check_interpret
-from ejk.backends.gpu import MAX_GRID, Target, cannot_compile
+import jax
+
+from ejk.backends.gpu import H100, MAX_GRID, Target
 from ejk.backends.page_attention import (
+    AXIS,
+    POOLS,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
     PagedProblem,
 )
 from ejk.backends.page_attention_plan import PlanOperands
-from ejk.backends.triton import _launch
+from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton.page_attention_launch import Launch, Tuning
 from ejk.backends.triton.page_attention_plan import TritonPlan, run_plan
 
@@ -21,7 +23,7 @@ MAX_CAPACITY = 2**31 - 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonPageAttention(Tuning, PageAttentionBackend):
+class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
     """Run `ejk.page_attention` as a Triton kernel, through jax-triton.
 
     Attributes:
@@ -40,58 +42,13 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
     num_sms: int | None = None
     interpret: bool = False
 
-    name = "triton"
-    features = frozenset(
-        {
-            "attn_logits_soft_cap",
-            "sliding_window",
-            "sinks",
-            "alibi_slopes",
-            "value_head_dim",
-            "fused_pools",
-            "return_lse",
-            "axis_name",
-            "axis_name with alibi_slopes",
-            'cache_layout="HND"',
-            'cache_layout="NHD"',
-            'cache_layout="KV_HEADS_FIRST"',
-        }
-    )
+    features = POOLS | AXIS | {
+        "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
+        "return_lse",
+    }  # fmt: skip
+    launches = 3  # plan, attention, combination
 
-    def __post_init__(self):
-        check_interpret(self)
-        at_least(self, block_kv=16, num_warps=1, num_stages=1, split_tokens=1)
-        at_least(self, compute_capability=80, num_sms=1)
-        for field in ("block_kv", "num_warps"):
-            value = getattr(self, field)
-            if value is not None and value & (value - 1):
-                raise ValueError(f"{field}={value} must be a power of two")
-        if self.num_warps is not None and self.num_warps > 32:
-            raise ValueError(f"num_warps={self.num_warps} must be at most 32, 1,024 threads")
-
-    @property
-    def platforms(self):
-        return ("cpu",) if self.interpret else ("cuda", "rocm")
-
-    @property
-    def only_if_asked(self):
-        return () if self.interpret else ("rocm",)
-
-    @property
-    def has_target(self):
-        return self.compute_capability is not None
-
-    @property
-    def host_callbacks(self):
-        return 3 if self.interpret else 0  # plan, attention, combination
-
-    def limits(self, problem: PageAttentionProblem, platform: str):
-        if missing := _launch.available(platform):
-            return (missing,)
-        target = self.target(platform)
-        if target is None or target.is_too_old:
-            example = f"{type(self).__name__}(compute_capability=90, num_sms=132)"
-            return (cannot_compile(target, platform, example),)
+    def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:
         reasons = []
         launch = Launch.of(problem, self, target)
         if launch.grid(problem) > MAX_GRID:
@@ -106,18 +63,17 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
             reasons.append(f"{launch.combine_grid(problem)} programs to combine exceed {MAX_GRID}")
         return [*reasons, *size_refusals(problem)]
 
-    def run(self, problem, operands, platform):
+    def run_on(
+        self,
+        target: Target,
+        problem: PageAttentionProblem,
+        operands: PageAttentionOperands,
+        call: Call,
+    ) -> tuple[jax.Array, ...]:
         from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
         from ejk.backends.triton.page_attention_kernel import page_attention_kernel
 
-        target = self.target(platform)
-        assert target is not None  # or `limits` would have refused
         launch = Launch.of(problem, self, target)
-        call = functools.partial(
-            _launch.call,
-            compute_capability=target.compute_capability,
-            interpret=self.interpret,
-        )
         work = operands.plan
         if launch.plan and work is None:
             [work] = run_plan(
@@ -155,11 +111,9 @@ class TritonPageAttention(Tuning, PageAttentionBackend):
 
     @property
     def planner(self) -> TritonPlan:
-        return TritonPlan(self.compute_capability, self.num_sms, self.interpret)
-
-    def target(self, platform: str) -> Target | None:
-        """Return the GPU to compile for, None where none is known."""
-        return Target.of(platform, self.compute_capability, self.num_sms)
+        target = self.target(self.platforms[0])
+        num_sms = H100["num_sms"] if target is None else target.num_sms
+        return TritonPlan(self.compute_capability, num_sms, self.interpret)
 
 
 def size_refusals(problem: PagedProblem) -> list[str]:

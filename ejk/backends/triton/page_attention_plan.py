@@ -1,11 +1,12 @@
 """`ejk.plan_page_attention` as a Triton kernel."""
 
 import dataclasses
-import functools
 from typing import Any
 
+import jax
+
 from ejk._indices import is_static, least
-from ejk.backends.gpu import Target, cannot_compile
+from ejk.backends.gpu import H100, Target
 from ejk.backends.page_attention_plan import (
     EVEN_SHARE,
     PlanBackend,
@@ -13,7 +14,7 @@ from ejk.backends.page_attention_plan import (
     PlanOperands,
     PlanProblem,
 )
-from ejk.backends.triton import _launch
+from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton.page_attention_launch import GRANULE, block_group, choose_cuts
 
 # Sequences of a program, sequences that it compares them with at a time, warps. All at a time is
@@ -22,13 +23,10 @@ from ejk.backends.triton.page_attention_launch import GRANULE, block_group, choo
 FEW_SEQS = 256
 BLOCKS_OF_FEW = (2, 256, 4)
 BLOCKS_OF_MANY = (4, 1024, 8)
-# Sizes a plan where no GPU is known: more or fewer pieces than its processors want cost a little
-# speed, nothing else.
-DEFAULT_NUM_SMS = 132
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonPlan(PlanBackend):
+class TritonPlan(TritonBackend, PlanBackend):
     """Deal out the pieces with one small kernel.
 
     Attributes:
@@ -41,53 +39,43 @@ class TritonPlan(PlanBackend):
     num_sms: int | None = None
     interpret: bool = False
 
-    name = "triton"
     features = frozenset({"sliding_window"})
+    launches = 1
 
     @property
-    def platforms(self):
-        return ("cpu",) if self.interpret else ("cuda", "rocm")
+    def has_target(self) -> bool:
+        return False  # XLA's plan will do
 
-    @property
-    def only_if_asked(self):
-        return () if self.interpret else ("rocm",)
-
-    def limits(self, problem, platform):
-        if missing := _launch.available(platform):
-            return (missing,)
-        target = Target.of(platform, self.compute_capability, 1)
-        if target is None or target.is_too_old:
-            return (cannot_compile(target, platform, "TritonPlan(compute_capability=90)"),)
+    def limits_on(self, target: Target, problem: PlanProblem) -> tuple[str, ...]:
         return ()
 
     def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
-        target = Target.of(self.platforms[0], self.compute_capability, self.num_sms)
-        num_sms = DEFAULT_NUM_SMS if target is None else target.num_sms
         group = facts.num_heads // facts.num_kv_heads
         programs = facts.num_kv_heads * -(-group // block_group(group, value_head_dim))
         window, capacity = facts.sliding_window, facts.capacity
         longest = least(capacity, window) if isinstance(window, int) else capacity
+        max_cuts = 0
         # Kernels, which alone read a plan, want sizes that are static.
-        is_known = is_static(facts.num_seqs) and is_static(capacity)
+        if is_static(facts.num_seqs) and is_static(capacity):
+            # More or fewer pieces than its processors want cost a little speed, nothing else.
+            num_sms = self.num_sms or H100["num_sms"]
+            max_cuts = choose_cuts(num_sms, facts.num_seqs, programs, longest)
         return PlanProblem(
             num_seqs=facts.num_seqs,
             capacity=capacity,
             has_window=window is not None,
-            max_cuts=choose_cuts(num_sms, facts.num_seqs, programs, longest) if is_known else 0,
+            max_cuts=max_cuts,
             granule=GRANULE,
         )
 
-    def run(self, problem: PlanProblem, operands: PlanOperands, platform):
-        target = Target.of(platform, self.compute_capability, 1)
-        assert target is not None
-        call = functools.partial(
-            _launch.call, compute_capability=target.compute_capability, interpret=self.interpret
-        )
+    def run_on(
+        self, target: Target, problem: PlanProblem, operands: PlanOperands, call: Call
+    ) -> tuple[jax.Array, ...]:
         return run_plan(problem, operands, call)
 
 
-def run_plan(problem: PlanProblem, operands: PlanOperands, call):
-    """Launch the kernel with `call`, a `_launch.call` that knows the target."""
+def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[jax.Array, ...]:
+    """Launch the kernel."""
     from ejk.backends.triton.page_attention_plan_kernel import page_attention_plan_kernel
 
     few = problem.num_seqs <= FEW_SEQS

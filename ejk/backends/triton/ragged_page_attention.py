@@ -1,25 +1,25 @@
 """`ejk.ragged_page_attention` as Triton kernels: their tuning, what they refuse, their launches."""
 
 import dataclasses
-import functools
 from typing import Any
 
-from ejk.backends._fields import at_least, check_interpret
-from ejk.backends.gpu import MAX_GRID, Target, cannot_compile
-from ejk.backends.page_attention import AXIS
+import jax
+
+from ejk.backends.gpu import MAX_GRID, Target
+from ejk.backends.page_attention import POOLS
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
 )
-from ejk.backends.triton import _launch
-from ejk.backends.triton.page_attention import TritonPageAttention, size_refusals
+from ejk.backends.triton._backend import Call, TritonBackend
+from ejk.backends.triton.page_attention import size_refusals
 from ejk.backends.triton.ragged_page_attention_blocks import RaggedTuning
 from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
+class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttentionBackend):
     """Run `ejk.ragged_page_attention` as Triton kernels, through jax-triton.
 
     Sequences of few query rows, new tokens times the heads of a group, are taken in blocks of as
@@ -43,44 +43,13 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
     num_sms: int | None = None
     interpret: bool = False
 
-    name = "triton"
-    features = TritonPageAttention.features - AXIS | {"positions", "tree_mask"}
+    features = POOLS | {
+        "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
+        "return_lse", "positions", "tree_mask",
+    }  # fmt: skip
+    launches = 5  # the plan, then attention and combination, twice
 
-    def __post_init__(self):
-        check_interpret(self)
-        at_least(self, block_rows=16, block_kv=16, num_warps=1, num_stages=1)
-        at_least(self, few_block_kv=16, few_num_warps=1, few_num_stages=1)
-        at_least(self, compute_capability=80, num_sms=1)
-        for field in ("block_rows", "block_kv", "num_warps", "few_block_kv", "few_num_warps"):
-            value = getattr(self, field)
-            if value is not None and value & (value - 1):
-                raise ValueError(f"{field}={value} must be a power of two")
-            if value is not None and value > 32 and field.endswith("num_warps"):
-                raise ValueError(f"{field}={value} must be at most 32, 1,024 threads")
-
-    @property
-    def platforms(self):
-        return ("cpu",) if self.interpret else ("cuda", "rocm")
-
-    @property
-    def only_if_asked(self):
-        return () if self.interpret else ("rocm",)
-
-    @property
-    def has_target(self):
-        return self.compute_capability is not None
-
-    @property
-    def host_callbacks(self):
-        return 5 if self.interpret else 0  # the plan, then attention and combination, twice
-
-    def limits(self, problem: RaggedPageAttentionProblem, platform: str):
-        if missing := _launch.available(platform):
-            return (missing,)
-        target = self.target(platform)
-        if target is None or target.is_too_old:
-            example = f"{type(self).__name__}(compute_capability=90, num_sms=132)"
-            return (cannot_compile(target, platform, example),)
+    def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
         launch = RaggedLaunch.of(problem, self, target)
         reasons = size_refusals(problem)
         grids = [launch.plan_grid(problem)]
@@ -98,19 +67,18 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
             reasons.append(f"total_tokens={problem.total_tokens} query rows are counted in 32 bits")
         return reasons
 
-    def run(self, problem, operands, platform):
+    def run_on(
+        self,
+        target: Target,
+        problem: RaggedPageAttentionProblem,
+        operands: RaggedPageAttentionOperands,
+        call: Call,
+    ) -> tuple[jax.Array, ...]:
         from ejk.backends.triton.ragged_combine_kernel import ragged_combine_kernel
         from ejk.backends.triton.ragged_page_attention_kernel import ragged_page_attention_kernel
         from ejk.backends.triton.ragged_plan_kernel import ragged_plan_kernel
 
-        target = self.target(platform)
-        assert target is not None  # or `limits` would have refused
         launch = RaggedLaunch.of(problem, self, target)
-        call = functools.partial(
-            _launch.call,
-            compute_capability=target.compute_capability,
-            interpret=self.interpret,
-        )
         # The plan alone: XLA makes one of the equal ones of all layers, and what they share cannot
         # be written in place.
         (work,) = call(
@@ -164,10 +132,6 @@ class TritonRaggedPageAttention(RaggedTuning, RaggedPageAttentionBackend):
             made |= dict(zip(results, written))
         out, lse = made["out_ptr"], made["lse_ptr"]
         return (out, lse) if problem.return_lse else (out,)
-
-    def target(self, platform: str) -> Target | None:
-        """Return the GPU to compile for, None where none is known."""
-        return Target.of(platform, self.compute_capability, self.num_sms)
 
 
 def _inputs(operands: RaggedPageAttentionOperands, work: Any) -> dict[str, Any]:

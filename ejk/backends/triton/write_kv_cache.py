@@ -4,12 +4,18 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from ejk.backends._fields import at_least, check_interpret
-from ejk.backends.gpu import MAX_GRID, Target, cannot_compile
-from ejk.backends.triton import _launch
-from ejk.backends.write_kv_cache import WriteKVCacheBackend, WriteKVCacheProblem, last_writes
+from ejk.backends.gpu import MAX_GRID, Target
+from ejk.backends.page_attention import POOLS
+from ejk.backends.triton._backend import Call, TritonBackend
+from ejk.backends.write_kv_cache import (
+    WriteKVCacheBackend,
+    WriteKVCacheOperands,
+    WriteKVCacheProblem,
+    last_writes,
+)
 
 # What a program holds of the keys, and of the values, in bytes: 4 times 16 in each of 128 threads.
 BLOCK_BYTES = 8192
@@ -23,7 +29,7 @@ MAX_COMPARED = 16384
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonWriteKVCache(WriteKVCacheBackend):
+class TritonWriteKVCache(TritonBackend, WriteKVCacheBackend):
     """Run `ejk.write_kv_cache` as a Triton kernel, through jax-triton.
 
     Attributes:
@@ -34,59 +40,31 @@ class TritonWriteKVCache(WriteKVCacheBackend):
     compute_capability: int | None = None
     interpret: bool = False
 
-    name = "triton"
-    features = frozenset(
-        {
-            "fused_pools",
-            "latent_pools",
-            'cache_layout="HND"',
-            'cache_layout="NHD"',
-            'cache_layout="KV_HEADS_FIRST"',
-        }
-    )
+    features = POOLS | {"latent_pools"}
 
-    def __post_init__(self):
-        check_interpret(self)
-        at_least(self, compute_capability=80)
+    launches = 1
 
-    @property
-    def platforms(self):
-        return ("cpu",) if self.interpret else ("cuda", "rocm")
-
-    @property
-    def only_if_asked(self):
-        return () if self.interpret else ("rocm",)
-
-    @property
-    def has_target(self):
-        return self.compute_capability is not None
-
-    @property
-    def host_callbacks(self):
-        return 1 if self.interpret else 0
-
-    def limits(self, problem: WriteKVCacheProblem, platform: str):
-        if missing := _launch.available(platform):
-            return (missing,)
-        target = Target.of(platform, self.compute_capability, 1)
-        if target is None or target.is_too_old:
-            return (cannot_compile(target, platform, "TritonWriteKVCache(compute_capability=90)"),)
+    def limits_on(self, target: Target, problem: WriteKVCacheProblem) -> tuple[str, ...]:
         if (grid := Blocks.of(problem, target).grid(problem)) > MAX_GRID:
             return (f"its grid of {grid} programs exceeds {MAX_GRID}",)
         return ()
 
-    def run(self, problem, operands, platform):
+    def run_on(
+        self,
+        target: Target,
+        problem: WriteKVCacheProblem,
+        operands: WriteKVCacheOperands,
+        call: Call,
+    ) -> tuple[jax.Array, ...]:
         from ejk.backends.triton.write_kv_cache_kernel import write_kv_cache_kernel
 
-        target = Target.of(platform, self.compute_capability, 1)
-        assert target is not None  # or `limits` would have refused
         slots, blocks = operands.slot_mapping, Blocks.of(problem, target)
         if problem.num_tokens > MAX_COMPARED:
             slots = jnp.where(last_writes(slots, problem.num_slots), slots, -1)
         pools = {"key_cache_ptr": operands.key_cache}
         if operands.value_cache is not None:
             pools["value_cache_ptr"] = operands.value_cache
-        results = _launch.call(
+        results = call(
             write_kv_cache_kernel,
             {"key_ptr": operands.key, "value_ptr": operands.value, "slot_mapping_ptr": slots},
             {} if "value_cache_ptr" in pools else {"value_cache_ptr": None},
@@ -95,8 +73,6 @@ class TritonWriteKVCache(WriteKVCacheBackend):
             grid=blocks.grid(problem),
             num_warps=blocks.num_warps,
             num_stages=1,
-            compute_capability=target.compute_capability,
-            interpret=self.interpret,
         )
         return tuple(x for x in results if x is not None)
 
