@@ -65,7 +65,6 @@ MUTATED = {
 KERNELS = sorted(
     str(path.relative_to(ROOT / "ejk" / "backends").with_suffix(""))
     for path in (ROOT / "ejk" / "backends").glob("*/*_kernel.py")
-    if not path.stem.startswith("ragged_softmax")  # functions of `ragged_page_attention_kernel`
 )
 
 

@@ -8,6 +8,16 @@ import triton.language as tl
 
 @triton.jit
 @typing.no_type_check
+def token_ptrs(
+    head_ptr, pages, key, PAGE_SIZE: tl.constexpr, stride_page: tl.constexpr,
+    stride_slot: tl.constexpr,
+):  # fmt: skip
+    """Return where a KV head's tokens `key` begin, that lie in `pages`."""
+    return head_ptr + (pages.to(tl.int64) * stride_page + (key % PAGE_SIZE) * stride_slot)[:, None]
+
+
+@triton.jit
+@typing.no_type_check
 def load_rows(
     row_ptrs, exists, FIRST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     MASKED: tl.constexpr,

@@ -13,7 +13,7 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton.page_attention_kernel import LN2, add_sink, rounded
+from ejk.backends.triton._softmax import LN2, add_sink, rounded
 
 
 @triton.jit

@@ -24,12 +24,8 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._products import load_queries, load_rows, query_key_products
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-FLOAT16_MAX = tl.constexpr(65504.0)
+from ejk.backends.triton._products import load_queries, query_key_products
+from ejk.backends.triton._softmax import LN2, LOG2E, add_block, add_sink, rounded, scaled
 
 
 @triton.jit
@@ -144,6 +140,7 @@ def page_attention_kernel(
     q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN)
     offs_dv = tl.arange(0, BLOCK_DV)
     mask_dv = offs_dv < VALUE_HEAD_DIM
+    acc_rest = 0.0
     if BLOCK_DV_REST > 0:
         offs_dv_rest = BLOCK_DV + tl.arange(0, BLOCK_DV_REST)
         mask_dv_rest = offs_dv_rest < VALUE_HEAD_DIM
@@ -190,10 +187,7 @@ def page_attention_kernel(
 
         # [BLOCK_GROUP, BLOCK_KV]
         s = query_key_products(q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN)
-        if SOFT_CAP > 0:
-            s = SOFT_CAP * tanh_f32(s * (scale / SOFT_CAP)) * LOG2E
-        else:
-            s = s * (scale * LOG2E)
+        s = scaled(s, scale, SOFT_CAP)
         if HAS_ALIBI:
             behind = positions - (length - 1)
             if HAS_DISTANCES:
@@ -201,21 +195,13 @@ def page_attention_kernel(
                 distances = tl.load(distance_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=0)
             s += (slopes * LOG2E)[:, None] * behind.to(tl.float32)[None, :]
         s = tl.where(visible[None, :], s, float("-inf"))
+        m, l, acc, acc_rest = add_block(
+            s, scale, m, l, acc, acc_rest, v_ptrs, visible, VALUE_HEAD_DIM, True, False,
+            BLOCK_DV, BLOCK_DV_REST,
+        )  # fmt: skip
 
-        m_new = tl.maximum(m, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m - m_safe)
-        m = m_new
-        l = l * alpha + tl.sum(p, 1)
-        v = load_rows(v_ptrs, visible, 0, BLOCK_DV, VALUE_HEAD_DIM, True)
-        p = p.to(v.dtype)
-        acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
-        if BLOCK_DV_REST > 0:
-            v_rest = load_rows(v_ptrs, visible, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, True)
-            acc_rest = tl.dot(p, v_rest, acc_rest * alpha[:, None], input_precision="ieee")
-
-    # Write the result, or this piece's part of it.
+    # Write the result, or this piece's part of it. Not with `write_rows`: its instructions come in
+    # another order.
     if NUM_PARTS > 0:
         if part >= 0:
             row = part.to(tl.int64) * NUM_HEADS + offs_head
@@ -249,44 +235,3 @@ def page_attention_kernel(
     if BLOCK_DV_REST > 0:
         out = rounded(acc_rest / l[:, None], out_ptr.dtype.element_ty)
         tl.store(out_row_ptrs + offs_dv_rest, out, mask=mask_group[:, None] & mask_dv_rest)
-
-
-@triton.jit
-@typing.no_type_check
-def add_sink(m, l, sink):
-    """Count a sink in the denominator; `alpha` rescales the weighted values.
-
-    Returns `m`, `l`, `alpha`, and whether the sink alone has weight: the LSE is then the sink.
-    """
-    in_log2 = sink * LOG2E
-    # A finite sink stays finite: from 2.36e38 on it would be infinite here, and its weight NaN.
-    is_beyond = (in_log2 == float("inf")) & (sink < float("inf"))
-    in_log2 = tl.where(is_beyond, FLOAT32_MAX, in_log2)
-    m_new = tl.maximum(m, in_log2)
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp2(m - m_safe)
-    l *= alpha
-    sink_alone = (l == 0) & (sink < float("inf"))
-    return m_new, l + tl.exp2(in_log2 - m_safe), alpha, sink_alone
-
-
-@triton.jit
-@typing.no_type_check
-def rounded(out, dtype: tl.constexpr):
-    """Round to the output's type. What is finite stays so: float16 ends where values may be."""
-    if dtype == tl.float16:
-        nearest = tl.minimum(tl.maximum(out, -FLOAT16_MAX), FLOAT16_MAX)
-        out = tl.where(tl.abs(out) < float("inf"), nearest, out)
-    return out.to(dtype)
-
-
-@triton.jit
-@typing.no_type_check
-def tanh_f32(x):
-    """Tanh to a few float32 ulp: the device library's is not there on every target.
-
-    Below 1/4 its Taylor series to x^9, whose remainder is under 1e-8 of the result.
-    """
-    x2 = x * x
-    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
-    return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1))

@@ -11,8 +11,7 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton.page_attention_kernel import LN2, add_sink
-from ejk.backends.triton.ragged_softmax_kernel import write_rows
+from ejk.backends.triton._softmax import LN2, add_sink, write_rows
 
 
 @triton.jit

@@ -26,16 +26,11 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._products import load_queries
-from ejk.backends.triton.page_attention_kernel import LN2, add_sink
-from ejk.backends.triton.ragged_plan_kernel import clear_rows
-from ejk.backends.triton.ragged_softmax_kernel import (
-    first_bad,
-    rows_of_block,
-    see_block,
-    token_ptrs,
-    write_rows,
-)
+from ejk.backends.triton._products import load_queries, query_key_products, token_ptrs
+from ejk.backends.triton._softmax import LN2, LOG2E, add_block, add_sink, scaled, write_rows
+from ejk.backends.triton.ragged_page_attention_rows import clear_rows, rows_of_block
+
+SCANNED = tl.constexpr(512)  # table entries that are looked at together
 
 
 @triton.jit
@@ -109,6 +104,8 @@ def ragged_page_attention_kernel(
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
     tl.static_assert(BLOCK_KV % EDGE_KV == 0)
+    # Without a mask the scale and the subtraction of the maximum are one instruction.
+    FOLDED: tl.constexpr = SOFT_CAP == 0 and not HAS_ALIBI
 
     # Which work is mine: a KV head, a block of rows, a piece of what they see.
     kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
@@ -195,9 +192,9 @@ def ragged_page_attention_kernel(
         # Under way while the table is scanned; where that ends the bulk, they are not used.
         seen = bulk_begin + offs_kv
         pages = tl.load(table_ptr + seen // PAGE_SIZE, mask=seen < end, other=0)
-        # There the largest logit is the largest product times the scale.
+        # A negative scale would make the largest product the smallest logit: see `FOLDED`.
         bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
-        bulk_end = first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
+        bulk_end = _first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
         bulk_end = bulk_begin + tl.maximum(bulk_end - bulk_begin, 0) // BLOCK_KV * BLOCK_KV
 
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
@@ -236,10 +233,15 @@ def ragged_page_attention_kernel(
         if TREE_WIDTH > 0 or (HAS_WINDOW and HAS_POSITIONS):
             # Not every token between those that are seen is: it may hold NaN.
             exists = tl.max(visible.to(tl.int32), 0) > 0
-        m, l, acc, acc_rest = see_block(
-            q, m, l, acc, acc_rest, k_ptrs, v_ptrs, key_position, position, exists, visible,
-            slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, True,
-            BLOCK_D, BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST,
+        # [BLOCK_ROWS, EDGE_KV]
+        s = query_key_products(q, k_ptrs, exists, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN)
+        s = scaled(s, scale, SOFT_CAP)
+        if HAS_ALIBI:
+            s += _biases(slopes, key_position, position)
+        s = tl.where(visible, s, float("-inf"))
+        m, l, acc, acc_rest = add_block(
+            s, scale, m, l, acc, acc_rest, v_ptrs, exists, VALUE_HEAD_DIM, True, False,
+            BLOCK_DV, BLOCK_DV_REST,
         )  # fmt: skip
     if PEEL:
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
@@ -248,10 +250,15 @@ def ragged_page_attention_kernel(
             v_tokens = token_ptrs(v_head_ptr, pages, seen, PAGE_SIZE, stride_v_page, stride_v_slot)
             later = seen + BLOCK_KV
             pages = tl.load(table_ptr + later // PAGE_SIZE, mask=later < bulk_end, other=0)
-            m, l, acc, acc_rest = see_block(
-                q, m, l, acc, acc_rest, k_tokens, v_tokens, seen, position, seen, mask_rows,
-                slopes, scale, HEAD_DIM, VALUE_HEAD_DIM, SOFT_CAP, HAS_ALIBI, False,
-                BLOCK_D, BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST,
+            # [BLOCK_ROWS, BLOCK_KV]
+            s = query_key_products(q, k_tokens, seen, HEAD_DIM, False, BLOCK_D, BLOCK_D_REST, CHAIN)
+            if not FOLDED:
+                s = scaled(s, scale, SOFT_CAP)
+            if HAS_ALIBI:
+                s += _biases(slopes, seen, position)
+            m, l, acc, acc_rest = add_block(
+                s, scale, m, l, acc, acc_rest, v_tokens, seen, VALUE_HEAD_DIM, False, FOLDED,
+                BLOCK_DV, BLOCK_DV_REST,
             )  # fmt: skip
         # Anew, or they would take registers in the loop that needs them most. The loads are
         # volatile, so that the compiler does not know that it has seen them.
@@ -296,3 +303,25 @@ def ragged_page_attention_kernel(
     write_rows(out_ptr, row, acc / l[:, None], mask_rows, 0, VALUE_HEAD_DIM)
     if BLOCK_DV_REST > 0:
         write_rows(out_ptr, row, acc_rest / l[:, None], mask_rows, BLOCK_DV, VALUE_HEAD_DIM)
+
+
+@triton.jit
+@typing.no_type_check
+def _first_bad(table_ptr, begin, end, NUM_PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Return a token of `[begin, end)` before which every page is valid, `end` if all are."""
+    bad = end
+    last = tl.cdiv(end, PAGE_SIZE)
+    for entry in tl.range(begin // PAGE_SIZE, last, SCANNED, num_stages=1):
+        entries = entry + tl.arange(0, SCANNED)
+        pages = tl.load(table_ptr + entries, mask=entries < last, other=0)
+        is_bad = (pages < 0) | (pages >= NUM_PAGES)
+        bad = tl.minimum(bad, tl.min(tl.where(is_bad, entries * PAGE_SIZE, end), 0))
+    return bad
+
+
+@triton.jit
+@typing.no_type_check
+def _biases(slopes, key_position, position):
+    """Return ALiBi's biases, `[BLOCK_ROWS, tokens]`, in log2 units."""
+    ahead = (key_position[None, :] - position[:, None]).to(tl.float32)
+    return (slopes * LOG2E)[:, None] * ahead

@@ -20,6 +20,8 @@ import typing
 import triton
 import triton.language as tl
 
+from ejk.backends.triton.ragged_page_attention_rows import clipped_bounds
+
 
 @triton.jit
 @typing.no_type_check
@@ -85,7 +87,7 @@ def ragged_plan_kernel(
         total_narrow, longest_narrow, NARROW_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR
     )
     chunk_wide = _chunk(total_wide, longest_wide, WIDE_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR)
-    ends = _clipped(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS)
+    ends = clipped_bounds(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS)
     q_len = tl.maximum(ends - begin, 0)
     is_wide, blocks, granules = _work(
         context_lens_ptr, seqs, q_len, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
@@ -163,18 +165,11 @@ def _larger(a, b):
 
 @triton.jit
 @typing.no_type_check
-def _clipped(cu_q_lens_ptr, offs, NUM_SEQS: tl.constexpr, TOTAL_TOKENS: tl.constexpr):
-    bounds = tl.load(cu_q_lens_ptr + offs, mask=offs <= NUM_SEQS, other=0)
-    return tl.minimum(tl.maximum(bounds, 0), TOTAL_TOKENS)
-
-
-@triton.jit
-@typing.no_type_check
 def _bounds(cu_q_lens_ptr, seqs, carry, NUM_SEQS: tl.constexpr, TOTAL_TOKENS: tl.constexpr):
     """Return where a block of sequences begin and end, and the largest bound so far."""
-    first = _clipped(cu_q_lens_ptr, seqs, NUM_SEQS, TOTAL_TOKENS)
+    first = clipped_bounds(cu_q_lens_ptr, seqs, NUM_SEQS, TOTAL_TOKENS)
     first = tl.maximum(tl.associative_scan(first, 0, _larger), carry)
-    last = tl.maximum(first, _clipped(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS))
+    last = tl.maximum(first, clipped_bounds(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS))
     last = tl.where(seqs < NUM_SEQS, last, first)
     return first, last, tl.max(last, 0)
 
@@ -231,40 +226,3 @@ def _cut(blocks, granules, chunk):
     size = tl.cdiv(granules, pieces)
     pieces = tl.maximum(tl.cdiv(granules, tl.maximum(size, 1)), 1)
     return tl.where(blocks > 0, pieces, 0), size
-
-
-@triton.jit
-@typing.no_type_check
-def clear_rows(
-    pid,
-    cu_q_lens_ptr,
-    out_ptr,
-    lse_ptr,
-    NUM_SEQS: tl.constexpr,
-    TOTAL_TOKENS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    VALUE_HEAD_DIM: tl.constexpr,
-    BLOCK_OTHERS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    """Write the rows before the first sequence and after the last: 0, their LSE -inf."""
-    top = 0
-    for start in range(0, NUM_SEQS + 1, BLOCK_OTHERS):
-        offs = start + tl.arange(0, BLOCK_OTHERS)
-        top = tl.maximum(top, tl.max(_clipped(cu_q_lens_ptr, offs, NUM_SEQS, TOTAL_TOKENS), 0))
-    first = tl.minimum(tl.maximum(tl.load(cu_q_lens_ptr), 0), TOTAL_TOKENS)
-    tokens = pid * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    outside = (tokens < TOTAL_TOKENS) & ((tokens < first) | (tokens >= top))
-    if tl.max(outside.to(tl.int32), 0) == 0:
-        return
-    offs = tl.arange(0, 128)[None, :]
-    WIDTH: tl.constexpr = NUM_HEADS * VALUE_HEAD_DIM
-    zeros = tl.zeros([BLOCK_TOKENS, 128], out_ptr.dtype.element_ty)
-    row = tokens.to(tl.int64)[:, None]
-    for start in range(0, WIDTH, 128):
-        mask = outside[:, None] & (start + offs < WIDTH)
-        tl.store(out_ptr + row * WIDTH + start + offs, zeros, mask=mask)
-    for start in range(0, NUM_HEADS, 128):
-        mask = outside[:, None] & (start + offs < NUM_HEADS)
-        nothing = tl.full([BLOCK_TOKENS, 128], float("-inf"), tl.float32)
-        tl.store(lse_ptr + row * NUM_HEADS + start + offs, nothing, mask=mask)
