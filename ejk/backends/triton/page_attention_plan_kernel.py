@@ -20,6 +20,8 @@ import typing
 import triton
 import triton.language as tl
 
+from ejk.backends.triton._planning import context_length, cut, longest_piece
+
 
 @triton.jit
 @typing.no_type_check
@@ -62,13 +64,11 @@ def page_attention_plan_kernel(
         granules = tl.cdiv(length - first, GRANULE)
         total += tl.sum(granules.to(tl.int64), 0)
         longest = tl.maximum(longest, tl.max(granules, 0))
-    even = longest.to(tl.int64) * MAX_CUTS * EVEN_DENOMINATOR <= total * EVEN_NUMERATOR
-    chunk = tl.where(even, longest, tl.cdiv(total, tl.maximum(MAX_CUTS, 1)))
-    chunk = tl.maximum(tl.minimum(chunk, CAPACITY), 1).to(tl.int32)  # [1]
+    chunk = longest_piece(total, longest, MAX_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR, CAPACITY)
     first, length = _visible(
         context_lens_ptr, sliding_window_ptr, seqs, window, NUM_SEQS, CAPACITY, stride_window_seq
     )
-    pieces, size = _cut(length - first, chunk, GRANULE)
+    pieces, size = cut(tl.cdiv(length - first, GRANULE), chunk)
     pieces = tl.where(seqs < NUM_SEQS, pieces, 0)
 
     # Loop over all sequences: whose pieces come before mine?
@@ -82,7 +82,8 @@ def page_attention_plan_kernel(
             context_lens_ptr, sliding_window_ptr, others, window, NUM_SEQS, CAPACITY,
             stride_window_seq,
         )  # fmt: skip
-        other_pieces, other_size = _cut(other_length - other_first, chunk, GRANULE)
+        other_granules = tl.cdiv(other_length - other_first, GRANULE)
+        other_pieces, other_size = cut(other_granules, chunk)
         other_pieces = tl.where(others < NUM_SEQS, other_pieces, 0)
         other_split = (other_pieces > 1).to(tl.int32)
         before = (other_size[None, :] > size[:, None]) | (
@@ -127,23 +128,9 @@ def _visible(
     stride_window_seq: tl.constexpr,
 ):
     """Return the first position that each sequence sees, and its length."""
-    length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
-    length = tl.minimum(tl.maximum(length, 0), CAPACITY)
+    length = context_length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
     if stride_window_seq > 0:
         window = tl.load(
             sliding_window_ptr + seqs * stride_window_seq, mask=seqs < NUM_SEQS, other=0
         )
     return tl.maximum(length - tl.maximum(window, 0), 0), length
-
-
-@triton.jit
-@typing.no_type_check
-def _cut(tokens, chunk, GRANULE: tl.constexpr):
-    """Cut contexts in the fewest equal pieces of at most `chunk` granules; none has no piece.
-
-    One of up to two chunks is left whole: begun early, it is done before the others are.
-    """
-    granules = tl.cdiv(tokens, GRANULE)
-    pieces = tl.where(granules > 2 * chunk, tl.cdiv(granules, chunk), 1)
-    size = tl.cdiv(granules, pieces)
-    return tl.maximum(tl.cdiv(granules, tl.maximum(size, 1)), 1), size

@@ -20,7 +20,10 @@ import typing
 import triton
 import triton.language as tl
 
+from ejk.backends.triton._planning import context_length, cut, longest_piece
 from ejk.backends.triton.ragged_page_attention_rows import clipped_bounds
+
+MOST_GRANULES = tl.constexpr(2**30)  # of a piece, so that twice as many are an int32
 
 
 @triton.jit
@@ -83,10 +86,12 @@ def ragged_plan_kernel(
         total_wide += tl.sum(tl.where(is_wide, in_all, 0), 0)
         longest_narrow = tl.maximum(longest_narrow, tl.max(tl.where(is_wide, 0, granules), 0))
         longest_wide = tl.maximum(longest_wide, tl.max(tl.where(is_wide, granules, 0), 0))
-    chunk_narrow = _chunk(
-        total_narrow, longest_narrow, NARROW_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR
+    chunk_narrow = longest_piece(
+        total_narrow, longest_narrow, NARROW_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR, MOST_GRANULES
     )
-    chunk_wide = _chunk(total_wide, longest_wide, WIDE_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR)
+    chunk_wide = longest_piece(
+        total_wide, longest_wide, WIDE_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR, MOST_GRANULES
+    )
     ends = clipped_bounds(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS)
     q_len = tl.maximum(ends - begin, 0)
     is_wide, blocks, granules = _work(
@@ -134,7 +139,7 @@ def ragged_plan_kernel(
     wide_row = tl.where(is_wide, FIRST_WIDE, 1) + place
     split_row = tl.where(is_wide, FIRST_WIDE_SPLIT, FIRST_NARROW_SPLIT) + split
     one = tl.maximum(pieces, 1)[:, None]
-    length = _length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
+    length = context_length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
     for start in range(0, tl.max(blocks * pieces, 0), BLOCK_ITEMS):
         item = start + offs_item  # [BLOCK_SEQS, BLOCK_ITEMS]
         mask = item < (blocks * pieces)[:, None]
@@ -176,13 +181,6 @@ def _bounds(cu_q_lens_ptr, seqs, carry, NUM_SEQS: tl.constexpr, TOTAL_TOKENS: tl
 
 @triton.jit
 @typing.no_type_check
-def _length(context_lens_ptr, seqs, NUM_SEQS: tl.constexpr, CAPACITY: tl.constexpr):
-    length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
-    return tl.minimum(tl.maximum(length, 0), CAPACITY)
-
-
-@triton.jit
-@typing.no_type_check
 def _work(
     context_lens_ptr,
     seqs,
@@ -201,7 +199,7 @@ def _work(
     is_wide = (rows > NARROW_ROWS) & (WIDE_ROWS > 0)
     block_rows = tl.where(is_wide, WIDE_ROWS, NARROW_ROWS)
     blocks = tl.cdiv(rows, block_rows)
-    length = _length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
+    length = context_length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
     seen = length
     if HAS_WINDOW:
         nearest = length - q_len + (blocks - 1) * block_rows // GROUP
@@ -211,18 +209,7 @@ def _work(
 
 @triton.jit
 @typing.no_type_check
-def _chunk(total, longest, CUTS: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr):
-    """Return the most granules of a piece: all, where no context is much longer than its share."""
-    even = longest.to(tl.int64) * CUTS * DENOMINATOR <= total * NUMERATOR
-    chunk = tl.where(even, longest, tl.cdiv(total, tl.maximum(CUTS, 1)))
-    return tl.maximum(tl.minimum(chunk, 2**30), 1).to(tl.int32)  # [1]
-
-
-@triton.jit
-@typing.no_type_check
 def _cut(blocks, granules, chunk):
     """Cut what each block of a sequence sees in the fewest equal pieces of at most a chunk."""
-    pieces = tl.where(granules > 2 * chunk, tl.cdiv(granules, chunk), 1)
-    size = tl.cdiv(granules, pieces)
-    pieces = tl.maximum(tl.cdiv(granules, tl.maximum(size, 1)), 1)
+    pieces, size = cut(granules, chunk)
     return tl.where(blocks > 0, pieces, 0), size

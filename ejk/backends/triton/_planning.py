@@ -1,0 +1,38 @@
+"""How both plans deal out contexts: their lengths, how long a piece may be, how many there are."""
+
+import typing
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+@typing.no_type_check
+def context_length(context_lens_ptr, seqs, NUM_SEQS: tl.constexpr, CAPACITY: tl.constexpr):
+    """Load the lengths of sequences, clipped to what a block table holds; 0 past the last."""
+    length = tl.load(context_lens_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
+    return tl.minimum(tl.maximum(length, 0), CAPACITY)
+
+
+@triton.jit
+@typing.no_type_check
+def longest_piece(
+    total, longest, CUTS: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Return the most granules of a piece: all, where no context is much longer than its share."""
+    even = longest.to(tl.int64) * CUTS * DENOMINATOR <= total * NUMERATOR
+    chunk = tl.where(even, longest, tl.cdiv(total, tl.maximum(CUTS, 1)))
+    return tl.maximum(tl.minimum(chunk, CAPACITY), 1).to(tl.int32)  # [1]
+
+
+@triton.jit
+@typing.no_type_check
+def cut(granules, chunk):
+    """Cut contexts in the fewest equal pieces of at most `chunk` granules; an empty one in one.
+
+    One of up to two chunks is left whole: begun early, it is done before the others are.
+    """
+    pieces = tl.where(granules > 2 * chunk, tl.cdiv(granules, chunk), 1)
+    size = tl.cdiv(granules, pieces)
+    return tl.maximum(tl.cdiv(granules, tl.maximum(size, 1)), 1), size
