@@ -128,7 +128,7 @@ def compile_for(target: str, options: dict):
         "sliding_window_ptr": "int32",
         "sinks_ptr": "float32",
         "alibi_slopes_ptr": "float32",
-        "block_distances_ptr": "int32",
+        "page_distances_ptr": "int32",
         "work_ptr": "int32",
         "part_out_ptr": "float32",
         "part_lse_ptr": "float32",

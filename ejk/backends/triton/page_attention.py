@@ -143,6 +143,6 @@ def _inputs(operands: PageAttentionOperands, work: Any) -> dict[str, Any]:
         "sliding_window_ptr": operands.sliding_window,
         "sinks_ptr": operands.sinks,
         "alibi_slopes_ptr": operands.alibi_slopes,
-        "block_distances_ptr": operands.page_distances,
+        "page_distances_ptr": operands.page_distances,
         "work_ptr": work,
     }

@@ -41,7 +41,7 @@ def page_attention_kernel(
     sliding_window_ptr,  # int32 [], or [num_seqs]
     sinks_ptr,  # float32 [num_heads]
     alibi_slopes_ptr,  # float32 [num_heads]
-    block_distances_ptr,  # int32 [num_seqs, max_blocks]
+    page_distances_ptr,  # int32 [num_seqs, max_blocks]
     work_ptr,  # int32 [1 + pieces, 4]: the plan
     # outputs
     part_out_ptr,  # float32 [parts, num_heads, value_head_dim]
@@ -158,7 +158,7 @@ def page_attention_kernel(
     reachable = (positions < reach) & (positions < MAX_BLOCKS * PAGE_SIZE)
     pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=reachable, other=-1)
     pages = tl.where(positions < end, pages, -1)
-    distance_ptr = block_distances_ptr + seq * MAX_BLOCKS
+    distance_ptr = page_distances_ptr + seq * MAX_BLOCKS
     if HAS_DISTANCES:
         distances = tl.load(distance_ptr + positions // PAGE_SIZE, mask=reachable, other=0)
     if NUM_SPLITS == 0 and HAS_WINDOW:
