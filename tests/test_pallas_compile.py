@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import ejk
-from ejk.backends.pallas import page_attention
+from ejk.backends.pallas import _chip
 
 pytest.importorskip("libtpu")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -142,13 +142,13 @@ def device(generation):
 def compile_for(generation, monkeypatch, **options):
     """Compile; returns the program's text and the VMEM that the backend predicts."""
     predicted = []
-    launch = ejk.PallasPageAttention._launch
+    launch = ejk.PallasPageAttention._attend
 
     def watched(self, problem, operands):
         predicted.append(sum(self._work(problem).vmem().values()))
         return launch(self, problem, operands)
 
-    monkeypatch.setattr(ejk.PallasPageAttention, "_launch", watched)
+    monkeypatch.setattr(ejk.PallasPageAttention, "_attend", watched)
     function, arguments = call(generation, **options)
     with jax.sharding.use_abstract_mesh(device(generation).mesh.abstract_mesh):
         lowered = function.lower(**arguments)
@@ -206,7 +206,7 @@ def test_a_table_too_large_for_scalar_memory_is_run_in_parts_by_one_kernel(monke
 
 
 def test_the_scalar_memory_that_is_used_is_there(monkeypatch):
-    width = page_attention.SMEM_LIMIT_BYTES // 4 - 5 * 128 - 1
+    width = _chip.SMEM_LIMIT_BYTES // 4 - 5 * 128 - 1
     check("v5e", monkeypatch, sizes=(8, 2, 128, 1), max_blocks=width, num_seqs=1)
 
 

@@ -14,7 +14,7 @@ from test_write_programs import pool_shapes, row_shapes, step, struct
 
 import ejk
 from ejk.backends.pallas import write_kv_cache_launch as launcher
-from ejk.backends.pallas.page_attention import _chip
+from ejk.backends.pallas._chip import chip
 from ejk.backends.pallas.write_kv_cache_work import Work
 
 from jax.experimental.layout import Format, Layout  # isort: skip
@@ -86,7 +86,7 @@ def compile_for(generation, monkeypatch, **options):
 
     def watched(work: Work, *rest):
         predicted.append(sum(work.vmem().values()))
-        assert predicted[0] <= _chip().vmem_limit_bytes
+        assert predicted[0] <= chip().vmem_limit_bytes
         return launch(work, *rest)
 
     monkeypatch.setattr(launcher, "launch", watched)

@@ -1,13 +1,11 @@
 """`ejk.page_attention` on TPUs: which calls the Pallas kernel takes, and how it is launched."""
 
 import dataclasses
-import functools
 from collections.abc import Hashable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import io_callback
 
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.page_attention import (
@@ -15,22 +13,15 @@ from ejk.backends.page_attention import (
     PageAttentionOperands,
     PageAttentionProblem,
 )
-from ejk.backends.pallas.page_attention_tuned import (
-    BLOCK_KV,
-    CHIPS,
-    LONG_BLOCK_KV,
-    ROUND_KEY_BYTES,
-    SMEM_LIMIT_BYTES,
-    TOO_OLD,
-    UNKNOWN,
-    Chip,
-)
+from ejk.backends.pallas._backend import PallasBackend
+from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
+from ejk.backends.pallas.page_attention_tuned import BLOCK_KV, LONG_BLOCK_KV, ROUND_KEY_BYTES
 from ejk.backends.pallas.page_attention_work import LANES, Work, round_up, seqs_per_launch
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 
 
 @dataclasses.dataclass(frozen=True)
-class PallasPageAttention(PageAttentionBackend):
+class PallasPageAttention(PallasBackend, PageAttentionBackend):
     """Run `ejk.page_attention` as a Pallas kernel on a TPU.
 
     A core computes a sequence in one pass whatever `num_splits` says: it has no other cores of
@@ -57,7 +48,6 @@ class PallasPageAttention(PageAttentionBackend):
     vmem_limit_bytes: int | None = None
     interpret: bool | Hashable = False
 
-    name = "pallas"
     features = frozenset(
         {
             "attn_logits_soft_cap",
@@ -82,23 +72,8 @@ class PallasPageAttention(PageAttentionBackend):
             )
         at_least(self, pages_per_compute_block=1, blocks_per_round=1, vmem_limit_bytes=1)
 
-    @property
-    def platforms(self) -> tuple[str, ...]:
-        return ("cpu",) if self.interpret else ("tpu",)
-
-    @property
-    def effects(self) -> frozenset[Any]:
-        """The interpreter's callbacks run in order."""
-        return _callback_effects() if self.interpret else frozenset()
-
     def limits(self, problem: PageAttentionProblem, platform: str) -> tuple[str, ...]:
-        reasons = []
-        if (version := _chip_version()) in TOO_OLD:
-            reasons.append(f"TPU {version}: the kernel needs a v4 or later")
-        if problem.query_dtype not in (jnp.float32, jnp.bfloat16):
-            reasons.append(
-                f"dtype={problem.query_dtype}: the matrix unit takes float32 and bfloat16"
-            )
+        reasons = self.first_refusals(problem.query_dtype, "the matrix unit")
         if self.megacore_mode == "kv_head":
             if problem.num_kv_heads % 2:
                 reasons.append(
@@ -114,50 +89,43 @@ class PallasPageAttention(PageAttentionBackend):
                 f"max_blocks={problem.max_blocks}: the table of one sequence must fit in "
                 f"{SMEM_LIMIT_BYTES} bytes of scalar memory; larger pages make it shorter"
             )
-        work, limit = self._work(problem), self._vmem_limit()
-        needs = {name: size for name, size in work.vmem().items() if size}
-        if (total := sum(needs.values())) > limit:
-            parts = ", ".join(f"{name} {size}" for name, size in needs.items())
-            reasons.append(
-                f"a block of {work.block_pages} page{'s' * (work.block_pages > 1)} of "
-                f"page_size={problem.page_size} needs {total} bytes of VMEM, above "
-                f"vmem_limit_bytes={limit}: {parts}"
-            )
+        work = self._work(problem)
+        reasons += self.vmem_refusals(
+            f"a block of {work.block_pages} page{'s' * (work.block_pages > 1)} of "
+            f"page_size={problem.page_size} needs",
+            work.vmem(),
+        )
         return tuple(reasons)
 
-    def run(self, problem, operands, platform):
+    def launch(
+        self, problem: PageAttentionProblem, operands: PageAttentionOperands
+    ) -> tuple[jax.Array, ...]:
         most = seqs_per_launch(problem, SMEM_LIMIT_BYTES)
         if problem.num_seqs <= most:
-            return self._launch(problem, operands)
+            return self._attend(problem, operands)
         # Parts of one size are one kernel: the last is filled up with sequences of length 0.
         parts = -(-problem.num_seqs // most)
         size = -(-problem.num_seqs // parts)
 
-        def launch_part(rows):
+        def launch_part(rows: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
             part = dataclasses.replace(problem, num_seqs=size)
-            return self._launch(part, operands._replace(**rows))
+            return self._attend(part, operands._replace(**rows))
 
         rows = {name: in_parts(getattr(operands, name), parts, size) for name in problem.per_seq}
         results = jax.lax.map(launch_part, rows)
         return tuple(x.reshape(-1, *x.shape[2:])[: problem.num_seqs] for x in results)
 
-    def _launch(self, problem: PageAttentionProblem, operands: PageAttentionOperands):
-        from jax.experimental.pallas import tpu as pltpu
-
+    def _attend(
+        self, problem: PageAttentionProblem, operands: PageAttentionOperands
+    ) -> tuple[jax.Array, ...]:
         from ejk.backends.pallas.page_attention_launch import launch
 
-        interpret = self.interpret
-        if interpret is True:
-            interpret = pltpu.InterpretParams(
-                uninitialized_memory="nan", out_of_bounds_reads="raise"
-            )
-        with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
-            return launch(self._work(problem), operands, self._vmem_limit(), interpret)
+        return launch(self._work(problem), operands, self.vmem_limit, self.interpreter)
 
     def _work(self, problem: PageAttentionProblem) -> Work:
         """Cut a launch in steps, rounds and blocks, and share it between cores."""
-        chip = _chip()
-        mode, cores = self.megacore_mode, chip.cores if self.megacore_mode is None else 2
+        target = chip()
+        mode, cores = self.megacore_mode, target.cores if self.megacore_mode is None else 2
         if mode is None:
             two_shares = problem.num_kv_heads % 2 == 0 and problem.cache_layout != "NHD"
             mode = "kv_head" if problem.num_seqs == 1 and two_shares else "batch"
@@ -165,7 +133,7 @@ class PallasPageAttention(PageAttentionBackend):
         core_seqs = -(-problem.num_seqs // sharing)
         work = Work(
             problem, core_seqs, self._block_pages(problem), cores=cores, shared=mode,
-            reordered_copies=chip.reordered_copies,
+            reordered_copies=target.reordered_copies,
         )  # fmt: skip
         # How many blocks a round has changes no bit of them: it may follow from the batch.
         blocks = core_seqs * -(-seen_pages(problem) // work.block_pages)
@@ -180,11 +148,11 @@ class PallasPageAttention(PageAttentionBackend):
         """Choose how many pages a block has: by the model and the chip alone if that is asked."""
         if self.pages_per_compute_block is not None:
             return self.pages_per_compute_block
-        chip = _chip()
-        one_page = Work(problem, 1, 1, reordered_copies=chip.reordered_copies)
+        target = chip()
+        one_page = Work(problem, 1, 1, reordered_copies=target.reordered_copies)
         of_round = ROUND_KEY_BYTES * problem.page_size // one_page.key_bytes
         if problem.head_dim > LANES and of_round < BLOCK_KV:
-            of_round //= chip.wide_round_blocks
+            of_round //= target.wide_round_blocks
         longest = LONG_BLOCK_KV if of_round > 4 * BLOCK_KV else BLOCK_KV
         tokens = min(of_round, longest)
         pages = max(1, tokens // problem.page_size)
@@ -193,7 +161,7 @@ class PallasPageAttention(PageAttentionBackend):
         return pages if problem.num_splits > 0 else min(pages, seen_pages(problem))
 
     def _round_blocks(self, work: Work) -> int:
-        blocks = min(max(ROUND_KEY_BYTES // work.key_bytes, 1), _chip().round_blocks)
+        blocks = min(max(ROUND_KEY_BYTES // work.key_bytes, 1), chip().round_blocks)
         while blocks > 1 and not self._fits(
             dataclasses.replace(work, round_blocks=blocks, step_seqs=blocks)
         ):
@@ -201,10 +169,7 @@ class PallasPageAttention(PageAttentionBackend):
         return blocks
 
     def _fits(self, work: Work) -> bool:
-        return sum(work.vmem().values()) <= self._vmem_limit()
-
-    def _vmem_limit(self) -> int:
-        return self.vmem_limit_bytes or _chip().vmem_limit_bytes
+        return sum(work.vmem().values()) <= self.vmem_limit
 
 
 def in_parts(x: jax.Array, parts: int, size: int) -> jax.Array:
@@ -217,34 +182,3 @@ def seen_pages(problem: PageAttentionProblem | RaggedPageAttentionProblem) -> in
     """Return how many pages a sequence is expected to see at most."""
     pages = -(-problem.visible_bound // problem.page_size) + problem.has_window
     return min(pages, problem.max_blocks)
-
-
-def _tpu_info():
-    """The chip that the computation is lowered for, as far as anyone can say."""
-    from jax.experimental.pallas import tpu as pltpu
-
-    try:
-        return pltpu.get_tpu_info()
-    except ValueError:  # no TPU here, and no abstract mesh of TPUs around the call
-        return None
-
-
-def _chip_version() -> str | None:
-    info = _tpu_info()
-    return None if info is None else str(info.chip_version)
-
-
-def _chip() -> Chip:
-    info = _tpu_info()
-    if info is None:
-        return UNKNOWN
-    return CHIPS.get(str(info.chip_version), UNKNOWN)._replace(cores=info.num_cores)
-
-
-@functools.cache
-def _callback_effects() -> frozenset[Any]:
-    def call_back():
-        io_callback(lambda: None, None)
-        io_callback(lambda: None, None, ordered=True)
-
-    return frozenset(jax.make_jaxpr(call_back)().effects)

@@ -2,26 +2,20 @@
 
 import dataclasses
 from collections.abc import Hashable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.page_attention import AXIS
-from ejk.backends.pallas.page_attention import (
-    PallasPageAttention,
-    _callback_effects,
-    _chip,
-    _chip_version,
-    in_parts,
-    seen_pages,
-)
-from ejk.backends.pallas.page_attention_tuned import SMEM_LIMIT_BYTES, TOO_OLD
+from ejk.backends.pallas._backend import PallasBackend
+from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
+from ejk.backends.pallas.page_attention import PallasPageAttention, in_parts, seen_pages
 from ejk.backends.pallas.page_attention_work import LANES, round_up
 from ejk.backends.pallas.ragged_page_attention_work import ROWS_AT_ONCE, RaggedWork, item_words
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
+    RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
     sane_bounds,
 )
@@ -30,9 +24,11 @@ from ejk.backends.ragged_page_attention import (
 BLOCK_KV = 512
 FEW_TOKENS = 8  # new tokens of a sequence that one block of queries takes: drafts to verify
 
+Results = tuple[jax.Array, ...]
+
 
 @dataclasses.dataclass(frozen=True)
-class PallasRaggedPageAttention(RaggedPageAttentionBackend):
+class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
     """Run `ejk.ragged_page_attention` as a Pallas kernel on a TPU.
 
     New tokens are taken in blocks, each of one sequence. With a `max_q_len` of at most 8 a block
@@ -52,72 +48,58 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
     vmem_limit_bytes: int | None = None
     interpret: bool | Hashable = False
 
-    name = "pallas"
     features = (PallasPageAttention.features - AXIS) | {"positions", "tree_mask"}
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)
         at_least(self, block_q=1, pages_per_block=1, vmem_limit_bytes=1)
 
-    @property
-    def platforms(self) -> tuple[str, ...]:
-        return ("cpu",) if self.interpret else ("tpu",)
-
-    @property
-    def effects(self) -> frozenset[Any]:
-        """The interpreter's callbacks run in order."""
-        return _callback_effects() if self.interpret else frozenset()
-
     def limits(self, problem: RaggedPageAttentionProblem, platform: str) -> tuple[str, ...]:
-        reasons = []
-        if (version := _chip_version()) in TOO_OLD:
-            reasons.append(f"TPU {version}: the kernel needs a v4 or later")
-        if problem.query_dtype not in (jnp.float32, jnp.bfloat16):
-            reasons.append(
-                f"dtype={problem.query_dtype}: the matrix unit takes float32 and bfloat16"
-            )
-        works, limit = self._works(problem), self._vmem_limit()
+        reasons = self.first_refusals(problem.query_dtype, "the matrix unit")
         if not self._seqs_per_launch(problem):
             reasons.append(
                 f"max_blocks={problem.max_blocks}, total_tokens={problem.total_tokens}: the table "
                 f"of a sequence and the blocks of queries must fit in {SMEM_LIMIT_BYTES} bytes of "
                 "scalar memory; larger pages make the table shorter"
             )
-        for work in works:
-            needs = {name: size for name, size in work.vmem().items() if size}
-            if (total := sum(needs.values())) > limit:
-                parts = ", ".join(f"{name} {size}" for name, size in needs.items())
-                reasons.append(
-                    f"blocks of {work.block_q} new tokens and {work.block_pages} pages of "
-                    f"page_size={problem.page_size} need {total} bytes of VMEM, above "
-                    f"vmem_limit_bytes={limit}: {parts}"
-                )
+        for work in self._works(problem):
+            reasons += self.vmem_refusals(
+                f"blocks of {work.block_q} new tokens and {work.block_pages} pages of "
+                f"page_size={problem.page_size} need",
+                work.vmem(),
+            )
         return tuple(reasons)
 
-    def run(self, problem, operands, platform):
+    def launch(
+        self, problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
+    ) -> Results:
         from ejk.backends.pallas.ragged_page_attention_launch import nothing_seen
 
-        with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
-            most = self._seqs_per_launch(problem)
-            results = nothing_seen(problem, operands.query)
-            if problem.num_seqs <= most:
-                return self._launch(problem, operands, results)
-            return self._launch_parts(problem, operands, results, -(-problem.num_seqs // most))
+        most = self._seqs_per_launch(problem)
+        results = nothing_seen(problem, operands.query)
+        if problem.num_seqs <= most:
+            return self._attend(problem, operands, results)
+        return self._attend_parts(problem, operands, results, -(-problem.num_seqs // most))
 
-    def _launch(self, problem, operands, results):
+    def _attend(
+        self,
+        problem: RaggedPageAttentionProblem,
+        operands: RaggedPageAttentionOperands,
+        results: Results,
+    ) -> Results:
         """Fill in the results of the new tokens of some sequences."""
-        from jax.experimental.pallas import tpu as pltpu
-
         from ejk.backends.pallas.ragged_page_attention_launch import launch
 
-        interpret = self.interpret
-        if interpret is True:
-            interpret = pltpu.InterpretParams(
-                uninitialized_memory="nan", out_of_bounds_reads="raise"
-            )
-        return launch(self._works(problem), operands, results, self._vmem_limit(), interpret)
+        works = self._works(problem)
+        return launch(works, operands, results, self.vmem_limit, self.interpreter)
 
-    def _launch_parts(self, problem, operands, results, parts: int):
+    def _attend_parts(
+        self,
+        problem: RaggedPageAttentionProblem,
+        operands: RaggedPageAttentionOperands,
+        results: Results,
+        parts: int,
+    ) -> Results:
         """Let parts of the batch, all of one size and so by the same kernels, follow each other."""
         size = -(-problem.num_seqs // parts)
         part, more = dataclasses.replace(problem, num_seqs=size), parts * size - problem.num_seqs
@@ -129,8 +111,8 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
             block_tables=in_parts(operands.block_tables, parts, size),
         )
 
-        def launch_part(results, given):
-            return self._launch(part, operands._replace(**given), results), None
+        def launch_part(results: Results, given: dict[str, jax.Array]) -> tuple[Results, None]:
+            return self._attend(part, operands._replace(**given), results), None
 
         return jax.lax.scan(launch_part, results, given)[0]
 
@@ -164,16 +146,18 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
         items = total // many.block_q + max(min(most, total // 2), 1)
         return _with_items(self._fitting(problem, 1, (1, 1)), most), _with_items(many, items)
 
-    def _fitting(self, problem, block_q: int, q_lens: tuple[int, int]) -> RaggedWork:
+    def _fitting(
+        self, problem: RaggedPageAttentionProblem, block_q: int, q_lens: tuple[int, int]
+    ) -> RaggedWork:
         """Return blocks that fit in VMEM: those of the context are made shorter, then the others.
 
         Fields of the object stay as they are.
         """
-        chip, pages = _chip(), self.pages_per_block
+        target, pages = chip(), self.pages_per_block
         if pages is None:
             pages = min(max(BLOCK_KV // problem.page_size, 1), seen_pages(problem))
         work = RaggedWork(
-            problem, 0, pages, cores=chip.cores, reordered_copies=chip.reordered_copies,
+            problem, 0, pages, cores=target.cores, reordered_copies=target.reordered_copies,
             block_q=block_q, q_lens=q_lens,
         )  # fmt: skip
         for field, given in (("block_pages", self.pages_per_block), ("block_q", self.block_q)):
@@ -182,10 +166,7 @@ class PallasRaggedPageAttention(RaggedPageAttentionBackend):
         return work
 
     def _fits(self, work: RaggedWork) -> bool:
-        return sum(work.vmem().values()) <= self._vmem_limit()
-
-    def _vmem_limit(self) -> int:
-        return self.vmem_limit_bytes or _chip().vmem_limit_bytes
+        return sum(work.vmem().values()) <= self.vmem_limit
 
 
 def _with_items(work: RaggedWork, items: int) -> RaggedWork:

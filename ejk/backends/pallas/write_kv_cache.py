@@ -2,20 +2,22 @@
 
 import dataclasses
 from collections.abc import Hashable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ejk.backends._fields import check_interpret
-from ejk.backends.pallas.page_attention import _callback_effects, _chip, _chip_version
-from ejk.backends.pallas.page_attention_tuned import SMEM_LIMIT_BYTES, TOO_OLD
+from ejk.backends.pallas._backend import PallasBackend
+from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES
 from ejk.backends.pallas.write_kv_cache_work import Work
-from ejk.backends.write_kv_cache import WriteKVCacheBackend, WriteKVCacheProblem
+from ejk.backends.write_kv_cache import (
+    WriteKVCacheBackend,
+    WriteKVCacheOperands,
+    WriteKVCacheProblem,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class PallasWriteKVCache(WriteKVCacheBackend):
+class PallasWriteKVCache(PallasBackend, WriteKVCacheBackend):
     """Run `ejk.write_kv_cache` as a Pallas kernel on a TPU.
 
     Attributes:
@@ -26,7 +28,6 @@ class PallasWriteKVCache(WriteKVCacheBackend):
 
     interpret: bool | Hashable = False
 
-    name = "pallas"
     features = frozenset(
         {
             "fused_pools",
@@ -40,46 +41,23 @@ class PallasWriteKVCache(WriteKVCacheBackend):
     def __post_init__(self):
         check_interpret(self, of_pallas=True)
 
-    @property
-    def platforms(self) -> tuple[str, ...]:
-        return ("cpu",) if self.interpret else ("tpu",)
-
-    @property
-    def effects(self) -> frozenset[Any]:
-        """The interpreter's callbacks run in order."""
-        return _callback_effects() if self.interpret else frozenset()
-
     def limits(self, problem: WriteKVCacheProblem, platform: str) -> tuple[str, ...]:
-        reasons = []
-        if (version := _chip_version()) in TOO_OLD:
-            reasons.append(f"TPU {version}: the kernel needs a v4 or later")
-        if problem.cache_dtype not in (jnp.float32, jnp.bfloat16):
-            reasons.append(f"dtype={problem.cache_dtype}: the chip takes float32 and bfloat16")
+        reasons = self.first_refusals(problem.cache_dtype, "the chip")
         if 4 * problem.num_tokens > SMEM_LIMIT_BYTES:
             reasons.append(
                 f"num_tokens={problem.num_tokens}: their slots must fit in {SMEM_LIMIT_BYTES} "
                 "bytes of scalar memory"
             )
-        limit = _chip().vmem_limit_bytes
-        work = Work.of(problem, limit)
-        if (total := sum(work.vmem().values())) > limit:
-            parts = ", ".join(f"{name} {size}" for name, size in work.vmem().items())
-            reasons.append(
-                f"one token's window of {work.window_slots} slots needs {total} bytes of VMEM, of "
-                f"{limit}: {parts}"
-            )
+        work = Work.of(problem, self.vmem_limit)
+        reasons += self.vmem_refusals(
+            f"one token's window of {work.window_slots} slots needs", work.vmem(), bound="of "
+        )
         return tuple(reasons)
 
-    def run(self, problem, operands, platform):
-        from jax.experimental.pallas import tpu as pltpu
-
+    def launch(
+        self, problem: WriteKVCacheProblem, operands: WriteKVCacheOperands
+    ) -> tuple[jax.Array, ...]:
         from ejk.backends.pallas.write_kv_cache_launch import launch
 
-        interpret = self.interpret
-        if interpret is True:
-            interpret = pltpu.InterpretParams(
-                uninitialized_memory="nan", out_of_bounds_reads="raise"
-            )
-        limit = _chip().vmem_limit_bytes
-        with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
-            return launch(Work.of(problem, limit), operands, limit, interpret)
+        work = Work.of(problem, self.vmem_limit)
+        return launch(work, operands, self.vmem_limit, self.interpreter)
