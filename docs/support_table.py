@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import ejk
-from ejk import _dispatch
+from ejk import _dispatch, _page_attention, _ragged_page_attention, _write_kv_cache
 from ejk.backends.page_attention import CacheLayout
 
 PAGE = pathlib.Path(__file__).with_name("support.md")
@@ -49,17 +49,14 @@ def triton(title: str, compute_capability: int, num_sms: int) -> Target:
     )
 
 
-BACKENDS = (ejk.XlaPageAttention, ejk.TritonPageAttention, ejk.PallasPageAttention)
-RAGGED_BACKENDS = (
-    ejk.XlaRaggedPageAttention,
-    ejk.TritonRaggedPageAttention,
-    ejk.PallasRaggedPageAttention,
-)
-WRITE_BACKENDS = (ejk.XlaWriteKVCache, ejk.TritonWriteKVCache, ejk.PallasWriteKVCache)
-INTERPRETED = (
-    ejk.TritonPageAttention(interpret=True),
-    ejk.PallasPageAttention(interpret=True),
-)
+def columns(backends: Sequence[ejk.Backend]) -> list[ejk.Backend]:
+    """Put the list of an operation into the order of the page: what runs everywhere comes first."""
+    return sorted(backends, key=lambda backend: backend.name, reverse=True)
+
+
+BACKENDS = columns(_page_attention.BACKENDS)
+RAGGED_BACKENDS = columns(_ragged_page_attention.BACKENDS)
+WRITE_BACKENDS = columns(_write_kv_cache.WRITE_BACKENDS)
 TARGETS = (
     Target("`xla`", ejk.XlaPageAttention(), "cpu"),
     triton("`triton`, sm_80", 80, 108),
@@ -159,21 +156,20 @@ def generate() -> str:
 
 
 def add_platforms(page: Page) -> None:
-    def cell(backend: ejk.PageAttentionBackend, platform: str) -> str:
+    def cell(backend: ejk.Backend, platform: str) -> str:
         if platform in backend.platforms:
             return "only if asked for" if platform in backend.only_if_asked else "yes"
-        interpreted = any(
-            other.name == backend.name and platform in other.platforms for other in INTERPRETED
-        )
-        return "with `interpret=True`" if interpreted else "no"
+        if "interpret" not in inspect.signature(type(backend)).parameters:
+            return "no"
+        interpreted = type(backend)(interpret=True)
+        return "with `interpret=True`" if platform in interpreted.platforms else "no"
 
     page.add("## Platforms\n\n*only if asked for*: automatic choice passes the backend over.")
-    backends = [backend() for backend in BACKENDS]
     rows = [
-        [f"`{platform}`", *(cell(backend, platform) for backend in backends)]
+        [f"`{platform}`", *(cell(backend, platform) for backend in BACKENDS)]
         for platform in _dispatch.PLATFORMS
     ]
-    page.table("platform", [f"`{backend.name}`" for backend in backends], rows)
+    page.table("platform", [f"`{backend.name}`" for backend in BACKENDS], rows)
 
 
 def add_features(page: Page) -> None:
@@ -193,7 +189,7 @@ def add_features(page: Page) -> None:
     add_feature_table(page, WRITE_BACKENDS)
 
 
-def add_feature_table(page: Page, backends: Sequence[type[ejk.Backend]]) -> None:
+def add_feature_table(page: Page, backends: Sequence[ejk.Backend]) -> None:
     features = sorted(frozenset[str]().union(*(backend.features for backend in backends)))
     rows = [
         [f"`{feature}`", *("yes" if feature in b.features else "no" for b in backends)]
@@ -240,8 +236,8 @@ def add_fields(page: Page) -> None:
 
 def fields() -> Iterator[list[str]]:
     for backend in (*BACKENDS, *RAGGED_BACKENDS, *WRITE_BACKENDS):
-        for parameter in inspect.signature(backend).parameters.values():
-            yield [f"`ejk.{backend.__name__}.{parameter.name}`", f"`{parameter.default!r}`"]
+        for parameter in inspect.signature(type(backend)).parameters.values():
+            yield [f"`ejk.{type(backend).__name__}.{parameter.name}`", f"`{parameter.default!r}`"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

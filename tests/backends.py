@@ -1,4 +1,4 @@
-"""The one table of backends, and the decorators that run every property on each of its entries."""
+"""The tables of backends, one for each operation, and what runs a property on every entry."""
 
 import contextlib
 import dataclasses
@@ -75,50 +75,105 @@ class Writer(Entry):
         return [np.asarray(cache) for cache in caches if cache is not None]
 
 
-def entries() -> list[Entry]:
-    if os.environ.get("EJK_TEST_GPU"):
-        assert jax.default_backend() == "gpu", "the GPU tests were asked for, but there is no GPU"
-        return [
-            Entry("xla on gpu", ejk.XlaPageAttention(), examples=40, invariant=False),
-            Entry("triton on gpu", ejk.TritonPageAttention(), examples=80),
-        ]
-    return [
-        Entry("xla", ejk.XlaPageAttention(), examples=10, invariant=False),
-        Entry(
-            "xla in small blocks", ejk.XlaPageAttention(block_kv=16), examples=4, invariant=False
+@dataclasses.dataclass(frozen=True)
+class RaggedEntry(Entry):
+    """One backend of `ejk.ragged_page_attention` under test.
+
+    Attributes:
+        decode: the backend of `ejk.page_attention` that takes single tokens in the same blocks.
+    """
+
+    decode: ejk.Backend | None = None
+
+    def __call__(self, case, **overrides):
+        """Run a case; return the output and the LSE as NumPy arrays."""
+        with self.refusing():
+            out, lse = ejk.ragged_page_attention(
+                *case.arguments(), **{**case.semantics(), **overrides}, return_lse=True,
+                backend=self.backend,
+            )  # fmt: skip
+        return np.asarray(out), np.asarray(lse)
+
+
+def interpreted(backends) -> dict[str, ejk.Backend]:
+    """Name backends as they run on a CPU: kernels by their interpreter."""
+    return {
+        backend.name: dataclasses.replace(backend, interpret=True)
+        if hasattr(backend, "interpret")
+        else backend
+        for backend in backends
+    }
+
+
+# Small blocks, so that a few tokens are wide ones, and blocks of keys that need no mask occur.
+RAGGED_TRITON = ejk.TritonRaggedPageAttention(
+    block_rows=16, block_kv=32, few_block_kv=16, num_sms=6, interpret=True
+)
+RAGGED_PALLAS = ejk.PallasRaggedPageAttention(block_q=3, pages_per_block=2, interpret=True)
+NO_FLOAT16 = (r"float16: the (matrix unit|chip) takes float32 and bfloat16",)
+
+if os.environ.get("EJK_TEST_GPU"):
+    assert jax.default_backend() == "gpu", "the GPU tests were asked for, but there is no GPU"
+    ENTRIES = [
+        Entry("xla on gpu", ejk.XlaPageAttention(), 40, invariant=False),
+        Entry("triton on gpu", ejk.TritonPageAttention(), 80),
+    ]
+    RAGGED = [
+        RaggedEntry("ragged xla on gpu", ejk.XlaRaggedPageAttention(), 20),
+        RaggedEntry(
+            "ragged triton on gpu",
+            ejk.TritonRaggedPageAttention(),
+            40,
+            decode=ejk.TritonPageAttention(),
         ),
-        Entry("triton interpreted", ejk.TritonPageAttention(interpret=True), examples=8),
-        Entry(
-            "pallas interpreted",
-            ejk.PallasPageAttention(interpret=True),
-            examples=4,
-            may_refuse=(r"float16: the matrix unit takes float32 and bfloat16",),
+        # 192 query rows fill it: of 16 bits they are taken in the blocks of a large batch.
+        RaggedEntry("ragged triton on a small gpu", ejk.TritonRaggedPageAttention(num_sms=1), 8),
+        RaggedEntry(
+            "ragged triton on a small gpu, in blocks of 256",
+            ejk.TritonRaggedPageAttention(num_sms=1, block_rows=256),
+            8,
+            may_refuse=(r"blocks of 256 query rows .* shared memory", "no rocm device is here"),
         ),
     ]
-
-
-def writers() -> list[Entry]:
-    if os.environ.get("EJK_TEST_GPU"):
-        return [
-            Writer("xla on gpu, writing", ejk.XlaWriteKVCache(), examples=20),
-            Writer("triton on gpu, writing", ejk.TritonWriteKVCache(), examples=80),
-        ]
-    return [
-        Writer("xla, writing", ejk.XlaWriteKVCache(), examples=20),
-        Writer("triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), examples=20),
+    WRITERS = [
+        Writer("xla on gpu, writing", ejk.XlaWriteKVCache(), 20),
+        Writer("triton on gpu, writing", ejk.TritonWriteKVCache(), 80),
+    ]
+else:
+    ENTRIES = [
+        Entry("xla", ejk.XlaPageAttention(), 10, invariant=False),
+        Entry("xla in small blocks", ejk.XlaPageAttention(block_kv=16), 4, invariant=False),
+        Entry("triton interpreted", ejk.TritonPageAttention(interpret=True), 8),
+        Entry(
+            "pallas interpreted", ejk.PallasPageAttention(interpret=True), 4, may_refuse=NO_FLOAT16
+        ),
+    ]
+    RAGGED = [
+        RaggedEntry("ragged xla", ejk.XlaRaggedPageAttention(), 6),
+        RaggedEntry(
+            "ragged xla in small blocks", ejk.XlaRaggedPageAttention(block_q=4, block_kv=16), 4
+        ),
+        RaggedEntry(
+            "ragged triton interpreted",
+            RAGGED_TRITON,
+            8,
+            decode=ejk.TritonPageAttention(block_kv=16, num_sms=6, interpret=True),
+        ),
+        RaggedEntry("ragged pallas interpreted", RAGGED_PALLAS, 4, may_refuse=NO_FLOAT16),
+    ]
+    WRITERS = [
+        Writer("xla, writing", ejk.XlaWriteKVCache(), 20),
+        Writer("triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), 20),
         Writer(
-            "pallas interpreted, writing",
-            ejk.PallasWriteKVCache(interpret=True),
-            examples=10,
-            may_refuse=(r"float16: the chip takes float32 and bfloat16",),
+            "pallas interpreted, writing", ejk.PallasWriteKVCache(interpret=True), 10,
+            may_refuse=NO_FLOAT16,
         ),
-    ]
+    ]  # fmt: skip
 
 
-ENTRIES = entries()
-WRITERS = writers()
-
-each_backend = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def each_of(entries):
+    """Run a test of `entry` on each of these."""
+    return pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
 
 
 def counted(body):
@@ -138,12 +193,17 @@ def counted(body):
 
 def edge(body):
     """Make a test of a function of `entry` and fixtures: run on every backend, and counted."""
-    return each_backend(counted(body))
+    return each_of(ENTRIES)(counted(body))
+
+
+def ragged_edge(body):
+    """The same on every backend of ragged batches."""
+    return each_of(RAGGED)(counted(body))
 
 
 def writer_edge(body):
     """The same on every backend that writes."""
-    return pytest.mark.parametrize("entry", WRITERS, ids=lambda entry: entry.name)(counted(body))
+    return each_of(WRITERS)(counted(body))
 
 
 def each_case(strategy, share: float = 1.0, entries=ENTRIES):
@@ -156,7 +216,7 @@ def each_case(strategy, share: float = 1.0, entries=ENTRIES):
     """
 
     def decorate(body):
-        @pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
+        @each_of(entries)
         def test(entry):
             run = counted(body)
 

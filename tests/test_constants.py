@@ -4,15 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backends import interpreted
 
 import ejk
+from ejk import _page_attention
 
-BACKENDS = {
-    "automatic": None,
-    "xla": "xla",
-    "triton": ejk.TritonPageAttention(interpret=True),
-    "pallas": ejk.PallasPageAttention(interpret=True),
-}
+BACKENDS = {"automatic": None, **interpreted(_page_attention.BACKENDS)}
 POOL = np.random.default_rng(0).standard_normal((8, 2, 4, 16), np.float32)
 QUERY = np.random.default_rng(1).standard_normal((3, 4, 16), np.float32)
 LENS, TABLES = np.array([3, 4, 1], np.int32), np.array([[5, 1], [0, 2], [7, 3]], np.int32)
