@@ -23,11 +23,11 @@ PLATFORMS := $(patsubst cuda12,cuda,$(patsubst cuda13,cuda,$(ACCELERATOR)))
 CUDA := $(if $(filter cuda12,$(ACCELERATOR)),cuda12,cuda13)
 
 # What runs the real kernels where there is a GPU; the other tests are the same on a CPU.
-GPU_TESTS := $(patsubst %,tests/test_%.py,gpu page_attention edges gradients vmap fused_pools \
+GPU_TESTS := $(foreach name,gpu page_attention edges gradients vmap fused_pools \
 	ragged_page_attention ragged_gradients write_kv_cache write_transformations processes \
-	not_finite stale_plans long_products)
+	not_finite stale_plans long_products,$(or $(wildcard tests/*/test_$(name).py),tests/test_$(name).py))
 
-SMOKE_TESTS = $(shell grep -l pytest.mark.smoke tests/test_*.py)
+SMOKE_TESTS = $(shell grep -rl --include='test_*.py' pytest.mark.smoke tests)
 
 .PHONY: help demo test test-all smoke gpu lint static prices clean
 .DEFAULT_GOAL := help

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import tiers
+from kernels import kernel_modules
 from strategies import LAYOUTS
 
 pytestmark = pytest.mark.fast
@@ -27,7 +28,7 @@ def fast():
         check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ,
     ).stdout  # fmt: skip
     ids: dict[str, list[str]] = {}
-    for file, name in re.findall(r"^tests/(test_\w+)\.py::(.*)$", found, re.MULTILINE):
+    for file, name in re.findall(r"^tests/(?:\w+/)*(test_\w+)\.py::(.*)$", found, re.MULTILINE):
         ids.setdefault(file, []).append(name)
     return ids
 
@@ -62,13 +63,14 @@ MUTATED = {
     "xla/write_kv_cache": "test_write_seeded_bugs",
     "reverse_mode/write_kv_cache": "test_write_seeded_bugs",
 }
-KERNELS = sorted(
-    str(path.relative_to(ROOT / "ejk" / "backends").with_suffix(""))
-    for path in (ROOT / "ejk" / "backends").glob("*/*_kernel.py")
-)
+KERNELS = {
+    f"{backend}/{name}"
+    for backend in ("triton", "pallas")
+    for name in kernel_modules(backend)
+}
 
 
-@pytest.mark.parametrize("kernel", sorted({*KERNELS, *MUTATED}))
+@pytest.mark.parametrize("kernel", sorted(KERNELS | {*MUTATED}))
 def test_a_seeded_bug_of_every_kernel(fast, kernel):
     backend, name = kernel.split("/")
     if backend == "triton":
@@ -77,7 +79,9 @@ def test_a_seeded_bug_of_every_kernel(fast, kernel):
         assert any(re.match(SEEDED, case) for case in fast[MUTATED[kernel]])
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("tests/test_*errors.py")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "tests").rglob("test_*errors.py")), ids=lambda f: f.stem
+)
 def test_all_error_tests(fast, file):
     nodes = ast.parse(file.read_text()).body
     functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
@@ -105,3 +109,13 @@ def test_neighbours_do_not_drop_out_together():
     kept = tiers.one_in(3, names)
     runs = "".join("x" if item in kept else "." for item in names).split("x")
     assert 20 <= len(kept) <= 40 and max(map(len, runs)) < 15
+
+
+def test_a_file_that_is_moved_keeps_its_choice():
+    names = [f"test_a.py::test[{i}/of 90]" for i in range(90)]
+    flat, moved = ([Item(folder + name) for name in names] for folder in ("tests/", "tests/b/"))
+    kept = [
+        {x.nodeid.split("/", 1)[1].removeprefix("b/") for x in tiers.one_in(3, items)}
+        for items in (flat, moved)
+    ]
+    assert kept[0] == kept[1] and 20 <= len(kept[0]) <= 40

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import test_plan
 from backends import Entry, Writer
+from kernels import kernel_modules
 from memory_checker import RaceError, memory_checked
 from ragged_backends import TRITON, RaggedEntry
 from ragged_strategies import EXTRAS, build_ragged
@@ -169,7 +170,7 @@ BUGS = {
 
 def replace(kernel, old, new, monkeypatch, folder):
     """Run a kernel with a line changed. The interpreter reads the file, so it is one."""
-    sound = importlib.import_module(f"ejk.backends.triton.{kernel}")
+    sound = importlib.import_module(kernel_modules("triton")[kernel])
     source = inspect.getsource(sound)
     assert source.count(old) == 1, f"{old!r} is not in {kernel} once"
     path = folder / "faulty.py"
