@@ -1,25 +1,15 @@
 """Edges that are tried every time, on every backend: lengths, windows, invalid pages, dtypes."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import edge
+from edges import LENGTHS, config
 from shapes import Shape
-from strategies import INT32_MAX, LAYOUTS, Configuration, build
+from strategies import INT32_MAX, LAYOUTS, build
 from tolerances import assert_close
 
 import ejk
-
-# A width that every backend runs, and a capacity of 48 tokens.
-SMALL = Shape("edges", 4, 2, 128, page_size=16, num_pages=30, num_seqs=9)
-LENGTHS = np.array([0, 1, 15, 16, 17, 47, 48, 49, 33])
-
-
-def config(**changes):
-    plain = Configuration(SMALL, np.dtype(np.float32), "HND")
-    return dataclasses.replace(plain, **changes)
 
 
 @edge

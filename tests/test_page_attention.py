@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import each_case, edge
+from bits import bits_equal
 from hypothesis import strategies as st
 from strategies import CONFIGURATIONS, cases
 from tolerances import assert_close
@@ -12,13 +13,6 @@ from tolerances import assert_close
 import ejk
 
 FUSED = [config for config in CONFIGURATIONS if config.fused]
-
-
-def bits_equal(a, b):
-    """Compare bits: NaN equals itself, 0 is not -0."""
-    for x, y in zip(a, b, strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x.view(f"u{x.itemsize}"), y.view(f"u{y.itemsize}"))
 
 
 @pytest.mark.smoke

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import each_case
+from bits import bits_equal
+from edges import LENS, SMALL, config
 from hypothesis import strategies as st
 from ragged_backends import RAGGED, ragged_edge
 from ragged_strategies import RaggedCase, build_ragged, narrow, ragged_cases
 from strategies import CONFIGURATIONS, cases
-from test_edges import SMALL, config
-from test_page_attention import bits_equal
 from tolerances import assert_close
 
 import ejk
@@ -180,9 +180,6 @@ def test_asking_for_the_lse_changes_no_bit_of_the_output(entry, case):
             *case.arguments(), **case.semantics(), backend=entry.backend
         )
     bits_equal([np.asarray(out)], entry(case)[:1])
-
-
-LENS = np.array([48, 0, 5, 49, 33, 17, 16, 1, 40])
 
 
 @pytest.mark.one_in(2)

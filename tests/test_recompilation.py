@@ -4,27 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from backends import edge
+from compilations import CompilationCounter
+from edges import LENGTHS, SMALL, config
 from strategies import build
-from test_edges import LENGTHS, SMALL, config
 
 import ejk
-
-COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-class CompilationCounter:
-    """Counts what XLA compiles while it is entered."""
-
-    def __enter__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self.listen)
-        return self
-
-    def listen(self, event, duration, **kwargs):
-        self.count += event == COMPILED
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self.listen)
 
 
 def calls():

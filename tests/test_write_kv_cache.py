@@ -4,30 +4,16 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
 from backends import WRITERS, each_case, writer_edge
+from bits import assert_written, bits
+from compilations import CompilationCounter
 from strategies import DTYPES, INTEGERS, LAYOUTS
-from test_recompilation import CompilationCounter
 from writes import SHAPES, build, hostile_slots, writes
 
 import ejk
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
-
-
-def bits(x):
-    return np.asarray(x).view(f"u{np.asarray(x).dtype.itemsize}")
-
-
-def assert_written(case, caches):
-    """Every bit of every cache is the oracle's: of what is written and of what is not."""
-    expected = oracle.write_kv_cache(*case.operands(), cache_layout=case.cache_layout)
-    expected = [cache for cache in expected if cache is not None]
-    assert len(caches) == len(expected)
-    for cache, right in zip(caches, expected):
-        assert cache.dtype == right.dtype
-        np.testing.assert_array_equal(bits(cache), bits(right))
 
 
 def check(entry, case):
