@@ -17,7 +17,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(ejk.__path__, "ejk.")
-    if not info.name.endswith("_kernel")  # Triton's and Pallas' own: no examples, heavy imports
+    if not info.name.endswith("kernel")  # Triton's and Pallas' own: no examples, heavy imports
 ]
 
 
