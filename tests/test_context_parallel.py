@@ -9,6 +9,7 @@ import meshes
 import numpy as np
 import pytest
 from backends import each_case
+from bits import bits_equal
 from context_parallel import (
     CONFIGURATIONS,
     DEVICES,
@@ -26,7 +27,6 @@ from context_parallel import (
 from shapes import Shape
 from strategies import INT32_MAX, Configuration, build, cases
 from test_not_finite import spoil
-from test_page_attention import bits_equal
 from tolerances import assert_close
 
 import ejk

@@ -7,11 +7,11 @@ import meshes
 import numpy as np
 import pytest
 from backends import counted, each_case
+from bits import bits_equal
 from context_parallel import CONFIGURATIONS, DEVICES, FEW, RAGGED, split, split_arguments
 from ragged_strategies import TOTAL, build_ragged, ragged_cases
 from strategies import INT32_MAX
 from test_context_parallel_programs import FLOATS, weighted
-from test_page_attention import bits_equal
 from tolerances import assert_close
 
 import ejk

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from backends import ENTRIES, WRITERS, counted
+from bits import assert_written
 from ragged_backends import RAGGED
 from ragged_strategies import build_ragged
 from shapes import Shape
 from strategies import LAYOUTS, Configuration, build
-from test_write_kv_cache import assert_written
 from tolerances import assert_close
 from writes import WriteShape
 from writes import build as build_write

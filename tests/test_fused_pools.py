@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import edge
+from bits import bits_equal
+from edges import LENGTHS, config
 from planned import TRITON, launches, long_case, plan_for
 from strategies import LAYOUTS, build
 from test_dispatch import Sevens, kernels
-from test_edges import LENGTHS, config
 from test_errors import NUM_HEADS, arguments, zeros
-from test_page_attention import bits_equal
 from tolerances import assert_close
 
 import ejk

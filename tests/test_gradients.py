@@ -8,8 +8,8 @@ import numpy as np
 import oracle
 import pytest
 from backends import each_case, edge
+from edges import LENGTHS, config
 from strategies import CONFIGURATIONS, Case, build, cases
-from test_edges import LENGTHS, config
 
 import ejk
 

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import CompilationCounter
 from hypothesis import given
 from hypothesis import strategies as st
-from test_recompilation import CompilationCounter
 
 import ejk
 from ejk._indices import rounded_bound

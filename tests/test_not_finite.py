@@ -7,11 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from backends import each_case, edge
+from edges import SMALL, config
 from hypothesis import strategies as st
 from ragged_backends import RAGGED, ragged_edge
 from ragged_strategies import build_ragged
 from strategies import Configuration, build
-from test_edges import SMALL, config
 from tolerances import assert_close
 
 import ejk

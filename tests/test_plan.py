@@ -10,11 +10,11 @@ import numpy as np
 import numpy_launch
 import oracle
 import pytest
+from compilations import CompilationCounter
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from memory_checker import memory_checked
 from strategies import THOROUGH
-from test_recompilation import CompilationCounter
 from test_triton_memory import ANY_INT32
 
 import ejk

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import edge
+from bits import bits_equal
+from compilations import CompilationCounter
 from planned import TRITON, long_case, plan_for
-from test_page_attention import bits_equal
-from test_recompilation import CompilationCounter
 from tolerances import assert_close
 
 import ejk

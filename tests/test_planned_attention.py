@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import ENTRIES, each_case
+from bits import bits_equal
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from planned import MANY, TRITON, launches, long_case, plan_for
 from shapes import BY_NAME, Shape
 from strategies import DTYPES, FEATURES, LAYOUTS, Configuration, build, cases
-from test_page_attention import bits_equal
 from test_triton_memory import ANY_INT32, stored_once
 from tolerances import assert_close
 

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import each_case
+from edges import LENS, config
 from ragged_backends import RAGGED, ragged_edge
 from ragged_strategies import RaggedCase, build_ragged, ragged_cases
-from test_edges import config
 from test_gradients import FLOATS, ORDINARY, check, operands
-from test_ragged_page_attention import LENS
 
 import ejk
 

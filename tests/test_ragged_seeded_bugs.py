@@ -5,11 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from edges import LENS, config
 from ragged_backends import RaggedEntry
 from ragged_strategies import EXTRAS, build_ragged
 from strategies import FEATURES
-from test_edges import config
-from test_ragged_page_attention import LENS
 from tolerances import assert_close
 
 import ejk

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from edges import LENS, config
 from ragged_strategies import build_ragged
 from test_dispatch import kernels
-from test_edges import config
-from test_ragged_page_attention import LENS
 from test_triton_lowering import carried, custom_calls
 from test_write_lowering import aliases
 from test_write_programs import struct

@@ -6,6 +6,7 @@ import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bits import bits_equal
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from memory_checker import memory_checked
@@ -13,7 +14,6 @@ from ragged_backends import TRITON, RaggedEntry
 from ragged_strategies import RaggedCase
 from shapes import Shape
 from strategies import LAYOUTS, THOROUGH
-from test_page_attention import bits_equal
 from test_triton_memory import ANY_INT32, BF16, F32, Stores
 from tolerances import assert_close
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import test_gradients
 from backends import Entry
+from edges import LENGTHS, config
 from shapes import BY_NAME
 from strategies import FEATURES, build
-from test_edges import LENGTHS, config
 from tolerances import assert_close
 
 import ejk

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import edge
+from edges import LENGTHS, config
 from jax.sharding import AxisType, PartitionSpec
 from planned import TRITON, launches, long_case
 from strategies import build
-from test_edges import LENGTHS, config
 
 import ejk
 

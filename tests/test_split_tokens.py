@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_page_attention import bits_equal
+from bits import bits_equal
 
 import ejk
 

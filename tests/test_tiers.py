@@ -64,9 +64,7 @@ MUTATED = {
     "reverse_mode/write_kv_cache": "test_write_seeded_bugs",
 }
 KERNELS = {
-    f"{backend}/{name}"
-    for backend in ("triton", "pallas")
-    for name in kernel_modules(backend)
+    f"{backend}/{name}" for backend in ("triton", "pallas") for name in kernel_modules(backend)
 }
 
 

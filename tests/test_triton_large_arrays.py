@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy_launch
 import pytest
-from test_page_attention import bits_equal
+from bits import bits_equal
 
 import ejk
 from ejk._page_attention_problem import problem_of

@@ -7,12 +7,12 @@ import numpy as np
 import oracle
 import pytest
 from backends import Entry
+from bits import bits_equal
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from memory_checker import memory_checked
 from shapes import Shape
 from strategies import LAYOUTS, THOROUGH, Case
-from test_page_attention import bits_equal
 from tolerances import assert_close
 
 import ejk

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import test_plan
 from backends import Entry, Writer
+from bits import assert_written
 from kernels import kernel_modules
 from memory_checker import RaceError, memory_checked
 from ragged_backends import TRITON, RaggedEntry
 from ragged_strategies import EXTRAS, build_ragged
 from shapes import Shape
 from strategies import FEATURES, Configuration, build
-from test_write_kv_cache import assert_written
 from tolerances import assert_close
 from writes import WriteShape
 from writes import build as build_write

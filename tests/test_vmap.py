@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import edge
+from edges import LENGTHS, config
 from strategies import build
-from test_edges import LENGTHS, config
 
 import ejk
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bits import assert_written
 from strategies import LAYOUTS
 from test_dispatch import kernels
-from test_write_kv_cache import assert_written
 from test_write_programs import NUM_PAGES, pool_shapes, row_shapes, step, struct
 from writes import SHAPES, build
 

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tpu_interpreter
+from bits import assert_written
 from strategies import LAYOUTS
-from test_write_kv_cache import assert_written
 from writes import WriteShape, build
 
 import ejk

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bits import assert_written
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import COLLECTIVE, mesh
 from strategies import LAYOUTS
-from test_write_kv_cache import assert_written
 from writes import WriteShape, build
 
 import ejk

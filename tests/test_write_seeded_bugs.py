@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_write_transformations as transformations
 from backends import Writer
-from test_write_kv_cache import assert_written
+from bits import assert_written
 from writes import SHAPES, build
 
 import ejk

@@ -8,9 +8,9 @@ import numpy as np
 import oracle
 import pytest
 from backends import writer_edge
+from bits import assert_written
 from jax.sharding import AxisType, PartitionSpec
 from strategies import LAYOUTS
-from test_write_kv_cache import assert_written
 from writes import SHAPES, build
 
 import ejk

@@ -10,13 +10,13 @@ import numpy as np
 import oracle
 import pytest
 from backends import Writer
+from bits import assert_written
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from memory_checker import RaceError, memory_checked
 from strategies import LAYOUTS, THOROUGH
 from test_triton_large_arrays import little_memory, on_numpy, sparse
 from test_triton_memory import ANY_INT32
-from test_write_kv_cache import assert_written
 from writes import SHAPES, build
 
 import ejk
