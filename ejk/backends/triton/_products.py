@@ -12,7 +12,7 @@ def token_ptrs(
     head_ptr, pages, key, PAGE_SIZE: tl.constexpr, stride_page: tl.constexpr,
     stride_slot: tl.constexpr,
 ):  # fmt: skip
-    """Return where a KV head's tokens `key` begin, that lie in `pages`."""
+    """Return where a KV head's tokens `key`, which lie in `pages`, begin: `[tokens, 1]`."""
     return head_ptr + (pages.to(tl.int64) * stride_page + (key % PAGE_SIZE) * stride_slot)[:, None]
 
 

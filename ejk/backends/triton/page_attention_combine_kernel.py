@@ -30,10 +30,11 @@ def combine_parts_kernel(
     # sizes
     NUM_SEQS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
+    VALUE_HEAD_DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,  # parts of each sequence; 0: as planned
     NUM_PARTS: tl.constexpr,
     FIRST_SPLIT: tl.constexpr,  # the row of `work` where the sequences with parts begin
-    VALUE_HEAD_DIM: tl.constexpr,
+    # features
     HAS_SINKS: tl.constexpr,
     # blocks
     BLOCK_PARTS: tl.constexpr,

@@ -8,9 +8,9 @@ shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a
     m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
     l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
 
-Which pieces there are says either `NUM_SPLITS`, every context cut in as many equal parts, or the
-rows of `work` (see `PlanProblem`). A context in one piece is written at once;
-of the others each piece writes a float32 part, for `page_attention_combine_kernel.py` to merge.
+`NUM_SPLITS` cuts every context in as many equal pieces; if it is 0, the rows of `work` say which
+pieces there are (see `PlanProblem`). A context in one piece is written at once; of any other, each
+piece writes a float32 part, which the kernel that combines parts merges.
 
 A head dimension above 128 that is no power of two may be taken in two parts, `BLOCK_D` and
 `BLOCK_D_REST` (576 as 512 + 64), so that little of a block is padding: see `two_parts`.
@@ -36,12 +36,12 @@ def page_attention_kernel(
     key_ptr,  # pool of pages, its axes in any order
     value_ptr,  # the same, or the very pool of the keys
     context_lens_ptr,  # int32 [num_seqs]
-    block_tables_ptr,  # int32 [num_seqs, max_blocks]
+    block_tables_ptr,  # int32 [num_seqs, max_blocks]: page ids
     attn_scale_ptr,  # float32 []
     sliding_window_ptr,  # int32 [], or [num_seqs]
     sinks_ptr,  # float32 [num_heads]
     alibi_slopes_ptr,  # float32 [num_heads]
-    page_distances_ptr,  # int32 [num_seqs, max_blocks]
+    page_distances_ptr,  # int32 [num_seqs, max_blocks]: to a page's first token
     work_ptr,  # int32 [1 + pieces, 4]: the plan
     # outputs
     part_out_ptr,  # float32 [parts, num_heads, value_head_dim]
@@ -74,7 +74,7 @@ def page_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
-    HAS_DISTANCES: tl.constexpr,  # of blocks that do not lie one after the other
+    HAS_DISTANCES: tl.constexpr,  # of pages that do not lie one after the other
     # blocks
     BLOCK_GROUP: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -152,8 +152,8 @@ def page_attention_kernel(
     l = tl.zeros([BLOCK_GROUP], tl.float32)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
     table_ptr = block_tables_ptr + seq * MAX_BLOCKS
-    # Up to `reach`, not to `end`, and from where the plan's window began: this load need not wait
-    # for the length.
+    # These loads do not wait for the length: they go up to `reach`, not to `end`, and begin where
+    # the plan's window began.
     positions = begin + offs_kv
     reachable = (positions < reach) & (positions < MAX_BLOCKS * PAGE_SIZE)
     pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=reachable, other=-1)

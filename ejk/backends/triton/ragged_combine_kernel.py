@@ -1,7 +1,7 @@
 """Merges the parts of what blocks of query rows see.
 
-Grid, one axis, fastest first: KV head, rows of a block, block with several parts. As
-`page_attention_combine_kernel.py`, of `BLOCK_ROWS` rows at a time.
+Grid, one axis, fastest first: KV head, rows of a block, block with several parts. Does
+what `combine_parts_kernel` does, for `BLOCK_ROWS` rows at a time.
 
 Source: splits after Flash-Decoding (Dao et al., 2023).
 """
@@ -26,13 +26,14 @@ def ragged_combine_kernel(
     out_ptr,  # [total_tokens, num_heads, value_head_dim]
     lse_ptr,  # float32 [total_tokens, num_heads]
     # sizes
-    ITEM: tl.constexpr,  # integers of an item of the plan
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     VALUE_HEAD_DIM: tl.constexpr,
+    ITEM: tl.constexpr,  # integers of an item of the plan
     COUNT: tl.constexpr,  # which integer of the plan counts this launch's blocks
     FIRST_SPLIT: tl.constexpr,  # the row of the first of them
     PART_ROWS: tl.constexpr,  # rows of a part
+    # features
     HAS_SINKS: tl.constexpr,
     # blocks
     BLOCK_PARTS: tl.constexpr,

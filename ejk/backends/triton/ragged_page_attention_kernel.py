@@ -1,21 +1,21 @@
 """Attention of any number of query tokens a sequence over paged keys and values.
 
 Grid of `ragged_page_attention_kernel`, one axis, fastest first: KV head, item of the plan: a piece
-of what a block of query rows sees. In the first launch programs follow that clear the rows of no
-sequence. (The plan's launch could do so, but all layers of a step share it, and none may share a
-result.) The rows of a sequence and a KV head are its new tokens times the heads of the group: row
-`r` is head `r % GROUP` of new token `r // GROUP`. In registers: the queries `[BLOCK_ROWS,
-head_dim]`, the running maximum `m`, the sum `l` and the weighted values `acc`; keys and values
-stream through shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a
-block's logits:
+of what a block of query rows sees. In the first launch more programs follow, which clear the rows
+of no sequence. (The plan's launch could not do so: all layers of a step share it, and each layer
+has a result of its own.) The rows of a sequence and a KV head are its new tokens times the heads of
+the group: row `r` is head `r % GROUP` of new token `r // GROUP`. In registers: the queries
+`[BLOCK_ROWS, head_dim]`, the running maximum `m`, the sum `l` and the weighted values `acc`; keys
+and values stream through shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with
+`s` a block's logits:
 
     m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
     l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
 
-With `PEEL`, the edges of causality and window, blocks from the first bad page on and the last
-tokens come first, in blocks of `EDGE_KV` tokens; then, free of what masks need, blocks of which
-every row sees every token, all of their pages being valid. A head dimension that is no power of two
-is taken in two parts, as in `page_attention_kernel.py`.
+With `PEEL`, tokens that need a mask come first, in blocks of `EDGE_KV`: those that some rows do not
+see, those from the first bad page on, and the last ones, which fill no block. Then come blocks of
+`BLOCK_KV` without a mask: every row sees all of their tokens, and all of their pages are valid. A
+head dimension that is no power of two may be taken in two parts, as by `page_attention_kernel`.
 
 Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); heads packed with tokens after Ragged Paged
 Attention (arXiv:2604.15464).
@@ -41,7 +41,7 @@ def ragged_page_attention_kernel(
     cu_q_lens_ptr,  # int32 [num_seqs + 1]
     key_ptr,  # pool of pages, its axes in any order
     value_ptr,  # the same, or the very pool of the keys
-    block_tables_ptr,  # int32 [num_seqs, max_blocks]
+    block_tables_ptr,  # int32 [num_seqs, max_blocks]: page ids
     attn_scale_ptr,  # float32 []
     sliding_window_ptr,  # int32 []
     sinks_ptr,  # float32 [num_heads]
@@ -55,7 +55,6 @@ def ragged_page_attention_kernel(
     out_ptr,  # [total_tokens, num_heads, value_head_dim]
     lse_ptr,  # float32 [total_tokens, num_heads]
     # sizes
-    ITEM: tl.constexpr,  # integers of an item of the plan
     NUM_SEQS: tl.constexpr,
     TOTAL_TOKENS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -65,6 +64,7 @@ def ragged_page_attention_kernel(
     NUM_PAGES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
+    ITEM: tl.constexpr,  # integers of an item of the plan
     COUNT: tl.constexpr,  # which integer of the plan counts this launch's items
     FIRST_ITEM: tl.constexpr,  # the row of the first of them
     MAX_ITEMS: tl.constexpr,
@@ -155,7 +155,7 @@ def ragged_page_attention_kernel(
         farthest = tl.max(position, 0) if HAS_POSITIONS else last_place
         begin = tl.maximum(tl.maximum(nearest, 0) - (window - 1), 0)
         all_begin = tl.maximum(tl.maximum(farthest, 0) - (window - 1), 0)
-        if HAS_POSITIONS:  # those of new tokens may be anything
+        if HAS_POSITIONS:  # new tokens may have any
             begin = tl.minimum(begin, tl.maximum(context, 0))
         begin = tl.minimum(begin, end)
         end = tl.where(window > 0, end, begin)
@@ -189,7 +189,7 @@ def ragged_page_attention_kernel(
         # Clipped before it is rounded up: a position may be as large as an integer gets.
         masked = tl.minimum(tl.maximum(all_begin, begin), end) - begin
         bulk_begin = begin + tl.cdiv(masked, BLOCK_KV) * BLOCK_KV
-        # Under way while the table is scanned; where that ends the bulk, they are not used.
+        # Loaded while the table is scanned, and not used if it turns out that there is no bulk.
         seen = bulk_begin + offs_kv
         pages = tl.load(table_ptr + seen // PAGE_SIZE, mask=seen < end, other=0)
         # A negative scale would make the largest product the smallest logit: see `FOLDED`.
@@ -260,8 +260,8 @@ def ragged_page_attention_kernel(
                 s, scale, m, l, acc, acc_rest, v_tokens, seen, VALUE_HEAD_DIM, False, FOLDED,
                 BLOCK_DV, BLOCK_DV_REST,
             )  # fmt: skip
-        # Anew, or they would take registers in the loop that needs them most. The loads are
-        # volatile, so that the compiler does not know that it has seen them.
+        # Loaded anew, or they would hold registers in the loop that needs them most; volatile, or
+        # the compiler would remember what it has loaded.
         first_token = tl.load(item_ptr + 1, volatile=True)
         q_len = tl.load(item_ptr + 2, volatile=True)
         row_block = tl.load(item_ptr + 3, volatile=True)
@@ -272,7 +272,8 @@ def ragged_page_attention_kernel(
 
     # Write the result, or this piece's part of it.
     if PEEL:
-        # One instruction makes a weight there: 0, not NaN, of a logit that overflows.
+        # A logit that overflows makes a row NaN. Where scale and maximum are one instruction it
+        # does not overflow before `m` is subtracted, and its weight is 0.
         l = tl.where(m == float("inf"), float("nan"), l)
     saw_nothing = l == 0
     if HAS_PARTS:

@@ -1,6 +1,6 @@
 """Deals out what the query rows of a ragged batch see.
 
-Grid: blocks of `BLOCK_SEQS` sequences. As in `page_attention_plan_kernel.py`, every program reads
+Grid: blocks of `BLOCK_SEQS` sequences. As in `page_attention_plan_kernel`, every program reads
 all lengths and finds where its own sequences' items go. The rows of a sequence and a KV head, its
 new tokens times the heads of the group, are cut in blocks: narrow ones where one holds them all,
 wide ones else; each kind is dealt out for itself, to a launch of its own. With `b_s` the blocks of
@@ -36,11 +36,11 @@ def ragged_plan_kernel(
     # outputs
     work_ptr,  # int32 [rows, ITEM], see `RaggedLaunch`
     # sizes
-    ITEM: tl.constexpr,  # integers of an item of the plan
     NUM_SEQS: tl.constexpr,
     TOTAL_TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     CAPACITY: tl.constexpr,
+    ITEM: tl.constexpr,  # integers of an item of the plan
     NARROW_CUTS: tl.constexpr,
     WIDE_CUTS: tl.constexpr,
     FIRST_WIDE: tl.constexpr,  # rows of `work`
