@@ -3,12 +3,13 @@
 import numpy as np
 
 from ejk.backends.triton import _interpret
+from ejk.backends.triton._interpreter_memory import poisoned
 
 
 def call(kernel, inputs, outputs, constants, *, in_place=None, grid, **_):
     """Do what `ejk.backends.triton._launch.call` does, at once and by interpretation."""
     results = {
-        name: None if out is None else _interpret.poisoned(out.shape, np.dtype(out.dtype))
+        name: None if out is None else poisoned(out.shape, np.dtype(out.dtype))
         for name, out in outputs.items()
     }
     in_place = dict(in_place or {})

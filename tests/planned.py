@@ -7,7 +7,7 @@ from shapes import Shape
 from strategies import FEATURES, Configuration, build
 
 import ejk
-from ejk.backends.triton._interpret import Observer, observe
+from ejk.backends.triton._interpreter_memory import Observer, observe
 
 MANY = Shape("many, odd pages", 2, 1, 16, page_size=48, max_blocks=12, num_pages=90, num_seqs=7)
 TRITON = Entry(

@@ -15,6 +15,8 @@ from memory_checker import RaceError, memory_checked
 from triton.runtime.jit import JITFunction
 
 from ejk.backends.triton import _interpret, _interpreter_builder, _launch
+from ejk.backends.triton._interpreter_memory import MemoryAccessError, poisoned
+from ejk.backends.triton._interpreter_patches import initialise_tensor, remembered_block_types
 
 
 def launch(kernel, inputs, outputs, constants, *, grid=1):
@@ -49,7 +51,7 @@ def shift_kernel(
 
 def shift(*, shift=0, stride=8, size=24, input_size=24, output_size=24):
     x = np.arange(input_size, dtype=np.float32)
-    y = _interpret.poisoned((output_size,), np.dtype(np.float32))
+    y = poisoned((output_size,), np.dtype(np.float32))
     constants = {"SIZE": size, "SHIFT": shift, "STRIDE": stride, "BLOCK": 8}
     return run(shift_kernel, {"x_ptr": x}, {"y_ptr": y}, constants, grid=3)
 
@@ -74,7 +76,7 @@ def test_clean_kernel_passes():
     ],
 )
 def test_access_outside_a_buffer_is_refused(changes, message):
-    with pytest.raises(_interpret.MemoryAccessError, match=f"shift_kernel, {message}"):
+    with pytest.raises(MemoryAccessError, match=f"shift_kernel, {message}"):
         shift(**changes)
 
 
@@ -98,7 +100,7 @@ def test_offsets_of_32_bits_are_caught():
     inputs = {"x_ptr": pool, "id_ptr": np.array([2**15], np.int32)}
     outputs = {"y_ptr": np.zeros(1, np.int8)}
     assert run(far_kernel, inputs, outputs, {"STRIDE": 2**16, "WIDE": True}) == (7,)
-    with pytest.raises(_interpret.MemoryAccessError, match=f"{2**31} bytes before its start"):
+    with pytest.raises(MemoryAccessError, match=f"{2**31} bytes before its start"):
         run(far_kernel, inputs, outputs, {"STRIDE": 2**16, "WIDE": False})
 
 
@@ -120,7 +122,7 @@ def misuse_kernel(x_ptr, absent_ptr, y_ptr, MISUSE: tl.constexpr):
 
 def misuse(how):
     x = np.ones(1, np.float32)
-    y = _interpret.poisoned((1,), np.dtype(np.float32))
+    y = poisoned((1,), np.dtype(np.float32))
     return run(misuse_kernel, {"x_ptr": x, "absent_ptr": None}, {"y_ptr": y}, {"MISUSE": how})[0]
 
 
@@ -132,7 +134,7 @@ def misuse(how):
     ],
 )
 def test_misuse_is_refused(how, message):
-    with pytest.raises(_interpret.MemoryAccessError, match=message):
+    with pytest.raises(MemoryAccessError, match=message):
         misuse(how)
 
 
@@ -293,12 +295,33 @@ def test_triton_is_restored():
     state = [dict(vars(owner)) for owner in (tl, tl.core, tl.tensor, JITFunction)]
     names = set(globals())
     shift()
-    with pytest.raises(_interpret.MemoryAccessError):
+    with pytest.raises(MemoryAccessError):
         shift(shift=1)
     assert state == [dict(vars(owner)) for owner in (tl, tl.core, tl.tensor, JITFunction)]
     assert names == set(globals())
     with pytest.raises(RuntimeError):
         _twice(1)
+
+
+@pytest.mark.parametrize("element", [tl.bfloat16, tl.pointer_type(tl.int8)], ids=str)
+@pytest.mark.parametrize("shape", [(), (4,), (16, 8)], ids=str)
+def test_what_is_remembered_of_tensors_is_what_triton_makes(element, shape):
+    """An attribute that another Triton adds must not be missing while a kernel is interpreted."""
+
+    def made(kind, initialise, *arguments):
+        made = object.__new__(kind)
+        initialise(made, *arguments)
+        return {name: (type(value), repr(value)) for name, value in vars(made).items()}
+
+    kind = tl.block_type(element, [*shape]) if shape else element
+    handle = object()
+    sound = made(tl.tensor, tl.tensor.__init__, handle, kind)
+    assert made(tl.tensor, initialise_tensor, handle, kind) == sound
+    if shape:
+        remembered = remembered_block_types(tl.block_type.__init__)
+        for _ in ("made", "remembered"):
+            again = made(tl.block_type, remembered, element, [tl.constexpr(n) for n in shape])
+            assert again == made(tl.block_type, tl.block_type.__init__, element, [*shape])
 
 
 def test_many_threads_interpret_at_once():

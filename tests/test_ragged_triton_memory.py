@@ -18,7 +18,7 @@ from test_triton_memory import ANY_INT32, BF16, F32, Stores
 from tolerances import assert_close
 
 import ejk
-from ejk.backends.triton._interpret import observe
+from ejk.backends.triton._interpreter_memory import observe
 
 TOTAL = 23
 SHAPES = (

@@ -18,7 +18,8 @@ from bits import bits_equal
 import ejk
 from ejk._page_attention_problem import problem_of
 from ejk.backends.page_attention import PageAttentionOperands
-from ejk.backends.triton import _interpret, _launch, page_attention_kernel
+from ejk.backends.triton import _launch, page_attention_kernel
+from ejk.backends.triton._interpreter_memory import MemoryAccessError
 from ejk.backends.triton.page_attention import MAX_CAPACITY
 
 F16, I32 = np.dtype(np.float16), np.dtype(np.int32)
@@ -281,5 +282,5 @@ def test_offsets_of_32_bits_are_caught(on_numpy, monkeypatch, tmp_path, name, wi
     spec.loader.exec_module(narrow)
     kernel = narrow.page_attention_kernel
     monkeypatch.setattr(page_attention_kernel, "page_attention_kernel", kernel)
-    with pytest.raises(_interpret.MemoryAccessError, match=f"load outside '{name}'"):
+    with pytest.raises(MemoryAccessError, match=f"load outside '{name}'"):
         attend(*call()[0], num_splits=0 if "row_ptr" in wide else 1)

@@ -16,7 +16,7 @@ from strategies import LAYOUTS, THOROUGH, Case
 from tolerances import assert_close
 
 import ejk
-from ejk.backends.triton._interpret import Observer, observe
+from ejk.backends.triton._interpreter_memory import Observer, observe
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 INT32 = np.iinfo(np.int32)

@@ -20,9 +20,9 @@ from test_triton_memory import ANY_INT32
 from writes import SHAPES, build
 
 import ejk
-from ejk.backends.triton import _interpret
 from ejk.backends.triton import write_kv_cache as adapter
 from ejk.backends.triton import write_kv_cache_kernel as kernel
+from ejk.backends.triton._interpreter_memory import MemoryAccessError
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
@@ -146,7 +146,7 @@ def test_offsets_of_32_bits_are_caught(on_numpy, monkeypatch, tmp_path, name, wi
     narrow = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(narrow)
     monkeypatch.setattr(kernel, "write_kv_cache_kernel", narrow.write_kv_cache_kernel)
-    with pytest.raises((_interpret.MemoryAccessError, AssertionError)):
+    with pytest.raises((MemoryAccessError, AssertionError)):
         write_large(*LARGE[name])
 
 

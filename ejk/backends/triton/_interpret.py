@@ -1,4 +1,4 @@
-"""Runs Triton kernels on the CPU, inside `jax.jit`, with Triton's own interpreter.
+"""Run Triton kernels on the CPU, inside `jax.jit`, with Triton's own interpreter.
 
 `_interpreter_memory` checks every access, `_interpreter_builder` computes, and
 `_interpreter_patches` makes Triton interpret for the length of a launch.
@@ -13,14 +13,8 @@ import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
 from ejk.backends.triton._interpreter_builder import builder, pointer
-from ejk.backends.triton._interpreter_memory import Access as Access
 from ejk.backends.triton._interpreter_memory import Memory, poison
-from ejk.backends.triton._interpreter_memory import MemoryAccessError as MemoryAccessError
-from ejk.backends.triton._interpreter_memory import Observer as Observer
-from ejk.backends.triton._interpreter_memory import observe as observe
-from ejk.backends.triton._interpreter_memory import poisoned as poisoned
 from ejk.backends.triton._interpreter_patches import interpretable, triton_interprets
-from ejk.backends.triton._interpreter_patches import triton_language_lock as triton_language_lock
 
 
 def call(
@@ -32,7 +26,7 @@ def call(
     in_place: Mapping[str, jax.Array],
     grid: int,
 ) -> tuple[Any, ...]:
-    """Interprets a kernel as a JAX operation on the CPU platform.
+    """Interpret a kernel as a JAX operation on the CPU platform.
 
     `_launch.call` describes the arguments. What the interpreter raises arrives, as text, in the
     `jax.errors.JaxRuntimeError` of whoever waits for the result.
@@ -89,21 +83,21 @@ def run(
     *,
     grid: int,
 ) -> tuple[np.ndarray | None, ...]:
-    """Interprets a kernel on NumPy arrays.
+    """Interpret a kernel on NumPy arrays.
 
     Args:
-      function: the Python function that `triton.jit` decorates.
-      inputs: its leading parameters; an access to one that is None is an error. Never written.
-      outputs: the parameters that follow, C-contiguous; written in place. As they are, not
-        poisoned; None as for inputs.
-      constants: its compile-time constants.
-      grid: number of programs; they run one after another.
+        function: the Python function that `triton.jit` decorates.
+        inputs: its leading parameters; an access to one that is None is an error. Never written.
+        outputs: the parameters that follow, C-contiguous; written in place. As they are, not
+            poisoned; None as for inputs.
+        constants: its compile-time constants.
+        grid: number of programs; they run one after another.
 
     Returns:
-      The outputs.
+        The outputs.
 
     Raises:
-      MemoryAccessError: if the kernel reads or writes outside its arrays, or writes to an input.
+        MemoryAccessError: if the kernel reads or writes outside its arrays, or writes to an input.
     """
     with triton_interprets(), np.errstate(all="ignore"):  # A GPU raises no floating-point traps.
         memory = Memory(function.__name__, inputs, outputs)

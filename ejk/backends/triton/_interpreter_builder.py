@@ -49,7 +49,7 @@ _HELD_AS_BITS = {
 
 
 def pointer(address: int, dtype: np.dtype | None) -> tl.tensor:
-    """Returns a kernel's argument that points to items of a type, or to nothing known."""
+    """Return a kernel's argument that points to items of a type, or to nothing known."""
     kind = tl.pointer_type(tl.int8 if dtype is None else TRITON_TYPES[dtype.name])
     return tl.tensor(interpreter.TensorHandle(np.array([address], np.uint64), kind), kind)
 
@@ -150,14 +150,14 @@ class _Builder(interpreter.InterpreterBuilder):
 
 @typing.no_type_check
 def refuse_narrow(operation: str, kind: Any) -> None:
-    """Raises where Triton's interpreter would compute with the bits of a number."""
+    """Raise where Triton's interpreter would compute with the bits of a number."""
     if kind.scalar in _HELD_AS_BITS:
         raise NotImplementedError(f"{operation} of {kind.scalar}: convert to float32 first")
 
 
 @typing.no_type_check
 def _numbers(handle: Any) -> np.ndarray:
-    """Returns the values of a handle in a type that NumPy computes with."""
+    """Return the values of a handle in a type that NumPy computes with."""
     meant = _HELD_AS_BITS.get(handle.dtype.scalar)
     if meant is None or handle.data.dtype == np.bool_:
         return handle.data
@@ -166,7 +166,7 @@ def _numbers(handle: Any) -> np.ndarray:
 
 @typing.no_type_check
 def _handle(values: np.ndarray, kind: Any) -> Any:
-    """Returns a handle of values, rounded to nearest if they do not fit the type."""
+    """Return a handle of values, rounded to nearest if they do not fit the type."""
     held = interpreter._get_np_dtype(kind)
     meant = _HELD_AS_BITS.get(kind)
     if meant is None:

@@ -30,11 +30,11 @@ class Access:
     """One load or store of one program, before it happens.
 
     Attributes:
-      kind: whether the program reads or writes.
-      buffer: name of the kernel's pointer parameter.
-      offsets: bytes from the start of the buffer, for each lane that is not masked off.
-      itemsize: bytes a lane reads or writes.
-      program: index of the program.
+        kind: whether the program reads or writes.
+        buffer: name of the kernel's pointer parameter.
+        offsets: bytes from the start of the buffer, for each lane that is not masked off.
+        itemsize: bytes a lane reads or writes.
+        program: index of the program.
     """
 
     kind: Literal["load", "store"]
@@ -49,11 +49,11 @@ class Observer(abc.ABC):
 
     @abc.abstractmethod
     def launched(self, kernel: str, buffers: Mapping[str, np.ndarray]) -> None:
-        """Is told of a launch, with the array behind each pointer parameter."""
+        """Take note of a launch, with the array behind each pointer parameter."""
 
     @abc.abstractmethod
     def accessed(self, access: Access) -> None:
-        """Is told of an access inside its buffer."""
+        """Take note of an access inside its buffer."""
 
 
 _observers: list[Observer] = []
@@ -61,7 +61,7 @@ _observers: list[Observer] = []
 
 @contextlib.contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Shows an observer every launch that runs while the context is open, on any thread.
+    """Show an observer every launch that runs while the context is open, on any thread.
 
     JAX may return before a kernel has run: wait for the result inside the context.
     """
@@ -73,13 +73,13 @@ def observe(observer: Observer) -> Iterator[None]:
 
 
 def poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an array of values that give away whoever uses them: NaN or an extreme integer."""
+    """Return an array of values that give away whoever uses them: NaN or an extreme integer."""
     return np.full(shape, poison(dtype), dtype)
 
 
 @functools.cache
 def poison(dtype: np.dtype) -> Any:
-    """Returns the value that `poisoned` repeats."""
+    """Return the value that `poisoned` repeats."""
     if dtype == np.bool_:
         return True
     if dtype.kind == "i":
@@ -104,7 +104,7 @@ class _Region:
         self._views: dict[np.dtype, np.ndarray] = {}
 
     def as_type(self, dtype: np.dtype) -> np.ndarray:
-        """Returns the region as a flat array of whole items of another type."""
+        """Return the region as a flat array of whole items of another type."""
         view = self._views.get(dtype)
         if view is None:
             whole = self.bytes.size // dtype.itemsize * dtype.itemsize
@@ -119,8 +119,8 @@ class Memory:
     """What the programs of one launch may touch.
 
     Attributes:
-      program: index of the program that runs now.
-      addresses: where each pointer parameter points.
+        program: index of the program that runs now.
+        addresses: where each pointer parameter points.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Memory:
             observer.launched(kernel, arrays)
 
     def load(self, addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Returns the items at `addresses`, in their shape."""
+        """Return the items at `addresses`, in their shape."""
         parts = self._resolve("load", addresses.reshape(-1), dtype)
         if len(parts) == 1:
             array, indices, _ = parts[0]
@@ -154,14 +154,14 @@ class Memory:
         return items.reshape(addresses.shape)
 
     def store(self, addresses: np.ndarray, items: np.ndarray) -> None:
-        """Writes items, one to each of the addresses; both flat."""
+        """Write items, one to each of the addresses; both flat."""
         for array, indices, lanes in self._resolve("store", addresses, items.dtype):
             array[indices] = items[lanes]
 
     def _resolve(
         self, kind: Literal["load", "store"], addresses: np.ndarray, dtype: np.dtype
     ) -> list[tuple[np.ndarray, np.ndarray, Any]]:
-        """Splits addresses by region: a flat array, indices into it, lanes; refuses bad ones."""
+        """Split addresses by region: a flat array, indices into it, lanes; refuse bad ones."""
         if not addresses.size:
             return []
         numbers = addresses >> _REGION_BITS

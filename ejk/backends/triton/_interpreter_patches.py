@@ -28,7 +28,7 @@ triton_language_lock = threading.RLock()
 
 @contextlib.contextmanager
 def triton_interprets() -> Iterator[None]:
-    """Makes Triton interpret, on this thread, until the context ends."""
+    """Make Triton interpret, on this thread, until the context ends."""
     with triton_language_lock:
         substitutions = _substitutions()
         try:
@@ -49,7 +49,7 @@ _ABSENT = object()
 
 @functools.cache
 def _substitutions() -> tuple[tuple[Any, str, Any, Any], ...]:
-    """Lists what differs in Triton between compiling and interpreting: owner, name, both values.
+    """List what differs in Triton between compiling and interpreting: owner, name, both values.
 
     Triton patches its language for every launch and for every call of a function by a kernel,
     which costs more than the kernel. Here it does so once, and what it changed is noted.
@@ -79,7 +79,7 @@ def _substitutions() -> tuple[tuple[Any, str, Any, Any], ...]:
 
 
 def _own_substitutions() -> list[tuple[Any, str, Any]]:
-    """Lists what must differ beyond what Triton changes by itself."""
+    """List what must differ beyond what Triton changes by itself."""
     substitutions = []
     # A function of the language, or of the kernel's module, stays the object that it is, and is
     # interpreted when called: nothing in anybody's globals needs to change.
@@ -94,21 +94,21 @@ def _own_substitutions() -> list[tuple[Any, str, Any]]:
         (tl.tensor, "__index__", lambda self: int(self.handle.data.item())),
         (interpreter.ReduceScanOpInterface, "check_tensor", _check_reduced),
         (interpreter.ReduceOps, "min_max", _quiet_min_max(interpreter.ReduceOps.min_max)),
-        # A third of a launch went into describing the shapes of its tensors, over and over.
-        (tl.tensor, "__init__", _initialise_tensor),
-        (tl.block_type, "__init__", _remembered_block_types(tl.block_type.__init__)),
-        (interpreter, "_get_np_dtype", _remembered_dtypes(interpreter._get_np_dtype)),
+        # Without these two a launch takes 1.4 times as long: they make the descriptions of its
+        # tensors' shapes over and over.
+        (tl.tensor, "__init__", initialise_tensor),
+        (tl.block_type, "__init__", remembered_block_types(tl.block_type.__init__)),
     ]
 
 
 def _bind_to_tensor(self: Any, tensor: Any, owner: Any = None) -> Any:
-    """Makes `x.max()` of a function that Triton hung on its tensor class."""
+    """Make `x.max()` of a function that Triton hung on its tensor class."""
     return self if tensor is None else types.MethodType(self, tensor)
 
 
 @typing.no_type_check
 def _check_reduced(self: Any, input: Any) -> None:
-    """Checks the operands of a reduction or scan; the language converts those of `tl.max`."""
+    """Check the operands of a reduction or scan; the language converts those of `tl.max`."""
     for tensor in input:
         refuse_narrow("a reduction", tensor.dtype)
         self.check_axis(tensor.shape, self.axis)
@@ -116,7 +116,7 @@ def _check_reduced(self: Any, input: Any) -> None:
 
 @typing.no_type_check
 def _quiet_min_max(min_max: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces reductions that warn of a slice of NaN, and take three passes to find out."""
+    """Replace reductions that warn of a slice of NaN, and take three passes to find out."""
     quiet = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
 
     def quiet_min_max(self: Any, input: Any, val_reduce_op: Any, idx_reduce_op: Any = None) -> Any:
@@ -126,8 +126,8 @@ def _quiet_min_max(min_max: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @typing.no_type_check
-def _initialise_tensor(self: Any, handle: Any, type: Any) -> None:
-    """Does what `tl.tensor.__init__` does, with the description of the shape made once."""
+def initialise_tensor(self: Any, handle: Any, type: Any) -> None:
+    """Do what `tl.tensor.__init__` does, with the description of the shape made once."""
     self.handle = handle
     self.type = type
     self.dtype = type.scalar
@@ -140,7 +140,8 @@ def _shape_and_size(shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 @typing.no_type_check
-def _remembered_block_types(initialise: Callable[..., None]) -> Callable[..., None]:
+def remembered_block_types(initialise: Callable[..., None]) -> Callable[..., None]:
+    """Do what `tl.block_type.__init__` does, once for each type and shape."""
     remembered: dict[Any, dict[str, Any]] = {}
 
     def initialise_or_remember(self: Any, element_ty: Any, shape: Any) -> None:
@@ -155,26 +156,13 @@ def _remembered_block_types(initialise: Callable[..., None]) -> Callable[..., No
     return initialise_or_remember
 
 
-@typing.no_type_check
-def _remembered_dtypes(np_dtype: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
-    remembered: dict[str, np.dtype] = {}
-
-    def remember(kind: Any) -> np.dtype:
-        dtype = remembered.get(kind.name)
-        if dtype is None:
-            dtype = remembered[kind.name] = np_dtype(kind)
-        return dtype
-
-    return remember
-
-
 # The functions of the launch in progress, each with the globals of this moment.
 _functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 @typing.no_type_check
 def interpretable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of a kernel as the interpreter needs it, its module left alone."""
+    """Return a function of a kernel as the interpreter needs it, its module left alone."""
     if function not in _functions:
         code = _rewritten_code(function)
         namespace = {
@@ -192,7 +180,7 @@ def interpretable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _rewritten_code(function: Callable[..., Any]) -> types.CodeType:
-    """Compiles a function's source with each assigned value made a tensor, as Triton asks."""
+    """Compile a function's source with each assigned value made a tensor, as Triton asks."""
     return _Rewriter(function).rewrite_ast()
 
 

@@ -208,13 +208,13 @@ def _keep_compiler_and_interpreter_apart(triton_lib: Any) -> None:
     For the length of a launch the interpreter replaces the functions of `triton.language`, which
     the compiler reads.
     """
-    from ejk.backends.triton import _interpret
+    from ejk.backends.triton._interpreter_patches import triton_language_lock
 
     compile_kernel = triton_lib.TritonFunction.get_or_create_kernel
 
     @functools.wraps(compile_kernel)
     def compile_alone(*args: Any, **kwargs: Any) -> Any:
-        with _interpret.triton_language_lock:
+        with triton_language_lock:
             return compile_kernel(*args, **kwargs)
 
     triton_lib.TritonFunction.get_or_create_kernel = compile_alone
