@@ -8,8 +8,8 @@ import pytest
 from strategies import LAYOUTS
 
 from ejk.backends.gpu import Target
-from ejk.backends.triton.write_kv_cache import Blocks, constants
 from ejk.backends.triton.write_kv_cache_kernel import write_kv_cache_kernel
+from ejk.backends.triton.write_kv_cache_sizes import WriteSizes
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
 NVIDIA = Target(90, num_sms=132, shared_memory=0)
@@ -56,12 +56,12 @@ def compile_for(target, num_tokens, options):
     }
     is_cuda = target.startswith("sm_")
     compile_kernel = offline.compile_cuda if is_cuda else offline.compile_amd
-    blocks = Blocks.of(problem, NVIDIA if is_cuda else AMD)
+    sizes = WriteSizes.of(problem, NVIDIA if is_cuda else AMD)
     program = compile_kernel(
-        write_kv_cache_kernel, pointers, constants(problem, blocks), target,
-        num_warps=blocks.num_warps, num_stages=1,
+        write_kv_cache_kernel, pointers, sizes.constants(problem), target,
+        num_warps=sizes.num_warps, num_stages=1,
     )  # fmt: skip
-    return problem, blocks, program
+    return problem, sizes, program
 
 
 def accesses(ptx):
@@ -77,12 +77,12 @@ def accesses(ptx):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_rows_are_copied_16_bytes_at_a_time(target, variant, num_tokens):
-    problem, blocks, program = compile_for(target, num_tokens, VARIANTS[variant])
+    problem, sizes, program = compile_for(target, num_tokens, VARIANTS[variant])
     assert program.spill_store_bytes == program.spill_load_bytes == 0
     assert program.shared_bytes <= 8192
     # Keys and values of the block, each once; slots are loaded 4 bytes and more at a time.
-    pools, threads = (1 if problem.latent else 2), 32 * blocks.num_warps
-    block_bytes = blocks.tokens * blocks.row * problem.cache_dtype.itemsize
+    pools, threads = (1 if problem.latent else 2), 32 * sizes.num_warps
+    block_bytes = sizes.tokens * sizes.row * problem.cache_dtype.itemsize
     assert block_bytes % (16 * threads) == 0
     found = accesses(program.ptx)
     assert {width: n for (kind, width), n in found.items() if kind == "st"} == {
@@ -109,9 +109,9 @@ def test_narrow_stores_are_seen():
 
 def test_many_tokens_share_a_program_and_few_do_not():
     wide = problem_of(64, key_shape=(128, 64, 16, 128))
-    assert Blocks.of(problem_of(64), NVIDIA) == (1, 1024, 4)
-    assert Blocks.of(problem_of(64), AMD) == (1, 1024, 2)
-    assert Blocks.of(problem_of(8192), NVIDIA) == (4, 1024, 4)
-    assert Blocks.of(problem_of(8192, dtype="float32"), NVIDIA) == (2, 1024, 4)
-    assert Blocks.of(wide, NVIDIA) == (1, 2048, 4)
-    assert Blocks.of(wide, NVIDIA).grid(wide) == 64 * 4
+    assert WriteSizes.of(problem_of(64), NVIDIA) == (1, 1024, 4)
+    assert WriteSizes.of(problem_of(64), AMD) == (1, 1024, 2)
+    assert WriteSizes.of(problem_of(8192), NVIDIA) == (4, 1024, 4)
+    assert WriteSizes.of(problem_of(8192, dtype="float32"), NVIDIA) == (2, 1024, 4)
+    assert WriteSizes.of(wide, NVIDIA) == (1, 2048, 4)
+    assert WriteSizes.of(wide, NVIDIA).grid(wide) == 64 * 4

@@ -20,7 +20,7 @@ from test_triton_memory import ANY_INT32
 from writes import SHAPES, build
 
 import ejk
-from ejk.backends.triton import write_kv_cache as adapter
+from ejk.backends.triton import write_kv_cache_sizes
 from ejk.backends.triton import write_kv_cache_kernel as kernel
 from ejk.backends.triton._interpreter_memory import MemoryAccessError
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
@@ -56,9 +56,12 @@ def test_hostile_slots(shape):
 
 
 def test_tokens_that_are_not_compared_would_race(monkeypatch):
-    monkeypatch.setattr(
-        adapter, "constants", lambda *args: constants(*args) | {"HAS_DUPLICATES": False}
-    )
+    constants = write_kv_cache_sizes.WriteSizes.constants
+
+    def without_duplicates(sizes, problem):
+        return constants(sizes, problem) | {"HAS_DUPLICATES": False}
+
+    monkeypatch.setattr(write_kv_cache_sizes.WriteSizes, "constants", without_duplicates)
     case = build(SHAPES[0], F32, "HND", np.array([3, 4, 3, 9, 10, 11, 12]))
     with memory_checked(), pytest.raises(Exception, match=RaceError.__name__):
         jax.block_until_ready(
@@ -68,12 +71,9 @@ def test_tokens_that_are_not_compared_would_race(monkeypatch):
         )
 
 
-constants = adapter.constants
-
-
 def test_many_tokens_are_marked_before_the_launch(monkeypatch):
     """Then none is compared: each program loads its own slots alone."""
-    monkeypatch.setattr(adapter, "MAX_COMPARED", 100)
+    monkeypatch.setattr(write_kv_cache_sizes, "MAX_COMPARED", 100)
     slots = np.random.default_rng(0).integers(-4, 100, 150).astype(np.int32)
     case = build(SHAPES[0], F16, "HND", slots)
     with memory_checked() as checker:
@@ -83,7 +83,7 @@ def test_many_tokens_are_marked_before_the_launch(monkeypatch):
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 1500])
 def test_programs_of_several_tokens(monkeypatch, num_tokens):
-    monkeypatch.setattr(adapter, "ENOUGH_PROGRAMS", 40)
+    monkeypatch.setattr(write_kv_cache_sizes, "ENOUGH_PROGRAMS", 40)
     slots = np.random.default_rng(0).integers(0, 3000, num_tokens).astype(np.int32)
     shape = SHAPES[5].__class__("small rows", num_tokens, 1, 16, 16, page_size=16, num_pages=190)
     case = build(shape, F32, "NHD", slots)

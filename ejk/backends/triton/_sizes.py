@@ -1,0 +1,164 @@
+"""Sizes that Triton kernels of several operations have in common: pure functions."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from ejk.backends.page_attention import PagedProblem
+from ejk.backends.write_kv_cache import WriteKVCacheProblem
+
+MAX_CAPACITY = 2**31 - 2**20
+LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after the other
+GRANULE = 128  # tokens; planned pieces are whole multiples
+# Planned pieces a multiprocessor. Flat from 1 to 4 on an H100 for a batch of 256 ragged contexts:
+# enough that the last pieces to start are short.
+PIECES_PER_SM = 2.5
+# Where no context has more than a multiprocessor's fair share and a tenth, in shares of a piece,
+# none is cut: 1.1 * `PIECES_PER_SM`, as a fraction.
+EVEN_SHARE = (11, 4)
+# A batch that fills the machine twice is not cut where no context exceeds so many tokens: the
+# longest is done long before the rest, and there is nothing to combine, which saves 1.7 us.
+WHOLE_TOKENS = 4096
+# Entries of parts that a program of a combination holds, and the most parts. Not measured.
+COMBINE_BLOCK, COMBINE_PARTS = 8192, 64
+
+
+def power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
+
+
+def two_parts(head_dim: int) -> tuple[int, int]:
+    """Cover `head_dim` with a power of two, or with two where that pads less: 576 is 512 + 64.
+
+    Up to 128 one is better although it pads more: 80 as 128 took 150 us for ragged contexts on an
+    H100, as 64 + 16 it took 187.
+    """
+    whole = max(16, power_of_two(head_dim))
+    rest = max(16, power_of_two(head_dim - whole // 2))
+    return (whole // 2, rest) if whole > 128 and rest < whole // 2 else (whole, 0)
+
+
+def widths(problem: PagedProblem) -> tuple[int, int]:
+    """Return the entries of a key and of a value as the kernels take them, padded."""
+    return sum(two_parts(problem.head_dim)), sum(two_parts(problem.value_head_dim))
+
+
+def chain(problem: PagedProblem) -> int:
+    """Return how many products of a logit are added up apart from others: in 16 bits all.
+
+    A product of float32 adds up one after the other. Of 576 the error is 1.5 times what is allowed;
+    in emulation it is 2.8 times that of 64 at a time, and 2.2 times that of 128.
+    """
+    block_d, _ = two_parts(problem.head_dim)
+    return min(block_d, LONGEST_CHAIN) if problem.query_dtype == jnp.float32 else block_d
+
+
+def block_group(group: int, value_head_dim: int) -> int:
+    """Return how many of a group's query heads one program takes.
+
+    A row of the product costs registers for its weighted values: 16 rows of 512 floats are 64
+    registers a thread on four warps. More than 64 rows spill whatever the width.
+    """
+    most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(two_parts(value_head_dim)))))
+    return min(max(16, power_of_two(group)), most_rows)
+
+
+def programs_per_piece(num_kv_heads: int, group: int, value_head_dim: int) -> int:
+    """Return how many programs attend to one piece of a context."""
+    return num_kv_heads * -(-group // block_group(group, value_head_dim))
+
+
+def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:
+    """Return in how many pieces a planned batch is cut: as few as keep the machine busy.
+
+    0 leaves every context whole; the plan is then only an order.
+    """
+    if num_seqs * programs_per_piece >= 2 * num_sms and longest <= WHOLE_TOKENS:
+        return 0
+    return max(1, int(PIECES_PER_SM * num_sms / programs_per_piece))
+
+
+def combined_parts(entries: int) -> int:
+    """Return how many parts of so many entries a program combines at a time."""
+    return max(1, min(COMBINE_PARTS, COMBINE_BLOCK // entries))
+
+
+def shape_constants(problem: PagedProblem) -> dict[str, int]:
+    """Return the shapes of queries, pools and tables, as the kernels take them."""
+    return {
+        "NUM_HEADS": problem.num_heads,
+        "NUM_KV_HEADS": problem.num_kv_heads,
+        "HEAD_DIM": problem.head_dim,
+        "VALUE_HEAD_DIM": problem.value_head_dim,
+        "NUM_PAGES": problem.num_pages,
+        "PAGE_SIZE": problem.page_size,
+        "MAX_BLOCKS": problem.max_blocks,
+    }
+
+
+def stride_constants(problem: PagedProblem | WriteKVCacheProblem) -> dict[str, int]:
+    """Return the strides of both pools, as the kernels take them."""
+    keys = strides(problem, problem.head_dim)
+    values = keys if problem.latent else strides(problem, problem.value_head_dim)
+    return {
+        **{f"stride_k_{axis}": stride for axis, stride in keys.items()},
+        **{f"stride_v_{axis}": stride for axis, stride in values.items()},
+        "stride_half": keys["page"] // 2 if problem.fused else 0,
+    }
+
+
+def strides(problem: PagedProblem | WriteKVCacheProblem, head_dim: int) -> dict[str, int]:
+    """Elements from one page, KV head and slot of a pool to the next."""
+    layout = problem.layout
+    sizes = {
+        layout.pages: problem.num_pages,
+        layout.kv_heads: problem.num_kv_heads,
+        layout.slots: problem.page_size,
+    }
+    if layout.halves is not None:
+        sizes[layout.halves] = 2
+    stride = {
+        axis: head_dim * math.prod(sizes[a] for a in range(axis + 1, len(sizes))) for axis in sizes
+    }
+    return {
+        "page": stride[layout.pages],
+        "head": stride[layout.kv_heads],
+        "slot": stride[layout.slots],
+    }
+
+
+def feature_constants(problem: PagedProblem) -> dict[str, Any]:
+    """Return which features of attention a kernel has to provide."""
+    return {
+        "SOFT_CAP": problem.soft_cap or 0.0,
+        "HAS_WINDOW": problem.has_window,
+        "HAS_SINKS": problem.has_sinks,
+        "HAS_ALIBI": problem.has_alibi,
+    }
+
+
+def width_constants(problem: PagedProblem) -> dict[str, int]:
+    """Return the entries of keys and values that a kernel takes at a time."""
+    block_d, block_dv = two_parts(problem.head_dim), two_parts(problem.value_head_dim)
+    return {
+        "BLOCK_D": block_d[0],
+        "BLOCK_D_REST": block_d[1],
+        "CHAIN": chain(problem),
+        "BLOCK_DV": block_dv[0],
+        "BLOCK_DV_REST": block_dv[1],
+    }
+
+
+def size_refusals(problem: PagedProblem) -> list[str]:
+    """Say which of the sizes no kernel on pages can count in 32 bits."""
+    reasons: list[str] = []
+    if problem.capacity > MAX_CAPACITY:
+        reasons.append(
+            f"max_blocks * page_size={problem.capacity} must be at most {MAX_CAPACITY}: "
+            "positions past the last token are 32-bit, too"
+        )
+    head_dim = max(problem.head_dim, problem.value_head_dim)
+    if problem.page_size * problem.num_kv_heads * head_dim >= 2**31:
+        reasons.append(f"a page of page_size={problem.page_size} has 2**31 elements or more")
+    return reasons
