@@ -38,13 +38,15 @@ import workloads
 import ejk
 from ejk.backends.gpu import SHARED_MEMORY, Target
 from ejk.backends.page_attention import PageAttentionProblem
-from ejk.backends.triton import page_attention_launch
-from ejk.backends.triton.page_attention_launch import Launch, Tuning
-from ejk.backends.triton.page_attention_tuned import Blocks, Cell
+from ejk.backends.triton import page_attention_tuned
+from ejk.backends.triton._sizes import block_group
+from ejk.backends.triton.page_attention_blocks import DecodeBlocks, Tuning
+from ejk.backends.triton.page_attention_sizes import Sizes
+from ejk.backends.triton.page_attention_tuned import Cell, Pipeline
 
 RESULTS = Path(__file__).parent / "results"
-TABLE = Path(page_attention_launch.__file__).parent / "page_attention_tuned.py"
-BEGIN = "TUNED: dict[Cell, Blocks] = "  # the last thing in the file
+TABLE = Path(page_attention_tuned.__file__)
+BEGIN = "TUNED: dict[Cell, Pipeline] = "  # the last thing in the file
 CALLS = 4
 LARGE_BYTES = 400e6
 PAYS = 1.01  # what the heuristic must lose by to be overruled
@@ -77,7 +79,7 @@ class Trial:
         shape = {"max_context_len": 4 * context, "dtype": self.dtype}
         return [dataclasses.replace(batch, **shape) for batch in (equal, ragged)]
 
-    def launch(self, capability: int) -> Launch:
+    def ruled(self, capability: int) -> DecodeBlocks:
         """What the heuristic makes of the cell."""
         batch = self.batches[0]
         problem = PageAttentionProblem(
@@ -104,9 +106,9 @@ class Trial:
             visible_bound=batch.max_context_len,
         )
         target = Target(capability, 132, SHARED_MEMORY[capability])
-        return Launch.of(problem, Tuning(), target, tuned={})
+        return Sizes.of(problem, Tuning(), target, tuned={}).blocks
 
-    def candidates(self) -> list[Blocks]:
+    def candidates(self) -> list[Pipeline]:
         """What is timed."""
         itemsize = jnp.dtype(self.dtype).itemsize
         blocks = (32, 64, 128, 256)[: 4 if self.large else 3] if itemsize == 2 else (16, 32, 64)
@@ -119,7 +121,7 @@ class Trial:
                 in_flight = (num_stages - 1) * one
                 # Less than 32 KiB in flight cannot fill the GPU's memory pipes; the rest must fit.
                 if (2**15 if self.large else 2**13) <= in_flight <= 220 * 2**10:
-                    found += [Blocks(block_kv, warps, num_stages) for warps in (4, 8)]
+                    found += [Pipeline(block_kv, warps, num_stages) for warps in (4, 8)]
         return found
 
 
@@ -128,7 +130,7 @@ def trials() -> list[Trial]:
     for large in (True, False):
         for head_dim in (128, 64, 80, 96, 192, 256, 512):
             for group in (4, 32, 64):
-                rows = page_attention_launch.block_group(group, head_dim)
+                rows = block_group(group, head_dim)
                 if group <= 16 or rows == group:
                     found.append(Trial("bfloat16", head_dim, group, large))
         for head_dim in (128, 64, 256):
@@ -184,7 +186,7 @@ def measure(trial: Trial, lock_path: str) -> dict:
     }
 
 
-def device_times(programs, given) -> dict[Blocks, float]:
+def device_times(programs, given) -> dict[Pipeline, float]:
     """Return the device time of a call of each program, of one profile of them all."""
 
     def run():
@@ -205,7 +207,7 @@ def device_times(programs, given) -> dict[Blocks, float]:
     return {blocks: us / CALLS / timing.REPEATS for blocks, us in times.items()}
 
 
-def name(blocks: Blocks) -> str:
+def name(blocks: Pipeline) -> str:
     return "/".join(map(str, blocks))
 
 
@@ -248,11 +250,11 @@ def run_all(output: Path | None, processes: int, chosen: list[Trial]) -> None:
                 print(trial, name(best), f"{gain - 1:+.1%}", flush=True)
 
 
-def choose(lines: list[dict]) -> tuple[Blocks, Blocks, float]:
+def choose(lines: list[dict]) -> tuple[Pipeline, Pipeline, float]:
     """Return the heuristic's blocks, those that lose least on every device, and what they gain."""
     fields = (field.name for field in dataclasses.fields(Trial))
-    launch = Trial(*(lines[0][field] for field in fields)).launch(lines[0]["capability"])
-    ruled = Blocks(launch.block_kv, launch.num_warps, launch.num_stages)
+    blocks = Trial(*(lines[0][field] for field in fields)).ruled(lines[0]["capability"])
+    ruled = Pipeline(blocks.block_kv, blocks.num_warps, blocks.num_stages)
     gains: dict[str, float] = {}
     for candidate in lines[0]["device_us"]:
         if all(candidate in line["device_us"] for line in lines):
@@ -263,7 +265,7 @@ def choose(lines: list[dict]) -> tuple[Blocks, Blocks, float]:
             ]
             gains[candidate] = math.exp(sum(map(math.log, ratios)) / len(ratios))
     best = max(gains, key=lambda candidate: gains[candidate])
-    return ruled, Blocks(*map(int, best.split("/"))), gains[best]
+    return ruled, Pipeline(*map(int, best.split("/"))), gains[best]
 
 
 def table() -> str:
@@ -271,7 +273,7 @@ def table() -> str:
     cells: dict[Cell, dict[str, dict]] = {}
     for path in sorted(RESULTS.glob("tune_*.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
-            rows = page_attention_launch.block_group(line["group"], line["head_dim"])
+            rows = block_group(line["group"], line["head_dim"])
             itemsize = jnp.dtype(line["dtype"]).itemsize
             cell = Cell(line["capability"], itemsize, line["head_dim"], rows, line["large"])
             cells.setdefault(cell, {})[line["device"]] = line
@@ -286,7 +288,7 @@ def table() -> str:
             f" for {sum(line['device_us'][name(ruled)]):.1f} us"
             for line in lines
         )
-        text += f"    # {took}\n    Cell{tuple(cell)}: Blocks{tuple(best)},\n"
+        text += f"    # {took}\n    Cell{tuple(cell)}: Pipeline{tuple(best)},\n"
     return TABLE.read_text().split(BEGIN)[0] + BEGIN + "{\n" + text + "}\n"
 
 

@@ -9,7 +9,7 @@ from shapes import BY_NAME
 from strategies import Configuration
 from tolerances import assert_close, one_rounding
 
-from ejk.backends.triton.page_attention_launch import LONGEST_CHAIN
+from ejk.backends.triton._sizes import LONGEST_CHAIN
 
 LATENT = Configuration(
     BY_NAME["deepseek-v3, an eighth"], np.dtype(np.float32), "HND",

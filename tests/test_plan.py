@@ -19,8 +19,7 @@ from test_triton_memory import ANY_INT32
 
 import ejk
 from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
-from ejk.backends.triton.page_attention import MAX_CAPACITY
-from ejk.backends.triton.page_attention_launch import GRANULE
+from ejk.backends.triton._sizes import GRANULE, MAX_CAPACITY
 from ejk.backends.triton.page_attention_plan import run_plan
 from ejk.backends.xla.page_attention_plan import XlaPlan
 

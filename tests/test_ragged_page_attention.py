@@ -16,7 +16,7 @@ from strategies import CONFIGURATIONS, cases
 from tolerances import assert_close
 
 import ejk
-from ejk.backends.triton.page_attention_launch import GRANULE
+from ejk.backends.triton._sizes import GRANULE
 
 FUSED = [config for config in CONFIGURATIONS if config.fused]
 

@@ -15,7 +15,7 @@ from ejk.backends.triton.ragged_combine_kernel import ragged_combine_kernel
 from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
 from ejk.backends.triton.ragged_page_attention_blocks import HOPPER_LONG, HOPPER_SHORT
 from ejk.backends.triton.ragged_page_attention_kernel import ragged_page_attention_kernel
-from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch
+from ejk.backends.triton.ragged_page_attention_sizes import RaggedSizes
 from ejk.backends.triton.ragged_plan_kernel import ragged_plan_kernel
 
 MIXED = RaggedPageAttentionProblem(
@@ -75,21 +75,21 @@ def cases(always: list[tuple[str, str]]):
     )
 
 
-def launch_for(target: str, problem, **tuning):
+def sizes_for(target: str, problem, **tuning):
     """How the adapter would launch `problem` on `target`."""
     if target.startswith("sm_"):
         capability = int(target.removeprefix("sm_"))
         gpu = Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
     else:
         gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, is_amd=True)
-    return RaggedLaunch.of(problem, TritonRaggedPageAttention(**tuning), gpu)
+    return RaggedSizes.of(problem, TritonRaggedPageAttention(**tuning), gpu)
 
 
 def compile_for(target: str, options: dict, which: int):
     """Compile one launch of the attention kernel as the adapter would make it on `target`."""
     problem = dataclasses.replace(MIXED, **options)
-    launch = launch_for(target, problem)
-    rows, dtype = launch.launches[which], problem.query_dtype.name
+    sizes = sizes_for(target, problem)
+    rows, dtype = sizes.kinds[which], problem.query_dtype.name
     pointers = {
         "query_ptr": dtype,
         "cu_q_lens_ptr": "int32",
@@ -114,7 +114,7 @@ def compile_for(target: str, options: dict, which: int):
     program = compile_kernel(
         ragged_page_attention_kernel,
         pointers,
-        launch.constants(problem, which),
+        sizes.constants(problem, which),
         target,
         num_warps=rows.num_warps,
         num_stages=rows.num_stages,
@@ -193,31 +193,31 @@ def test_amd_variants_fit_and_16_bits_spill_no_vector_registers(variant, which):
 def test_tuned_blocks_of_an_h100_fit():
     """What `benchmarks/tune_ragged.py` tries fits by the bound, or is refused before it runs."""
     long = dataclasses.replace(MIXED, **LONG)
-    assert launch_for("sm_90", MIXED).launches[WIDE].rows == HOPPER_SHORT[0]
-    assert launch_for("sm_90", long).launches[WIDE].rows == HOPPER_LONG[0]
+    assert sizes_for("sm_90", MIXED).kinds[WIDE].rows == HOPPER_SHORT[0]
+    assert sizes_for("sm_90", long).kinds[WIDE].rows == HOPPER_LONG[0]
     few = dataclasses.replace(long, total_tokens=512)
-    assert launch_for("sm_90", few).launches[WIDE].max_registers is None, "too few"
+    assert sizes_for("sm_90", few).kinds[WIDE].max_registers is None, "too few"
     wide = {"block_rows": 128, "block_kv": 128, "num_warps": 8, "num_stages": 3}
-    rows = launch_for("sm_90", MIXED, **wide).launches[WIDE]
+    rows = sizes_for("sm_90", MIXED, **wide).kinds[WIDE]
     assert (rows.rows, rows.block_kv, rows.num_stages) == (128, 128, 3)
     assert 229_376 <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES["sm_90"]
 
 
 @pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_120", marks=pytest.mark.thorough)])
 def test_planning_and_combining_do_not_spill(target):
-    launch = launch_for(target, MIXED)
+    sizes = sizes_for(target, MIXED)
     integers = {"cu_q_lens_ptr": "int32", "context_lens_ptr": "int32"}
     integers |= {"sliding_window_ptr": "int32", "work_ptr": "int32"}
     parts = {"part_out_ptr": "float32", "part_lse_ptr": "float32"}
     results = {"out_ptr": "bfloat16", "lse_ptr": "float32"}
     plan = offline.compile_cuda(
-        ragged_plan_kernel, integers, launch.plan_constants(MIXED), target, num_stages=1
+        ragged_plan_kernel, integers, sizes.plan_constants(MIXED), target, num_stages=1
     )
     assert plan.spill_store_bytes == 0
     inputs = parts | {"sinks_ptr": "float32", "work_ptr": "int32"}
     for which in (NARROW, WIDE):
         combination = offline.compile_cuda(
-            ragged_combine_kernel, inputs | results, launch.combine_constants(MIXED, which), target,
+            ragged_combine_kernel, inputs | results, sizes.combine_constants(MIXED, which), target,
             num_stages=2,
         )  # fmt: skip
         assert combination.spill_store_bytes == 0

@@ -9,17 +9,17 @@ import pytest
 
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.page_attention import PageAttentionProblem
-from ejk.backends.triton import page_attention_launch
+from ejk.backends.triton import _sizes
 from ejk.backends.triton.page_attention import TritonPageAttention
 from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
 from ejk.backends.triton.page_attention_kernel import page_attention_kernel
-from ejk.backends.triton.page_attention_launch import Launch
 from ejk.backends.triton.page_attention_plan import (
     BLOCKS_OF_FEW,
     BLOCKS_OF_MANY,
     plan_constants,
 )
 from ejk.backends.triton.page_attention_plan_kernel import page_attention_plan_kernel
+from ejk.backends.triton.page_attention_sizes import Sizes
 
 LLAMA = PageAttentionProblem(
     num_seqs=64,
@@ -116,7 +116,7 @@ def compile_for(target: str, options: dict):
         gpu = Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
     else:
         gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, is_amd=True)
-    launch = Launch.of(problem, TritonPageAttention(), gpu)
+    sizes = Sizes.of(problem, TritonPageAttention(), gpu)
     dtype = problem.query_dtype.name
     pointers = {
         "query_ptr": dtype,
@@ -139,28 +139,28 @@ def compile_for(target: str, options: dict):
     program = compile_kernel(
         page_attention_kernel,
         pointers,
-        launch.constants(problem),
+        sizes.constants(problem),
         target,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        num_warps=sizes.blocks.num_warps,
+        num_stages=sizes.blocks.num_stages,
     )
-    return launch, problem, gpu, program
+    return sizes, problem, program
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @each_target
 def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant):
-    launch, problem, gpu, program = compile_for(target, VARIANTS[variant])
+    sizes, problem, program = compile_for(target, VARIANTS[variant])
     assert program.spill_store_bytes == program.spill_load_bytes == 0
-    assert program.shared_bytes <= launch.shared_memory(problem, gpu)
-    assert launch.shared_memory(problem, gpu) <= offline.SHARED_MEMORY_BYTES[target]
+    assert program.shared_bytes <= sizes.blocks.shared_memory
+    assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
     assert program.matrix_products > 0
     # Keys and values of a block, each thread 16 bytes at a time, in the prologue's loads, one less
     # than there are stages, and the loop's: a stride of unknown divisibility would make these 2 or
     # 4 bytes wide.
-    block_bytes = launch.block_kv * (problem.head_dim + problem.value_head_dim) * 2
+    block_bytes = sizes.blocks.block_kv * (problem.head_dim + problem.value_head_dim) * 2
     assert program.async_copies == {
-        16: launch.num_stages * block_bytes // (launch.num_warps * 32 * 16)
+        16: sizes.blocks.num_stages * block_bytes // (sizes.blocks.num_warps * 32 * 16)
     }
 
 
@@ -172,23 +172,23 @@ def test_16_bit_variants_spill_no_vector_registers_on_amd(variant):
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *WIDE])
 def test_amd_variants_fit(variant):
-    launch, problem, gpu, program = compile_for("gfx942", (VARIANTS | WIDE)[variant])
-    assert program.lds_bytes <= launch.shared_memory(problem, gpu) <= SHARED_MEMORY_ROCM
+    sizes, _, program = compile_for("gfx942", (VARIANTS | WIDE)[variant])
+    assert program.lds_bytes <= sizes.blocks.shared_memory <= SHARED_MEMORY_ROCM
 
 
 @pytest.mark.parametrize("variant", WIDE)
 @each_target
 def test_wide_variants_fit(target, variant):
-    launch, problem, gpu, program = compile_for(target, WIDE[variant])
-    assert program.shared_bytes <= launch.shared_memory(problem, gpu)
-    assert launch.shared_memory(problem, gpu) <= offline.SHARED_MEMORY_BYTES[target]
+    sizes, _, program = compile_for(target, WIDE[variant])
+    assert program.shared_bytes <= sizes.blocks.shared_memory
+    assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
 
 
 def test_the_compiler_keeps_chains_of_float32_products_apart(monkeypatch):
     """It makes one chain of a product and a plain sum; 576 = 9 * 64 leaves 8 sums to add."""
 
     def additions(longest_chain):
-        monkeypatch.setattr(page_attention_launch, "LONGEST_CHAIN", longest_chain)
+        monkeypatch.setattr(_sizes, "LONGEST_CHAIN", longest_chain)
         *_, program = compile_for("sm_90", WIDE["float32 latent attention"])
         return len(re.findall(r"add(?:\.rn)?\.f32", program.ptx))
 
@@ -198,13 +198,13 @@ def test_the_compiler_keeps_chains_of_float32_products_apart(monkeypatch):
 @pytest.mark.parametrize("blocks", [BLOCKS_OF_FEW, BLOCKS_OF_MANY])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
 def test_planning_does_not_spill(target, blocks):
-    launch, *_ = compile_for(target, {"num_seqs": 256})
-    assert launch.plan is not None
+    sizes, *_ = compile_for(target, {"num_seqs": 256})
+    assert sizes.plan is not None
     block_seqs, block_others, num_warps = blocks
     program = offline.compile_cuda(
         page_attention_plan_kernel,
         {"context_lens_ptr": "int32", "sliding_window_ptr": "int32", "work_ptr": "int32"},
-        plan_constants(launch.plan, block_seqs, block_others),
+        plan_constants(sizes.plan, block_seqs, block_others),
         target,
         num_warps=num_warps,
         num_stages=1,
@@ -227,7 +227,7 @@ def test_combining_does_not_spill_and_is_no_more_code_for_many_splits(options):
                 "out_ptr": "bfloat16",
                 "lse_ptr": "float32",
             },
-            Launch.of(problem, TritonPageAttention(), target).combine_constants(problem),
+            Sizes.of(problem, TritonPageAttention(), target).combine_constants(problem),
             "sm_90",
             num_stages=2,
         )

@@ -20,7 +20,7 @@ from ejk._page_attention_problem import problem_of
 from ejk.backends.page_attention import PageAttentionOperands
 from ejk.backends.triton import _launch, page_attention_kernel
 from ejk.backends.triton._interpreter_memory import MemoryAccessError
-from ejk.backends.triton.page_attention import MAX_CAPACITY
+from ejk.backends.triton._sizes import MAX_CAPACITY
 
 F16, I32 = np.dtype(np.float16), np.dtype(np.int32)
 

@@ -10,7 +10,9 @@ import pytest
 from test_triton_compile import LLAMA
 
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
-from ejk.backends.triton.page_attention_launch import Launch, Tuning
+from ejk.backends.triton._sizes import widths
+from ejk.backends.triton.page_attention_blocks import Tuning
+from ejk.backends.triton.page_attention_sizes import Sizes
 from ejk.backends.triton.page_attention_tuned import TUNED
 
 pytestmark = pytest.mark.fast
@@ -39,22 +41,22 @@ def test_every_head_dimension_and_group_fits_by_rule(target, dtype, num_seqs):
     for head_dim in (1, 16, 40, 64, 80, 96, 112, 128, 192, 256, 320, 512):
         for group in (1, 3, 8, 16, 17, 71, 128):
             asked = problem(head_dim, group, dtype, num_seqs=num_seqs)
-            launch = Launch.of(asked, Tuning(), target, tuned={})
-            assert launch.shared_memory(asked, target) <= target.shared_memory
-            assert sum(launch.block_d) >= head_dim and launch.block_kv >= 16
+            blocks = Sizes.of(asked, Tuning(), target, tuned={}).blocks
+            assert blocks.shared_memory <= target.shared_memory
+            assert widths(asked)[0] >= head_dim and blocks.block_kv >= 16
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256, 512])
 def test_a_large_call_leaves_no_room_for_a_second_program(head_dim):
     asked = problem(head_dim)
-    launch = Launch.of(asked, Tuning(), H100, tuned={})
-    assert 2 * launch.shared_memory(asked, H100) > H100.shared_memory
+    blocks = Sizes.of(asked, Tuning(), H100, tuned={}).blocks
+    assert 2 * blocks.shared_memory > H100.shared_memory
 
 
 def test_a_small_call_takes_smaller_blocks_than_a_large_one():
-    small = Launch.of(problem(num_seqs=1, visible_bound=1024), Tuning(), H100)
-    large = Launch.of(problem(), Tuning(), H100)
-    assert small.block_kv < large.block_kv
+    small = Sizes.of(problem(num_seqs=1, visible_bound=1024), Tuning(), H100)
+    large = Sizes.of(problem(), Tuning(), H100)
+    assert small.blocks.block_kv < large.blocks.block_kv
     assert small.num_splits == 16  # a piece for every multiprocessor, of at least a block
 
 
@@ -66,11 +68,11 @@ def test_measured_blocks_fit_and_are_taken(cell):
     asked = problem(cell.head_dim, cell.rows, {2: "bfloat16", 4: "float32"}[cell.itemsize])
     asked = dataclasses.replace(asked, **size)
     asked = dataclasses.replace(asked, num_heads=cell.rows * asked.num_kv_heads)
-    launch = Launch.of(asked, Tuning(), target)
-    assert launch.block_group == cell.rows
-    assert (launch.block_kv, launch.num_warps, launch.num_stages) == TUNED[cell]
-    assert launch.shared_memory(asked, target) <= target.shared_memory
-    pinned = Launch.of(dataclasses.replace(asked, num_splits=3), Tuning(), target)
+    blocks = Sizes.of(asked, Tuning(), target).blocks
+    assert blocks.block_group == cell.rows
+    assert (blocks.block_kv, blocks.num_warps, blocks.num_stages) == TUNED[cell]
+    assert blocks.shared_memory <= target.shared_memory
+    pinned = Sizes.of(dataclasses.replace(asked, num_splits=3), Tuning(), target).blocks
     if cell.large:
         assert (pinned.block_kv, pinned.num_warps, pinned.num_stages) == TUNED[cell]
 
@@ -84,15 +86,14 @@ def test_blocks_do_not_follow_from_the_batch_where_bits_must_not(tuning):
             asked = problem(
                 num_seqs=num_seqs, max_blocks=max_blocks, visible_bound=bound, num_splits=splits
             )
-            launch = Launch.of(asked, tuning, H100)
-            taken.add((launch.block_kv, launch.num_warps, launch.num_stages, launch.block_group))
+            taken.add(Sizes.of(asked, tuning, H100).blocks)
     assert len(taken) == 1
 
 
 def test_many_short_contexts_share_a_multiprocessor():
     def stages(num_seqs, tokens, num_splits=0):
         facts = {"max_blocks": tokens // 16, "visible_bound": tokens, "num_splits": num_splits}
-        return Launch.of(problem(num_seqs=num_seqs, **facts), Tuning(), H100).num_stages
+        return Sizes.of(problem(num_seqs=num_seqs, **facts), Tuning(), H100).blocks.num_stages
 
     assert (stages(1024, 128), stages(256, 1024), stages(1024, 4096)) == (2, 2, 3)
     assert stages(16, 1024) == 3, "few"
@@ -101,8 +102,8 @@ def test_many_short_contexts_share_a_multiprocessor():
 
 def test_what_is_asked_for_is_taken():
     tuning = Tuning(block_kv=32, num_warps=2, num_stages=4)
-    launch = Launch.of(problem(), tuning, H100)
-    assert (launch.block_kv, launch.num_warps, launch.num_stages) == (32, 2, 4)
+    blocks = Sizes.of(problem(), tuning, H100).blocks
+    assert (blocks.block_kv, blocks.num_warps, blocks.num_stages) == (32, 2, 4)
 
 
 def test_the_table_is_what_the_measurements_say():

@@ -93,3 +93,10 @@ class TritonBackend(Backend):
         self, target: Target, problem: Any, operands: Any, call: Call
     ) -> Sequence[jax.Array]:
         """Run the problem on `target`, each launch a `call`."""
+
+
+def kernel_inputs(operands: Any, names: Sequence[str], work: Any) -> dict[str, Any]:
+    """Return an attention kernel's inputs by parameter, in its order; `work` is the plan."""
+    values = operands.key_cache if operands.value_cache is None else operands.value_cache
+    arrays = operands._asdict() | {"key": operands.key_cache, "value": values, "work": work}
+    return {f"{name}_ptr": arrays[name] for name in names}

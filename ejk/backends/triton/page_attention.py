@@ -12,14 +12,18 @@ from ejk.backends.page_attention import (
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
-    PagedProblem,
 )
 from ejk.backends.page_attention_plan import PlanOperands
-from ejk.backends.triton._backend import Call, TritonBackend
-from ejk.backends.triton.page_attention_launch import Launch, Tuning
+from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
+from ejk.backends.triton._sizes import size_refusals
+from ejk.backends.triton.page_attention_blocks import Tuning
 from ejk.backends.triton.page_attention_plan import TritonPlan, run_plan
+from ejk.backends.triton.page_attention_sizes import Sizes
 
-MAX_CAPACITY = 2**31 - 2**20
+INPUTS = (
+    "query", "key", "value", "context_lens", "block_tables", "attn_scale", "sliding_window",
+    "sinks", "alibi_slopes", "page_distances", "work",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +53,19 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
     launches = 3  # plan, attention, combination
 
     def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:
-        reasons = []
-        launch = Launch.of(problem, self, target)
-        if launch.grid(problem) > MAX_GRID:
-            reasons.append(f"its grid of {launch.grid(problem)} programs exceeds {MAX_GRID}")
-        if launch.shared_memory(problem, target) > target.shared_memory:
+        reasons: list[str] = []
+        sizes = Sizes.of(problem, self, target)
+        blocks, grid, combine_grid = sizes.blocks, sizes.grid(problem), sizes.combine_grid(problem)
+        if grid > MAX_GRID:
+            reasons.append(f"its grid of {grid} programs exceeds {MAX_GRID}")
+        if blocks.shared_memory > target.shared_memory:
             reasons.append(
-                f"block_kv={launch.block_kv} with head_dim={problem.head_dim} takes "
-                f"{launch.shared_memory(problem, target)} bytes of shared memory; the target has "
+                f"block_kv={blocks.block_kv} with head_dim={problem.head_dim} takes "
+                f"{blocks.shared_memory} bytes of shared memory; the target has "
                 f"{target.shared_memory}"
             )
-        if launch.combine_grid(problem) > MAX_GRID:
-            reasons.append(f"{launch.combine_grid(problem)} programs to combine exceed {MAX_GRID}")
+        if combine_grid > MAX_GRID:
+            reasons.append(f"{combine_grid} programs to combine exceed {MAX_GRID}")
         return [*reasons, *size_refusals(problem)]
 
     def run_on(
@@ -73,25 +78,24 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
         from ejk.backends.triton.page_attention_kernel import page_attention_kernel
 
-        launch = Launch.of(problem, self, target)
+        sizes = Sizes.of(problem, self, target)
         work = operands.plan
-        if launch.plan and work is None:
-            [work] = run_plan(
-                launch.plan, PlanOperands(operands.context_lens, operands.sliding_window), call
-            )
+        if sizes.plan and work is None:
+            lens = PlanOperands(operands.context_lens, operands.sliding_window)
+            [work] = run_plan(sizes.plan, lens, call)
         out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
         part_out, part_lse, out, lse = call(
             page_attention_kernel,
-            _inputs(operands, work),
-            {**launch.part_types(problem), "out_ptr": out_type, "lse_ptr": lse_type},
-            launch.constants(problem),
-            grid=launch.grid(problem),
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            kernel_inputs(operands, INPUTS, work),
+            {**sizes.part_types(problem), "out_ptr": out_type, "lse_ptr": lse_type},
+            sizes.constants(problem),
+            grid=sizes.grid(problem),
+            num_warps=sizes.blocks.num_warps,
+            num_stages=sizes.blocks.num_stages,
         )
         if part_out is not None:
             # With a plan, contexts in one piece are written already: the rest goes between them.
-            in_place = {"out_ptr": out, "lse_ptr": lse} if launch.plan else {}
+            in_place = {"out_ptr": out, "lse_ptr": lse} if sizes.plan else {}
             out, lse = call(
                 combine_parts_kernel,
                 {
@@ -100,10 +104,10 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
                     "sinks_ptr": operands.sinks,
                     "work_ptr": work,
                 },
-                {} if launch.plan else {"out_ptr": out_type, "lse_ptr": lse_type},
-                launch.combine_constants(problem),
+                {} if sizes.plan else {"out_ptr": out_type, "lse_ptr": lse_type},
+                sizes.combine_constants(problem),
                 in_place=in_place,
-                grid=launch.combine_grid(problem),
+                grid=sizes.combine_grid(problem),
                 num_warps=4,
                 num_stages=2,
             )
@@ -114,35 +118,3 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         target = self.target(self.platforms[0])
         num_sms = H100["num_sms"] if target is None else target.num_sms
         return TritonPlan(self.compute_capability, num_sms, self.interpret)
-
-
-def size_refusals(problem: PagedProblem) -> list[str]:
-    """Say which of the sizes no kernel on pages can count in 32 bits."""
-    reasons = []
-    if problem.capacity > MAX_CAPACITY:
-        reasons.append(
-            f"max_blocks * page_size={problem.capacity} must be at most {MAX_CAPACITY}: "
-            "positions past the last token are 32-bit, too"
-        )
-    head_dim = max(problem.head_dim, problem.value_head_dim)
-    if problem.page_size * problem.num_kv_heads * head_dim >= 2**31:
-        reasons.append(f"a page of page_size={problem.page_size} has 2**31 elements or more")
-    return reasons
-
-
-def _inputs(operands: PageAttentionOperands, work: Any) -> dict[str, Any]:
-    """Return the attention kernel's inputs, in its order."""
-    values = operands.key_cache if operands.value_cache is None else operands.value_cache
-    return {
-        "query_ptr": operands.query,
-        "key_ptr": operands.key_cache,
-        "value_ptr": values,
-        "context_lens_ptr": operands.context_lens,
-        "block_tables_ptr": operands.block_tables,
-        "attn_scale_ptr": operands.attn_scale,
-        "sliding_window_ptr": operands.sliding_window,
-        "sinks_ptr": operands.sinks,
-        "alibi_slopes_ptr": operands.alibi_slopes,
-        "page_distances_ptr": operands.page_distances,
-        "work_ptr": work,
-    }

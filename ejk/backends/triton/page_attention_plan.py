@@ -8,14 +8,13 @@ import jax
 from ejk._indices import is_static, least
 from ejk.backends.gpu import H100, Target
 from ejk.backends.page_attention_plan import (
-    EVEN_SHARE,
     PlanBackend,
     PlanFacts,
     PlanOperands,
     PlanProblem,
 )
 from ejk.backends.triton._backend import Call, TritonBackend
-from ejk.backends.triton.page_attention_launch import GRANULE, block_group, choose_cuts
+from ejk.backends.triton._sizes import EVEN_SHARE, GRANULE, choose_cuts, programs_per_piece
 
 # Sequences of a program, sequences that it compares them with at a time, warps. All at a time is
 # best, and few to a program: its code has to be fetched from memory once a step. On an H100, of
@@ -51,7 +50,7 @@ class TritonPlan(TritonBackend, PlanBackend):
 
     def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
         group = facts.num_heads // facts.num_kv_heads
-        programs = facts.num_kv_heads * -(-group // block_group(group, value_head_dim))
+        programs = programs_per_piece(facts.num_kv_heads, group, value_head_dim)
         window, capacity = facts.sliding_window, facts.capacity
         longest = least(capacity, window) if isinstance(window, int) else capacity
         max_cuts = 0
@@ -66,6 +65,7 @@ class TritonPlan(TritonBackend, PlanBackend):
             has_window=window is not None,
             max_cuts=max_cuts,
             granule=GRANULE,
+            even_share=EVEN_SHARE,
         )
 
     def run_on(
@@ -99,8 +99,8 @@ def plan_constants(problem: PlanProblem, block_seqs: int, block_others: int) -> 
         "NUM_SEQS": problem.num_seqs,
         "CAPACITY": problem.capacity,
         "MAX_CUTS": problem.max_cuts,
-        "EVEN_NUMERATOR": EVEN_SHARE[0],
-        "EVEN_DENOMINATOR": EVEN_SHARE[1],
+        "EVEN_NUMERATOR": problem.even_share[0],
+        "EVEN_DENOMINATOR": problem.even_share[1],
         "stride_window_seq": int(problem.own_windows),
         "HAS_WINDOW": problem.has_window,
         "GRANULE": problem.granule,

@@ -1,4 +1,4 @@
-"""Blocks that were measured to beat the heuristic of `page_attention_launch.py`: data only.
+"""Blocks that were measured to beat the heuristic of `page_attention_blocks.py`: data only.
 
 Written by `benchmarks/tune.py --table` from `benchmarks/results/tune_*.jsonl`: each entry gains at
 least 1 % on the devices named above it, as the geometric mean over its batches. What is not here
@@ -8,10 +8,10 @@ is served by the heuristic.
 from typing import NamedTuple
 
 
-class Blocks(NamedTuple):
-    """What a program of the attention kernel takes at a time, and how it runs."""
+class Pipeline(NamedTuple):
+    """The attention kernel's loop over tokens, and how it runs."""
 
-    block_kv: int  # tokens
+    block_kv: int  # tokens a step
     num_warps: int
     num_stages: int
 
@@ -26,17 +26,17 @@ class Cell(NamedTuple):
     large: bool  # the call fills the GPU
 
 
-TUNED: dict[Cell, Blocks] = {
+TUNED: dict[Cell, Pipeline] = {
     # NVIDIA H100 80GB HBM3: 319.4 for 321.2 us; NVIDIA H200: 278.6 for 288.0 us
-    Cell(90, 2, 64, 64, True): Blocks(128, 4, 4),
+    Cell(90, 2, 64, 64, True): Pipeline(128, 4, 4),
     # NVIDIA H100 80GB HBM3: 5.5 for 5.5 us; NVIDIA H200: 5.3 for 5.3 us
-    Cell(90, 2, 128, 16, False): Blocks(64, 4, 3),
+    Cell(90, 2, 128, 16, False): Pipeline(64, 4, 3),
     # NVIDIA H100 80GB HBM3: 7.0 for 7.1 us; NVIDIA H200: 6.7 for 6.8 us
-    Cell(90, 2, 256, 16, False): Blocks(64, 8, 2),
+    Cell(90, 2, 256, 16, False): Pipeline(64, 8, 2),
     # NVIDIA H100 80GB HBM3: 204.1 for 206.9 us; NVIDIA H200: 157.9 for 166.2 us
-    Cell(90, 2, 512, 16, True): Blocks(32, 4, 3),
+    Cell(90, 2, 512, 16, True): Pipeline(32, 4, 3),
     # NVIDIA H100 80GB HBM3: 602.8 for 918.3 us; NVIDIA H200: 605.0 for 922.4 us
-    Cell(90, 4, 128, 16, True): Blocks(64, 4, 3),
+    Cell(90, 4, 128, 16, True): Pipeline(64, 4, 3),
     # NVIDIA H100 80GB HBM3: 27.8 for 29.1 us; NVIDIA H200: 27.8 for 28.5 us
-    Cell(90, 4, 256, 16, False): Blocks(16, 4, 3),
+    Cell(90, 4, 256, 16, False): Pipeline(16, 4, 3),
 }

@@ -12,10 +12,18 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
 )
-from ejk.backends.triton._backend import Call, TritonBackend
-from ejk.backends.triton.page_attention import size_refusals
+from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
+from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.ragged_page_attention_blocks import RaggedTuning
-from ejk.backends.triton.ragged_page_attention_launch import RaggedLaunch
+from ejk.backends.triton.ragged_page_attention_sizes import RaggedSizes
+
+INPUTS = (
+    "query", "cu_q_lens", "key", "value", "block_tables", "attn_scale", "sliding_window", "sinks",
+    "alibi_slopes", "positions", "tree_mask", "work",
+)  # fmt: skip
+
+Memory = dict[str, Any]
+"""Results and parts by the parameters of the kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +58,11 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
     launches = 5  # the plan, then attention and combination, twice
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
-        launch = RaggedLaunch.of(problem, self, target)
+        sizes = RaggedSizes.of(problem, self, target)
         reasons = size_refusals(problem)
-        grids = [launch.plan_grid(problem)]
-        for which, rows in enumerate(launch.launches):
-            grids += [launch.grid(problem, which), launch.combine_grid(problem, which)]
+        grids = [sizes.plan_grid(problem)]
+        for kind, rows in enumerate(sizes.kinds):
+            grids += [sizes.grid(problem, kind), sizes.combine_grid(problem, kind)]
             if rows.shared_memory > target.shared_memory:
                 reasons.append(
                     f"blocks of {rows.rows} query rows and {rows.block_kv} tokens with "
@@ -73,81 +81,92 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         problem: RaggedPageAttentionProblem,
         operands: RaggedPageAttentionOperands,
         call: Call,
-    ) -> tuple[jax.Array, ...]:
-        from ejk.backends.triton.ragged_combine_kernel import ragged_combine_kernel
-        from ejk.backends.triton.ragged_page_attention_kernel import ragged_page_attention_kernel
-        from ejk.backends.triton.ragged_plan_kernel import ragged_plan_kernel
-
-        launch = RaggedLaunch.of(problem, self, target)
-        # The plan alone: XLA makes one of the equal ones of all layers, and what they share cannot
-        # be written in place.
-        (work,) = call(
-            ragged_plan_kernel,
-            {
-                "cu_q_lens_ptr": operands.cu_q_lens,
-                "context_lens_ptr": operands.context_lens,
-                "sliding_window_ptr": operands.sliding_window,
-            },
-            launch.plan_types(),
-            launch.plan_constants(problem),
-            grid=launch.plan_grid(problem),
-            num_warps=4,
-            num_stages=1,
-        )
-        made: dict[str, Any] = {}  # what the first launch makes, and the next ones add to
-        for which, rows in enumerate(launch.launches):
-            inputs, outputs = _inputs(operands, work), {} if made else launch.types(problem)
-            in_place = {name: x for name, x in made.items() if x is not None}
-            absent = {name: None for name, x in made.items() if x is None}
-            written = call(
-                ragged_page_attention_kernel,
-                inputs | absent,
-                outputs,
-                launch.constants(problem, which),
-                in_place=in_place,
-                grid=launch.grid(problem, which),
-                num_warps=rows.num_warps,
-                num_stages=rows.num_stages,
-                max_registers=rows.max_registers,
-            )
-            made |= dict(zip(outputs or in_place, written))
-            if not launch.combine_grid(problem, which):
-                continue
-            results = {name: made[name] for name in ("out_ptr", "lse_ptr")}
-            written = call(
-                ragged_combine_kernel,
-                {
-                    "part_out_ptr": made["part_out_ptr"],
-                    "part_lse_ptr": made["part_lse_ptr"],
-                    "sinks_ptr": operands.sinks,
-                    "work_ptr": work,
-                },
-                {},
-                launch.combine_constants(problem, which),
-                in_place=results,
-                grid=launch.combine_grid(problem, which),
-                num_warps=4,
-                num_stages=2,
-            )
-            made |= dict(zip(results, written))
-        out, lse = made["out_ptr"], made["lse_ptr"]
+    ) -> tuple[Any, ...]:
+        sizes = RaggedSizes.of(problem, self, target)
+        steps = RaggedSteps(problem, operands, sizes, call)
+        work, memory = steps.list_work(), {}
+        for kind in range(len(sizes.kinds)):
+            memory = steps.attend(kind, work, memory)
+            memory = steps.combine(kind, work, memory)
+        out, lse = memory["out_ptr"], memory["lse_ptr"]
         return (out, lse) if problem.return_lse else (out,)
 
 
-def _inputs(operands: RaggedPageAttentionOperands, work: Any) -> dict[str, Any]:
-    """Return the attention kernel's inputs, in its order."""
-    values = operands.key_cache if operands.value_cache is None else operands.value_cache
-    return {
-        "query_ptr": operands.query,
-        "cu_q_lens_ptr": operands.cu_q_lens,
-        "key_ptr": operands.key_cache,
-        "value_ptr": values,
-        "block_tables_ptr": operands.block_tables,
-        "attn_scale_ptr": operands.attn_scale,
-        "sliding_window_ptr": operands.sliding_window,
-        "sinks_ptr": operands.sinks,
-        "alibi_slopes_ptr": operands.alibi_slopes,
-        "positions_ptr": operands.positions,
-        "tree_mask_ptr": operands.tree_mask,
-        "work_ptr": work,
-    }
+@dataclasses.dataclass(frozen=True)
+class RaggedSteps:
+    """The steps of a run: each kind of block attends to its items and combines its pieces.
+
+    Another backend for GPUs may take its own kernel for the items of one kind: `work` says what
+    they are, see `RaggedPlan`, and `memory` is what all kinds write to, None where there is none.
+    """
+
+    problem: RaggedPageAttentionProblem
+    operands: RaggedPageAttentionOperands
+    sizes: RaggedSizes
+    call: Call
+
+    def list_work(self) -> Any:
+        """Return the list of all items."""
+        from ejk.backends.triton.ragged_plan_kernel import ragged_plan_kernel
+
+        # The list alone: XLA makes one of the equal ones of all layers, and what they share cannot
+        # be written in place.
+        [work] = self.call(
+            ragged_plan_kernel,
+            {
+                "cu_q_lens_ptr": self.operands.cu_q_lens,
+                "context_lens_ptr": self.operands.context_lens,
+                "sliding_window_ptr": self.operands.sliding_window,
+            },
+            {"work_ptr": self.sizes.plan.type},
+            self.sizes.plan_constants(self.problem),
+            grid=self.sizes.plan_grid(self.problem),
+            num_warps=4,
+            num_stages=1,
+        )
+        return work
+
+    def attend(self, kind: int, work: Any, memory: Memory) -> Memory:
+        """Attend to the items of a kind; return the memory, which the first kind makes."""
+        from ejk.backends.triton.ragged_page_attention_kernel import ragged_page_attention_kernel
+
+        rows = self.sizes.kinds[kind]
+        absent = {name: None for name, x in memory.items() if x is None}
+        outputs = {} if memory else self.sizes.types(self.problem)
+        in_place = {name: x for name, x in memory.items() if x is not None}
+        written = self.call(
+            ragged_page_attention_kernel,
+            kernel_inputs(self.operands, INPUTS, work) | absent,
+            outputs,
+            self.sizes.constants(self.problem, kind),
+            in_place=in_place,
+            grid=self.sizes.grid(self.problem, kind),
+            num_warps=rows.num_warps,
+            num_stages=rows.num_stages,
+            max_registers=rows.max_registers,
+        )
+        return absent | dict(zip(outputs or in_place, written))
+
+    def combine(self, kind: int, work: Any, memory: Memory) -> Memory:
+        """Combine those items of a kind that are pieces of one block."""
+        from ejk.backends.triton.ragged_combine_kernel import ragged_combine_kernel
+
+        if not (grid := self.sizes.combine_grid(self.problem, kind)):
+            return memory
+        results = {name: memory[name] for name in ("out_ptr", "lse_ptr")}
+        written = self.call(
+            ragged_combine_kernel,
+            {
+                "part_out_ptr": memory["part_out_ptr"],
+                "part_lse_ptr": memory["part_lse_ptr"],
+                "sinks_ptr": self.operands.sinks,
+                "work_ptr": work,
+            },
+            {},
+            self.sizes.combine_constants(self.problem, kind),
+            in_place=results,
+            grid=grid,
+            num_warps=4,
+            num_stages=2,
+        )
+        return memory | dict(zip(results, written))

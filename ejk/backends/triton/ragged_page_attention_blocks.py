@@ -6,8 +6,9 @@ import itertools
 import jax.numpy as jnp
 
 from ejk.backends.gpu import Target
-from ejk.backends.page_attention import PageAttentionProblem, PagedProblem
-from ejk.backends.triton.page_attention_launch import Launch, Tuning, two_parts
+from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
+from ejk.backends.triton._sizes import widths
+from ejk.backends.triton.page_attention_blocks import Tuning, choose_blocks
 
 # Query rows that one narrow block may have: more are wide, or several narrow ones.
 MOST_NARROW_ROWS = 64
@@ -32,11 +33,14 @@ WIDE_WARPS = 8
 # takes its queries from shared memory (on Hopper, on Blackwell), where from registers, and on AMD,
 # where copies pass through registers, too. More spills: see `tests/test_ragged_triton_compile.py`.
 HELD_WGMMA, HELD_TCGEN05, HELD_MMA, HELD_AMD = 160, 120, 130, 64
+# Bytes of shared memory beside blocks, for reductions and barriers. Not measured: the programs of
+# the same tests take no more.
+SCRATCH = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class RaggedTuning:
-    """What a caller may fix; None leaves it to `RaggedLaunch.of`."""
+    """What a caller may fix; None leaves it to `RaggedSizes.of`."""
 
     block_rows: int | None = None
     block_kv: int | None = None
@@ -49,7 +53,7 @@ class RaggedTuning:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """One launch of the attention kernel: blocks of so many query rows, and their items.
+    """Blocks of so many query rows, and how the programs that attend to their items run.
 
     With `peel`, blocks of keys that need no mask are taken apart.
     """
@@ -61,54 +65,33 @@ class Rows:
     shared_memory: int  # bytes of a program, at most
     max_registers: int | None  # of a thread; None: the compiler's choice
     peel: bool
-    cuts: int  # pieces to cut contexts in, about; 0: none is cut
-    max_blocks: int  # of rows
 
     @property
     def edge_kv(self) -> int:
         """Tokens of a step that is masked: masks take registers, and what needs them is short."""
         return max(self.block_kv // 2, 16) if self.peel else self.block_kv
 
-    @property
-    def max_parts(self) -> int:
-        """Pieces of blocks that are cut: they have more than two chunks, and pieces of one."""
-        return self.cuts * 3 // 2
 
-    @property
-    def max_items(self) -> int:
-        return self.max_blocks + self.max_parts
-
-    @property
-    def max_splits(self) -> int:
-        """Blocks in several pieces: only what is above two cuts' share is."""
-        return min(self.max_blocks, self.cuts // 2)
-
-
-def narrow_rows(problem, tuning: RaggedTuning, target: Target, rows: int) -> Rows:
-    """Take the blocks of decode with as many heads a group as there are rows."""
-    facts = {f.name: getattr(problem, f.name) for f in dataclasses.fields(PagedProblem)}
-    facts["num_heads"] = rows * problem.num_kv_heads
-    decode = PageAttentionProblem(
-        **facts, num_splits=1, plan=None, visible_bound=problem.visible_bound
-    )
+def narrow_rows(
+    problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target, rows: int
+) -> Rows:
+    """Take the blocks of decode for as many heads a group as there are rows, in any batch."""
     own = Tuning(tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
-    launch = Launch.of(decode, own, target)
-    shared = launch.shared_memory(decode, target)
-    blocks = (launch.block_group, launch.block_kv, launch.num_warps, launch.num_stages)
-    return Rows(*blocks, shared, max_registers=None, peel=False, cuts=0, max_blocks=0)
+    blocks = choose_blocks(problem, rows, None, own, target)
+    return Rows(*blocks, max_registers=None, peel=False)
 
 
-def wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
+def wide_rows(problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target) -> Rows:
     """Choose the largest blocks that fit the target's shared memory and registers."""
     fixed = (tuning.block_rows, tuning.block_kv, tuning.num_warps, tuning.num_stages)
     if _fills_hopper(problem, target):
         is_short = problem.visible_bound <= SHORT_TOKENS and not problem.has_alibi
         for choice in (HOPPER_SHORT, HOPPER_LONG) if is_short else (HOPPER_LONG, HOPPER_SHORT):
             rows, num_warps, num_stages = choice
-            blocks = (rows, HOPPER_TILE // max(_widths(problem)), num_warps, num_stages)
+            blocks = (rows, HOPPER_TILE // max(widths(problem)), num_warps, num_stages)
             if all(value in (None, own) for value, own in zip(fixed, blocks)):
                 shared = _wide_shared_memory(problem, target, *blocks)
-                return Rows(*blocks, shared, HOPPER_REGISTERS, peel=True, cuts=0, max_blocks=0)
+                return Rows(*blocks, shared, HOPPER_REGISTERS, peel=True)
     most = (WIDE_ROWS, WIDE_KV, (WIDE_WARPS,), WIDE_STAGES)
     choices = [(value,) if value else own for value, own in zip(fixed, most)]
     found = None
@@ -117,14 +100,14 @@ def wide_rows(problem, tuning: RaggedTuning, target: Target) -> Rows:
     for rows, block_kv, num_warps, num_stages in candidates:
         shared = _wide_shared_memory(problem, target, rows, block_kv, num_warps, num_stages)
         blocks = (rows, block_kv, num_warps, num_stages)
-        found = Rows(*blocks, shared, max_registers=None, peel=True, cuts=0, max_blocks=0)
+        found = Rows(*blocks, shared, max_registers=None, peel=True)
         if shared <= target.shared_memory and _fits_registers(problem, target, found):
             break  # or the smallest does not fit either: `limits` says so
     assert found is not None
     return found
 
 
-def _fills_hopper(problem, target: Target) -> bool:
+def _fills_hopper(problem: RaggedPageAttentionProblem, target: Target) -> bool:
     """Say whether such blocks fit 128 registers a thread and are not too few.
 
     On an H100 128 blocks of 256 rows, 4 chunks of 256 on 4,096, took 165.6 us and of 128 rows with
@@ -132,7 +115,7 @@ def _fills_hopper(problem, target: Target) -> bool:
     same number of rows is asked of two programs of 128, for which it was not measured.
     """
     is_16_bit = problem.query_dtype.itemsize == 2
-    fits = is_16_bit and 64 <= max(_widths(problem)) <= 128 and not problem.tree_width
+    fits = is_16_bit and 64 <= max(widths(problem)) <= 128 and not problem.tree_width
     rows = problem.total_tokens * problem.num_heads  # of all KV heads
     are_many = 4 * rows >= 3 * HOPPER_LONG[0] * target.num_sms
     return target.compute_capability == 90 and fits and are_many
@@ -144,12 +127,8 @@ def _is_hopper(target: Target) -> bool:
     return capability is not None and 90 <= capability < 120
 
 
-def _widths(problem) -> tuple[int, int]:
-    return sum(two_parts(problem.head_dim)), sum(two_parts(problem.value_head_dim))
-
-
-def _fits_registers(problem, target: Target, rows: Rows) -> bool:
-    d, dv = _widths(problem)
+def _fits_registers(problem: RaggedPageAttentionProblem, target: Target, rows: Rows) -> bool:
+    d, dv = widths(problem)
     if problem.query_dtype == jnp.float32:  # taken on the ordinary cores, operands from registers
         return rows.rows <= 32 and rows.block_kv <= 32
     limit = HELD_AMD if target.is_amd else HELD_MMA
@@ -164,22 +143,26 @@ def _fits_registers(problem, target: Target, rows: Rows) -> bool:
 
 
 def _wide_shared_memory(
-    problem, target: Target, rows: int, block_kv: int, num_warps: int, num_stages: int
+    problem: RaggedPageAttentionProblem,
+    target: Target,
+    rows: int,
+    block_kv: int,
+    num_warps: int,
+    num_stages: int,
 ) -> int:
     """Bound the shared memory of a program, in bytes."""
-    d, dv = _widths(problem)
+    d, dv = widths(problem)
     size = problem.query_dtype.itemsize
     # A product that is waited for later keeps its block of values, and so a buffer.
     buffers = num_stages if _is_hopper(target) else num_stages - 1
-    streamed = (
-        problem.cache_dtype.itemsize * block_kv * ((d + dv) * buffers if buffers else max(d, dv))
-    )
+    entries = (d + dv) * buffers if buffers else max(d, dv)
+    streamed = problem.cache_dtype.itemsize * block_kv * entries
     queries = size * rows * d
-    weights = rows * block_kv * (4 if problem.tree_width else size) + 1024
+    weights = rows * block_kv * (4 if problem.tree_width else size) + SCRATCH
     if target.compute_capability == 90 and size == 2 and not problem.tree_width:
         if rows >= 16 * num_warps:  # each warp multiplies weights of its own, from registers
-            weights = 1024
+            weights = SCRATCH
     if target.is_amd:  # queries pass through to registers before anything streams
         return max(queries, streamed + weights)
     # In the end the results pass through, beside where the queries did.
-    return max(streamed + weights, size * rows * dv + 1024) + queries
+    return max(streamed + weights, size * rows * dv + SCRATCH) + queries

@@ -34,7 +34,7 @@ def ragged_plan_kernel(
     context_lens_ptr,  # int32 [num_seqs]
     sliding_window_ptr,  # int32 []
     # outputs
-    work_ptr,  # int32 [rows, ITEM], see `RaggedLaunch`
+    work_ptr,  # int32 [rows, ITEM], see `RaggedPlan`
     # sizes
     NUM_SEQS: tl.constexpr,
     TOTAL_TOKENS: tl.constexpr,
