@@ -154,6 +154,8 @@ class HostCallbacks:
     XLA is given all callbacks of a computation before it asks for them: these stand in.
     """
 
+    MOST = 8  # as many as the kernels of a call, where each is interpreted
+
     def __init__(self, ctx: Context, count: int):
         self.first, self.count = len(ctx.module_context.host_callbacks), count
         self.functions: list[Callable[..., Any]] = []
@@ -168,7 +170,11 @@ class HostCallbacks:
         module = ctx.module_context.replace(host_callbacks=[None] * self.first)
         results = lower(ctx.replace(module_context=module), function, operands)
         self.functions = module.host_callbacks[self.first :]
-        assert len(self.functions) <= self.count, "see Backend.host_callbacks"
+        if len(self.functions) > self.count:
+            raise NotImplementedError(
+                f"where XLA splits a program, it calls back to Python {self.count} times at most, "
+                f"not {len(self.functions)}: use jax.shard_map"
+            )
         return results
 
 

@@ -16,36 +16,19 @@ On one device and inside `shard_map` none of this is needed, nor is it used.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray, Tracer
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ejk import _jax
+from ejk._backend import Problem
 from ejk._errors import Mendable
-
-
-class Axes(NamedTuple):
-    """The axes of a problem's arrays, each a name, or a pair of names for one that holds two.
-
-    Axes of one name are split together or not at all; None stays whole.
-    """
-
-    operands: Any  # for each operand a tuple; None for one that shards do without
-    results: tuple[tuple[Any, ...], ...]
-    sizes: dict[str, int]  # of names that occur in pairs alone
-
-
-class Shards(NamedTuple):
-    """How a problem is split over devices."""
-
-    problem: Any  # what each of them runs
-    operands: Any  # for each operand a PartitionSpec
-    results: tuple[PartitionSpec, ...]
+from ejk._shards import Axes, Shards, is_split, mesh_axes
 
 
 def obstacle(ctx: _jax.Context, platform: str) -> str | None:
@@ -71,23 +54,13 @@ def obstacle(ctx: _jax.Context, platform: str) -> str | None:
     )
 
 
-def mesh_axes(entry: Any) -> tuple[str, ...]:
-    """Return the mesh axes of one entry of a `PartitionSpec`."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def is_split(entry: Any, mesh: Mapping[str, int]) -> bool:
-    """Say whether one entry of a `PartitionSpec` splits anything: a mesh axis may have size 1."""
-    return any(mesh[axis] > 1 for axis in mesh_axes(entry))
-
-
 def explicit_mesh(types: Iterable[Any]) -> Any:
     """Return the mesh whose explicit axes some array lies on, or None."""
     meshes = (of.sharding.mesh for of in types)
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
-def check_placed(problem: Any, operands: Any) -> None:
+def check_placed(problem: Problem, operands: Any) -> None:
     """Check how the arrays of an eager call lie, before XLA does, which hides what was raised.
 
     Raises:
@@ -102,7 +75,11 @@ def check_placed(problem: Any, operands: Any) -> None:
             _full_spec(x) if isinstance(of, NamedSharding) else PartitionSpec(*[None] * x.ndim)
             for x, of in zip(leaves, placed)
         ]
-        problem.shards(jax.tree.unflatten(treedef, specs), meshes.pop().shape)
+        problem.shards(treedef.unflatten(specs), meshes.pop().shape)
+
+
+Run = Callable[[Any, Any], Any]
+"""Runs a problem, of its operands or their leaves."""
 
 
 class Batched(NamedTuple):
@@ -119,7 +96,9 @@ class Batched(NamedTuple):
         )
 
 
-def shards(problem: Any, treedef: Any, types: Any, axes: Sequence[int | None] = ()) -> Shards:
+def shards(
+    problem: Problem, treedef: Any, types: Sequence[Any], axes: Sequence[int | None] = ()
+) -> Shards:
     """Return how a problem is split whose operands are of `types` on explicit axes.
 
     Their axes in `axes` are not the problem's.
@@ -135,8 +114,8 @@ def shards(problem: Any, treedef: Any, types: Any, axes: Sequence[int | None] = 
     if problem.axes is None:  # small: each device runs all of it
         whole = [PartitionSpec(*[None] * len(spec)) for spec in specs]
         results = tuple(PartitionSpec(*[None] * len(r.shape)) for r in problem.results)
-        return Shards(problem, jax.tree.unflatten(treedef, whole), results)
-    tree = jax.tree.unflatten(treedef, specs)
+        return Shards(problem, treedef.unflatten(whole), results)
+    tree = treedef.unflatten(specs)
     found = problem.shards(tree, mesh.shape)
     for name, spec, needed in zip(tree._fields, tree, found.operands):
         for had, has in zip(spec or (), needed or spec or ()):
@@ -146,10 +125,10 @@ def shards(problem: Any, treedef: Any, types: Any, axes: Sequence[int | None] = 
 
 
 def split(
-    problem: Any,
+    problem: Problem,
     treedef: Any,
     leaves: Sequence[Any],
-    run: Callable[[Any, Any], Any],
+    run: Run,
     batched: Batched | None = None,
 ) -> Any:
     """Run `run(problem, leaves)` shard by shard, as the types of the leaves are split.
@@ -176,10 +155,12 @@ def split(
     )(*placed)
 
 
-def lower_split(ctx: _jax.Context, function: Callable[..., Any], leaves: Any) -> Any:
-    """Lower `function`, which splits its arrays over the explicit axes that their types name."""
+def lower_split(
+    ctx: _jax.Context, leaves: Sequence[Any], problem: Problem, treedef: Any, run: Run
+) -> Any:
+    """Lower `split`: the types of the leaves name the explicit axes that they are split over."""
     with jax.sharding.use_abstract_mesh(explicit_mesh(_jax.operand_types(ctx))):
-        return _jax.lower(ctx, function, leaves)
+        return _jax.lower(ctx, lambda *leaves: split(problem, treedef, leaves, run), leaves)
 
 
 def left_to_xla(pull_back: Callable[..., Any], operands: Any) -> Callable[..., Any]:
@@ -192,7 +173,7 @@ def left_to_xla(pull_back: Callable[..., Any], operands: Any) -> Callable[..., A
     if mesh is None:
         return pull_back
 
-    def sharding(of):
+    def sharding(of: Any) -> NamedSharding | None:
         is_float = jnp.issubdtype(of.dtype, jnp.floating)
         return NamedSharding(mesh, of.sharding.spec) if is_float else None
 
@@ -203,10 +184,10 @@ def lower(
     ctx: _jax.Context,
     leaves: Sequence[Any],
     types: Sequence[Any],
-    problem: Any,
+    problem: Problem,
     treedef: Any,
-    run: Callable[[Any, Any], Any],
-    host_callbacks: int,
+    run: Run,
+    calls_back: bool,
 ) -> Any:
     """Lower `run(problem, operands)` so that each device runs the problem of its own shards.
 
@@ -217,27 +198,28 @@ def lower(
         problem: of the whole arrays.
         treedef: of the operands.
         run: traced once the shards are known.
-        host_callbacks: the most calls back to Python that a run makes.
+        calls_back: a run may call back to Python.
     """
     axes = problem.axes
+    assert axes
     kept = [of is not None for of in treedef.flatten_up_to(axes.operands)]
     leaves = [x for x, keep in zip(leaves, kept) if keep]
     types = [of for of, keep in zip(types, kept) if keep]
-    treedef = jax.tree.structure(jax.tree.unflatten(treedef, [keep or None for keep in kept]))
-    callbacks = _jax.HostCallbacks(ctx, host_callbacks)
+    treedef = jax.tree.structure(treedef.unflatten([keep or None for keep in kept]))
+    callbacks = _jax.HostCallbacks(ctx, _jax.HostCallbacks.MOST if calls_back else 0)
 
-    def program(problem):
-        def run_leaves(*leaves):
+    def program(problem: Problem) -> Callable[..., Any]:
+        def run_leaves(*leaves: Any) -> Any:
             # The mesh around the caller is not the shard's: it is one device's own.
             with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-                return run(problem, jax.tree.unflatten(treedef, leaves))
+                return run(problem, treedef.unflatten(leaves))
 
         return functools.partial(
             shard_p.bind, run=run_leaves, results=problem.results, callbacks=callbacks
         )
 
-    def partition(mesh, arguments, results):
-        specs = jax.tree.unflatten(treedef, [_spec(problem, x) for x in arguments])
+    def partition(mesh: Mesh, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
+        specs = treedef.unflatten([_spec(problem, x) for x in arguments])
         shards = problem.shards(specs, dict(mesh.shape))
         if mesh.empty:  # then every device has all of every array
             kept = [x.sharding for x in results], tuple(x.sharding for x in arguments)
@@ -248,18 +230,19 @@ def lower(
         return mesh, program(shards.problem), *kept
 
     function = custom_partitioning(program(problem))
-    function.def_partition(partition, sharding_rule=_rule(axes, treedef), **axes.sizes)
+    rule = _rule(axes, treedef)
+    function.def_partition(partition, sharding_rule=rule, **axes.sizes)  # pyright: ignore[reportArgumentType]
     return _jax.lower(ctx, function, leaves, types)
 
 
-def _spec(problem, x):
+def _spec(problem: Problem, x: Any) -> PartitionSpec:
     """Return how XLA splits an operand."""
     if not hasattr(x.sharding, "spec") and not x.sharding.is_fully_replicated:
         raise ValueError(f"{problem.operation}: arrays must be split by a `NamedSharding`")
     return _full_spec(x)
 
 
-def _full_spec(x):
+def _full_spec(x: Any) -> PartitionSpec:
     spec = getattr(x.sharding, "spec", ())
     return PartitionSpec(*spec, *[None] * (len(x.shape) - len(spec)))
 
@@ -268,9 +251,9 @@ def _rule(axes: Axes, treedef: Any) -> str:
     """Write the axes as Shardy's rule: `seqs (kv_heads group) whole0, whole1 kv_heads ...`."""
     unnamed = 0
 
-    def spell(array):
+    def spell(array: Sequence[Any]) -> str:
         nonlocal unnamed
-        names = []
+        names: list[str] = []
         for axis in array:
             if axis is None:
                 axis, unnamed = f"whole{unnamed}", unnamed + 1
@@ -282,7 +265,7 @@ def _rule(axes: Axes, treedef: Any) -> str:
 
 
 def _result_types(
-    *types: Any, run: Any, results: Sequence[jax.ShapeDtypeStruct], callbacks: Any
+    *types: Any, run: Any, results: Sequence[jax.ShapeDtypeStruct], callbacks: _jax.HostCallbacks
 ) -> tuple[list[ShapedArray], frozenset[Any]]:
     return [ShapedArray(result.shape, result.dtype) for result in results], frozenset()
 

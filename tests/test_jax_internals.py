@@ -1,6 +1,7 @@
 """JAX still has what `ejk._jax` uses of its internals."""
 
 import dataclasses
+import pathlib
 import re
 import types
 
@@ -176,20 +177,23 @@ def is_exported():
     assert asked(_jax.is_exported, lower=lambda function, x: jax.export.export(function)(x))
 
 
-def host_callbacks():
-    """One that stands in is called before the program that it belongs to was lowered."""
+def called_back(x, at_most):
+    """Triple an array in Python, where a program has callbacks that stand in for its own."""
 
-    def call_back(x):
-        def copy(ctx, out, x):
-            np.asarray(out)[...] = 7 * np.asarray(x)
-
-        return [buffer_callback(copy, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)]
+    def triple(ctx, out, x):
+        np.asarray(out)[...] = 3 * np.asarray(x)
 
     def rule(ctx, x):
-        callbacks = _jax.HostCallbacks(ctx, 2)
-        return callbacks.lower(ctx, call_back, [x])
+        return _jax.HostCallbacks(ctx, at_most).lower(ctx, call_back, [x])
 
-    np.testing.assert_array_equal(jax.jit(identity(lowerings={None: rule}).bind)(X), 7 * X)
+    def call_back(x):
+        return [buffer_callback(triple, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)]
+
+    return jax.jit(identity(lowerings={None: rule}).bind)(x)
+
+
+def host_callbacks():
+    np.testing.assert_array_equal(called_back(X, at_most=2), 3 * X)
 
 
 def drop_dead_code_rule():
@@ -293,6 +297,11 @@ def test_devices_that_JAX_no_longer_tells_are_missed(monkeypatch):  # noqa: N802
         _jax.require_devices(identity())
 
 
+def test_a_callback_that_none_stands_in_for():
+    with pytest.raises(NotImplementedError, match=r"0 times at most, not 1: use jax"):
+        called_back(X, at_most=0)
+
+
 def test_a_call_raises_where_its_devices_are_unknown(monkeypatch):
     def lower():
         jax.jit(lambda *args: ejk.page_attention(*args)).lower(*ARGS)
@@ -301,3 +310,21 @@ def test_a_call_raises_where_its_devices_are_unknown(monkeypatch):
     monkeypatch.setattr(mlir, "ShardingContext", Renamed)
     with pytest.raises(RuntimeError, match=SAYS_VERSION + "an axis context ShardingContext"):
         lower()
+
+
+def imported(module: str) -> set[str]:
+    """Name the modules of `ejk` that a file imports, and those that they import."""
+    source = pathlib.Path(ejk.__path__[0], *module.split(".")[1:]).with_suffix(".py").read_text()
+    names = set(re.findall(r"^from (ejk\.[\w.]+) import", source, re.MULTILINE))
+    for package, found in re.findall(r"^from (ejk[\w.]*) import ([\w, ]+)$", source, re.MULTILINE):
+        names |= {f"{package}.{name}" for name in found.split(", ")} & MODULES
+    return names.union(*map(imported, names))
+
+
+MODULES = {f"ejk.{path.stem}" for path in pathlib.Path(ejk.__path__[0]).glob("*.py")}
+
+
+def test_the_contract_needs_no_internals_of_jax():
+    """Who writes a backend reads it, and what it imports."""
+    assert "ejk._errors" in imported("ejk._backend") and "ejk._jax" in imported("ejk._dispatch")
+    assert "ejk._jax" not in imported("ejk._backend")

@@ -1,0 +1,281 @@
+"""What runs an operation: the contract that the author of a backend reads, and the choice.
+
+A `Problem` is one call's static facts, a `Backend` a way to run it. Nothing here knows an
+operation, nor how JAX is told of one.
+"""
+
+import abc
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+
+from ejk._errors import Mendable, UnsupportedError
+from ejk._nearest import did_you_mean
+from ejk._shards import Axes, Shards
+from ejk._typing import typed
+
+CPU_INSTEAD = (
+    ": call it under jax.default_device(jax.devices('cpu')[0]), or set JAX_PLATFORMS=cpu, or leave "
+    "interpret=True out"
+)
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class Problem(abc.ABC):
+    """The static facts of one call: hashable, so that it is a parameter of the primitive."""
+
+    operation: ClassVar[str]
+
+    @property
+    @abc.abstractmethod
+    def features(self) -> frozenset[str]:
+        """The optional features that the call uses, each named after its argument."""
+
+    @property
+    @abc.abstractmethod
+    def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and dtype of each result."""
+
+    @abc.abstractmethod
+    def fold(self, size: int, operands: Any, axes: Any) -> "tuple[Problem, Any] | None":
+        """Fold a `vmap` axis of `size` into the problem.
+
+        `axes` holds the batched axis of each operand, or -1. Of the folded problem's results
+        `folded_axis` is `size` times as long. None where this cannot be done: the call is then
+        mapped over the axis.
+        """
+
+    @property
+    def folded_axis(self) -> int:
+        """The axis of every result that `fold` makes longer, and before which `vmap` puts its."""
+        return 0
+
+    @property
+    def symbolic_sizes(self) -> tuple[str, ...]:
+        """The sizes that `jax.export` leaves to those who run what it exports: `num_seqs=n`."""
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        sizes = ((field.name, getattr(self, field.name)) for field in fields)
+        return tuple(
+            f"{name}={size}"
+            for name, size in sizes
+            if any(map(jax.export.is_symbolic_dim, size if isinstance(size, tuple) else (size,)))
+        )
+
+    @property
+    def axes(self) -> Axes | None:
+        """The axes of operands and results, for problems that can be split over devices."""
+        return None
+
+    def shards(self, specs: Any, mesh: Mapping[str, int]) -> Shards:
+        """Return how the problem is split where operands are by `specs`, as far as they may.
+
+        `specs` holds a `PartitionSpec` for each operand, `mesh` the size of each of its axes.
+        Raises `ValueError` where an array would have to move that is too large for it.
+        """
+        raise NotImplementedError
+
+
+class Backend(abc.ABC):
+    """A way to run one operation. Its fields are its tuning; it is hashable and immutable.
+
+    A subclass names its `problem_type`, the `platforms` it runs on and the `features` it
+    honours. What it does not declare, it refuses.
+    """
+
+    name: ClassVar[str]
+    problem_type: ClassVar[type[Problem]]
+    features: ClassVar[frozenset[str]]
+    is_opaque: ClassVar[bool] = True
+    """XLA cannot see into what is run, nor therefore split it over devices."""
+
+    def __new__(cls, *args: Any, **fields: Any) -> "Backend":
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        names = [parameter.name for parameter in parameters]
+        wrong = next((name for name in fields if name not in names), None)
+        if wrong and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise TypeError(
+                f"{cls.__name__} has no field {wrong!r}{did_you_mean(wrong, names)}; its fields "
+                f"are {', '.join(names) or 'none'}"
+            )
+        for attribute in ("name", "features"):
+            if not hasattr(cls, attribute) and attribute not in names:
+                raise TypeError(f"{cls.__name__} must have a class attribute {attribute}")
+        if cls.__hash__ is None:
+            raise TypeError(f"{cls.__name__} must be hashable: @dataclasses.dataclass(frozen=True)")
+        return super().__new__(cls)
+
+    @property
+    @abc.abstractmethod
+    def platforms(self) -> tuple[str, ...]:
+        """The platforms this object runs on, of `cpu`, `cuda`, `rocm` and `tpu`."""
+
+    @property
+    def only_if_asked(self) -> tuple[str, ...]:
+        """The platforms for which automatic choice passes this object over: nobody has run it."""
+        return ()
+
+    @property
+    def has_target(self) -> bool:
+        """Its fields say for which device it compiles, as only someone who means it does.
+
+        Registered for automatic choice it is not passed over for want of what can be mended, such
+        as an installation: the call raises. It still is for features and sizes that it lacks.
+        """
+        return False
+
+    @property
+    def effects(self) -> frozenset[Any]:
+        """The JAX effects of running, as those of calls back to Python that keep their order.
+
+        The whole call then runs on each device: programs of shards cannot order effects.
+        """
+        return frozenset()
+
+    @abc.abstractmethod
+    def limits(self, problem: Any, platform: str) -> Sequence[str]:
+        """Say why this problem's sizes or dtypes cannot run on `platform`; empty if they can."""
+
+    @abc.abstractmethod
+    def run(self, problem: Any, operands: Any, platform: str) -> Sequence[jax.Array]:
+        """Run the problem: traced once for each lowering, for one of `platforms`."""
+
+    def refusals(self, problem: Problem, platform: str) -> tuple[str, ...]:
+        """Every reason why this backend does not run `problem` on `platform`."""
+        if not isinstance(problem, self.problem_type):
+            return (f"is a backend of {self.problem_type.operation}, not of {problem.operation}",)
+        if platform not in self.platforms:
+            where = f"runs on {' and '.join(self.platforms)}, not on {platform}"
+            return (where + CPU_INSTEAD * bool(getattr(self, "interpret", False)),)
+        if self.is_opaque and problem.symbolic_sizes:
+            sizes = ", ".join(problem.symbolic_sizes)
+            return (f"compiles for sizes that are static, and {sizes} is symbolic",)
+        missing = sorted(problem.features - self.features)
+        return (*(f"does not support {feature}" for feature in missing),
+                *self.limits(problem, platform))  # fmt: skip
+
+
+_registered: list[Backend] = []
+
+
+@typed
+def register_backend(backend: Backend) -> None:
+    """Offer `backend` for automatic choice, ahead of all others of its operation.
+
+    A backend of the same name and operation is replaced: registering
+    `ejk.TritonPageAttention(compute_capability=90, num_sms=132)` is how a machine without a GPU
+    lowers for one. Calls that were already traced keep their choice. `unregister_backend` undoes
+    it.
+
+    Raises:
+        TypeError: `backend` is not an object of a subclass of `ejk.Backend`.
+    """
+    _registered[:] = [backend, *(other for other in _registered if not _same(other, backend))]
+
+
+@typed
+def unregister_backend(backend: Backend) -> None:
+    """Take back what `register_backend` did with a backend of this name and operation."""
+    _registered[:] = [other for other in _registered if not _same(other, backend)]
+
+
+def _same(a: Backend, b: Backend) -> bool:
+    return (a.name, a.problem_type) == (b.name, b.problem_type)
+
+
+Refusals = list[tuple[Backend, str]]
+"""What several backends said of one call, each with one reason."""
+
+
+def _unsupported(problem: Problem, refused: Refusals) -> UnsupportedError:
+    reasons = dict.fromkeys(f"{backend.name}: {refusal}" for backend, refusal in refused)
+    return UnsupportedError(
+        f"no backend that was asked for can run this {problem.operation} call:\n  "
+        + "\n  ".join(reasons)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The backends that may run a call, best first, and whether the caller left it to us."""
+
+    backends: tuple[Backend, ...]
+    automatic: bool
+
+    def select(
+        self, problem: Problem, platform: str | None, obstacle: str | None = None
+    ) -> Backend:
+        """Return the first backend that runs `problem` on `platform`, or raise every reason.
+
+        With no platform, on any of its own. An `obstacle` is why none may run that is opaque.
+        """
+        return self.weigh(problem, platform, obstacle)[0]
+
+    def weigh(
+        self, problem: Problem, platform: str | None, obstacle: str | None = None
+    ) -> tuple[Backend, Refusals]:
+        """Return what `select` does, and why the better backends do not run."""
+        refused: Refusals = []
+        for backend in self.backends:
+            for target in (platform,) if platform else backend.platforms:
+                refusals = self.refusals(backend, problem, target)
+                if (
+                    self.automatic
+                    and backend.has_target
+                    and any(isinstance(r, Mendable) for r in refusals)
+                ):
+                    raise _unsupported(problem, [(backend, refusal) for refusal in refusals])
+                if obstacle and backend.is_opaque and not refusals:
+                    refusals = (obstacle,)
+                if not refusals:
+                    return backend, refused
+                refused += [(backend, refusal) for refusal in refusals]
+        raise _unsupported(problem, refused + self._interpreted(problem, platform))
+
+    def _interpreted(self, problem: Problem, platform: str | None) -> Refusals:
+        """Say which backends would run interpreted, where a CPU is what there is."""
+        if (platform or jax.default_backend()) != "cpu":
+            return []
+        here: Refusals = []
+        for backend in self.backends:
+            if getattr(backend, "interpret", True) or not dataclasses.is_dataclass(backend):
+                continue  # it is interpreted already, or says nothing of an interpreter
+            interpreted = dataclasses.replace(backend, interpret=True)
+            if not interpreted.refusals(problem, "cpu"):
+                how = f"backend={type(backend).__name__}(interpret=True)"
+                here.append((backend, f"on a CPU its kernel is interpreted with {how}"))
+        return here
+
+    def refusals(self, backend: Backend, problem: Problem, platform: str) -> tuple[str, ...]:
+        refusals = backend.refusals(problem, platform)
+        if self.automatic and not refusals and platform in backend.only_if_asked:
+            return (f"on {platform} has to be asked for by name: nobody has run it there",)
+        return refusals
+
+
+def choose(
+    choice: str | Backend | None, problem_type: type[Problem], own: Sequence[Backend]
+) -> Choice:
+    """Return the backends that may run a call.
+
+    Args:
+        choice: what the caller passed as `backend=`.
+        problem_type: the operation's.
+        own: the operation's own backends, best first.
+    """
+    if isinstance(choice, Backend):
+        return Choice((choice,), automatic=False)
+    registered = [b for b in _registered if issubclass(problem_type, b.problem_type)]
+    backends = (*registered, *(b for b in own if not any(_same(b, other) for other in registered)))
+    if choice in (None, "auto"):
+        return Choice(backends, automatic=True)
+    named = tuple(backend for backend in backends if backend.name == choice)
+    if not named:
+        names = list(dict.fromkeys(backend.name for backend in backends))
+        raise ValueError(
+            f"backend={choice!r} must be one of {', '.join(map(repr, names))}, a backend object or "
+            f"None{did_you_mean(choice, names)}"
+        )
+    return Choice(named, automatic=False)
