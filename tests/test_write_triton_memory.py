@@ -20,8 +20,8 @@ from test_triton_memory import ANY_INT32
 from writes import SHAPES, build
 
 import ejk
-from ejk.backends.triton import write_kv_cache_sizes
 from ejk.backends.triton import write_kv_cache_kernel as kernel
+from ejk.backends.triton import write_kv_cache_sizes
 from ejk.backends.triton._interpreter_memory import MemoryAccessError
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
 

@@ -1,7 +1,6 @@
 """`ejk.page_attention` as a Triton kernel: its tuning, what it refuses, how it is launched."""
 
 import dataclasses
-from typing import Any
 
 import jax
 

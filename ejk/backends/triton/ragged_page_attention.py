@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
-
 from ejk.backends.gpu import MAX_GRID, Target
 from ejk.backends.page_attention import POOLS
 from ejk.backends.ragged_page_attention import (

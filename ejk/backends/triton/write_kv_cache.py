@@ -1,7 +1,6 @@
 """`ejk.write_kv_cache` as a Triton kernel: what it refuses, how it is launched."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
