@@ -5,8 +5,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import jax
-
 from ejk._dispatch import Backend
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.gpu import H100, Target, cannot_compile
@@ -75,7 +73,7 @@ class TritonBackend(Backend):
             return (cannot_compile(target, platform, f"{type(self).__name__}({h100})"),)
         return self.limits_on(target, problem)
 
-    def run(self, problem: Any, operands: Any, platform: str) -> Sequence[jax.Array]:
+    def run(self, problem: Any, operands: Any, platform: str) -> Sequence[Any]:
         target = self.target(platform)
         assert target is not None  # or `limits` would have refused
         capability = target.compute_capability
@@ -89,9 +87,7 @@ class TritonBackend(Backend):
         """Say why this problem's sizes cannot run on `target`; empty if they can."""
 
     @abc.abstractmethod
-    def run_on(
-        self, target: Target, problem: Any, operands: Any, call: Call
-    ) -> Sequence[jax.Array]:
+    def run_on(self, target: Target, problem: Any, operands: Any, call: Call) -> Sequence[Any]:
         """Run the problem on `target`, each launch a `call`."""
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import jax
-
 from ejk.backends.gpu import H100, MAX_GRID, Target
 from ejk.backends.page_attention import (
     AXIS,
@@ -73,7 +71,7 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         problem: PageAttentionProblem,
         operands: PageAttentionOperands,
         call: Call,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Any, ...]:
         from ejk.backends.triton.page_attention_combine_kernel import combine_parts_kernel
         from ejk.backends.triton.page_attention_kernel import page_attention_kernel
 

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
-
 from ejk._indices import is_static, least
 from ejk.backends.gpu import H100, Target
 from ejk.backends.page_attention_plan import (
@@ -70,11 +68,11 @@ class TritonPlan(TritonBackend, PlanBackend):
 
     def run_on(
         self, target: Target, problem: PlanProblem, operands: PlanOperands, call: Call
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Any, ...]:
         return run_plan(problem, operands, call)
 
 
-def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[jax.Array, ...]:
+def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[Any, ...]:
     """Launch the kernel."""
     from ejk.backends.triton.page_attention_plan_kernel import page_attention_plan_kernel
 

@@ -1,8 +1,8 @@
 """`ejk.write_kv_cache` as a Triton kernel: what it refuses, how it is launched."""
 
 import dataclasses
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from ejk.backends.gpu import MAX_GRID, Target
@@ -43,7 +43,7 @@ class TritonWriteKVCache(TritonBackend, WriteKVCacheBackend):
         problem: WriteKVCacheProblem,
         operands: WriteKVCacheOperands,
         call: Call,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Any, ...]:
         from ejk.backends.triton.write_kv_cache_kernel import write_kv_cache_kernel
 
         slots, sizes = operands.slot_mapping, WriteSizes.of(problem, target)
