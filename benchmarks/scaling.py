@@ -70,7 +70,7 @@ def attend(backend: Any, given: workloads.Arrays) -> jax.Array:
 
 
 def attend_to_own_pages(backend: Any, given: workloads.Arrays) -> jax.Array:
-    return ejk.context_parallel_attention(*given, axis_name="x", backend=backend)
+    return ejk.page_attention(*given, axis_name="x", backend=backend)
 
 
 def splits(batch: workloads.Workload, long: workloads.Workload) -> list[Split]:

@@ -13,12 +13,6 @@ from ejk._check_ragged_page_attention_inputs import (
 from ejk._check_write_kv_cache_inputs import (
     check_write_kv_cache_inputs as check_write_kv_cache_inputs,
 )
-from ejk._context_parallel_attention import (
-    context_parallel_attention as context_parallel_attention,
-)
-from ejk._context_parallel_ragged_attention import (
-    context_parallel_ragged_attention as context_parallel_ragged_attention,
-)
 from ejk._dispatch import Backend as Backend
 from ejk._dispatch import register_backend as register_backend
 from ejk._dispatch import unregister_backend as unregister_backend

@@ -1,9 +1,10 @@
 """`ejk.check_page_attention_inputs`: the rules that only the device's values can break."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from ejk._check_values import check_values
-from ejk._page_attention_problem import check_pool, check_sizes
+from ejk._arguments import check_pool, check_sizes
+from ejk._check_values import Rule, check_values
 from ejk._typing import Cache, Lengths, Query, ScalarInt, Tables, typed
 from ejk.backends.page_attention import CacheLayout
 
@@ -47,8 +48,8 @@ def check_page_attention_inputs(
     check_sizes(context_lens=(context_lens, *axis), block_tables=(block_tables, *axis))
     capacity = block_tables.shape[1] * page_size
 
-    def rules(xp, lens, tables, window):
-        yield from sequence_rules(xp, lens, tables, window, capacity)
+    def rules(xp: Any, lens: Any, tables: Any, window: Any) -> Iterator[Rule]:
+        yield from sequence_rules(lens, window, capacity)
         lens = xp.clip(lens, 0, capacity)
         first = lens - xp.maximum(window, 0)
         yield page_rule(xp, tables, first, lens, num_pages, page_size)
@@ -58,8 +59,8 @@ def check_page_attention_inputs(
     check_values(rules, context_lens, block_tables, window, limits=limits)
 
 
-def sequence_rules(xp, lens, tables, window, capacity) -> Iterator[tuple]:
-    """Yield what is asked of lengths and window; the arrays are the first three of the check's."""
+def sequence_rules(lens: Any, window: Any, capacity: int) -> Iterator[Rule]:
+    """Yield what is asked of lengths and window, the first and third array of the check."""
     yield window < 1, 2, "sliding_window={value} must be at least 1"
     yield (
         (lens < 0) | (lens > capacity),
@@ -69,7 +70,7 @@ def sequence_rules(xp, lens, tables, window, capacity) -> Iterator[tuple]:
     )
 
 
-def page_rule(xp, tables, first, end, num_pages, page_size) -> tuple:
+def page_rule(xp: Any, tables: Any, first: Any, end: Any, num_pages: int, page_size: int) -> Rule:
     """Ask for a page wherever a sequence sees tokens, from position `first` on up to `end`."""
     begins = xp.arange(tables.shape[1], dtype=end.dtype)[None] * page_size
     needed = (begins < end[:, None]) & (begins + page_size > first[:, None])

@@ -1,8 +1,11 @@
 """`ejk.check_ragged_page_attention_inputs`: the rules that only the device's values can break."""
 
+from collections.abc import Iterator
+from typing import Any
+
+from ejk._arguments import check_pool, check_sizes
 from ejk._check_page_attention_inputs import NO_WINDOW, page_rule, sequence_rules
-from ejk._check_values import check_values
-from ejk._page_attention_problem import check_pool, check_sizes
+from ejk._check_values import Rule, check_values
 from ejk._typing import (
     Bounds,
     Cache,
@@ -68,21 +71,12 @@ def check_ragged_page_attention_inputs(
     )
     capacity = block_tables.shape[1] * page_size
 
-    def rules(xp, lens, tables, window, bounds, positions, mask):
-        yield from sequence_rules(xp, lens, tables, window, capacity)
-        yield (
-            (bounds < 0) | (bounds > total_tokens),
-            3,
-            f"cu_q_lens[{{i0}}]={{value}} must be in [0, {total_tokens}], the rows of query",
-        )
-        falls = xp.concatenate([xp.zeros(1, bool), bounds[1:] < bounds[:-1]])
-        yield falls, 3, "cu_q_lens[{i0}]={value} must not be below the bound before it"
+    def rules(
+        xp: Any, lens: Any, tables: Any, window: Any, bounds: Any, positions: Any, mask: Any
+    ) -> Iterator[Rule]:
+        yield from sequence_rules(lens, window, capacity)
+        yield from _bound_rules(xp, lens, bounds, total_tokens)
         begins, q_lens = bounds[:-1], bounds[1:] - bounds[:-1]
-        yield (
-            q_lens > lens,
-            0,
-            "context_lens[{i0}]={value} must count the new tokens, of which cu_q_lens has more",
-        )
         rows = xp.arange(total_tokens, dtype=bounds.dtype)[None]
         is_own = (rows >= begins[:, None]) & (rows < bounds[1:, None])  # [num_seqs, total_tokens]
         is_new = is_own.any(0)
@@ -98,22 +92,43 @@ def check_ragged_page_attention_inputs(
         end = xp.where(q_lens > 0, end, 0)
         yield page_rule(xp, tables, first, end, num_pages, page_size)
         if mask is not None:
-            width = mask.shape[1]
-            yield (
-                q_lens > width,
-                3,
-                f"tree_mask.shape[1]={width} must be at least the new tokens of sequence {{i0}}",
-            )
             own = rows[0] - xp.where(is_own, begins[:, None], 0).sum(0)
-            itself = xp.arange(width, dtype=rows.dtype)[None] == own[:, None]
-            yield (
-                is_new[:, None] & itself & ~mask,
-                5,
-                "tree_mask[{i0}, {i1}]={value} must be True: row {i0} is its sequence's new token "
-                "{i1}, and sees itself",
-            )
+            yield from _mask_rules(xp, mask, q_lens, is_new, own)
 
     window = NO_WINDOW if sliding_window is None else sliding_window
     arrays = (context_lens, block_tables, window, cu_q_lens, positions, tree_mask)
     limits = (capacity + 1, num_pages, NO_WINDOW, total_tokens + 1, NO_WINDOW, 0)
     check_values(rules, *arrays, limits=limits)
+
+
+def _bound_rules(xp: Any, lens: Any, bounds: Any, total_tokens: int) -> Iterator[Rule]:
+    """Yield what is asked of `cu_q_lens`."""
+    yield (
+        (bounds < 0) | (bounds > total_tokens),
+        3,
+        f"cu_q_lens[{{i0}}]={{value}} must be in [0, {total_tokens}], the rows of query",
+    )
+    falls = xp.concatenate([xp.zeros(1, bool), bounds[1:] < bounds[:-1]])
+    yield falls, 3, "cu_q_lens[{i0}]={value} must not be below the bound before it"
+    yield (
+        bounds[1:] - bounds[:-1] > lens,
+        0,
+        "context_lens[{i0}]={value} must count the new tokens, of which cu_q_lens has more",
+    )
+
+
+def _mask_rules(xp: Any, mask: Any, q_lens: Any, is_new: Any, own: Any) -> Iterator[Rule]:
+    """Yield what is asked of a mask where row `i` is new token `own[i]` of its sequence."""
+    width = mask.shape[1]
+    yield (
+        q_lens > width,
+        3,
+        f"tree_mask.shape[1]={width} must be at least the new tokens of sequence {{i0}}",
+    )
+    itself = xp.arange(width, dtype=own.dtype)[None] == own[:, None]
+    yield (
+        is_new[:, None] & itself & ~mask,
+        5,
+        "tree_mask[{i0}, {i1}]={value} must be True: row {i0} is its sequence's new token "
+        "{i1}, and sees itself",
+    )

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+Rule = tuple[Any, int, str]
+"""Where a rule is broken, which array's values are wrong, by its number, and what to say."""
 
-def check_values(
-    rules: Callable[..., Iterable[tuple[Any, int, str]]], *arrays: Any, limits: Sequence[int]
-) -> None:
+
+def check_values(rules: Callable[..., Iterable[Rule]], *arrays: Any, limits: Sequence[int]) -> None:
     """Raise `ValueError` at the first place where a rule is broken, or check it by `checkify`.
 
     Args:
-        rules: called with `numpy` or `jax.numpy` and the arrays as signed integers. It yields for
-            each rule where it is broken, whose value is wrong, by its number, and what to say; that
+        rules: called with `numpy` or `jax.numpy` and the arrays as signed integers. What is said
             may hold `{value}` and the place, `{i0}` and `{i1}`.
         arrays: integers, booleans or None.
         limits: for each a value too large to be right, which traced ones are clipped to.

@@ -1,7 +1,10 @@
 """`ejk.check_write_kv_cache_inputs`: the rules that only the device's values can break."""
 
-from ejk._check_values import check_values
-from ejk._page_attention_problem import check_pool, check_sizes
+from collections.abc import Iterator
+from typing import Any
+
+from ejk._arguments import check_pool, check_sizes
+from ejk._check_values import Rule, check_values
 from ejk._typing import Cache, Slots, Tables, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
 
@@ -51,7 +54,7 @@ def check_write_kv_cache_inputs(
     num_slots = num_pages * page_size
     check_sizes(slot_mapping=(slot_mapping, "num_tokens", key.shape[0]))
 
-    def rules(xp, slots, tables):
+    def rules(xp: Any, slots: Any, tables: Any) -> Iterator[Rule]:
         yield (
             (slots < -1) | (slots >= num_slots),
             0,

@@ -53,9 +53,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def call(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ...]:
     """Run `problem` on the first backend that can, once the platform is known."""
-    if not choice.automatic:
-        # What was asked for and can run nowhere is refused while the caller's line is still on
-        # the stack, not when the computation is lowered.
+    declared = frozenset[str]().union(*(backend.features for backend in choice.backends))
+    if not (choice.automatic and problem.features <= declared):
+        # What was asked for and can run nowhere, and what no backend has, is refused while the
+        # caller's line is still on the stack, not when the computation is lowered.
         choice.select(problem, platform=None)
     leaves, treedef = jax.tree.flatten(vary_together(operands))
     mesh = _partition.explicit_mesh(map(jax.typeof, leaves))

@@ -54,10 +54,10 @@ class OwnPages(NamedTuple):
         place = jnp.where(is_own, before, max_blocks)
         seq = jnp.arange(num_seqs, dtype=jnp.int32)[:, None]
 
-        def compact(x, fill):
+        def compact(x: jax.Array, fill: int) -> jax.Array:
             return jnp.full(x.shape, fill, jnp.int32).at[seq, place].set(x, mode="drop")
 
-        def count(first):
+        def count(first: jax.Array | int) -> jax.Array:
             """Count the tokens here from position `first` on."""
             seen = jnp.minimum(begin + page_size, length) - jnp.maximum(begin, first)
             return jnp.where(is_own, jnp.maximum(seen, 0), 0).sum(1, dtype=jnp.int32)

@@ -1,14 +1,17 @@
 """`ejk.page_attention`: the signature and its prose, once for every backend."""
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import jax
 
 from ejk import _dispatch
-from ejk._dispatch import Backend
-from ejk._indices import as_int32
-from ejk._page_attention_problem import problem_of, shared_operands
+from ejk._arguments import Arguments, facts_of, shared_operands, visible_bound
+from ejk._context_parallel import all_pages, check_axis, merged, own_part
+from ejk._dispatch import Backend, Choice
+from ejk._indices import static_int
 from ejk._typing import (
+    AxisName,
     Cache,
     Flag,
     Lengths,
@@ -26,7 +29,7 @@ from ejk.backends.page_attention import (
     PageAttentionOperands,
     PageAttentionProblem,
 )
-from ejk.backends.page_attention_plan import PageAttentionPlan
+from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts, window_fact
 from ejk.backends.pallas.page_attention import PallasPageAttention
 from ejk.backends.reverse_mode.page_attention import differentiable
 from ejk.backends.triton.page_attention import TritonPageAttention
@@ -54,6 +57,8 @@ def page_attention(
     alibi_slopes: PerHead | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
+    axis_name: AxisName | None = None,
+    page_offset: ScalarInt = 0,
     return_lse: Literal[False] = False,
     backend: str | Backend | None = None,
 ) -> jax.Array: ...
@@ -75,6 +80,8 @@ def page_attention(
     alibi_slopes: PerHead | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
+    axis_name: AxisName | None = None,
+    page_offset: ScalarInt = 0,
     return_lse: Literal[True],
     backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -96,6 +103,8 @@ def page_attention(
     alibi_slopes: PerHead | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
+    axis_name: AxisName | None = None,
+    page_offset: ScalarInt = 0,
     return_lse: Flag,
     backend: str | Backend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
@@ -117,6 +126,8 @@ def page_attention(
     alibi_slopes: PerHead | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
+    axis_name: AxisName | None = None,
+    page_offset: ScalarInt = 0,
     return_lse: Flag = False,
     backend: str | Backend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -138,13 +149,24 @@ def page_attention(
     accumulate in float32. Differentiable once in every float argument (reverse mode); batches
     under `vmap`.
 
+    With `axis_name`, inside `jax.shard_map`, the pages are split over the devices along that mesh
+    axis. Each holds `local_pages` of them, and the table names them all: page `i` of the device
+    with index `d` has the id `d * local_pages + i`, which is what it is in a pool that is sharded
+    on its axis of pages. Devices may hold any pages of any sequence, in any order; a page that none
+    holds, outside `[0, devices * local_pages)`, hides its tokens. Each device attends to its own
+    pages, and one `all_gather` of `num_seqs * num_heads * (value_head_dim + 1)` float32 a device,
+    the outputs and the LSEs, goes between them: its bytes do not depend on the contexts. All
+    arguments but the pools must be the same on every device along the axis. So is the result,
+    which under `check_vma` does not vary over the axis; gradients are those outside `shard_map`,
+    or under `check_vma`.
+
     Args:
         query: one token a sequence, at position `n - 1`. float32, bfloat16 or float16.
         key_cache: the pool of pages in the query's dtype, its axes as `cache_layout` says. With
             one more axis, of 2, right after that of the pages, it holds the keys and the values.
         value_cache: the same; its last axis may differ and is then the output's. None for such
             fused pools, and for latent attention: there the values are the first
-            `value_head_dim` entries of the keys.
+            `value_head_dim` entries of the keys. With `axis_name`, pools are those of this device.
         context_lens: tokens of each sequence, the current one included. Any integer dtype.
         block_tables: the page that holds tokens `[p * page_size, (p + 1) * page_size)`. Any
             integer dtype. Entries that no visible token needs may be anything.
@@ -154,7 +176,8 @@ def page_attention(
             context compiles a few programs, not one a value.
         num_splits: cut each sequence's visible range in this many parts of whole blocks that are
             computed apart, then combined. 0: automatic. With 1 or more, the kernels' result for a
-            sequence has the same bits whatever else is in the batch.
+            sequence has the same bits whatever else is in the batch. With `axis_name`, each device
+            cuts what it has of a sequence.
         cache_layout: `"HND"` `[num_pages, num_kv_heads, page_size, head_dim]`, `"NHD"`
             `[num_pages, page_size, num_kv_heads, head_dim]` or `"KV_HEADS_FIRST"`
             `[num_kv_heads, num_pages, page_size, head_dim]`; of fused pools `[num_pages, 2, ...]`
@@ -168,7 +191,14 @@ def page_attention(
         alibi_slopes: float32, a slope a head.
         value_head_dim: for latent attention only.
         plan: from `ejk.plan_page_attention` for the same lengths: how to deal out the work. Saves
-            each of a model's layers the making of its own.
+            each of a model's layers the making of its own. Refused with `axis_name`.
+        axis_name: the mesh axis, or axes, of the `jax.shard_map` around the call that the pages
+            are split over. None: all are on this device. `docs/scaling.md` has an example.
+        page_offset: with `axis_name`, added to a page's place on its device, after it was found.
+            Where each device's pool holds those of all layers, one layer after the other, and the
+            table names pages of the first, it is `layer * pages_of_a_layer`: the table of a
+            device's own pages is then made once for all layers that one compilation sees. May be
+            traced; at least 0.
         return_lse: also return the natural-log LSE, float32 `[num_seqs, num_heads]`.
         backend: None for the best backend of the platform that the computation is lowered for;
             `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.
@@ -178,7 +208,8 @@ def page_attention(
 
     Raises:
         TypeError: an argument of the wrong rank or dtype kind.
-        ValueError: arguments that do not fit each other, or a value out of range.
+        ValueError: arguments that do not fit each other, a value out of range, no such axis, or
+            an argument that varies over `axis_name` but must not.
         UnsupportedError: no backend that was asked for can run the call; every reason is named.
 
     Examples:
@@ -190,41 +221,76 @@ def page_attention(
 
     Source:
         vLLM's PagedAttention (Kwon et al., 2023, arXiv:2309.06180); splits after Flash-Decoding
-        (Dao et al., 2023); argument order of ejkernel's `page_attention`.
+        (Dao et al., 2023), merging over devices after it and Tree Attention (Shyam et al., 2024,
+        arXiv:2408.04093); argument order of ejkernel's `page_attention`.
     """
-    problem = problem_of(
-        query,
-        key_cache,
-        value_cache,
-        context_lens,
-        block_tables,
+    given = Arguments(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        attn_scale=attn_scale,
         max_context_len=max_context_len,
-        num_splits=num_splits,
         cache_layout=cache_layout,
         sliding_window=sliding_window,
         soft_cap=attn_logits_soft_cap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         value_head_dim=value_head_dim,
-        plan=plan,
         return_lse=return_lse,
     )
+    check_axis(axis_name, page_offset, given)
+    problem = problem_of(given, num_splits, plan)
     choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
+    num_pages = all_pages(axis_name, problem.num_pages)
     operands = PageAttentionOperands(
-        **shared_operands(query, key_cache, value_cache, attn_scale, sinks, alibi_slopes),
-        context_lens=as_int32(context_lens, problem.capacity),
-        block_tables=as_int32(block_tables, problem.num_pages),
-        sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
-        plan=None if plan is None else plan.work,
+        **shared_operands(given, problem, num_pages), plan=None if plan is None else plan.work
     )
-    if 0 in (problem.num_seqs, problem.capacity, problem.num_pages):
-        results = _dispatch.answer(problem, _nothing_visible, operands)
+    if axis_name is None:
+        results = _attend(problem, choice, operands)
     else:
-        results = differentiable(problem, choice, operands)
+        part, own = own_part(problem, operands, axis_name, page_offset)
+        results = merged(problem, _attend(part, choice, own), operands.sinks, axis_name)
     return (results[0], results[1]) if return_lse else results[0]
 
 
-def _nothing_visible(problem: PageAttentionProblem, operands: PageAttentionOperands):
+def problem_of(
+    given: Arguments, num_splits: StaticInt, plan: PageAttentionPlan | None
+) -> PageAttentionProblem:
+    """Check the arguments and collect the static facts of the call."""
+    facts = facts_of(given, num_seqs=given.query.shape[0])
+    bound = visible_bound(given, facts)
+    if plan is not None:
+        called = PlanFacts(
+            num_seqs=facts.num_seqs,
+            num_heads=facts.num_heads,
+            num_kv_heads=facts.num_kv_heads,
+            head_dim=facts.head_dim,
+            page_size=facts.page_size,
+            max_blocks=facts.max_blocks,
+            sliding_window=window_fact(given.sliding_window),
+        )
+        plan.check(called)
+    return PageAttentionProblem(
+        **vars(facts),
+        num_splits=static_int("num_splits", num_splits, at_least=0),
+        plan=None if plan is None else plan.problem,
+        visible_bound=bound,
+    )
+
+
+def _attend(
+    problem: PageAttentionProblem, choice: Choice, operands: PageAttentionOperands
+) -> Sequence[jax.Array]:
+    if problem.is_empty:
+        return _dispatch.answer(problem, _nothing_visible, operands)
+    return differentiable(problem, choice, operands)
+
+
+def _nothing_visible(
+    problem: PageAttentionProblem, operands: PageAttentionOperands
+) -> tuple[jax.Array, ...]:
     """Answer a call whose static facts leave no token to see."""
     rows = (problem.num_seqs, problem.num_heads)
     sinks = None if operands.sinks is None else operands.sinks[None]

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch
+from ejk._arguments import check_window
 from ejk._dispatch import Backend, Choice
 from ejk._indices import as_int32, exceeds, is_static, static_int
 from ejk._page_attention import BACKENDS
-from ejk._page_attention_problem import check_window
 from ejk._typing import Lengths, ScalarInt, StaticInt, StaticSize, typed
 from ejk.backends.page_attention import PageAttentionBackend, PageAttentionProblem
 from ejk.backends.page_attention_plan import (

@@ -1,20 +1,19 @@
 """`ejk.ragged_page_attention`: the signature and its prose, once for every backend."""
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch
-from ejk._dispatch import Backend
+from ejk._arguments import Arguments, check_sizes, facts_of, shared_operands, visible_bound
+from ejk._context_parallel import all_pages, check_axis, merged, own_ragged_part
+from ejk._dispatch import Backend, Choice
 from ejk._indices import as_int32, exceeds, least, rounded_bound
-from ejk._page_attention_problem import (
-    check_sizes,
-    shared_facts,
-    shared_operands,
-    visible_bound,
-)
 from ejk._typing import (
+    Array,
+    AxisName,
     Bounds,
     Cache,
     Flag,
@@ -65,6 +64,8 @@ def ragged_page_attention(
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
+    axis_name: AxisName | None = None,
+    page_offset: ScalarInt = 0,
     return_lse: Literal[False] = False,
     backend: str | Backend | None = None,
 ) -> jax.Array: ...
@@ -88,6 +89,8 @@ def ragged_page_attention(
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
+    axis_name: AxisName | None = None,
+    page_offset: ScalarInt = 0,
     return_lse: Literal[True],
     backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -111,6 +114,8 @@ def ragged_page_attention(
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
+    axis_name: AxisName | None = None,
+    page_offset: ScalarInt = 0,
     return_lse: Flag,
     backend: str | Backend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
@@ -134,6 +139,8 @@ def ragged_page_attention(
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
+    axis_name: AxisName | None = None,
+    page_offset: ScalarInt = 0,
     return_lse: Flag = False,
     backend: str | Backend | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -165,6 +172,11 @@ def ragged_page_attention(
     first derivatives in reverse mode, as `ejk.page_attention` has. Batches under `vmap`, one call
     after another.
 
+    With `axis_name` the pages are split over devices as `ejk.page_attention` says; the one
+    `all_gather` is of `total_tokens * num_heads * (value_head_dim + 1)` float32 a device. Queries
+    are not split: each device attends from all new tokens to the pages that it holds. `positions`
+    that window or slopes count from, and tree masks, are refused.
+
     Args:
         query: the new tokens of all sequences. float32, bfloat16 or float16.
         key_cache: as in `ejk.page_attention`.
@@ -193,6 +205,8 @@ def ragged_page_attention(
         tree_mask: which new tokens of its own sequence a new token sees; column `j` is the
             sequence's `j`-th, and those past the last column are not seen. A new token before the
             first token sees nothing, whatever the mask says. Usually `positions` are given, too.
+        axis_name: as in `ejk.page_attention`.
+        page_offset: as in `ejk.page_attention`.
         return_lse: also return the natural-log LSE, float32 `[total_tokens, num_heads]`.
         backend: None for the best backend of the platform that the computation is lowered for;
             `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.
@@ -202,7 +216,8 @@ def ragged_page_attention(
 
     Raises:
         TypeError: an argument of the wrong rank or dtype kind.
-        ValueError: arguments that do not fit each other, or a value out of range.
+        ValueError: arguments that do not fit each other, a value out of range, no such axis, or
+            an argument that varies over `axis_name` but must not.
         UnsupportedError: no backend that was asked for can run the call; every reason is named.
 
     Examples:
@@ -217,16 +232,13 @@ def ragged_page_attention(
         (Miao et al., 2023, arXiv:2305.09781); one call for mixed batches after Ragged Paged
         Attention (arXiv:2604.15464).
     """
-    problem = problem_of(
-        query,
-        key_cache,
-        value_cache,
-        context_lens,
-        block_tables,
-        cu_q_lens,
-        positions=positions,
-        tree_mask=tree_mask,
-        max_q_len=max_q_len,
+    given = Arguments(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        attn_scale=attn_scale,
         max_context_len=max_context_len,
         cache_layout=cache_layout,
         sliding_window=sliding_window,
@@ -236,52 +248,38 @@ def ragged_page_attention(
         value_head_dim=value_head_dim,
         return_lse=return_lse,
     )
+    check_axis(axis_name, page_offset, given, cu_q_lens=cu_q_lens)
+    problem = problem_of(given, cu_q_lens, max_q_len, positions, tree_mask)
     choice = _dispatch.choose(backend, RaggedPageAttentionProblem, BACKENDS)
     operands = RaggedPageAttentionOperands(
-        **shared_operands(query, key_cache, value_cache, attn_scale, sinks, alibi_slopes),
-        context_lens=as_int32(context_lens, problem.capacity),
-        block_tables=as_int32(block_tables, problem.num_pages),
+        **shared_operands(given, problem, all_pages(axis_name, problem.num_pages)),
         cu_q_lens=as_int32(cu_q_lens, problem.total_tokens),
-        sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
         positions=as_int32(positions, 2**31 - 1) if problem.has_positions else None,
         tree_mask=_without_empty_axis(tree_mask),
     )
-    if 0 in (problem.total_tokens, problem.num_seqs, problem.capacity, problem.num_pages):
-        results = _dispatch.answer(problem, _nothing_visible, operands)
+    if axis_name is None:
+        results = _attend(problem, choice, operands)
     else:
-        results = differentiable(problem, choice, operands)
+        part, own = own_ragged_part(problem, operands, axis_name, page_offset)
+        found = _attend(part, choice, own)
+        results = merged(problem, found, _row_sinks(problem, operands), axis_name)
     return (results[0], results[1]) if return_lse else results[0]
 
 
 def problem_of(
-    query,
-    key_cache,
-    value_cache,
-    context_lens,
-    block_tables,
-    cu_q_lens,
-    *,
-    positions=None,
-    tree_mask=None,
-    max_q_len,
-    max_context_len,
-    **options,
+    given: Arguments,
+    cu_q_lens: Array,
+    max_q_len: StaticInt | None,
+    positions: Array | None,
+    tree_mask: Array | None,
 ) -> RaggedPageAttentionProblem:
     """Check the arguments and collect the static facts of the call."""
-    total_tokens, num_seqs = query.shape[0], context_lens.shape[0]
-    facts = shared_facts(
-        query,
-        key_cache,
-        value_cache,
-        context_lens,
-        block_tables,
-        num_seqs=num_seqs,
-        **options,
-    )
+    total_tokens, num_seqs = given.query.shape[0], given.context_lens.shape[0]
+    facts = facts_of(given, num_seqs)
     if cu_q_lens.shape[0] != num_seqs + 1:
-        given = f"cu_q_lens.shape[0]={cu_q_lens.shape[0]} must be num_seqs + 1={num_seqs + 1}"
+        rule = f"cu_q_lens.shape[0]={cu_q_lens.shape[0]} must be num_seqs + 1={num_seqs + 1}"
         lengths = cu_q_lens.shape[0] == num_seqs
-        raise ValueError(given + ": of lengths pass jnp.pad(jnp.cumsum(q_lens), (1, 0))" * lengths)
+        raise ValueError(rule + ": of lengths pass jnp.pad(jnp.cumsum(q_lens), (1, 0))" * lengths)
     if exceeds(total_tokens, 2**31 - 1):
         raise ValueError(
             f"total_tokens={total_tokens} must be below 2**31: rows are counted in 32 bits"
@@ -294,30 +292,48 @@ def problem_of(
     if max_q_len is not None:
         rounded = rounded_bound("max_q_len", max_q_len, exact_up_to=FEW_TOKENS)
         q_len_bound = least(q_len_bound, rounded)
-    counts_positions = facts["has_window"] or facts["has_alibi"]
+    counts_positions = facts.has_window or facts.has_alibi
     return RaggedPageAttentionProblem(
-        **facts,
+        **vars(facts),
         total_tokens=total_tokens,
         has_positions=positions is not None and counts_positions,
         tree_width=0 if tree_mask is None else max(tree_mask.shape[1], 1),
         q_len_bound=max(q_len_bound, 1),
-        visible_bound=visible_bound(facts, max_context_len, options["sliding_window"]),
+        visible_bound=visible_bound(given, facts),
     )
 
 
-def _without_empty_axis(tree_mask) -> jax.Array | None:
+def _without_empty_axis(tree_mask: Array | None) -> jax.Array | None:
     """Return the mask; one without columns as one of which no token sees the first."""
     if tree_mask is None or tree_mask.shape[1]:
         return None if tree_mask is None else jnp.asarray(tree_mask)
     return jnp.zeros((tree_mask.shape[0], 1), bool)
 
 
-def _nothing_visible(problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands):
+def _attend(
+    problem: RaggedPageAttentionProblem, choice: Choice, operands: RaggedPageAttentionOperands
+) -> Sequence[jax.Array]:
+    if problem.is_empty:
+        return _dispatch.answer(problem, _nothing_visible, operands)
+    return differentiable(problem, choice, operands)
+
+
+def _nothing_visible(
+    problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
+) -> tuple[jax.Array, ...]:
     """Answer a call whose static facts leave no token to see."""
+    state = nothing_seen((problem.total_tokens, problem.num_heads), problem.value_head_dim)
+    out, lse = finish(state, _row_sinks(problem, operands))
+    return (out.astype(problem.out_dtype), lse)[: len(problem.results)]
+
+
+def _row_sinks(
+    problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
+) -> jax.Array | None:
+    """Return the sinks of each row: none in rows of no sequence."""
+    if operands.sinks is None:
+        return None
     bounds = jnp.clip(operands.cu_q_lens, 0, problem.total_tokens)
     rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
-    is_new = ((rows >= bounds[0]) & (rows < bounds.max()))[:, None]
-    sinks = None if operands.sinks is None else jnp.where(is_new, operands.sinks[None], -jnp.inf)
-    state = nothing_seen((problem.total_tokens, problem.num_heads), problem.value_head_dim)
-    out, lse = finish(state, sinks)
-    return (out.astype(problem.out_dtype), lse)[: len(problem.results)]
+    is_new = (rows >= bounds[0]) & (rows < bounds.max())
+    return jnp.where(is_new[:, None], operands.sinks[None], -jnp.inf)

@@ -44,6 +44,7 @@ else:  # or a symbolic dimension of `jax.export`
     StaticSize = Annotated[int | np.integer | type(jax.export.symbolic_shape("n")[0]), "an int"]
 StaticFloat = Annotated[float | int | np.floating | np.integer, "a number"]
 ScalarInt = Annotated[int | np.integer | Integer[Array, ""], "an int or a 0-d integer array"]
+AxisName = Annotated[str | tuple[str, ...], "the name of a mesh axis, or a tuple of names"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,7 +77,7 @@ def typed(function: F) -> F:
     function.__no_type_check__ = True  # type: ignore[attr-defined]
 
     @functools.wraps(function)
-    def checked(*args, **kwargs):
+    def checked(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(positional, args)) | kwargs
         if len(given) < len(args) + len(kwargs) or not given.keys() <= parameters.keys():
             raise TypeError(_misplaced(own_name, positional, list(parameters), args, kwargs))
@@ -106,7 +107,13 @@ def _fits(value: Any, hint: Any, known: dict[Any, bool]) -> bool:
     return fits
 
 
-def _misplaced(function: str, positional: list[str], arguments: list[str], args, kwargs) -> str:
+def _misplaced(
+    function: str,
+    positional: list[str],
+    arguments: list[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> str:
     """Say which arguments are unknown, given twice or too many."""
     if unknown := [name for name in kwargs if name not in arguments]:
         said = [unexpected_keyword(name, function, arguments, _arguments) for name in unknown]

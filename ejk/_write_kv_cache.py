@@ -1,13 +1,15 @@
 """`ejk.write_kv_cache`: the signature, its checks and its prose, once for every backend."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch
+from ejk._arguments import DTYPES, check_pool, check_sizes, convert
 from ejk._dispatch import Backend
 from ejk._indices import as_int32, exceeds
-from ejk._page_attention_problem import DTYPES, check_pool, check_sizes, convert
-from ejk._typing import Cache, Slots, TokenRows, typed
+from ejk._typing import Array, Cache, Slots, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
 from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache
 from ejk.backends.reverse_mode.write_kv_cache import differentiable
@@ -93,7 +95,12 @@ def write_kv_cache(
 
 
 def _problem_of(
-    key, value, key_cache, value_cache, slot_mapping, cache_layout
+    key: Array,
+    value: Array | None,
+    key_cache: Array,
+    value_cache: Array | None,
+    slot_mapping: Array,
+    cache_layout: Any,
 ) -> WriteKVCacheProblem:
     """Check the arguments and collect the static facts of the call."""
     num_tokens, _, head_dim = key.shape
@@ -134,7 +141,9 @@ def _problem_of(
     )
 
 
-def _check_values(key, value, key_cache, value_cache) -> None:
+def _check_values(
+    key: Array, value: Array | None, key_cache: Array, value_cache: Array | None
+) -> None:
     """Check that there are values exactly where there is room for them, and that they fit."""
     if key_cache.ndim == 5:
         if value_cache is not None:

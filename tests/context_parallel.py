@@ -1,4 +1,4 @@
-"""Calls of `ejk.context_parallel_attention` on four simulated devices, on every backend."""
+"""Calls with `axis_name` on four simulated devices, on every backend."""
 
 import dataclasses
 import functools
@@ -114,9 +114,7 @@ def narrow(x):
 @functools.cache
 def program(backend, devices, names, static):
     """Compile for arrays of these names, the pools' pages split over so many devices."""
-    function = ejk.context_parallel_attention
-    if "cu_q_lens" in names:
-        function = ejk.context_parallel_ragged_attention
+    function = ejk.ragged_page_attention if "cu_q_lens" in names else ejk.page_attention
 
     def attend(given):
         return function(

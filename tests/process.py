@@ -86,9 +86,7 @@ def context(mesh):
     specs = {name: PartitionSpec("x") for name in ("key_cache", "value_cache")}
 
     def own_pages(given):
-        return ejk.context_parallel_attention(
-            **given, axis_name="x", return_lse=True, backend=backend
-        )
+        return ejk.page_attention(**given, axis_name="x", return_lse=True, backend=backend)
 
     inputs = {name: specs.get(name, PartitionSpec()) for name in given}
     sharded = jax.shard_map(own_pages, mesh=mesh, in_specs=(inputs,), out_specs=PartitionSpec())

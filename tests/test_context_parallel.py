@@ -1,4 +1,4 @@
-"""`ejk.context_parallel_attention`: what it computes, on every backend."""
+"""`ejk.page_attention(axis_name=...)`: what it computes, on every backend."""
 
 import functools
 
@@ -142,7 +142,7 @@ def test_integers_of_64_bits_are_checked_before_they_are_narrowed():
     static = {name: x for name, x in static if name != "num_splits"}
 
     def attend(pools):
-        return ejk.context_parallel_attention(
+        return ejk.page_attention(
             **{"value_cache": None, **pools}, query=case.query, context_lens=case.context_lens,
             block_tables=tables, **case.options | static, axis_name="pages", return_lse=True,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The programs of `ejk.context_parallel_attention`: what they move, gradients, what is refused."""
+"""The programs of pages split over devices: what they move, gradients, what is refused."""
 
 import functools
 import re
@@ -57,7 +57,7 @@ def layers(case, how):
     per_layer = PLAIN.num_pages // DEVICES
 
     def attend(given, layer):
-        return ejk.context_parallel_attention(
+        return ejk.page_attention(
             **given, **dict(static), axis_name="pages", page_offset=layer * per_layer, backend="xla"
         )
 
@@ -101,7 +101,7 @@ def test_offsets_leave_no_device():
     given, static = split_arguments(case)
 
     def attend(given):
-        return ejk.context_parallel_attention(
+        return ejk.page_attention(
             **{"value_cache": None, **given}, **dict(static), axis_name="pages", return_lse=True
         )
 
@@ -138,7 +138,7 @@ def test_beside_sequences_and_heads(entry, kind):
         specs |= {"sinks": PartitionSpec(others.get("heads")), "context_lens": row}
         specs |= {"block_tables": row, "key_cache": pool, "value_cache": pool}
         attend = functools.partial(
-            ejk.context_parallel_attention, **dict(static), axis_name=axes, return_lse=True,
+            ejk.page_attention, **dict(static), axis_name=axes, return_lse=True,
             backend=entry.backend,
         )  # fmt: skip
         mesh = meshes.mesh(kind, a=2, b=2, c=2)
@@ -159,7 +159,7 @@ def test_vmap(entry):
 
     def attend(given):
         def one(*mapped):
-            return ejk.context_parallel_attention(
+            return ejk.page_attention(
                 **given | dict(zip(rows, mapped)), **dict(static), axis_name="pages",
                 return_lse=True, backend=entry.backend,
             )  # fmt: skip
@@ -296,7 +296,7 @@ def test_compiles_for_tpus(generation):
     types |= {name: types[name].update(shape=pool) for name in ("key_cache", "value_cache")}
 
     def attend(given):
-        return ejk.context_parallel_attention(**given, **dict(static), axis_name="pages")
+        return ejk.page_attention(**given, **dict(static), axis_name="pages")
 
     function = jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec())
     text = jax.jit(function).lower(types).compile().as_text()
@@ -319,7 +319,7 @@ def attempt(changes, specs, **options):
     placed = pool_specs(given, "HND") | specs
 
     def attend(given):
-        return ejk.context_parallel_attention(**given, **{"axis_name": "pages", **options})
+        return ejk.page_attention(**given, **{"axis_name": "pages", **options})
 
     mesh = meshes.mesh(data=2, pages=2)
     function = jax.shard_map(
@@ -349,14 +349,45 @@ def test_axes_that_there_are_not():
     with pytest.raises(ValueError, match=message + "'data', 'pages'"):
         attempt({}, {}, axis_name="seqs")
     with pytest.raises(ValueError, match=r"axis_name='pages' must be of .*, and there is none"):
-        ejk.context_parallel_attention(*ARGUMENTS, axis_name="pages")
+        ejk.page_attention(*ARGUMENTS, axis_name="pages")
     for axis_name in ((), ("pages", "pages")):
         with pytest.raises(ValueError, match="must name one axis or several, each once"):
             attempt({}, {}, axis_name=axis_name)
     with pytest.raises(TypeError, match="axis_name=3 must be the name of a mesh axis, or a tuple"):
         attempt({}, {}, axis_name=3)
-    with pytest.raises(TypeError, match="axis_name"):
-        ejk.context_parallel_attention(*ARGUMENTS)
+
+
+def test_a_plan_is_refused():
+    """As a feature that no backend has: when the call is traced, whoever was asked for."""
+    sizes = dict(num_heads=4, num_kv_heads=2, head_dim=8, page_size=4, max_blocks=3)
+    plan = ejk.plan_page_attention(ARGUMENTS[3], **sizes)
+    for backend in (None, "xla", ejk.TritonPageAttention(interpret=True)):
+        lines = (
+            r"(\n  (xla|triton|pallas): .*)*\n  (xla|triton): does not support axis_name with plan"
+        )
+        with pytest.raises(ejk.UnsupportedError, match=lines):
+            attempt({}, {}, plan=plan, backend=backend)
+
+
+def test_an_offset_has_an_axis():
+    for offset in (1, -1, np.int32(2), jnp.int32(0)):
+        with pytest.raises(ValueError, match=r"page_offset=.* must come with axis_name"):
+            ejk.page_attention(*ARGUMENTS, page_offset=offset)
+    out = ejk.page_attention(*ARGUMENTS, page_offset=np.int64(0))
+    np.testing.assert_array_equal(out, ejk.page_attention(*ARGUMENTS))
+
+
+def test_features_are_known_by_name():
+    """All that a call may use: what a backend declares is checked against these names."""
+    used = set()
+    for config in CONFIGURATIONS:
+        case = build(config, np.full(config.shape.num_seqs, 5, np.int32), window=jnp.int32(9))
+        given, static = split_arguments(case)
+        function = context_parallel.program(None, DEVICES, tuple(given), static)
+        [(problem, _)] = _dispatch.calls(jax.make_jaxpr(function)(given).jaxpr)
+        used |= problem.features
+    # Sinks are merged by the public function, and a plan is refused.
+    assert used == ejk.PageAttentionProblem.feature_names - {"sinks", "axis_name with plan"}
 
 
 def test_other_mistakes():

@@ -1,4 +1,4 @@
-"""`ejk.context_parallel_ragged_attention`: ragged batches on pages that are split over devices."""
+"""`ejk.ragged_page_attention(axis_name=...)`: ragged batches on pages split over devices."""
 
 import context_parallel
 import jax
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from backends import counted, each_case
 from bits import bits_equal
-from context_parallel import CONFIGURATIONS, DEVICES, FEW, RAGGED, split, split_arguments
+from context_parallel import CONFIGURATIONS, DEVICES, FEW, PLAIN, RAGGED, split, split_arguments
 from ragged_strategies import TOTAL, build_ragged, ragged_cases
-from strategies import INT32_MAX
+from strategies import INT32_MAX, Configuration
 from test_context_parallel_programs import FLOATS, weighted
 from tolerances import assert_close
 
@@ -109,7 +109,7 @@ def test_a_stack_of_layers_may_lie_in_one_pool():
     local = case.shape.num_pages // DEVICES
 
     def attend(given):
-        return ejk.context_parallel_ragged_attention(
+        return ejk.ragged_page_attention(
             **{"value_cache": None, **given}, **static, axis_name="pages", return_lse=True
         )
 
@@ -158,18 +158,41 @@ def test_kernels_refuse_by_name(backend):
         context_parallel.program(backend, DEVICES, tuple(given), static)(given)
 
 
-def test_what_it_does_not_take():
-    """Positions and tree masks are no arguments of it, and bounds are the same everywhere."""
-    for name in ("positions", "tree_mask"):
-        with pytest.raises(TypeError, match=f"got an unexpected keyword argument '{name}'"):
-            ejk.context_parallel_ragged_attention(
-                *[jnp.zeros(1)] * 6, axis_name="pages", **{name: None}
-            )
+@pytest.mark.parametrize("backend", [None, "xla"])
+@pytest.mark.parametrize("name", ["positions", "tree_mask"])
+def test_what_is_refused_as_a_feature(name, backend):
+    """When the call is traced, under automatic choice, too: no backend has it."""
+    case = build_ragged(CONFIGURATIONS[0], LENGTHS, BOUNDS, window=INT32_MAX)
+    given, static = split_arguments(case)
+    given |= {
+        "positions": {"positions": jnp.arange(TOTAL)},
+        "tree_mask": {"tree_mask": jnp.ones((TOTAL, 6), bool)},
+    }[name]
+    function = context_parallel.program(backend, DEVICES, tuple(given), static)
+    with pytest.raises(ejk.UnsupportedError) as info:
+        jax.eval_shape(function, given)
+    lines = str(info.value).splitlines()
+    assert f"  xla: does not support axis_name with {name}" in lines
+    assert [f"  {b}: does not support axis_name" in lines for b in ("triton", "pallas")] == (
+        [backend is None] * 2
+    )
+
+
+def test_positions_that_nothing_counts_change_nothing():
+    """Only windows and slopes count from them."""
+    config = Configuration(PLAIN, context_parallel.F32, "HND")
+    given, static = split_arguments(build_ragged(config, LENGTHS, BOUNDS))
+    plain = context_parallel.program(None, DEVICES, tuple(given), static)(given)
+    given["positions"] = jnp.arange(TOTAL)
+    bits_equal(plain, context_parallel.program(None, DEVICES, tuple(given), static)(given))
+
+
+def test_bounds_are_the_same_everywhere():
     given, _ = split_arguments(build_ragged(FEW[0], LENGTHS, BOUNDS, window=INT32_MAX))
     given["cu_q_lens"] = jax.ShapeDtypeStruct((20,), jnp.int32)
 
     def attend(given):
-        return ejk.context_parallel_ragged_attention(
+        return ejk.ragged_page_attention(
             **{"value_cache": None, **given}, cache_layout="NHD", axis_name="pages"
         )
 

@@ -57,7 +57,7 @@ def split(**changes):
     mesh = jax.make_mesh((1,), ("pages",), auto, devices=jax.devices()[:1])
 
     def attend(query):
-        return ejk.context_parallel_attention(query, **arguments)
+        return ejk.page_attention(query, **arguments)
 
     return jax.shard_map(attend, mesh=mesh, in_specs=(arguments.pop("spec", P()),), out_specs=P())(
         query
@@ -169,11 +169,13 @@ MISTAKES = {
     "a mask that is no bool": ragged(tree_mask=zeros(5, 2)),
     "a negative `max_q_len`": ragged(max_q_len=-1),
     "a backend of another operation": ragged(backend=ejk.PallasPageAttention()),
-    # Context parallel
+    # Pages split over devices
     "an axis that is not there": lambda: split(axis_name="seqs"),
-    "a call outside `jax.shard_map`": lambda: ejk.context_parallel_attention(**ELSEWHERE),
+    "a call outside `jax.shard_map`": lambda: ejk.page_attention(**ELSEWHERE),
     "a query that is split over the axis": lambda: split(spec=P("pages")),
     "a negative offset": lambda: split(page_offset=-1),
+    "an offset without an axis": decode(page_offset=3),
+    "a plan": lambda: split(plan=plan(), backend="xla"),
     # Writes
     "a batch of new tokens": write(key=zeros(1, 3, 2, 64)),
     "slots of a batch": write(slot_mapping=zeros(1, 3, dtype=INT)),

@@ -68,7 +68,7 @@ def test_the_keys_of_attention_are_the_pool(name, own):
 def test_many_unknown_keywords_are_a_short_message():
     unknown = {f"{'option' * 20}{i}": None for i in range(100)}
     with pytest.raises(TypeError, match=r"\nand \d+ more$") as info:
-        ejk.context_parallel_ragged_attention(**unknown)
+        ejk.ragged_page_attention(**unknown)
     assert len(str(info.value)) < 2000
 
 

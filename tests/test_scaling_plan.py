@@ -44,7 +44,7 @@ def layer(mesh, plan, x, w_qkv, w_out, w_in, w_down, pools, lens, tables, slots)
             return ejk.page_attention(query, *pools, lens, tables), pools
         first = jax.lax.axis_index("pages") * pools[0].shape[0] * PAGE_SIZE
         pools = ejk.write_kv_cache(key, value, *pools, slots - first)
-        out = ejk.context_parallel_attention(query, *pools, lens, tables, axis_name="pages")
+        out = ejk.page_attention(query, *pools, lens, tables, axis_name="pages")
         return out, pools
 
     rows = P("replicas")

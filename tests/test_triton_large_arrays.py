@@ -16,7 +16,8 @@ import pytest
 from bits import bits_equal
 
 import ejk
-from ejk._page_attention_problem import problem_of
+from ejk._arguments import Arguments
+from ejk._page_attention import problem_of
 from ejk.backends.page_attention import PageAttentionOperands
 from ejk.backends.triton import _launch, page_attention_kernel
 from ejk.backends.triton._interpreter_memory import MemoryAccessError
@@ -53,11 +54,12 @@ def on_numpy(monkeypatch):
 def attend(query, keys, values, lens, tables, layout="HND", *, window=None, num_splits=1, **tuning):
     """Run the adapter and the kernels on NumPy arrays."""
     backend = ejk.TritonPageAttention(interpret=True, **tuning)
-    problem = problem_of(
-        query, keys, values, lens, tables, max_context_len=None, num_splits=num_splits,
+    given = Arguments(
+        query, keys, values, lens, tables, attn_scale=None, max_context_len=None,
         cache_layout=layout, sliding_window=window, soft_cap=None, sinks=None, alibi_slopes=None,
-        value_head_dim=None, plan=None, return_lse=True,
+        value_head_dim=None, return_lse=True,
     )  # fmt: skip
+    problem = problem_of(given, num_splits, plan=None)
     if reasons := backend.refusals(problem, "cpu"):
         raise ejk.UnsupportedError("; ".join(reasons))
     scale = np.array(query.shape[2] ** -0.5, np.float32)

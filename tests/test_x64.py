@@ -51,8 +51,8 @@ def test_the_rest(arguments):
         assert grad(jnp.asarray(tokens)).dtype == jnp.float32
         mesh = jax.make_mesh((1,), ("pages",), devices=jax.devices()[:1])
         for function, given in (
-            (ejk.context_parallel_attention, arguments),
-            (ejk.context_parallel_ragged_attention, (tokens, *arguments[1:], bounds)),
+            (ejk.page_attention, arguments),
+            (ejk.ragged_page_attention, (tokens, *arguments[1:], bounds)),
         ):
             call = functools.partial(
                 function, axis_name="pages", sliding_window=2**40, return_lse=True

@@ -86,25 +86,8 @@ class PageAttentionOperands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PagedProblem(Problem):
-    """The static facts of attention to pages. No axis is empty."""
-
-    feature_names: ClassVar[frozenset[str]] = (
-        frozenset(
-            {
-                "attn_logits_soft_cap",
-                "sliding_window",
-                "sinks",
-                "alibi_slopes",
-                "value_head_dim",
-                "return_lse",
-            }
-        )
-        | POOLS
-        | AXIS
-    )
-    splits_sequences: ClassVar[bool]
-    """Each sequence is a row of queries and results, so that devices can share them out."""
+class PagedFacts:
+    """What is known of pools and options of any attention to pages when a call is traced."""
 
     num_seqs: Size
     num_heads: int
@@ -126,6 +109,43 @@ class PagedProblem(Problem):
     has_sinks: bool
     has_alibi: bool
     return_lse: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def capacity(self) -> Size:
+        """Tokens that a row of the block table can name."""
+        return self.max_blocks * self.page_size
+
+    @property
+    def layout(self) -> Layout:
+        """Where the axes of the pools are, as they were handed over."""
+        layout = LAYOUTS[self.cache_layout]
+        return layout.fused if self.fused else layout
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedProblem(PagedFacts, Problem):
+    """The static facts of attention to pages. No axis is empty."""
+
+    feature_names: ClassVar[frozenset[str]] = (
+        POOLS
+        | AXIS
+        | {
+            "attn_logits_soft_cap",
+            "sliding_window",
+            "sinks",
+            "alibi_slopes",
+            "value_head_dim",
+            "return_lse",
+        }
+    )
+    splits_sequences: ClassVar[bool]
+    """Each sequence is a row of queries and results, so that devices can share them out."""
+
     is_part: bool = dataclasses.field(default=False, kw_only=True)
     """The result is to be merged with others: those of a context's pages that are elsewhere.
 
@@ -149,22 +169,6 @@ class PagedProblem(Problem):
         return self.is_part and self.has_alibi
 
     @property
-    def group(self) -> int:
-        """Query heads that read one KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def capacity(self) -> Size:
-        """Tokens that a row of the block table can name."""
-        return self.max_blocks * self.page_size
-
-    @property
-    def layout(self) -> Layout:
-        """Where the axes of the pools are, as they were handed over."""
-        layout = LAYOUTS[self.cache_layout]
-        return layout.fused if self.fused else layout
-
-    @property
     def features(self) -> frozenset[str]:
         used = {
             "attn_logits_soft_cap": self.soft_cap is not None,
@@ -184,6 +188,11 @@ class PagedProblem(Problem):
     @abc.abstractmethod
     def num_rows(self) -> Size:
         """Query tokens: the first axis of the results."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Sizes alone say that there is no token to see: no backend is asked then."""
+        return 0 in (self.num_rows, self.num_seqs, self.capacity, self.num_pages)
 
     @property
     def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:

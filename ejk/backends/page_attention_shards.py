@@ -6,7 +6,7 @@ are split, too.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -27,7 +27,7 @@ def axes_of(problem: Any) -> Axes:
 def shards_of(problem: Any, specs: Any, mesh: Mapping[str, int]) -> Shards:
     """Split a `PagedProblem` as its operands are by `specs`, as far as they may."""
 
-    def parts(axes):
+    def parts(axes: Sequence[str]) -> int:
         return math.prod(mesh[axis] for axis in axes)
 
     kv_heads = _split_of_pools(problem, specs, mesh)
@@ -68,7 +68,7 @@ def _results(problem: Any, seqs: Any, heads: Any) -> tuple[tuple[Any, ...], ...]
 
 def _split_of_pools(problem: Any, specs: Any, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """Return the mesh axes of the pools' KV heads: nothing else of them may be split."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name in ("key_cache", "value_cache"):
         spec = getattr(specs, name)
         for axis, entry in enumerate(spec or ()):
@@ -79,7 +79,7 @@ def _split_of_pools(problem: Any, specs: Any, mesh: Mapping[str, int]) -> tuple[
                     f"{name} is split as {spec}, but only its KV heads, axis "
                     f"{problem.layout.kv_heads}, can be: what reads other shards would gather "
                     "the pool. Where pages are split over devices, use "
-                    "ejk.context_parallel_attention inside jax.shard_map"
+                    "axis_name= inside jax.shard_map"
                 )
     if len(set(found)) > 1:
         raise ValueError(

@@ -29,35 +29,29 @@ assert_type(
     ejk.ragged_page_attention(query, pool, pool, lens, tables, bounds, return_lse=lse),
     jax.Array | Pair,
 )
+assert_type(ejk.page_attention(query, pool, pool, lens, tables, axis_name="pages"), jax.Array)
 assert_type(
-    ejk.context_parallel_attention(query, pool, pool, lens, tables, axis_name="pages"), jax.Array
-)
-assert_type(
-    ejk.context_parallel_attention(
+    ejk.page_attention(
         query, pool, pool, lens, tables, axis_name=("data", "pages"), return_lse=True
     ),
     Pair,
 )
 assert_type(
-    ejk.context_parallel_attention(
-        query, pool, pool, lens, tables, axis_name="pages", return_lse=lse
-    ),
+    ejk.page_attention(query, pool, pool, lens, tables, axis_name="pages", return_lse=lse),
     jax.Array | Pair,
 )
 assert_type(
-    ejk.context_parallel_ragged_attention(
-        query, pool, pool, lens, tables, bounds, axis_name="pages"
-    ),
+    ejk.ragged_page_attention(query, pool, pool, lens, tables, bounds, axis_name="pages"),
     jax.Array,
 )
 assert_type(
-    ejk.context_parallel_ragged_attention(
+    ejk.ragged_page_attention(
         query, pool, pool, lens, tables, bounds, axis_name="pages", return_lse=True
     ),
     Pair,
 )
 assert_type(
-    ejk.context_parallel_ragged_attention(
+    ejk.ragged_page_attention(
         query, pool, pool, lens, tables, bounds, axis_name="pages", return_lse=lse
     ),
     jax.Array | Pair,

@@ -23,11 +23,8 @@ ejk.ragged_page_attention(*a)  # error
 ejk.ragged_page_attention(*a, return_lse=True)  # error
 ejk.ragged_page_attention(*a, bounds, num_splits=2)  # error
 ejk.ragged_page_attention(*a, bounds, num_splits=2, return_lse=True)  # error
-ejk.context_parallel_attention(*a)  # error
-ejk.context_parallel_attention(*a, return_lse=True)  # error
-ejk.context_parallel_attention(*a, axis_name=axis, axis=0, return_lse=True)  # error
-ejk.context_parallel_ragged_attention(*a, axis_name=axis, return_lse=True)  # error
-ejk.context_parallel_ragged_attention(*a, bounds, return_lse=True)  # error
+ejk.page_attention(*a, axis_name=axis, axis=0, return_lse=True)  # error
+ejk.ragged_page_attention(*a, axis_name=axis, return_lse=True)  # error
 ejk.write_kv_cache(query, query, pool, pool)  # error
 ejk.write_kv_cache(query, query, pool, pool, lens, kv_layout="NHD")  # error
 ejk.plan_page_attention(lens, num_heads=4)  # error
@@ -57,8 +54,8 @@ ejk.page_attention(*a, backend=ejk.XlaPageAttention)  # error
 ejk.ragged_page_attention(*a, [0, 1, 2])  # error
 ejk.ragged_page_attention(*a, bounds, max_q_len=jnp.int32(1), return_lse=True)  # error
 ejk.ragged_page_attention(*a, bounds, tree_mask=[[True]])  # error
-ejk.context_parallel_attention(*a, axis_name=0)  # error
-ejk.context_parallel_attention(*a, axis_name=axis, page_offset=0.5, return_lse=True)  # error
+ejk.page_attention(*a, axis_name=0)  # error
+ejk.page_attention(*a, axis_name=axis, page_offset=0.5, return_lse=True)  # error
 ejk.plan_page_attention(20, num_heads=4, num_kv_heads=2, head_dim=8, **sizes)  # error
 ejk.write_kv_cache(query, query, pool, pool, [0, 1])  # error
 ejk.check_page_attention_inputs(*a, cache_layout="BTNH")  # error

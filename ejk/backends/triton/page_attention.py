@@ -1,6 +1,7 @@
 """`ejk.page_attention` as a Triton kernel: its tuning, what it refuses, how it is launched."""
 
 import dataclasses
+from typing import Any
 
 from ejk.backends.gpu import H100, MAX_GRID, Target
 from ejk.backends.page_attention import (

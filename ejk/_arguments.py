@@ -1,8 +1,6 @@
-"""The checks of `ejk.page_attention`'s arguments, and the static facts that they leave.
+"""The checks of what operations on pages are given, and the static facts that they leave."""
 
-What other operations on pages are given is checked here, too: once for all of them.
-"""
-
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejk._describe import ALL_LAYERS, describe
-from ejk._indices import Size, exceeds, least, rounded_bound, static_int
+from ejk._indices import Size, as_int32, exceeds, least, rounded_bound, static_int
 from ejk._nearest import did_you_mean
-from ejk.backends.page_attention import LAYOUTS, PageAttentionProblem, layout_of
-from ejk.backends.page_attention_plan import PlanFacts, window_fact
+from ejk._typing import Array, Flag, Scalar, ScalarInt, StaticFloat, StaticInt
+from ejk.backends.page_attention import LAYOUTS, PagedFacts, layout_of
 
 # A logit that such a cap would change is so large that only the largest logit has weight anyway.
 CAPS_NOTHING = 1e30
@@ -21,76 +19,34 @@ DTYPES = ("float32", "bfloat16", "float16")
 LEAST_BOUND = 64  # tokens that a context is expected to have at least: fewer need no other program
 
 
-def problem_of(
-    query,
-    key_cache,
-    value_cache,
-    context_lens,
-    block_tables,
-    *,
-    max_context_len,
-    num_splits,
-    sliding_window,
-    plan,
-    **options,
-) -> PageAttentionProblem:
-    """Check the arguments of `ejk.page_attention` and collect the static facts of the call."""
-    facts = shared_facts(
-        query,
-        key_cache,
-        value_cache,
-        context_lens,
-        block_tables,
-        num_seqs=query.shape[0],
-        sliding_window=sliding_window,
-        **options,
-    )
-    bound = visible_bound(facts, max_context_len, sliding_window)
-    if plan is not None:
-        names = ("num_seqs", "num_heads", "num_kv_heads", "head_dim", "page_size", "max_blocks")
-        known = {name: facts[name] for name in names}
-        plan.check(PlanFacts(**known, sliding_window=window_fact(sliding_window)))
-    return PageAttentionProblem(
-        **facts,
-        num_splits=static_int("num_splits", num_splits, at_least=0),
-        plan=None if plan is None else plan.problem,
-        visible_bound=bound,
-    )
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What the caller of any attention to pages gave, types checked, values not."""
+
+    query: Array
+    key_cache: Array
+    value_cache: Array | None
+    context_lens: Array
+    block_tables: Array
+    attn_scale: Scalar | None
+    max_context_len: StaticInt | None
+    cache_layout: Any
+    sliding_window: ScalarInt | None
+    soft_cap: StaticFloat | None
+    sinks: Array | None
+    alibi_slopes: Array | None
+    value_head_dim: StaticInt | None
+    return_lse: Flag
 
 
-def shared_facts(
-    query,
-    key_cache,
-    value_cache,
-    context_lens,
-    block_tables,
-    *,
-    num_seqs,
-    cache_layout,
-    sliding_window,
-    soft_cap,
-    sinks,
-    alibi_slopes,
-    value_head_dim,
-    return_lse,
-) -> dict[str, Any]:
-    """Check what every attention to pages is given; return the fields of `PagedProblem`."""
-    _, num_heads, head_dim = query.shape
+def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
+    """Check what every attention to pages is given; return what is known of it."""
+    key_cache, cache_layout = given.key_cache, given.cache_layout
+    _, num_heads, head_dim = given.query.shape
     num_pages, num_kv_heads, page_size = check_pool(
         key_cache, cache_layout, num_heads=num_heads, head_dim=head_dim
     )
-    capacity = block_tables.shape[1] * page_size
-
-    if query.dtype.name not in DTYPES:
-        raise TypeError(
-            f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}: "
-            + convert(key_cache, "query")
-        )
-    if key_cache.dtype != query.dtype:
-        raise ValueError(
-            f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}: "
-            + convert(key_cache, "query")
-        )
+    _check_dtypes(given)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
@@ -102,77 +58,63 @@ def shared_facts(
             f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the query's "
             f"head_dim={head_dim}"
         )
-    check_sizes(
-        context_lens=(context_lens, "num_seqs", num_seqs),
-        block_tables=(block_tables, "num_seqs", num_seqs),
+    _check_axes(given, num_seqs, page_size)
+    return PagedFacts(
+        num_seqs=num_seqs,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_head_dim=_value_head_dim(key_cache, given.value_cache, given.value_head_dim),
+        num_pages=num_pages,
+        page_size=page_size,
+        max_blocks=given.block_tables.shape[1],
+        query_dtype=given.query.dtype,
+        cache_dtype=key_cache.dtype,
+        cache_layout=cache_layout,
+        fused=key_cache.ndim == 5,
+        latent=key_cache.ndim == 4 and given.value_cache is None,
+        has_window=given.sliding_window is not None,
+        soft_cap=_held_soft_cap(given.soft_cap),
+        has_sinks=given.sinks is not None,
+        has_alibi=given.alibi_slopes is not None,
+        return_lse=bool(given.return_lse),
     )
-    if exceeds(capacity, 2**31 - 1):
-        raise ValueError(
-            f"max_blocks * page_size={capacity} must be below 2**31: positions are 32-bit "
-            f"(block_tables{list(block_tables.shape)}, page_size={page_size})"
-        )
-    for name, value in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if value is not None and value.dtype.name not in DTYPES:
-            raise ValueError(
-                f"{name}.dtype={value.dtype} must be float32, bfloat16 or float16: "
-                f"pass {name}.astype(jnp.float32)"
-            )
-    check_sizes(
-        sinks=(sinks, "num_heads", num_heads), alibi_slopes=(alibi_slopes, "num_heads", num_heads)
-    )
-
-    return {
-        "num_seqs": num_seqs,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "value_head_dim": _value_head_dim(key_cache, value_cache, value_head_dim),
-        "num_pages": num_pages,
-        "page_size": page_size,
-        "max_blocks": block_tables.shape[1],
-        "query_dtype": query.dtype,
-        "cache_dtype": key_cache.dtype,
-        "cache_layout": cache_layout,
-        "fused": key_cache.ndim == 5,
-        "latent": key_cache.ndim == 4 and value_cache is None,
-        "has_window": sliding_window is not None,
-        "soft_cap": _held_soft_cap(soft_cap),
-        "has_sinks": sinks is not None,
-        "has_alibi": alibi_slopes is not None,
-        "return_lse": bool(return_lse),
-    }
 
 
-def shared_operands(
-    query, key_cache, value_cache, attn_scale, sinks, alibi_slopes
-) -> dict[str, Any]:
-    """Return what every attention to pages hands on as it is given; a scale of None is the default.
+def shared_operands(given: Arguments, facts: PagedFacts, num_pages: Size) -> dict[str, Any]:
+    """Return what every attention to pages hands on; a scale of None is the default.
 
-    What NumPy holds stays there: `jax.jit` is quicker to put it on the device.
+    `num_pages` bounds the ids in the table. What NumPy holds stays there: `jax.jit` is quicker to
+    put it on the device.
     """
+    query, attn_scale, window = given.query, given.attn_scale, given.sliding_window
     if not (attn_scale is None or isinstance(attn_scale, jax.Array)):
-        attn_scale = float(attn_scale)
-        if abs(attn_scale) > float(np.finfo(np.float32).max):
-            raise ValueError(f"attn_scale={attn_scale} must be a float32, at most 3.4e38")
+        scale = attn_scale if isinstance(attn_scale, int) else float(attn_scale)
+        if abs(scale) > float(np.finfo(np.float32).max):
+            raise ValueError(f"attn_scale={describe(scale)} must be a float32, at most 3.4e38")
+        attn_scale = float(scale)
         if abs(attn_scale) > 2.0**127:  # kernels multiply it by log2(e), which float32 must hold
             query, attn_scale = query * 2, attn_scale / 2
         attn_scale = np.float32(attn_scale)
     return {
         "query": query,
-        "key_cache": key_cache,
-        "value_cache": value_cache,
+        "key_cache": given.key_cache,
+        "value_cache": given.value_cache,
+        "context_lens": as_int32(given.context_lens, facts.capacity),
+        "block_tables": as_int32(given.block_tables, num_pages),
         "attn_scale": attn_scale,
-        "sinks": as_float32(sinks),
-        "alibi_slopes": as_float32(alibi_slopes),
+        "sliding_window": None if window is None else as_int32(window, 2**31 - 1),
+        "sinks": as_float32(given.sinks),
+        "alibi_slopes": as_float32(given.alibi_slopes),
     }
 
 
-def as_float32(x: Any) -> Any:
+def as_float32(x: Array | None) -> Array | None:
     """Widen what each head has. Gradients come back in its own type."""
     return x if x is None or x.dtype == np.float32 else x.astype(np.float32)
 
 
-def convert(cache: Any, name: str) -> str:
+def convert(cache: Array, name: str) -> str:
     """Say how the argument `name` takes a cache's dtype."""
     if cache.dtype.name in DTYPES:
         return f"pass {name}.astype(jnp.{cache.dtype.name})"
@@ -181,14 +123,14 @@ def convert(cache: Any, name: str) -> str:
     return "quantised caches are not supported yet"
 
 
-def check_sizes(**sizes: tuple[Any, str, Size]) -> None:
+def check_sizes(**sizes: tuple[Array | None, str, Size]) -> None:
     """Check the first axis of each array that is not None: its name and its size."""
     for name, (x, axis, size) in sizes.items():
         if x is not None and x.shape[0] != size:
             raise ValueError(f"{name}.shape[0]={x.shape[0]} must be {axis}={size}")
 
 
-def check_pool(key_cache, cache_layout, **sizes) -> tuple[Size, int, int]:
+def check_pool(key_cache: Array, cache_layout: Any, **sizes: Size) -> tuple[Size, int, int]:
     """Check a pool's axes, and that `sizes` and its own are not 0.
 
     Returns its pages, its KV heads and the slots of a page.
@@ -216,14 +158,51 @@ def check_pool(key_cache, cache_layout, **sizes) -> tuple[Size, int, int]:
     return num_pages, num_kv_heads, page_size
 
 
-def _unstack(pools) -> str:
+def _check_dtypes(given: Arguments) -> None:
+    """Check that query, keys, sinks and slopes are of types that attention takes."""
+    query, key_cache = given.query, given.key_cache
+    if query.dtype.name not in DTYPES:
+        raise TypeError(
+            f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}: "
+            + convert(key_cache, "query")
+        )
+    if key_cache.dtype != query.dtype:
+        raise ValueError(
+            f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}: "
+            + convert(key_cache, "query")
+        )
+    for name, value in (("sinks", given.sinks), ("alibi_slopes", given.alibi_slopes)):
+        if value is not None and value.dtype.name not in DTYPES:
+            raise ValueError(
+                f"{name}.dtype={value.dtype} must be float32, bfloat16 or float16: "
+                f"pass {name}.astype(jnp.float32)"
+            )
+
+
+def _check_axes(given: Arguments, num_seqs: Size, page_size: int) -> None:
+    """Check the axes of all that is neither query nor pool."""
+    num_heads, tables = given.query.shape[1], given.block_tables
+    check_sizes(
+        context_lens=(given.context_lens, "num_seqs", num_seqs),
+        block_tables=(tables, "num_seqs", num_seqs),
+        sinks=(given.sinks, "num_heads", num_heads),
+        alibi_slopes=(given.alibi_slopes, "num_heads", num_heads),
+    )
+    if exceeds(tables.shape[1] * page_size, 2**31 - 1):
+        raise ValueError(
+            f"max_blocks * page_size={tables.shape[1] * page_size} must be below 2**31: positions "
+            f"are 32-bit (block_tables{list(tables.shape)}, page_size={page_size})"
+        )
+
+
+def _unstack(pools: Array) -> str:
     """Say how pools that are stacked on the first of five axes are passed."""
     if pools.shape[0] == 2:
         return "of [2, num_pages, ...] pass kv_cache[0], kv_cache[1] as key_cache, value_cache"
     return ALL_LAYERS.format("key_cache")
 
 
-def _other_layouts(key_cache, num_heads) -> str:
+def _other_layouts(key_cache: Array, num_heads: int) -> str:
     """Name the layouts under which the heads would group."""
     fits = {}
     for name in LAYOUTS:
@@ -235,23 +214,24 @@ def _other_layouts(key_cache, num_heads) -> str:
     return f": num_kv_heads would be {' and '.join(fit)}" if fits else ""
 
 
-def visible_bound(facts, max_context_len, sliding_window) -> Size:
+def visible_bound(given: Arguments, facts: PagedFacts) -> Size:
     """Check the static bounds on what a token sees, and return the least, for sizing work."""
-    bounds = [facts["max_blocks"] * facts["page_size"]]
-    check_window(sliding_window)
-    for name, bound in (("max_context_len", max_context_len), ("sliding_window", sliding_window)):
+    check_window(given.sliding_window)
+    bounds = [facts.capacity]
+    for name in ("max_context_len", "sliding_window"):
+        bound = getattr(given, name)
         if not (bound is None or isinstance(bound, jax.Array)):
             bounds.append(max(rounded_bound(name, bound, exact_up_to=0), LEAST_BOUND))
     return max(1, least(*bounds))
 
 
-def check_window(sliding_window: Any) -> None:
+def check_window(sliding_window: ScalarInt | None) -> None:
     """Check a window that is known when a call is traced."""
     if isinstance(sliding_window, int | np.integer | np.ndarray) and sliding_window < 1:
         raise ValueError(f"sliding_window={sliding_window} must be at least 1: None is no window")
 
 
-def _held_soft_cap(soft_cap) -> float | None:
+def _held_soft_cap(soft_cap: StaticFloat | None) -> float | None:
     """Check a soft cap and return it as it is held, in float32; None for one that caps nothing."""
     if soft_cap is None:
         return None
@@ -268,7 +248,9 @@ def _held_soft_cap(soft_cap) -> float | None:
     return float(np.float32(soft_cap)) if soft_cap < CAPS_NOTHING else None
 
 
-def _value_head_dim(key_cache, value_cache, value_head_dim) -> int:
+def _value_head_dim(
+    key_cache: Array, value_cache: Array | None, value_head_dim: StaticInt | None
+) -> int:
     """Check the values, or where else they are to be read, and return their width."""
     head_dim = key_cache.shape[-1]
     if key_cache.ndim == 5:
