@@ -7,7 +7,7 @@ operation, nor how JAX is told of one.
 import abc
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, ClassVar
 
 import jax
@@ -28,6 +28,8 @@ class Problem(abc.ABC):
     """The static facts of one call: hashable, so that it is a parameter of the primitive."""
 
     operation: ClassVar[str]
+    feature_names: ClassVar[frozenset[str]]
+    """All that `features` may hold. A backend can declare nothing else."""
 
     @property
     @abc.abstractmethod
@@ -82,7 +84,7 @@ class Backend(abc.ABC):
     """A way to run one operation. Its fields are its tuning; it is hashable and immutable.
 
     A subclass names its `problem_type`, the `platforms` it runs on and the `features` it
-    honours. What it does not declare, it refuses.
+    honours, of the `feature_names` of its problem. What it does not declare, it refuses.
     """
 
     name: ClassVar[str]
@@ -90,6 +92,19 @@ class Backend(abc.ABC):
     features: ClassVar[frozenset[str]]
     is_opaque: ClassVar[bool] = True
     """XLA cannot see into what is run, nor therefore split it over devices."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        problem_type, features = (getattr(cls, n, None) for n in ("problem_type", "features"))
+        if problem_type is None or not isinstance(features, Set):
+            return  # it is abstract, or its objects differ
+        if not hasattr(problem_type, "feature_names"):
+            raise TypeError(f"{problem_type.__name__} must have a class attribute feature_names")
+        for wrong in sorted(features - problem_type.feature_names):
+            raise TypeError(
+                f"{cls.__name__} declares {wrong!r}, which is no feature of "
+                f"{problem_type.operation}{did_you_mean(wrong, problem_type.feature_names)}"
+            )
 
     def __new__(cls, *args: Any, **fields: Any) -> "Backend":
         _, *parameters = inspect.signature(cls.__init__).parameters.values()

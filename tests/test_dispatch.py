@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import ejk
+from ejk import _backend
 
 pytestmark = pytest.mark.fast
 
@@ -236,3 +237,25 @@ def test_a_third_party_is_told_to_freeze_its_dataclass():
     thawed = dataclasses.dataclass(type("Thawed", (ejk.PageAttentionBackend,), {**MEMBERS}))
     with pytest.raises(TypeError, match=r"^Thawed must be hashable: @dataclasses.dataclass\("):
         thawed()
+
+
+def test_a_third_party_is_told_of_a_feature_that_there_is_not():
+    said = (
+        "Wrong declares 'sliding_windows', which is no feature of page_attention: did you mean "
+        "'sliding_window'?"
+    )
+    wrong = {**MEMBERS, "features": frozenset({"return_lse", "sliding_windows"})}
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
+        type("Wrong", (ejk.PageAttentionBackend,), wrong)
+
+
+def test_features_may_differ_from_object_to_object():
+    kinds = type("Kinds", (ejk.PageAttentionBackend,), MEMBERS | {"features": property(len)})
+    assert isinstance(kinds.features, property)
+
+
+def test_an_operation_has_to_name_its_features():
+    facts = {"operation": "nothing", "features": frozenset(), "results": (), "fold": None}
+    problem = type("NothingProblem", (_backend.Problem,), facts)
+    with pytest.raises(TypeError, match=r"^NothingProblem must have a class attribute feature_n"):
+        type("Nothing", (ejk.Backend,), {**MEMBERS, "problem_type": problem})

@@ -5,12 +5,14 @@ In a package of your own, subclass the operation's abstract backend, `ejk.PageAt
 are its tuning, and give it
 
     name        a short word for `backend="..."` and for error messages
-    features    the optional features that it honours; what is not named here is refused for it
+    features    the optional features that it honours, of its problem's `feature_names`; what is
+                not named here is refused for it
     platforms   the platforms that it runs on: "cpu", "cuda", "rocm", "tpu"
     limits      the reasons why sizes or dtypes of a problem cannot run; none if they can
     run         the results of a problem, from its operands; traced at lowering, for one platform
 
-and, if nobody has run it on some of its platforms, `only_if_asked`. An object of the class is
+and, if nobody has run it on some of its platforms, `only_if_asked`; if XLA can see into what it
+runs, as into a program of JAX's own operations, `is_opaque = False`. An object of the class is
 accepted as `backend=` at once; `ejk.register_backend` offers it for automatic choice. It needs no
 rule for gradients or `vmap`: those stand above every backend. `docs/backends.md` has a complete
 example.

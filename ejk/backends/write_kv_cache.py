@@ -15,7 +15,7 @@ from ejk._batching import merge_axis
 from ejk._dispatch import Backend, Problem
 from ejk._indices import Size, exceeds
 from ejk._partition import Axes, Shards, is_split, mesh_axes
-from ejk.backends.page_attention import LAYOUTS, Layout
+from ejk.backends.page_attention import LAYOUTS, POOLS, Layout
 
 
 class WriteKVCacheOperands(NamedTuple):
@@ -37,6 +37,7 @@ class WriteKVCacheProblem(Problem):
     """The static facts of one `ejk.write_kv_cache` call. No axis is empty."""
 
     operation: ClassVar[str] = "write_kv_cache"
+    feature_names: ClassVar[frozenset[str]] = POOLS | {"latent_pools"}
 
     num_tokens: Size
     key_shape: tuple[Size, ...]
