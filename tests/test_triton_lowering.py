@@ -19,7 +19,7 @@ import triton.language as tl
 
 import ejk
 from ejk._errors import Mendable
-from ejk.backends.triton import _launch
+from ejk.backends.triton import _jax_triton, _launch
 
 pytestmark = pytest.mark.usefixtures("jax_triton")
 
@@ -180,7 +180,7 @@ def test_a_broken_installation_says_how(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", fail)
     _launch.available.cache_clear()
-    _launch._import_jax_triton.cache_clear()
+    _jax_triton.load.cache_clear()
     try:
         reason = _launch.available()
         assert reason == (
@@ -198,7 +198,7 @@ def test_pointers_are_specialized_as_triton_does_without_importing_torch(is_alig
     """Triton below 3.9 imports torch the first time that it is asked."""
     libtriton = importlib.import_module("triton._C.libtriton")
     triton_lib = importlib.import_module("jax_triton.triton_lib")
-    _launch._import_jax_triton()
+    _jax_triton.load()
     backend = triton.compiler.make_backend(triton.backends.compiler.GPUTarget("cuda", 90, 32))
     for dtype in ("bf16", "fp16", "fp32", "i32", "i64"):
         pointer = types.SimpleNamespace(data_ptr=lambda: 16 * is_aligned, dtype=dtype)

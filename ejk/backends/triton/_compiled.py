@@ -21,7 +21,9 @@ FILE = "ejk.json"
 KEPT = ("binary", "name", "shared_mem_bytes", "global_scratch_size", "global_scratch_align")
 
 
-def kept_on_disk(compile_module: Callable[..., Any], result_type: Callable[..., Any]) -> Any:
+def kept_on_disk(
+    compile_module: Callable[..., Any], result_type: Callable[..., Any]
+) -> Callable[..., Any]:
     """Return jax-triton's `compile_ttir_inplace` that compiles only what the disk does not hold."""
 
     @functools.wraps(compile_module)
