@@ -82,8 +82,8 @@ def _ejk_ragged(w: Workload, where: jax.sharding.Sharding, **fields: Any) -> Non
                 operands = operands._replace(query=jnp.asarray(operands.query))
                 return super().run(problem, operands, platform)
 
-        def _works(self, problem):
-            return super()._works(problem)[-1:]
+        def _sizes(self, problem):
+            return super()._sizes(problem)[-1:]
 
     backend = Known(**fields)
     jax.jit(

@@ -142,11 +142,11 @@ def device(generation):
 def compile_for(generation, monkeypatch, **options):
     """Compile; returns the program's text and the VMEM that the backend predicts."""
     predicted = []
-    launch = ejk.PallasPageAttention._attend
+    attend = ejk.PallasPageAttention._attend
 
     def watched(self, problem, operands):
-        predicted.append(sum(self._work(problem).vmem().values()))
-        return launch(self, problem, operands)
+        predicted.append(sum(self._sizes(problem).vmem().values()))
+        return attend(self, problem, operands)
 
     monkeypatch.setattr(ejk.PallasPageAttention, "_attend", watched)
     function, arguments = call(generation, **options)

@@ -12,12 +12,12 @@ import tpu_interpreter
 from strategies import Configuration
 from test_pallas_interpret import F32, SHAPE
 
+from ejk.backends.pallas import _paging as paging
 from ejk.backends.pallas import page_attention_kernel as kernel
-from ejk.backends.pallas import page_attention_paging as paging
 
-page_or_harmless, entries, is_first, first_block, visible, first_position, heads_of = (
+page_or_harmless, entries, is_first, first_block, visible, first_place, heads_of = (
     paging.page_or_harmless, paging.Paging.entries, paging.Paging.is_first,
-    paging.Paging.first_block, paging.Paging.visible, paging.Paging.first_position, kernel.heads_of,
+    paging.Paging.first_block, paging.Paging.visible, paging.Paging.first_place, kernel.heads_of,
 )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def every_entry_good(entry, num_pages):
     return page, bad & False
 
 
-def entries_of_another_sequence(self, seq, base, left):
-    entry, count = entries(self, seq, base, left)
+def entries_of_another_sequence(self, item, base, left):
+    entry, count = entries(self, item, base, left)
     return entry ^ SHAPE.max_blocks, count
 
 
@@ -60,8 +60,8 @@ def never_first(self, block):
     return is_first(self, block) & False
 
 
-def one_sequence_on(self, seq):
-    return first_block(self, seq)._replace(seq=seq + 1)
+def one_sequence_on(self, item):
+    return first_block(self, item)._replace(item=item + 1)
 
 
 def last_token_hidden(self, block):
@@ -69,8 +69,8 @@ def last_token_hidden(self, block):
     return begin, end - 1
 
 
-def window_one_too_long(self, seq, length):
-    return jnp.maximum(first_position(self, seq, length) - 1, 0)
+def window_one_too_long(self, item, end):
+    return jnp.maximum(first_place(self, item, end) - 1, 0)
 
 
 def heads_in_reverse(*args):
@@ -89,7 +89,7 @@ FAULTS = {
     "the sequence before goes on": (paging.Paging, "is_first", never_first),
     "the next sequence's first block": (paging.Paging, "first_block", one_sequence_on),
     "the last token is hidden": (paging.Paging, "visible", last_token_hidden),
-    "the window is one too long": (paging.Paging, "first_position", window_one_too_long),
+    "the window is one too long": (paging.Paging, "first_place", window_one_too_long),
     "heads in reverse": (kernel, "heads_of", heads_in_reverse),
 }
 

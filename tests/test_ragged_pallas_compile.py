@@ -14,7 +14,7 @@ from test_pallas_compile import TOPOLOGIES, copied_pools, device
 from test_pallas_compile import call as decode_call
 
 import ejk
-from ejk.backends.pallas import ragged_page_attention_launch as launcher
+from ejk.backends.pallas import ragged_page_attention_call as caller
 
 # heads, KV heads, head_dim, page size and what else differs from `call`'s defaults.
 CALLS = {
@@ -89,13 +89,13 @@ def used_vmem(text: str) -> list[int]:
 
 def check(generation, monkeypatch, **options):
     predicted = []
-    launch = launcher.launch
+    attend = caller.attend
 
-    def watched(works, *rest):
-        predicted.extend(sum(work.vmem().values()) for work in works)
-        return launch(works, *rest)
+    def watched(launches, *rest):
+        predicted.extend(sum(sizes.vmem().values()) for sizes in launches)
+        return attend(launches, *rest)
 
-    monkeypatch.setattr(launcher, "launch", watched)
+    monkeypatch.setattr(caller, "attend", watched)
     function, arguments = call(generation, **options)
     with jax.sharding.use_abstract_mesh(device(generation).mesh.abstract_mesh):
         text = function.lower(**arguments).compile().as_text()

@@ -13,7 +13,7 @@ from test_pallas_interpret import BF16, F32, SHAPE
 from tolerances import assert_close
 
 import ejk
-from ejk.backends.pallas import page_attention_paging as paging
+from ejk.backends.pallas import _paging as paging
 from ejk.backends.pallas import ragged_page_attention_kernel as kernel
 
 ALL = frozenset(FEATURES)
@@ -95,8 +95,8 @@ def without_waiting(self, slot, whole):
     pass
 
 
-def entries_of_another_sequence(self, seq, base, left):
-    entry, count = entries(self, seq, base, left)
+def entries_of_another_sequence(self, item, base, left):
+    entry, count = entries(self, item, base, left)
     return entry ^ SHAPE.max_blocks, count
 
 
@@ -121,27 +121,27 @@ def heads_in_reverse(*args):
     yield from reversed(list(heads_of(*args)))
 
 
-def one_place_on(self, item):
-    return first_of_item(self, item) + 1
+def one_place_on(self, item, end):
+    return first_place(self, item, end) + 1
 
 
-Ragged = kernel.RaggedPaging
-entries, has_ends, first_of_item = Ragged.entries, Ragged.has_ends, Ragged.first_of_item
+Paging = paging.Paging
+entries, has_ends, first_place = Paging.entries, Paging.has_ends, Paging.first_place
 tokens_of_rows, from_lane, heads_of = kernel.tokens_of_rows, kernel.from_lane, kernel.heads_of
 page_or_harmless = paging.page_or_harmless
 
 FAULTS = {
-    "no wait": (paging.Paging, "wait", without_waiting),
+    "no wait": (Paging, "wait", without_waiting),
     "copies into the slot that is read": (kernel, "other_slot", lambda slot: slot),
     "values unmasked": (kernel, "seen_by_some", lambda *_: jnp.bool_(True)),
     "logits unmasked": (kernel, "hide_logits", lambda s, _: s),
-    "another sequence's pages": (Ragged, "entries", entries_of_another_sequence),
-    "no block is masked": (Ragged, "has_ends", never_masked),
+    "another sequence's pages": (Paging, "entries", entries_of_another_sequence),
+    "no block is masked": (Paging, "has_ends", never_masked),
     "tokens see those after them": (kernel, "tokens_of_rows", one_token_on),
     "columns of new tokens are off by one": (kernel, "from_lane", one_lane_on),
     "bad entries taken for good ones": (paging, "page_or_harmless", every_entry_good),
     "heads in reverse": (kernel, "heads_of", heads_in_reverse),
-    "items begin one place on": (Ragged, "first_of_item", one_place_on),
+    "items begin one place on": (Paging, "first_place", one_place_on),
 }
 
 QUICK = (

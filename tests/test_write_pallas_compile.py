@@ -13,9 +13,9 @@ from test_pallas_compile import TOPOLOGIES, copied_pools, device, used_vmem
 from test_write_programs import pool_shapes, row_shapes, step, struct
 
 import ejk
-from ejk.backends.pallas import write_kv_cache_launch as launcher
+from ejk.backends.pallas import write_kv_cache_call as caller
 from ejk.backends.pallas._chip import chip
-from ejk.backends.pallas.write_kv_cache_work import Work
+from ejk.backends.pallas.write_kv_cache_sizes import WriteSizes
 
 from jax.experimental.layout import Format, Layout  # isort: skip
 
@@ -82,14 +82,14 @@ def call(generation, sizes, layout="HND", dtype="bfloat16", value_head_dim=-1, n
 def compile_for(generation, monkeypatch, **options):
     """Compile; returns the compiled program and the VMEM that the backend predicts."""
     predicted = []
-    launch = launcher.launch
+    write = caller.write
 
-    def watched(work: Work, *rest):
-        predicted.append(sum(work.vmem().values()))
+    def watched(sizes: WriteSizes, *rest):
+        predicted.append(sum(sizes.vmem().values()))
         assert predicted[0] <= chip().vmem_limit_bytes
-        return launch(work, *rest)
+        return write(sizes, *rest)
 
-    monkeypatch.setattr(launcher, "launch", watched)
+    monkeypatch.setattr(caller, "write", watched)
     function, arguments = call(generation, **options)
     with jax.sharding.use_abstract_mesh(device(generation).mesh.abstract_mesh):
         lowered = function.lower(*arguments)

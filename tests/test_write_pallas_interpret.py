@@ -12,9 +12,9 @@ from strategies import LAYOUTS
 from writes import WriteShape, build
 
 import ejk
+from ejk.backends.pallas import write_kv_cache_call as caller
 from ejk.backends.pallas import write_kv_cache_kernel as kernel
-from ejk.backends.pallas import write_kv_cache_launch as launcher
-from ejk.backends.pallas import write_kv_cache_work as work
+from ejk.backends.pallas import write_kv_cache_sizes as sizes
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 SHAPE = WriteShape("two windows a page", 0, 2, 32, 16, page_size=32, num_pages=5)
@@ -34,7 +34,7 @@ SLOTS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_interpreter(monkeypatch):
-    monkeypatch.setattr(work, "MAX_BLOCK_TOKENS", 4)  # several blocks to a call
+    monkeypatch.setattr(sizes, "MAX_BLOCK_TOKENS", 4)  # several blocks to a call
     yield
     tpu_interpreter.reset()
 
@@ -113,13 +113,13 @@ FAULTS = {
         kernel.Half, "change", lambda half, i, to, slot: CHANGE(half, to, to, slot),
     ),
     "the first of several stays": (
-        launcher, "by_slot", lambda slots, n: _first_stays(*SOUND_BY_SLOT(slots[::-1], n)),
+        caller, "by_slot", lambda slots, n: _first_stays(*SOUND_BY_SLOT(slots[::-1], n)),
     ),
     "slots outside the pool are written": (
-        launcher, "by_slot", lambda slots, n: SOUND_BY_SLOT(slots, 2**31 - 1),
+        caller, "by_slot", lambda slots, n: SOUND_BY_SLOT(slots, 2**31 - 1),
     ),
 }  # fmt: skip
-SOUND_BY_SLOT = launcher.by_slot
+SOUND_BY_SLOT = caller.by_slot
 
 
 def _first_stays(slots, order):

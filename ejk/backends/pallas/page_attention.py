@@ -5,7 +5,6 @@ from collections.abc import Hashable
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.page_attention import (
@@ -15,9 +14,10 @@ from ejk.backends.page_attention import (
 )
 from ejk.backends.pallas._backend import PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
+from ejk.backends.pallas._sizes import seen_pages
+from ejk.backends.pallas._tiles import LANES, in_parts, round_up
+from ejk.backends.pallas.page_attention_sizes import Sizes, seqs_per_launch
 from ejk.backends.pallas.page_attention_tuned import BLOCK_KV, LONG_BLOCK_KV, ROUND_KEY_BYTES
-from ejk.backends.pallas.page_attention_work import LANES, Work, round_up, seqs_per_launch
-from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +89,11 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
                 f"max_blocks={problem.max_blocks}: the table of one sequence must fit in "
                 f"{SMEM_LIMIT_BYTES} bytes of scalar memory; larger pages make it shorter"
             )
-        work = self._work(problem)
+        sizes = self._sizes(problem)
         reasons += self.vmem_refusals(
-            f"a block of {work.block_pages} page{'s' * (work.block_pages > 1)} of "
+            f"a block of {sizes.block_pages} page{'s' * (sizes.block_pages > 1)} of "
             f"page_size={problem.page_size} needs",
-            work.vmem(),
+            sizes.vmem(),
         )
         return tuple(reasons)
 
@@ -118,11 +118,11 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
     def _attend(
         self, problem: PageAttentionProblem, operands: PageAttentionOperands
     ) -> tuple[jax.Array, ...]:
-        from ejk.backends.pallas.page_attention_launch import launch
+        from ejk.backends.pallas.page_attention_call import attend
 
-        return launch(self._work(problem), operands, self.vmem_limit, self.interpreter)
+        return attend(self._sizes(problem), operands, self.vmem_limit, self.interpreter)
 
-    def _work(self, problem: PageAttentionProblem) -> Work:
+    def _sizes(self, problem: PageAttentionProblem) -> Sizes:
         """Cut a launch in steps, rounds and blocks, and share it between cores."""
         target = chip()
         mode, cores = self.megacore_mode, target.cores if self.megacore_mode is None else 2
@@ -131,17 +131,17 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
             mode = "kv_head" if problem.num_seqs == 1 and two_shares else "batch"
         sharing = cores if mode == "batch" else 1
         core_seqs = -(-problem.num_seqs // sharing)
-        work = Work(
-            problem, core_seqs, self._block_pages(problem), cores=cores, shared=mode,
-            reordered_copies=target.reordered_copies,
+        sizes = Sizes(
+            problem=problem, num_items=core_seqs, block_pages=self._block_pages(problem),
+            cores=cores, shared=mode, reordered_copies=target.reordered_copies,
         )  # fmt: skip
         # How many blocks a round has changes no bit of them: it may follow from the batch.
-        blocks = core_seqs * -(-seen_pages(problem) // work.block_pages)
-        round_blocks = min(self.blocks_per_round or self._round_blocks(work), blocks)
+        blocks = core_seqs * -(-seen_pages(problem) // sizes.block_pages)
+        round_blocks = min(self.blocks_per_round or self._round_blocks(sizes), blocks)
         step_seqs = min(round_blocks, core_seqs)
-        num_seqs = round_up(problem.num_seqs, step_seqs * sharing)
+        num_items = round_up(problem.num_seqs, step_seqs * sharing)
         return dataclasses.replace(
-            work, num_seqs=num_seqs, round_blocks=round_blocks, step_seqs=step_seqs
+            sizes, num_items=num_items, round_blocks=round_blocks, step_items=step_seqs
         )
 
     def _block_pages(self, problem: PageAttentionProblem) -> int:
@@ -149,36 +149,24 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
         if self.pages_per_compute_block is not None:
             return self.pages_per_compute_block
         target = chip()
-        one_page = Work(problem, 1, 1, reordered_copies=target.reordered_copies)
+        one_page = Sizes(
+            problem=problem, num_items=1, block_pages=1, reordered_copies=target.reordered_copies
+        )
         of_round = ROUND_KEY_BYTES * problem.page_size // one_page.key_bytes
         if problem.head_dim > LANES and of_round < BLOCK_KV:
             of_round //= target.wide_round_blocks
         longest = LONG_BLOCK_KV if of_round > 4 * BLOCK_KV else BLOCK_KV
         tokens = min(of_round, longest)
         pages = max(1, tokens // problem.page_size)
-        while pages > 1 and not self._fits(dataclasses.replace(one_page, block_pages=pages)):
+        while pages > 1 and not self._fits(one_page, block_pages=pages):
             pages //= 2
         return pages if problem.num_splits > 0 else min(pages, seen_pages(problem))
 
-    def _round_blocks(self, work: Work) -> int:
-        blocks = min(max(ROUND_KEY_BYTES // work.key_bytes, 1), chip().round_blocks)
-        while blocks > 1 and not self._fits(
-            dataclasses.replace(work, round_blocks=blocks, step_seqs=blocks)
-        ):
+    def _round_blocks(self, sizes: Sizes) -> int:
+        blocks = min(max(ROUND_KEY_BYTES // sizes.key_bytes, 1), chip().round_blocks)
+        while blocks > 1 and not self._fits(sizes, round_blocks=blocks, step_items=blocks):
             blocks //= 2
         return blocks
 
-    def _fits(self, work: Work) -> bool:
-        return sum(work.vmem().values()) <= self.vmem_limit
-
-
-def in_parts(x: jax.Array, parts: int, size: int) -> jax.Array:
-    """Divide what has a row for each sequence in parts, the last filled up with zeros."""
-    x = jnp.pad(x, ((0, parts * size - x.shape[0]),) + ((0, 0),) * (x.ndim - 1))
-    return x.reshape(parts, size, *x.shape[1:])
-
-
-def seen_pages(problem: PageAttentionProblem | RaggedPageAttentionProblem) -> int:
-    """Return how many pages a sequence is expected to see at most."""
-    pages = -(-problem.visible_bound // problem.page_size) + problem.has_window
-    return min(pages, problem.max_blocks)
+    def _fits(self, sizes: Sizes, **changed: int) -> bool:
+        return dataclasses.replace(sizes, **changed).fits(self.vmem_limit)

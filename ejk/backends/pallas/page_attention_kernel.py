@@ -27,31 +27,31 @@ Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); copies across the border
 in Ragged Paged Attention (arXiv:2604.15464).
 """
 
-from typing import Any, NamedTuple
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ejk.backends.pallas.page_attention_paging import Paging, divide_up
-from ejk.backends.pallas.page_attention_work import LANES, Work
+from ejk.backends.pallas._paging import Paging, divide_up, other_slot
+from ejk.backends.pallas._products import State, across, heads_of, merge, product, weight_of_sink
+from ejk.backends.pallas._tiles import LANES
+from ejk.backends.pallas.page_attention_sizes import Sizes
 
 
 def page_attention_kernel(
     # Prefetched scalars
-    lengths_ref,  # int32 [num_seqs]
-    tables_ref,  # int32 [num_seqs * max_blocks]
-    scale_ref,  # float32 [1]
-    window_ref,  # int32 [1] or [num_seqs], or None
+    context_lens_ref,  # int32 [num_seqs]
+    block_tables_ref,  # int32 [num_seqs * max_blocks]
+    attn_scale_ref,  # float32 [1]
+    sliding_window_ref,  # int32 [1] or [num_seqs], or None
     # Inputs
-    q_ref,  # [step_seqs, 1, kv_heads, group, head_dim]
+    query_ref,  # [step_items, 1, kv_heads, group, head_dim]
     sinks_ref,  # float32 [1, rows, 1], or None
-    slopes_ref,  # float32 [1, rows, 1], or None
-    k_hbm_ref,  # the pool of keys in its own layout, or of keys and values
-    v_hbm_ref,  # the pool of values, or None: they are in that of the keys
+    alibi_slopes_ref,  # float32 [1, rows, 1], or None
+    key_cache_hbm_ref,  # the pool of keys in its own layout, or of keys and values
+    value_cache_hbm_ref,  # the pool of values, or None: they are in that of the keys
     # Outputs
-    out_ref,  # [step_seqs, 1, kv_heads, group, value_head_dim]
-    lse_ref,  # float32 [step_seqs, 1, 1, rows], or None
+    out_ref,  # [step_items, 1, kv_heads, group, value_head_dim]
+    lse_ref,  # float32 [step_items, 1, 1, rows], or None
     # Scratch
     k_buf,  # [2, round_blocks, block_pages, *page]
     v_buf,  # [2, round_blocks, block_pages, *page], or None
@@ -62,29 +62,34 @@ def page_attention_kernel(
     l_ref,  # float32 [rows, 128], all lanes the same
     acc_ref,  # float32 [rows, value_head_dim]
     *,
-    work: Work,
+    sizes: Sizes,
 ):
     """Attend for the sequences of a step, and start the copies of the next one."""
-    problem, group = work.problem, work.problem.group
-    pools = [(k_hbm_ref, k_buf), (v_hbm_ref, v_buf)][: 1 + work.has_two_pools]
+    problem, group = sizes.problem, sizes.problem.group
+    pools = [(key_cache_hbm_ref, k_buf), (value_cache_hbm_ref, v_buf)][: 1 + sizes.has_two_pools]
 
     # Which work is mine: the blocks of some sequences, in rounds.
     core, step = pl.program_id(0), pl.program_id(1)
-    begin_seq = core * work.core_seqs if work.shared == "batch" else 0
+    begin_seq = core * sizes.core_items if sizes.shared == "batch" else 0
+
+    def begin_of(seq, end):
+        window = sliding_window_ref[seq if problem.own_windows else 0]
+        return jnp.maximum(end - jnp.maximum(window, 0), 0)
+
     paging = Paging(
-        lengths_ref,
-        tables_ref,
-        window_ref,
-        chain_ref,
-        blocks_ref,
-        pools,
-        sem,
-        core,
-        begin_seq,
-        work,
+        end=lambda seq: jnp.clip(context_lens_ref[seq], 0, problem.capacity),
+        begin=None if sliding_window_ref is None else begin_of,
+        begin_item=begin_seq,
+        core=core,
+        block_tables_ref=block_tables_ref,
+        pools=pools,
+        sem=sem,
+        chain_ref=chain_ref,
+        blocks_ref=blocks_ref,
+        sizes=sizes,
     )
-    first_seq = begin_seq + step * work.step_seqs
-    num_blocks = sum(paging.num_blocks(first_seq + i) for i in range(work.step_seqs))
+    first_seq = begin_seq + step * sizes.step_items
+    num_blocks = sum(paging.num_blocks(first_seq + i) for i in range(sizes.step_items))
     pl.when(step == 0)(paging.start_chain)
 
     # Load once: a sequence's state starts from the sink, or from nothing.
@@ -93,16 +98,16 @@ def page_attention_kernel(
 
     # Loop over the context: start the copies of the next round, wait for this one, compute it.
     def logits(slot, k, block):
-        seq = block.seq - first_seq
+        seq = block.item - first_seq
         heads = []
-        for head, keys in enumerate(heads_of(k_buf, slot, k, 0, work)):  # [block_kv, head_dim]
-            heads.append(product(q_ref[seq, 0, head], keys, contract=1))  # [group, block_kv]
-        s = jnp.concatenate(heads) * scale_ref[0]  # [rows, block_kv]
+        for head, keys in enumerate(heads_of(k_buf, slot, k, 0, sizes)):  # [block_kv, head_dim]
+            heads.append(product(query_ref[seq, 0, head], keys, contract=1))  # [group, block_kv]
+        s = jnp.concatenate(heads) * attn_scale_ref[0]  # [rows, block_kv]
         if problem.soft_cap is not None:
             s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
-        if slopes_ref is not None:  # positions, counted from the query's
-            ages = lax.broadcasted_iota(jnp.int32, (1, work.block_kv), 1) - (block.left - 1)
-            s += slopes_ref[0] * ages.astype(jnp.float32)
+        if alibi_slopes_ref is not None:  # positions, counted from the query's
+            ages = lax.broadcasted_iota(jnp.int32, (1, sizes.block_kv), 1) - (block.left - 1)
+            s += alibi_slopes_ref[0] * ages.astype(jnp.float32)
         return s
 
     def part(slot, k, block, s, masked):
@@ -113,7 +118,7 @@ def page_attention_kernel(
         m = s.max(axis=1, keepdims=True)  # [rows, 1]
         p = jnp.exp(s - jnp.where(m == -jnp.inf, 0.0, m))  # [rows, block_kv]
         heads = []
-        for head, values in enumerate(heads_of(pools[-1][1], slot, k, 1, work)):
+        for head, values in enumerate(heads_of(pools[-1][1], slot, k, 1, sizes)):
             values = values[:, : problem.value_head_dim]
             if masked:
                 values = hide_values(values, begin, end)
@@ -134,14 +139,14 @@ def page_attention_kernel(
 
     def write(i, result):
         out, lse = result
-        for head in range(work.kv_heads):
+        for head in range(sizes.kv_heads):
             out_ref[i, 0, head] = out[head * group : (head + 1) * group]
         if lse_ref is not None:
             lse_ref[i, 0] = lse
 
     def attend(slot, masked):
         paging.wait(slot, whole=not masked)
-        blocks = [paging.noted(slot, k) for k in range(work.round_blocks)]
+        blocks = [paging.noted(slot, k) for k in range(sizes.round_blocks)]
         # Masking has loops, across which no block's logits would stay in registers.
         s = {} if masked else {k: logits(slot, k, block) for k, block in enumerate(blocks)}
         state, results = State(m_ref[...], l_ref[...], acc_ref[...]), []
@@ -153,11 +158,11 @@ def page_attention_kernel(
             results.append(finish(state))
         m_ref[...], l_ref[...], acc_ref[...] = state
         for block, result in zip(blocks, results):
-            pl.when(paging.is_last(block))(lambda b=block, r=result: write(b.seq - first_seq, r))
+            pl.when(paging.is_last(block))(lambda b=block, r=result: write(b.item - first_seq, r))
 
     # Rows of sequences that see nothing stay as they are written here.
     nothing = finish(initial)
-    for i in range(work.step_seqs):
+    for i in range(sizes.step_items):
         write(i, nothing)
 
     def round_of_step(_, slot):
@@ -170,56 +175,8 @@ def page_attention_kernel(
         )
         return other_slot(slot)
 
-    rounds = divide_up(num_blocks, work.round_blocks)
+    rounds = divide_up(num_blocks, sizes.round_blocks)
     chain_ref[0] = lax.fori_loop(0, rounds, round_of_step, chain_ref[0])
-
-
-class State(NamedTuple):
-    """What a softmax has seen."""
-
-    m: Any  # [rows, 128], all lanes the same
-    l: Any  # [rows, 128], all lanes the same
-    acc: Any  # [rows, value_head_dim]
-
-
-def weight_of_sink(m):
-    """Return the weight of a sink beside itself: 0 of none, NaN of one that is not a number."""
-    return jnp.where(m == -jnp.inf, 0.0, jnp.where(m < jnp.inf, 1.0, jnp.nan))
-
-
-def merge(a: State, b: State) -> State:
-    """Return what both have seen."""
-    m = jnp.maximum(a.m, b.m)
-    m_safe = jnp.where(m == -jnp.inf, 0.0, m)
-    alpha, beta = jnp.exp(a.m - m_safe), jnp.exp(b.m - m_safe)
-    width = a.acc.shape[1]
-    acc = a.acc * across(alpha, width) + b.acc * across(beta, width)
-    return State(m, a.l * alpha + b.l * beta, acc)
-
-
-def across(x, width):
-    """Return `x [rows, 1]`, or `[rows, 128]` with all lanes the same, as wide as `width`."""
-    if x.shape[1] == 1:
-        return jnp.broadcast_to(x, (x.shape[0], width))
-    return jnp.concatenate([x] * (-(-width // LANES)), axis=1)[:, :width]
-
-
-def other_slot(slot):
-    return 1 - slot
-
-
-def heads_of(buf, slot, k, half, work):
-    """Yield each head's keys (`half=0`) or values of a block, `[block_kv, head_dim]`."""
-    fused = (half,) if work.problem.fused else ()
-    if work.problem.cache_layout == "NHD":
-        pages = jnp.transpose(buf[(slot, k, slice(None), *fused)], (2, 0, 1, 3))
-        blocks = (pages[head] for head in range(work.kv_heads))
-    else:
-        order = slice(None, None, -1 if work.problem.cache_layout == "KV_HEADS_FIRST" else 1)
-        where = ((*fused, head)[order] for head in range(work.kv_heads))
-        blocks = (buf[(slot, k, slice(None), *index)] for index in where)
-    for block in blocks:  # [block_pages, page_size, head_dim]
-        yield block.reshape(work.block_kv, block.shape[-1])
 
 
 def hide_logits(s, begin, end, hidden):
@@ -232,13 +189,6 @@ def hide_values(values, begin, end):
     """Select away the values of positions that are not visible: 0 * NaN is not 0."""
     offsets = lax.broadcasted_iota(jnp.int32, values.shape, 0)
     return jnp.where((offsets >= begin) & (offsets < end), values, jnp.zeros_like(values))
-
-
-def product(a, b, *, contract):
-    """Multiply `a [m, k]` with `b`, of which axis `contract` is summed over, in float32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dims = (((1,), (contract,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def column_to_row(x):

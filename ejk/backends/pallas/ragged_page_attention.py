@@ -10,9 +10,10 @@ from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.page_attention import AXIS
 from ejk.backends.pallas._backend import PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
-from ejk.backends.pallas.page_attention import PallasPageAttention, in_parts, seen_pages
-from ejk.backends.pallas.page_attention_work import LANES, round_up
-from ejk.backends.pallas.ragged_page_attention_work import ROWS_AT_ONCE, RaggedWork, item_words
+from ejk.backends.pallas._sizes import seen_pages
+from ejk.backends.pallas._tiles import LANES, in_parts, round_up
+from ejk.backends.pallas.page_attention import PallasPageAttention
+from ejk.backends.pallas.ragged_page_attention_sizes import ROWS_AT_ONCE, RaggedSizes, item_words
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,
@@ -62,18 +63,18 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
                 f"of a sequence and the blocks of queries must fit in {SMEM_LIMIT_BYTES} bytes of "
                 "scalar memory; larger pages make the table shorter"
             )
-        for work in self._works(problem):
+        for sizes in self._sizes(problem):
             reasons += self.vmem_refusals(
-                f"blocks of {work.block_q} new tokens and {work.block_pages} pages of "
+                f"blocks of {sizes.block_q} new tokens and {sizes.block_pages} pages of "
                 f"page_size={problem.page_size} need",
-                work.vmem(),
+                sizes.vmem(),
             )
         return tuple(reasons)
 
     def launch(
         self, problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
     ) -> Results:
-        from ejk.backends.pallas.ragged_page_attention_launch import nothing_seen
+        from ejk.backends.pallas.ragged_page_attention_call import nothing_seen
 
         most = self._seqs_per_launch(problem)
         results = nothing_seen(problem, operands.query)
@@ -88,10 +89,9 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         results: Results,
     ) -> Results:
         """Fill in the results of the new tokens of some sequences."""
-        from ejk.backends.pallas.ragged_page_attention_launch import launch
+        from ejk.backends.pallas.ragged_page_attention_call import attend
 
-        works = self._works(problem)
-        return launch(works, operands, results, self.vmem_limit, self.interpreter)
+        return attend(self._sizes(problem), operands, results, self.vmem_limit, self.interpreter)
 
     def _attend_parts(
         self,
@@ -121,15 +121,15 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         seqs, of_item = problem.num_seqs, item_words(problem)
         fixed = (of_item + 3) * LANES  # each array begins at a whole tile
         while seqs:
-            works = self._works(dataclasses.replace(problem, num_seqs=seqs))
-            items = max(work.num_seqs for work in works)
+            launches = self._sizes(dataclasses.replace(problem, num_seqs=seqs))
+            items = max(sizes.num_items for sizes in launches)
             words = seqs * problem.max_blocks + items * of_item + fixed
             if 4 * words <= SMEM_LIMIT_BYTES:
                 return seqs
             seqs //= 2
         return 0
 
-    def _works(self, problem: RaggedPageAttentionProblem) -> tuple[RaggedWork, ...]:
+    def _sizes(self, problem: RaggedPageAttentionProblem) -> tuple[RaggedSizes, ...]:
         """Cut the call in one launch, or in two: one new token a sequence, and more."""
         total, q_len = problem.total_tokens, problem.q_len_bound
         most = min(problem.num_seqs, total)
@@ -137,8 +137,8 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         # where `max_q_len` says less than is true, or most rows are nobody's, do they matter.
         least = -(-8 * item_words(problem) * total // SMEM_LIMIT_BYTES)
         if q_len <= FEW_TOKENS and self.block_q is None:
-            work = self._fitting(problem, max(q_len, least), (1, total))
-            return (_with_items(work, min(total // work.block_q + most, total)),)
+            sizes = self._fitting(problem, max(q_len, least), (1, total))
+            return (_with_items(sizes, min(total // sizes.block_q + most, total)),)
         rows = max(FEW_TOKENS, ROWS_AT_ONCE // problem.group)
         block_q = min(self.block_q or rows, max(q_len, least))
         many = self._fitting(problem, block_q, (2, total))
@@ -148,7 +148,7 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
 
     def _fitting(
         self, problem: RaggedPageAttentionProblem, block_q: int, q_lens: tuple[int, int]
-    ) -> RaggedWork:
+    ) -> RaggedSizes:
         """Return blocks that fit in VMEM: those of the context are made shorter, then the others.
 
         Fields of the object stay as they are.
@@ -156,18 +156,15 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         target, pages = chip(), self.pages_per_block
         if pages is None:
             pages = min(max(BLOCK_KV // problem.page_size, 1), seen_pages(problem))
-        work = RaggedWork(
-            problem, 0, pages, cores=target.cores, reordered_copies=target.reordered_copies,
-            block_q=block_q, q_lens=q_lens,
+        sizes = RaggedSizes(
+            problem=problem, num_items=0, block_pages=pages, block_q=block_q, q_lens=q_lens,
+            cores=target.cores, reordered_copies=target.reordered_copies,
         )  # fmt: skip
         for field, given in (("block_pages", self.pages_per_block), ("block_q", self.block_q)):
-            while given is None and getattr(work, field) > 1 and not self._fits(work):
-                work = dataclasses.replace(work, **{field: -(-getattr(work, field) // 2)})
-        return work
-
-    def _fits(self, work: RaggedWork) -> bool:
-        return sum(work.vmem().values()) <= self.vmem_limit
+            while given is None and getattr(sizes, field) > 1 and not sizes.fits(self.vmem_limit):
+                sizes = dataclasses.replace(sizes, **{field: -(-getattr(sizes, field) // 2)})
+        return sizes
 
 
-def _with_items(work: RaggedWork, items: int) -> RaggedWork:
-    return dataclasses.replace(work, num_seqs=round_up(items, work.cores))
+def _with_items(sizes: RaggedSizes, items: int) -> RaggedSizes:
+    return dataclasses.replace(sizes, num_items=round_up(items, sizes.cores))

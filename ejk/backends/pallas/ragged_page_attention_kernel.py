@@ -22,25 +22,15 @@ Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); one pipeline over a ragg
 Ragged Paged Attention (arXiv:2604.15464).
 """
 
-import dataclasses
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ejk.backends.pallas.page_attention_kernel import (
-    State,
-    across,
-    heads_of,
-    other_slot,
-    product,
-    weight_of_sink,
-)
-from ejk.backends.pallas.page_attention_paging import Block, Cursor, Paging, divide
-from ejk.backends.pallas.page_attention_work import LANES
-from ejk.backends.pallas.ragged_page_attention_work import RaggedWork
+from ejk.backends.pallas._paging import Paging, divide, other_slot
+from ejk.backends.pallas._products import State, across, heads_of, product, weight_of_sink
+from ejk.backends.pallas._tiles import LANES
+from ejk.backends.pallas.ragged_page_attention_sizes import RaggedSizes
 
 
 def ragged_page_attention_kernel(
@@ -53,18 +43,18 @@ def ragged_page_attention_kernel(
     all_ends_ref,  # int32 [items]
     contexts_ref,  # int32 [items], or None: tokens of the sequence before its new ones
     packed_ref,  # int32 [items], or None: where its new tokens begin in the batch
-    tables_ref,  # int32 [num_seqs * max_blocks]
-    scale_ref,  # float32 [1]
-    window_ref,  # int32 [1], or None
+    block_tables_ref,  # int32 [num_seqs * max_blocks]
+    attn_scale_ref,  # float32 [1]
+    sliding_window_ref,  # int32 [1], or None
     # Inputs
-    q_ref,  # [1, kv_heads, head_rows, head_dim]
+    query_ref,  # [1, kv_heads, head_rows, head_dim]
     sinks_ref,  # float32 [parts, rows, 1], or None
-    slopes_ref,  # float32 [parts, rows, 1], or None
+    alibi_slopes_ref,  # float32 [parts, rows, 1], or None
     positions_ref,  # int32 [1, rows, 1], or None: given positions of an item's rows
     new_positions_ref,  # int32 [1, width], or None: those of all tokens of the batch
-    tree_ref,  # float32 [1, tokens, width], or None: 1 where an item's token sees a new token
-    k_hbm_ref,  # the pool of keys in its own layout, or of keys and values
-    v_hbm_ref,  # the pool of values, or None: they are in that of the keys
+    tree_mask_ref,  # float32 [1, tokens, width], or None: 1 where an item's token sees a new token
+    key_cache_hbm_ref,  # the pool of keys in its own layout, or of keys and values
+    value_cache_hbm_ref,  # the pool of values, or None: they are in that of the keys
     # Outputs
     out_ref,  # [1, kv_heads, head_rows, value_head_dim]
     lse_ref,  # float32 [1, kv_heads, head_rows, 128], all lanes the same, or None
@@ -78,32 +68,31 @@ def ragged_page_attention_kernel(
     l_ref,  # float32 [parts, rows, 128], all lanes the same
     acc_ref,  # float32 [parts, rows, value_head_dim]
     *,
-    work: RaggedWork,
+    sizes: RaggedSizes,
 ):
     """Attend for the new tokens of an item, and start the copies of the next one."""
-    problem, (parts, rows) = work.problem, work.state_shape
+    problem, (parts, rows) = sizes.problem, sizes.state_shape
     # What some token sees is then not all between the first and the last of it.
-    has_gaps = tree_ref is not None or positions_ref is not None
-    pools = [(k_hbm_ref, k_buf), (v_hbm_ref, v_buf)][: 1 + work.has_two_pools]
+    has_gaps = tree_mask_ref is not None or positions_ref is not None
+    pools = [(key_cache_hbm_ref, k_buf), (value_cache_hbm_ref, v_buf)][: 1 + sizes.has_two_pools]
 
     # Which work is mine: the blocks of some items.
     core, step = pl.program_id(0), pl.program_id(1)
-    begin_item = core * work.core_seqs
-    paging = RaggedPaging(
-        ends_ref,
-        tables_ref,
-        window_ref,
-        chain_ref,
-        blocks_ref,
-        pools,
-        sem,
-        core,
-        begin_item,
-        work,
-        seqs_ref,
-        begins_ref,
-        all_begins_ref,
-        all_ends_ref,
+    begin_item = core * sizes.core_items
+    paging = Paging(
+        end=lambda item: ends_ref[item],
+        begin=None if begins_ref is None else lambda item, _: begins_ref[item],
+        all_end=lambda item: all_ends_ref[item],
+        all_begin=None if all_begins_ref is None else lambda item: all_begins_ref[item],
+        table_row=lambda item: seqs_ref[item],
+        begin_item=begin_item,
+        core=core,
+        block_tables_ref=block_tables_ref,
+        pools=pools,
+        sem=sem,
+        chain_ref=chain_ref,
+        blocks_ref=blocks_ref,
+        sizes=sizes,
     )
     item = begin_item + step
     pl.when(step == 0)(paging.start_chain)
@@ -116,13 +105,13 @@ def ragged_page_attention_kernel(
         m_ref[part], l_ref[part] = m, weight_of_sink(m)
         acc_ref[part] = jnp.zeros(acc_ref.shape[1:])
     # [rows, 1]: which of the item's tokens each row is of, its place in the context, its position.
-    token = tokens_of_rows(work)
+    token = tokens_of_rows(sizes)
     place = firsts_ref[item] + token
     position = place if positions_ref is None else positions_ref[0]
 
     # Loop over the context: start the copies of the next block, wait for this one, compute it.
     def key_places(block):
-        return block.base + lax.broadcasted_iota(jnp.int32, (1, work.block_kv), 1)
+        return block.base + lax.broadcasted_iota(jnp.int32, (1, sizes.block_kv), 1)
 
     def key_positions(block, masked):
         """Return the position of each token of a block, `[1, block_kv]`; masked are new ones."""
@@ -130,35 +119,35 @@ def ragged_page_attention_kernel(
         if new_positions_ref is None or not masked:
             return key
         first = packed_ref[item] + block.base - contexts_ref[item]
-        given = from_lane(new_positions_ref[...], first, work.block_kv)
+        given = from_lane(new_positions_ref[...], first, sizes.block_kv)
         return jnp.where(key < contexts_ref[item], key, given)
 
     def seen(block, key_position, hidden):
         """Say which tokens of a block each row sees, `[rows, block_kv]`."""
         key = key_places(block)
         exists = (key < block.base + block.left) & (hidden == 0)
-        if tree_ref is None:
+        if tree_mask_ref is None:
             visible = exists & (key <= place)
         else:
             column = key - contexts_ref[item]
-            masks = from_lane(tree_ref[0], block.base - contexts_ref[item], work.block_kv)
+            masks = from_lane(tree_mask_ref[0], block.base - contexts_ref[item], sizes.block_kv)
             is_token = token == lax.broadcasted_iota(jnp.int32, (rows, masks.shape[0]), 1)
             of_row = product(is_token.astype(jnp.float32), masks, contract=0)  # [rows, block_kv]
             given = (of_row > 0.5) & (column < problem.tree_width)
             visible = exists & (place >= 0) & ((column < 0) | given)
-        if window_ref is not None:
-            visible &= position - key_position < jnp.maximum(window_ref[0], 0)
+        if sliding_window_ref is not None:
+            visible &= position - key_position < jnp.maximum(sliding_window_ref[0], 0)
         return visible
 
     def logits(part, heads, key_position):
         """Return the logits of some heads' rows, `[rows, block_kv]`."""
-        first = part * work.heads_at_once
-        s = [product(q_ref[0, first + i], keys, contract=1) for i, keys in enumerate(heads)]
-        s = (jnp.concatenate(s) if len(s) > 1 else s[0]) * scale_ref[0]
+        first = part * sizes.heads_at_once
+        s = [product(query_ref[0, first + i], keys, contract=1) for i, keys in enumerate(heads)]
+        s = (jnp.concatenate(s) if len(s) > 1 else s[0]) * attn_scale_ref[0]
         if problem.soft_cap is not None:
             s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
-        if slopes_ref is not None:
-            s += slopes_ref[part] * (key_position - position).astype(jnp.float32)
+        if alibi_slopes_ref is not None:
+            s += alibi_slopes_ref[part] * (key_position - position).astype(jnp.float32)
         return s
 
     def take(part, s, heads):
@@ -168,7 +157,7 @@ def ragged_page_attention_kernel(
         p, alpha = jnp.exp(s - m_safe[:, :1]), jnp.exp(m_ref[part] - m_safe)
         l_ref[part] = l_ref[part] * alpha + across(p.sum(axis=1, keepdims=True), LANES)
         m_ref[part] = m
-        size = work.head_rows
+        size = sizes.head_rows
         pv = [
             product(p[i * size : (i + 1) * size].astype(values.dtype), values, contract=0)
             for i, values in enumerate(heads)
@@ -184,10 +173,10 @@ def ragged_page_attention_kernel(
         if masked:
             visible = seen(block, key_position, paging.hide_bad_pages(block, slot, 0))
             masks = visible, seen_by_some(visible, paging.visible(block), has_gaps)
-        keys = heads_of(k_buf, slot, 0, 0, work)
-        values = heads_of(pools[-1][1], slot, 0, 1, work)
+        keys = heads_of(k_buf, slot, 0, 0, sizes)
+        values = heads_of(pools[-1][1], slot, 0, 1, sizes)
         for part in range(parts):
-            of_part = range(work.heads_at_once)
+            of_part = range(sizes.heads_at_once)
             s = logits(part, [next(keys) for _ in of_part], key_position)
             v = [next(values)[:, : problem.value_head_dim] for _ in of_part]
             if masks is not None:
@@ -214,57 +203,17 @@ def ragged_page_attention_kernel(
         l = jnp.where(saw_any, state.l, 1.0)
         out = (state.acc / across(l, problem.value_head_dim)).astype(problem.out_dtype)
         lse = jnp.where(saw_any, state.m + jnp.log(l), -jnp.inf)
-        for i in range(work.heads_at_once):
-            of_head = slice(i * work.head_rows, (i + 1) * work.head_rows)
-            out_ref[0, part * work.heads_at_once + i] = out[of_head]
+        for i in range(sizes.heads_at_once):
+            of_head = slice(i * sizes.head_rows, (i + 1) * sizes.head_rows)
+            out_ref[0, part * sizes.heads_at_once + i] = out[of_head]
             if lse_ref is not None:
-                lse_ref[0, part * work.heads_at_once + i] = lse[of_head]
+                lse_ref[0, part * sizes.heads_at_once + i] = lse[of_head]
 
 
-@dataclasses.dataclass(frozen=True)
-class RaggedPaging(Paging):
-    """The chain of one core's items: what the decode kernel calls a sequence is an item here.
-
-    `lengths_ref` holds where items end, of which each sees what its last token does.
-    """
-
-    seqs_ref: Any
-    begins_ref: Any
-    all_begins_ref: Any
-    all_ends_ref: Any
-    work: RaggedWork
-
-    def first_of_item(self, item):
-        """Return the first place that a token of an item sees."""
-        return jnp.int32(0) if self.begins_ref is None else self.begins_ref[item]
-
-    def first_block(self, seq) -> Cursor:
-        item = jnp.minimum(seq, self.begin_seq + self.work.core_seqs - 1)
-        end, first = self.lengths_ref[item], self.first_of_item(item)
-        page_size = self.work.problem.page_size
-        base = first if self.begins_ref is None else divide(first, page_size) * page_size
-        return Cursor(seq, base, jnp.where(first < end, end - base, 0))
-
-    def entries(self, seq, base, left):
-        row, count = super().entries(0, base, left)
-        return row + self.seqs_ref[seq] * self.work.problem.max_blocks, count
-
-    def has_ends(self, cursor: Cursor):
-        seq, base, left = cursor
-        block_kv = self.work.block_kv
-        ends = (left < block_kv) | (base + block_kv > self.all_ends_ref[seq])
-        if self.all_begins_ref is not None:
-            ends |= base < self.all_begins_ref[seq]
-        return ends
-
-    def visible(self, block: Block):
-        return self.first_of_item(block.seq) - block.base, block.left
-
-
-def tokens_of_rows(work):
+def tokens_of_rows(sizes):
     """Return which of an item's tokens each row of a softmax is of, `[rows, 1]`."""
-    row = lax.broadcasted_iota(jnp.int32, (work.state_shape[1], 1), 0)
-    return divide(lax.rem(row, work.head_rows), work.problem.group)
+    row = lax.broadcasted_iota(jnp.int32, (sizes.state_shape[1], 1), 0)
+    return divide(lax.rem(row, sizes.head_rows), sizes.problem.group)
 
 
 def hide_logits(s, visible):

@@ -8,7 +8,7 @@ import jax
 from ejk.backends._fields import check_interpret
 from ejk.backends.pallas._backend import PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES
-from ejk.backends.pallas.write_kv_cache_work import Work
+from ejk.backends.pallas.write_kv_cache_sizes import WriteSizes
 from ejk.backends.write_kv_cache import (
     WriteKVCacheBackend,
     WriteKVCacheOperands,
@@ -48,16 +48,16 @@ class PallasWriteKVCache(PallasBackend, WriteKVCacheBackend):
                 f"num_tokens={problem.num_tokens}: their slots must fit in {SMEM_LIMIT_BYTES} "
                 "bytes of scalar memory"
             )
-        work = Work.of(problem, self.vmem_limit)
+        sizes = WriteSizes.of(problem, self.vmem_limit)
         reasons += self.vmem_refusals(
-            f"one token's window of {work.window_slots} slots needs", work.vmem(), bound="of "
+            f"one token's window of {sizes.window_slots} slots needs", sizes.vmem(), bound="of "
         )
         return tuple(reasons)
 
     def launch(
         self, problem: WriteKVCacheProblem, operands: WriteKVCacheOperands
     ) -> tuple[jax.Array, ...]:
-        from ejk.backends.pallas.write_kv_cache_launch import launch
+        from ejk.backends.pallas.write_kv_cache_call import write
 
-        work = Work.of(problem, self.vmem_limit)
-        return launch(work, operands, self.vmem_limit, self.interpreter)
+        sizes = WriteSizes.of(problem, self.vmem_limit)
+        return write(sizes, operands, self.vmem_limit, self.interpreter)

@@ -21,14 +21,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ejk.backends.pallas.write_kv_cache_work import Work
+from ejk.backends.pallas.write_kv_cache_sizes import WriteSizes
 
 NOBODY = -1
 
 
 def write_kv_cache_kernel(
     # Prefetched scalars
-    slots_ref,  # int32 [blocks * block_tokens], sorted; -1: writes nothing
+    slot_mapping_ref,  # int32 [blocks * block_tokens], sorted; -1: writes nothing
     # Inputs
     key_ref,  # [block_tokens, *row]
     value_ref,  # [block_tokens, *row], or None of latent pools
@@ -41,21 +41,21 @@ def write_kv_cache_kernel(
     leader_ref,  # int32 [block_tokens] in SMEM: whose window a token's row goes to, or NOBODY
     sem,
     *,
-    work: Work,
+    sizes: WriteSizes,
 ):
     """Write one block of tokens."""
     # Which work is mine: the windows of a block's tokens, each of its first.
-    first = pl.program_id(0) * work.block_tokens
-    problem = work.problem
+    first = pl.program_id(0) * sizes.block_tokens
+    problem = sizes.problem
     value_pool = key_cache_hbm_ref if problem.fused else value_cache_hbm_ref
-    halves = [Half(key_ref, key_cache_hbm_ref, key_buf, 0, work)]
+    halves = [Half(key_ref, key_cache_hbm_ref, key_buf, 0, sizes)]
     if not problem.latent:
-        halves.append(Half(value_ref, value_pool, value_buf, 1, work))
+        halves.append(Half(value_ref, value_pool, value_buf, 1, sizes))
 
     def find_leader(i, state):
         last_window, leader = state
-        slot = slots_ref[first + i]
-        window = jnp.where(slot >= 0, lax.div(slot, work.window_slots), last_window)
+        slot = slot_mapping_ref[first + i]
+        window = jnp.where(slot >= 0, lax.div(slot, sizes.window_slots), last_window)
         leader = jnp.where(window != last_window, i, leader)
         leader_ref[i] = jnp.where(slot >= 0, leader, NOBODY)
         return window, leader
@@ -63,27 +63,27 @@ def write_kv_cache_kernel(
     def for_leaders(act):
         """Act on each window and its leader, for keys and values."""
 
-        @pl.loop(0, work.block_tokens)
+        @pl.loop(0, sizes.block_tokens)
         def _(i):
             @pl.when(leader_ref[i] == i)
             def _():
                 for half in halves:
-                    act(half, i, slots_ref[first + i])
+                    act(half, i, slot_mapping_ref[first + i])
 
-    lax.fori_loop(0, work.block_tokens, find_leader, (jnp.int32(NOBODY), jnp.int32(NOBODY)))
+    lax.fori_loop(0, sizes.block_tokens, find_leader, (jnp.int32(NOBODY), jnp.int32(NOBODY)))
 
     # Load once: the windows.
-    if work.has_windows:
+    if sizes.has_windows:
         for_leaders(lambda half, i, slot: half.read(i, slot, sem).start())
         for_leaders(lambda half, i, slot: half.read(i, slot, sem).wait())
 
         # Loop over the tokens: put their rows in.
-        @pl.loop(0, work.block_tokens)
+        @pl.loop(0, sizes.block_tokens)
         def _(i):
             @pl.when(leader_ref[i] != NOBODY)
             def _():
                 for half in halves:
-                    half.change(i, leader_ref[i], slots_ref[first + i])
+                    half.change(i, leader_ref[i], slot_mapping_ref[first + i])
 
     # Write.
     for_leaders(lambda half, i, slot: half.write(i, slot, sem).start())
@@ -98,7 +98,7 @@ class Half:
     hbm_ref: Any
     buf: Any
     number: int  # of the half of a page that it is in fused pools
-    work: Work
+    sizes: WriteSizes
 
     def read(self, i, slot, sem):
         return pltpu.make_async_copy(self.window(slot), self.buf.at[i], sem)
@@ -108,15 +108,15 @@ class Half:
         window = self.buf[leader]
         slots = lax.broadcasted_iota(jnp.int32, window.shape, 1)
         row = jnp.broadcast_to(self.rows_ref[i], window.shape)
-        self.buf[leader] = jnp.where(slots == lax.rem(slot, self.work.window_slots), row, window)
+        self.buf[leader] = jnp.where(slots == lax.rem(slot, self.sizes.window_slots), row, window)
 
     def write(self, i, slot, sem):
-        written = self.buf if self.work.has_windows else self.rows_ref
+        written = self.buf if self.sizes.has_windows else self.rows_ref
         return pltpu.make_async_copy(written.at[i], self.window(slot), sem)
 
     def window(self, slot):
         """The part of the pool that is read and written for a slot."""
-        problem, window_slots = self.work.problem, self.work.window_slots
+        problem, window_slots = self.sizes.problem, self.sizes.window_slots
         page, offset = lax.div(slot, problem.page_size), lax.rem(slot, problem.page_size)
         half = (self.number,) if problem.fused else ()
         if problem.cache_layout == "NHD":

@@ -2,21 +2,21 @@
 
 import dataclasses
 
-from ejk.backends.pallas.page_attention_work import SUBLANES, tiled
+from ejk.backends.pallas._tiles import SUBLANES, tiled
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
 MAX_BLOCK_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class WriteSizes:
     """The static shape of one launch."""
 
     problem: WriteKVCacheProblem
     block_tokens: int
 
     @classmethod
-    def of(cls, problem: WriteKVCacheProblem, vmem_limit_bytes: int) -> "Work":
+    def of(cls, problem: WriteKVCacheProblem, vmem_limit_bytes: int) -> "WriteSizes":
         """Take as many tokens a step as fit."""
         tokens = min(MAX_BLOCK_TOKENS, problem.num_tokens)
         while tokens > 1 and sum(cls(problem, tokens).vmem().values()) > vmem_limit_bytes:

@@ -1,0 +1,69 @@
+"""Softmax and products of the attention kernels: a state, its rows over lanes, heads of blocks."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from ejk.backends.pallas._sizes import PagedSizes
+from ejk.backends.pallas._tiles import LANES
+
+
+class State(NamedTuple):
+    """What a softmax has seen."""
+
+    m: jax.Array  # [rows, 128], all lanes the same
+    l: jax.Array  # [rows, 128], all lanes the same
+    acc: jax.Array  # [rows, value_head_dim]
+
+
+def state_scratch(rows: tuple[int, ...], value_head_dim: int) -> dict[str, Any]:
+    """Return the memory of states: of one, or of several on the first axis."""
+    widths = {"m_ref": LANES, "l_ref": LANES, "acc_ref": value_head_dim}
+    return {name: pltpu.VMEM((*rows, width), jnp.float32) for name, width in widths.items()}
+
+
+def weight_of_sink(m: jax.Array) -> jax.Array:
+    """Return the weight of a sink beside itself: 0 of none, NaN of one that is not a number."""
+    return jnp.where(m == -jnp.inf, 0.0, jnp.where(m < jnp.inf, 1.0, jnp.nan))
+
+
+def merge(a: State, b: State) -> State:
+    """Return what both have seen."""
+    m = jnp.maximum(a.m, b.m)
+    m_safe = jnp.where(m == -jnp.inf, 0.0, m)
+    alpha, beta = jnp.exp(a.m - m_safe), jnp.exp(b.m - m_safe)
+    width = a.acc.shape[1]
+    acc = a.acc * across(alpha, width) + b.acc * across(beta, width)
+    return State(m, a.l * alpha + b.l * beta, acc)
+
+
+def across(x: jax.Array, width: int) -> jax.Array:
+    """Return `x [rows, 1]`, or `[rows, 128]` with all lanes the same, as wide as `width`."""
+    if x.shape[1] == 1:
+        return jnp.broadcast_to(x, (x.shape[0], width))
+    return jnp.concatenate([x] * (-(-width // LANES)), axis=1)[:, :width]
+
+
+def heads_of(buf: Any, slot: Any, k: int, half: int, sizes: PagedSizes) -> Iterator[jax.Array]:
+    """Yield each head's keys (`half=0`) or values of a block, `[block_kv, head_dim]`."""
+    fused = (half,) if sizes.problem.fused else ()
+    if sizes.problem.cache_layout == "NHD":
+        pages = jnp.transpose(buf[(slot, k, slice(None), *fused)], (2, 0, 1, 3))
+        blocks = (pages[head] for head in range(sizes.kv_heads))
+    else:
+        order = slice(None, None, -1 if sizes.problem.cache_layout == "KV_HEADS_FIRST" else 1)
+        where = ((*fused, head)[order] for head in range(sizes.kv_heads))
+        blocks = (buf[(slot, k, slice(None), *index)] for index in where)
+    for block in blocks:  # [block_pages, page_size, head_dim]
+        yield block.reshape(sizes.block_kv, block.shape[-1])
+
+
+def product(a: jax.Array, b: jax.Array, *, contract: int) -> jax.Array:
+    """Multiply `a [m, k]` with `b`, of which axis `contract` is summed over, in float32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dims = (((1,), (contract,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
