@@ -8,6 +8,7 @@ import jax
 
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.page_attention import (
+    POOLS,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
@@ -48,20 +49,10 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
     vmem_limit_bytes: int | None = None
     interpret: bool | Hashable = False
 
-    features = frozenset(
-        {
-            "attn_logits_soft_cap",
-            "sliding_window",
-            "sinks",
-            "alibi_slopes",
-            "value_head_dim",
-            "fused_pools",
-            "return_lse",
-            "axis_name",
-            'cache_layout="HND"',
-            'cache_layout="NHD"',
-            'cache_layout="KV_HEADS_FIRST"',
-        }
+    features = (
+        frozenset({"attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes"})
+        | {"value_head_dim", "return_lse", "axis_name"}  # but not with slopes
+        | POOLS
     )
 
     def __post_init__(self):

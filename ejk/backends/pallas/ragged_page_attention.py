@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from ejk.backends._fields import at_least, check_interpret
-from ejk.backends.page_attention import AXIS
+from ejk.backends.page_attention import POOLS
 from ejk.backends.pallas._backend import PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
 from ejk.backends.pallas._sizes import seen_pages
 from ejk.backends.pallas._tiles import LANES, in_parts, round_up
-from ejk.backends.pallas.page_attention import PallasPageAttention
 from ejk.backends.pallas.ragged_page_attention_sizes import ROWS_AT_ONCE, RaggedSizes, item_words
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
@@ -49,7 +48,11 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
     vmem_limit_bytes: int | None = None
     interpret: bool | Hashable = False
 
-    features = (PallasPageAttention.features - AXIS) | {"positions", "tree_mask"}
+    features = (
+        frozenset({"attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes"})
+        | {"value_head_dim", "return_lse", "positions", "tree_mask"}
+        | POOLS
+    )
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)

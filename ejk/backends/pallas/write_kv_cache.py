@@ -6,6 +6,7 @@ from collections.abc import Hashable
 import jax
 
 from ejk.backends._fields import check_interpret
+from ejk.backends.page_attention import POOLS
 from ejk.backends.pallas._backend import PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES
 from ejk.backends.pallas.write_kv_cache_sizes import WriteSizes
@@ -28,15 +29,7 @@ class PallasWriteKVCache(PallasBackend, WriteKVCacheBackend):
 
     interpret: bool | Hashable = False
 
-    features = frozenset(
-        {
-            "fused_pools",
-            "latent_pools",
-            'cache_layout="HND"',
-            'cache_layout="NHD"',
-            'cache_layout="KV_HEADS_FIRST"',
-        }
-    )
+    features = POOLS | {"latent_pools"}
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)
