@@ -33,7 +33,8 @@ from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts, windo
 from ejk.backends.pallas.page_attention import PallasPageAttention
 from ejk.backends.reverse_mode.page_attention import differentiable
 from ejk.backends.triton.page_attention import TritonPageAttention
-from ejk.backends.xla.page_attention import XlaPageAttention, finish, nothing_seen
+from ejk.backends.xla._softmax import finish, nothing_seen
+from ejk.backends.xla.page_attention import XlaPageAttention
 
 BACKENDS = (TritonPageAttention(), PallasPageAttention(), XlaPageAttention())
 """Best first: each platform's own kernel, then XLA, which runs everything."""

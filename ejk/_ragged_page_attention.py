@@ -37,7 +37,7 @@ from ejk.backends.ragged_page_attention import (
 )
 from ejk.backends.reverse_mode.ragged_page_attention import differentiable
 from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
-from ejk.backends.xla.page_attention import finish, nothing_seen
+from ejk.backends.xla._softmax import finish, nothing_seen
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
 
 FEW_TOKENS = 8  # new tokens of a decode step or a draft: rounded up they could ask for wide blocks

@@ -13,7 +13,7 @@ from tolerances import assert_close
 
 import ejk
 import ejk._ragged_page_attention as public
-import ejk.backends.xla.page_attention as pages
+import ejk.backends.xla._softmax as softmax
 import ejk.backends.xla.ragged_page_attention as ragged
 
 BOUNDS = ([1, 5, 5, 9, 10, 11, 12, 12, 12, 12], [3, 9, 7, 8, 8, 20, 13, 12, 4, 4])
@@ -45,30 +45,30 @@ def holds(bug: str):
     assert_close(case, *entry(case))
 
 
-query_blocks, visible, key_positions = ragged.query_blocks, ragged._visible, ragged._key_positions
-sane_bounds, block_counts, gather = ragged.sane_bounds, ragged.block_counts, pages._gather
-by_token, accumulate = ragged.by_token, ragged.accumulate
+queries_of, visible, key_positions = ragged.Queries.of, ragged._visible, ragged._key_positions
+sane_bounds, item_counts, gather = ragged.sane_bounds, ragged.item_counts, softmax._gather
+by_token, accumulate = ragged.by_token, softmax.accumulate
 
 
-def blocks_changed(change):
+def queries_changed(change):
     def changed(problem, operands, *rest):
-        return change(problem, query_blocks(problem, operands, *rest))
+        return change(problem, queries_of(problem, operands, *rest))
 
     return changed
 
 
 def shifted_places(by):
-    def change(problem, blocks):
-        return blocks._replace(place=blocks.place + by, last=blocks.last + by)
+    def change(problem, queries):
+        return queries._replace(place=queries.place + by, last=queries.last + by)
 
-    return blocks_changed(change)
+    return queries_changed(change)
 
 
 def windows_longer_by(by):
-    def changed(problem, operands, blocks, *rest):
+    def changed(problem, operands, queries, *rest):
         if problem.has_window:
-            blocks = blocks._replace(window=blocks.window + by)
-        return visible(problem, operands, blocks, *rest)
+            queries = queries._replace(window=queries.window + by)
+        return visible(problem, operands, queries, *rest)
 
     return changed
 
@@ -79,14 +79,14 @@ def columns_shifted(problem, operands, *rest):
     return visible(problem, operands, *rest)
 
 
-def causal_trees(problem, operands, blocks, key, *rest):
-    seen = visible(problem, operands, blocks, key, *rest)
-    return seen & (key[None, None] <= blocks.place[..., None])
+def causal_trees(problem, operands, queries, key, *rest):
+    seen = visible(problem, operands, queries, key, *rest)
+    return seen & (key[None, None] <= queries.place[..., None])
 
 
-def trees_without_context(problem, operands, blocks, key, *rest):
-    seen = visible(problem, operands, blocks, key, *rest)
-    hidden = (key[None] < blocks.context[:, None])[:, None] & (problem.tree_width > 0)
+def trees_without_context(problem, operands, queries, key, *rest):
+    seen = visible(problem, operands, queries, key, *rest)
+    hidden = (key[None] < queries.context[:, None])[:, None] & (problem.tree_width > 0)
     return seen & ~hidden
 
 
@@ -95,37 +95,39 @@ def default_key_positions(problem, *rest):
 
 
 def given_positions_ignored(problem, *rest):
-    return query_blocks(dataclasses.replace(problem, has_positions=False), *rest)
+    return queries_of(dataclasses.replace(problem, has_positions=False), *rest)
 
 
-def contexts_from_the_start(problem, blocks):
-    return blocks._replace(place=blocks.place - jnp.maximum(blocks.context, 0)[:, None])
+def contexts_from_the_start(problem, queries):
+    return queries._replace(place=queries.place - jnp.maximum(queries.context, 0)[:, None])
 
 
-def next_sequence(problem, blocks):
-    return blocks._replace(seq=(blocks.seq + 1) % problem.num_seqs)
+def next_sequence(problem, queries):
+    return queries._replace(seq=(queries.seq + 1) % problem.num_seqs)
 
 
-def next_rows(problem, blocks):
-    token = jnp.where(blocks.inside, (blocks.token + 1) % problem.total_tokens, blocks.token)
-    return blocks._replace(token=token)
+def next_rows(problem, queries):
+    token = jnp.where(queries.inside, (queries.token + 1) % problem.total_tokens, queries.token)
+    return queries._replace(token=token)
 
 
-def whole_blocks(problem, blocks):
-    token = blocks.token[:, :1] + jnp.arange(blocks.token.shape[1], dtype=jnp.int32)[None]
-    return blocks._replace(token=token, inside=blocks.inside[:, :1] | jnp.zeros_like(blocks.inside))
+def whole_items(problem, queries):
+    token = queries.token[:, :1] + jnp.arange(queries.token.shape[1], dtype=jnp.int32)[None]
+    return queries._replace(
+        token=token, inside=queries.inside[:, :1] | jnp.zeros_like(queries.inside)
+    )
 
 
-def seen_before_the_first(problem, blocks):
-    return blocks._replace(place=jnp.maximum(blocks.place, 0))
+def seen_before_the_first(problem, queries):
+    return queries._replace(place=jnp.maximum(queries.place, 0))
 
 
 def unselected_gather(problem, pool, pages, half, visible):
     return gather(problem, pool, pages, half, jnp.ones_like(visible))
 
 
-def fewer_blocks(bounds, sizes):
-    ends = jnp.cumsum(block_counts(bounds, sizes))
+def fewer_items(bounds, sizes):
+    ends = jnp.cumsum(item_counts(bounds, sizes))
     return jnp.diff(jnp.minimum(ends, ends[-1] - 1), prepend=0)
 
 
@@ -138,23 +140,23 @@ def earlier_blocks_forgotten(state, *rest):
 
 
 BUGS = {
-    "causality is off by one": (ragged, "query_blocks", shifted_places(1)),
-    "a token does not see itself": (ragged, "query_blocks", shifted_places(-1)),
+    "causality is off by one": (ragged.Queries, "of", shifted_places(1)),
+    "a token does not see itself": (ragged.Queries, "of", shifted_places(-1)),
     "the window is one too long": (ragged, "_visible", windows_longer_by(1)),
     "the window is one too short": (ragged, "_visible", windows_longer_by(-1)),
-    "another sequence's pages": (ragged, "query_blocks", blocks_changed(next_sequence)),
-    "another row's queries": (ragged, "query_blocks", blocks_changed(next_rows)),
-    "rows of the next sequence, too": (ragged, "query_blocks", blocks_changed(whole_blocks)),
-    "new tokens come first": (ragged, "query_blocks", blocks_changed(contexts_from_the_start)),
+    "another sequence's pages": (ragged.Queries, "of", queries_changed(next_sequence)),
+    "another row's queries": (ragged.Queries, "of", queries_changed(next_rows)),
+    "rows of the next sequence, too": (ragged.Queries, "of", queries_changed(whole_items)),
+    "new tokens come first": (ragged.Queries, "of", queries_changed(contexts_from_the_start)),
     "tokens before the first see it": (
-        ragged, "query_blocks", blocks_changed(seen_before_the_first),
+        ragged.Queries, "of", queries_changed(seen_before_the_first),
     ),
     "columns of the mask are off by one": (ragged, "_visible", columns_shifted),
     "trees are causal, too": (ragged, "_visible", causal_trees),
     "trees hide the context": (ragged, "_visible", trees_without_context),
-    "positions are ignored": (ragged, "query_blocks", given_positions_ignored),
+    "positions are ignored": (ragged.Queries, "of", given_positions_ignored),
     "keys keep their default positions": (ragged, "_key_positions", default_key_positions),
-    "the last block of queries is dropped": (ragged, "block_counts", fewer_blocks),
+    "the last item is dropped": (ragged, "item_counts", fewer_items),
     "bounds may fall": (
         ragged, "sane_bounds", lambda problem, bounds: jnp.clip(bounds, 0, problem.total_tokens),
     ),
@@ -166,9 +168,9 @@ BUGS = {
     "64-bit integers are narrowed first": (
         public, "as_int32", lambda x, bound: jnp.asarray(np.asarray(x).astype(np.int32)),
     ),
-    "unread slots are multiplied by zero": (pages, "_gather", unselected_gather),
+    "unread slots are multiplied by zero": (softmax, "_gather", unselected_gather),
     "heads in reverse": (ragged, "by_token", heads_in_reverse),
-    "earlier blocks are forgotten": (ragged, "accumulate", earlier_blocks_forgotten),
+    "earlier blocks are forgotten": (softmax, "accumulate", earlier_blocks_forgotten),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import ejk
 import ejk._page_attention as public
 import ejk.backends.reverse_mode.attention as shared
 import ejk.backends.reverse_mode.page_attention as backward
+import ejk.backends.xla._softmax as softmax
 import ejk.backends.xla.page_attention as forward
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -69,10 +70,9 @@ def replace_operands(**changes):
     )
 
 
-context_of, span, load = forward.Context.of, forward.Blocks.span, forward.Blocks.load
-distances = forward.Blocks._distances
+context_of, span, load = forward.Context.of, forward.Context.span, forward.load_block
 attend, gather, logits, product, accumulate = (
-    forward._attend, forward._gather, forward.logits, forward.product, forward.accumulate
+    forward._attend, softmax._gather, softmax.Block.logits, softmax.product, softmax.accumulate
 )  # fmt: skip
 
 
@@ -106,34 +106,32 @@ def windowed(function):
 
 def context_past_capacity(problem, operands):
     length = jnp.clip(operands.context_lens, 0, 10 * problem.capacity)
-    return dataclasses.replace(context_of(problem, operands), length=length)
+    return context_of(problem, operands)._replace(length=length)
 
 
 def context_of_whole_pages(problem, operands):
     context = context_of(problem, operands)
     whole = -(-context.length // problem.page_size) * problem.page_size
-    return dataclasses.replace(context, length=whole)
+    return context._replace(length=whole)
 
 
 def tables_changed(change):
-    def changed(blocks, problem, operands, context, tables, block):
-        return load(blocks, problem, operands, context, change(tables, problem.num_pages), block)
-
-    return changed
+    tables = replace_operands(block_tables=lambda p, o: change(o.block_tables, p.num_pages))
+    return around(load, tables)
 
 
-def last_block_dropped(blocks, context):
-    begin, end = span(blocks, context)
+def last_block_dropped(context, sizes):
+    begin, end = span(context, sizes)
     return begin, end - 1
 
 
-def first_block_dropped(blocks, context):
-    begin, end = span(blocks, context)
+def first_block_dropped(context, sizes):
+    begin, end = span(context, sizes)
     return begin + 1, end
 
 
-def cap_after_slopes(problem, operands, *rest):
-    scores = logits(dataclasses.replace(problem, soft_cap=None), operands, *rest)
+def cap_after_slopes(block, problem, *rest):
+    scores = no_cap(block, problem, *rest)
     return scores if problem.soft_cap is None else jnp.tanh(scores / 2.0) * 2.0
 
 
@@ -141,17 +139,17 @@ def earlier_blocks_forgotten(state, *rest):
     return accumulate((jnp.full_like(state[0], -jnp.inf), *state[1:]), *rest)
 
 
-def no_cap(problem, *rest):
-    return logits(dataclasses.replace(problem, soft_cap=None), *rest)
+def no_cap(block, problem, *rest):
+    return logits(block, dataclasses.replace(problem, soft_cap=None), *rest)
 
 
-def no_slopes(problem, *rest):
-    return logits(dataclasses.replace(problem, has_alibi=False), *rest)
+def no_slopes(block, problem, *rest):
+    return logits(block, dataclasses.replace(problem, has_alibi=False), *rest)
 
 
-def slopes_from_the_start(blocks, problem, operands, context, block):
-    start = dataclasses.replace(context, length=jnp.ones_like(context.length))
-    return distances(blocks, problem, operands, start, block)
+def slopes_from_the_start(problem, operands, sizes, context, number):
+    block = load(problem, operands, sizes, context, number)
+    return block._replace(ahead=block.ahead + (context.length - 1)[:, None, None])
 
 
 def low_products(formula, a, b):
@@ -177,66 +175,69 @@ SCALED_SINKS = replace_operands(sinks=lambda p, o: None if o.sinks is None else 
 NO_SCALE = replace_operands(attn_scale=lambda p, o: jnp.float32(p.head_dim**-0.5))
 
 FORWARD = {
-    "unread slots are multiplied by zero": (forward, "_gather", unselected_gather),
+    "unread slots are multiplied by zero": (softmax, "_gather", unselected_gather),
     "query heads are dealt out to KV heads": (forward, "group_heads", interleaved_heads),
     "the window is one too long": (forward.Context, "of", windowed(longer_window(1))),
     "the window is one too short": (forward.Context, "of", windowed(longer_window(-1))),
     "lengths run past the capacity": (forward.Context, "of", context_past_capacity),
     "tails of pages are visible": (forward.Context, "of", context_of_whole_pages),
     "bad entries are clamped": (
-        forward.Blocks, "load", tables_changed(lambda tables, n: jnp.clip(tables, 0, n - 1)),
+        forward, "load_block", tables_changed(lambda tables, n: jnp.clip(tables, 0, n - 1)),
     ),
-    "bad entries wrap": (forward.Blocks, "load", tables_changed(lambda tables, n: tables % n)),
-    "values are read from the keys' half": (forward, "_gather", halves_changed(lambda half: 0)),
-    "the values come first": (forward, "_gather", halves_changed(lambda half: 1 - half)),
-    "the last block is dropped": (forward.Blocks, "span", last_block_dropped),
-    "the first block is dropped": (forward.Blocks, "span", first_block_dropped),
+    "bad entries wrap": (forward, "load_block", tables_changed(lambda tables, n: tables % n)),
+    "values are read from the keys' half": (softmax, "_gather", halves_changed(lambda half: 0)),
+    "the values come first": (softmax, "_gather", halves_changed(lambda half: 1 - half)),
+    "the last block is dropped": (forward.Context, "span", last_block_dropped),
+    "the first block is dropped": (forward.Context, "span", first_block_dropped),
     "pages in reverse": (
-        forward.Blocks, "load", tables_changed(lambda tables, n: tables[:, ::-1]),
+        forward, "load_block", tables_changed(lambda tables, n: tables[:, ::-1]),
     ),
-    "earlier blocks are forgotten": (forward, "accumulate", earlier_blocks_forgotten),
-    "the cap comes after the slopes": (forward, "logits", cap_after_slopes),
-    "the cap is ignored": (forward, "logits", no_cap),
-    "the slopes are ignored": (forward, "logits", no_slopes),
-    "slopes count from the start": (forward.Blocks, "_distances", slopes_from_the_start),
+    "earlier blocks are forgotten": (softmax, "accumulate", earlier_blocks_forgotten),
+    "the cap comes after the slopes": (softmax.Block, "logits", cap_after_slopes),
+    "the cap is ignored": (softmax.Block, "logits", no_cap),
+    "the slopes are ignored": (softmax.Block, "logits", no_slopes),
+    "slopes count from the start": (forward, "load_block", slopes_from_the_start),
     "the scale is ignored": (forward, "_attend", around(attend, NO_SCALE)),
     "the sink is scaled": (forward, "_attend", around(attend, SCALED_SINKS)),
     "the sink is not in the LSE": (forward, "_attend", no_sink_in_the_lse),
     "the LSE is in base two": (forward, "_attend", lse_in_base_two),
-    "float32 products are rounded to bfloat16": (forward, "product", low_products),
+    "float32 products are rounded to bfloat16": (softmax, "product", low_products),
     "64-bit integers are narrowed first": (public, "as_int32", wrapping_as_int32),
 }  # fmt: skip
 
 
-def overwriting_scatter(problem, grad, pages, half, blocks):
-    return scatter(problem, jnp.zeros_like(grad), pages, half, blocks)
+def overwriting_scatter(problem, grad, pages, half, block):
+    return scatter(problem, jnp.zeros_like(grad), pages, half, block)
 
 
-def scatter_into_keys(problem, grad, pages, half, blocks):
-    return scatter(problem, grad, pages, shared.KEYS, blocks)
+def scatter_into_keys(problem, grad, pages, half, block):
+    return scatter(problem, grad, pages, shared.KEYS, block)
 
 
-def scatter_of_first_readers(problem, grad, pages, half, blocks):
+def scatter_of_first_readers(problem, grad, pages, half, block):
     """The first page, which all sequences share, counts for the first of them alone."""
-    return scatter(problem, grad, pages, half, blocks.at[1:, :, : problem.page_size].set(0))
+    return scatter(problem, grad, pages, half, block.at[1:, :, : problem.page_size].set(0))
 
 
-def no_slope_gradient(problem, operands, *rest):
-    return logits(
-        problem, operands._replace(alibi_slopes=jax.lax.stop_gradient(operands.alibi_slopes)), *rest
-    )
+def no_slope_gradient(block, problem, operands, *rest):
+    slopes = jax.lax.stop_gradient(operands.alibi_slopes)
+    return logits(block, problem, operands._replace(alibi_slopes=slopes), *rest)
+
+
+class CaplessBlock(softmax.Block):
+    logits = no_cap
 
 
 scatter = shared._scatter
 
 BACKWARD = {
-    "unread slots are multiplied by zero": (forward, "_gather", unselected_gather),
+    "unread slots are multiplied by zero": (softmax, "_gather", unselected_gather),
     "blocks overwrite each other's gradient": (shared, "_scatter", overwriting_scatter),
     "values' gradient goes to the keys": (shared, "_scatter", scatter_into_keys),
     "shared pages count once": (shared, "_scatter", scatter_of_first_readers),
-    "slopes have no gradient": (backward, "logits", no_slope_gradient),
-    "the cap is ignored": (backward, "logits", no_cap),
-    "the last block is dropped": (forward.Blocks, "span", last_block_dropped),
+    "slopes have no gradient": (softmax.Block, "logits", no_slope_gradient),
+    "the cap is ignored": (backward, "load_block", lambda *args: CaplessBlock(*load(*args))),
+    "the last block is dropped": (forward.Context, "span", last_block_dropped),
 }
 
 

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ejk import _dispatch, _partition
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.reverse_mode import with_pull_back
-from ejk.backends.xla.page_attention import KEYS, VALUES, page_index, product
+from ejk.backends.xla._softmax import KEYS, VALUES, Block, Operands, page_index, product
 
 # One size for all platforms: the backward pass does not know which it is lowered for.
 BLOCK_BYTES = 8 * 2**20
@@ -81,10 +82,11 @@ class Sums(NamedTuple):
     def none(cls, rows: Rows) -> "Sums":
         return cls(jnp.zeros_like(rows.lse), jnp.zeros_like(rows.lse))
 
-    def add(self, rows: Rows, scores, visible, values) -> "Sums":
-        """Add a block: its logits, which of them count, and its values."""
+    def add(self, problem: PagedProblem, operands: Operands, rows: Rows, block: Block) -> "Sums":
+        scores = block.logits(problem, operands, rows.query, block.keys)
+        visible = block.visible_rows(problem)
         p = jnp.where(visible, jnp.exp(scores - rows.lse[..., None]), 0.0)
-        dp = product("skgd,sktd->skgt", rows.g, values.astype(rows.g.dtype))
+        dp = product("skgd,sktd->skgt", rows.g, block.values.astype(rows.g.dtype))
         return Sums(self.weights + p.sum(-1), self.weighted + (p * dp).sum(-1))
 
 
@@ -106,20 +108,22 @@ class Softmax(NamedTuple):
         total = jnp.where(total == 0, 1.0, total)
         return cls(rows, total, rows.h - sums.weighted / total)
 
-    def pull_back(self, problem: PagedProblem, logits, keys, values, visible, scale, slopes):
-        """Return the cotangents of query, keys, values, scale and slopes that a block makes.
+    def pull_back(
+        self, problem: PagedProblem, operands: Operands, block: Block
+    ) -> tuple[jax.Array, ...]:
+        """Return the cotangents of query, keys, values, scale and slopes that a block makes."""
+        visible = block.visible_rows(problem)
 
-        `logits(query, keys, scale, slopes)` are the block's, `[batch, num_kv_heads, rows, tokens]`.
-        """
-
-        def visible_logits(*inputs):
-            return jnp.where(visible, logits(*inputs), 0.0)
+        def visible_logits(query: jax.Array, keys: jax.Array, scale: jax.Array, slopes: Any):
+            given = operands._replace(attn_scale=scale, alibi_slopes=slopes)
+            return jnp.where(visible, block.logits(problem, given, query, keys), 0.0)
 
         rows = self.rows
-        scores, pullback = jax.vjp(visible_logits, rows.query, keys, scale, slopes)
+        inputs = (rows.query, block.keys, operands.attn_scale, operands.alibi_slopes)
+        scores, pullback = jax.vjp(visible_logits, *inputs)
         p = jnp.exp(scores - rows.lse[..., None]) / self.total[..., None]
         p = jnp.where(visible, p, 0.0)
-        dp = product("skgd,sktd->skgt", rows.g, values.astype(rows.g.dtype))
+        dp = product("skgd,sktd->skgt", rows.g, block.values.astype(rows.g.dtype))
         d_query, d_keys, d_scale, d_slopes = pullback(p * (dp + self.delta[..., None]))
         d_values = product("skgt,skgd->sktd", p.astype(rows.g.dtype), rows.g)
         if problem.latent:
@@ -133,7 +137,43 @@ class Softmax(NamedTuple):
         return jnp.exp(self.rows.sinks - self.rows.lse) / self.total * self.delta
 
 
-def add_to_pools(problem: PagedProblem, grads, pages, d_keys, d_values):
+def pull_back_rows(
+    problem: PagedProblem,
+    operands: Operands,
+    rows: Rows,
+    span: tuple[jax.Array, jax.Array],
+    load: Callable[[jax.Array], Block],
+    grads: Any,
+) -> tuple[Any, jax.Array, jax.Array | None]:
+    """Pull back rows that see the blocks `[begin, end)` of `span`.
+
+    Returns `grads` with the cotangents of pools, scale and slopes added, and those of the rows'
+    queries and sinks.
+    """
+
+    def add_up(number: jax.Array, sums: Sums) -> Sums:
+        return sums.add(problem, operands, rows, load(number))
+
+    def step(number: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        (grads, d_rows), block = carry, load(number)
+        d_query, d_keys, d_values, d_scale, d_slopes = softmax.pull_back(problem, operands, block)
+        grads = _add_to_pools(problem, grads, block.pages, d_keys, d_values)
+        grads = grads._replace(
+            attn_scale=grads.attn_scale + d_scale,
+            alibi_slopes=grads.alibi_slopes + d_slopes if problem.has_alibi else None,
+        )
+        return grads, d_rows + d_query
+
+    rows = rows.without_minus_infinity()
+    softmax = Softmax.of(rows, lax.fori_loop(*span, add_up, Sums.none(rows)))
+    nothing = jnp.zeros_like(rows.query, jnp.float32)
+    grads, d_rows = lax.fori_loop(*span, step, (grads, nothing))
+    return grads, d_rows, softmax.pull_back_sinks() if problem.has_sinks else None
+
+
+def _add_to_pools(
+    problem: PagedProblem, grads: Any, pages: jax.Array, d_keys: jax.Array, d_values: jax.Array
+) -> Any:
     """Add a block's cotangents to those of `key_cache` and `value_cache` in `grads`."""
     key_cache = _scatter(problem, grads.key_cache, pages, KEYS, d_keys)
     value_cache = grads.value_cache
@@ -144,19 +184,21 @@ def add_to_pools(problem: PagedProblem, grads, pages, d_keys, d_values):
     return grads._replace(key_cache=key_cache, value_cache=value_cache)
 
 
-def _scatter(problem, grad, pages, half, blocks):
-    """Add `[batch, num_kv_heads, tokens, head_dim]` to the pool; pages may occur twice."""
-    batch, num_kv_heads, _, head_dim = blocks.shape
-    blocks = blocks.astype(jnp.float32)
-    blocks = blocks.reshape(batch, num_kv_heads, -1, problem.page_size, head_dim)
-    blocks = jnp.moveaxis(blocks, (0, 1, 2, 3), problem.layout.gathered)
-    return grad.at[page_index(problem, pages, half)].add(blocks, mode="promise_in_bounds")
+def _scatter(
+    problem: PagedProblem, grad: jax.Array, pages: jax.Array, half: int, block: jax.Array
+) -> jax.Array:
+    """Add `[batch, num_kv_heads, keys, head_dim]` to the pool; pages may occur twice."""
+    batch, num_kv_heads, _, head_dim = block.shape
+    block = block.astype(jnp.float32)
+    block = block.reshape(batch, num_kv_heads, -1, problem.page_size, head_dim)
+    block = jnp.moveaxis(block, (0, 1, 2, 3), problem.layout.gathered)
+    return grad.at[page_index(problem, pages, half)].add(block, mode="promise_in_bounds")
 
 
 def float_zeros(operands: Any) -> Any:
     """Return float32 zeros for each float operand, None for the integers."""
 
-    def zeros(x):
+    def zeros(x: Any) -> jax.Array | None:
         if x is None or not jnp.issubdtype(x.dtype, jnp.floating):
             return None
         return jnp.zeros_like(x, jnp.float32)

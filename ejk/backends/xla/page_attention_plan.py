@@ -2,36 +2,30 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
-from ejk import _dispatch
 from ejk._indices import count_up_to
 from ejk.backends.page_attention_plan import PlanBackend, PlanFacts, PlanOperands, PlanProblem
+from ejk.backends.xla._backend import XlaBackend
 
 VAST = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaPlan(PlanBackend):
+class XlaPlan(XlaBackend, PlanBackend):
     """Deal out the pieces with sorts and prefix sums."""
 
-    name = "xla"
-    is_opaque = False
     features = frozenset({"sliding_window"})
-
-    @property
-    def platforms(self):
-        return _dispatch.PLATFORMS
-
-    def limits(self, problem, platform):
-        return ()
 
     def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
         """Plan an order, longest first: nobody is known who takes contexts in pieces."""
         has_window = facts.sliding_window is not None
         return PlanProblem(facts.num_seqs, facts.capacity, has_window, max_cuts=0, granule=1)
 
-    def run(self, problem: PlanProblem, operands: PlanOperands, platform):
+    def run(
+        self, problem: PlanProblem, operands: PlanOperands, platform: str
+    ) -> tuple[jax.Array, ...]:
         length = jnp.clip(operands.context_lens, 0, problem.capacity)
         first = jnp.zeros_like(length)
         if operands.sliding_window is not None:
@@ -75,9 +69,9 @@ class XlaPlan(PlanBackend):
         return (jnp.concatenate([counts[None], rows, splits]),)
 
 
-def _sum(x):
+def _sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, dtype=jnp.int32)
 
 
-def _ceil_div(a, b):
+def _ceil_div(a: jax.Array, b: jax.Array | int) -> jax.Array:
     return -(-a // b)

@@ -1,20 +1,21 @@
 """`ejk.ragged_page_attention` as an XLA program: runs everything, anywhere.
 
-New tokens are taken in blocks, each of one sequence, and a few blocks at a time see the context in
-blocks of pages: an online softmax from the first block of pages that any of the tokens sees to the
-last. Temporary memory is what those few blocks hold: it grows with neither the width of the table
-nor the number of tokens.
+New tokens are taken in items, each of one sequence, and a few items at a time see their contexts in
+blocks of pages: an online softmax from the first block that any of the tokens sees to the last.
+Temporary memory is what those few items and a block hold: it grows with neither the width of the
+table nor the number of tokens.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ejk import _dispatch
-from ejk._indices import Size, least
+from ejk._indices import least
 from ejk._rounding import rounded
 from ejk.backends._fields import at_least
 from ejk.backends.ragged_page_attention import (
@@ -24,22 +25,15 @@ from ejk.backends.ragged_page_attention import (
     number_items,
     sane_bounds,
 )
-from ejk.backends.xla.page_attention import (
-    BLOCK_BYTES,
-    BLOCK_BYTES_ELSEWHERE,
-    XlaPageAttention,
-    accumulate,
-    capped_products,
-    finish,
-    load_pages,
-    nothing_seen,
-)
+from ejk.backends.xla._backend import XlaBackend
+from ejk.backends.xla._softmax import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE, Block, attend
+from ejk.backends.xla.page_attention import XlaPageAttention
 
 MAX_BLOCK_Q = 64  # not measured
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaRaggedPageAttention(RaggedPageAttentionBackend):
+class XlaRaggedPageAttention(XlaBackend, RaggedPageAttentionBackend):
     """Run `ejk.ragged_page_attention` as an XLA program.
 
     Attributes:
@@ -51,21 +45,17 @@ class XlaRaggedPageAttention(RaggedPageAttentionBackend):
     block_q: int | None = None
     block_kv: int | None = None
 
+    features = XlaPageAttention.features | {"positions", "tree_mask"}
+
     def __post_init__(self):
         at_least(self, block_q=1, block_kv=1)
 
-    name = "xla"
-    is_opaque = False
-    features = XlaPageAttention.features | {"positions", "tree_mask"}
-
-    @property
-    def platforms(self):
-        return _dispatch.PLATFORMS
-
-    def limits(self, problem, platform):
-        return ()
-
-    def run(self, problem, operands, platform):
+    def run(
+        self,
+        problem: RaggedPageAttentionProblem,
+        operands: RaggedPageAttentionOperands,
+        platform: str,
+    ) -> tuple[jax.Array, ...]:
         block_bytes = BLOCK_BYTES.get(platform, BLOCK_BYTES_ELSEWHERE)
         sizes = Sizes.of(problem, block_bytes, self.block_q, self.block_kv)
         out, lse = _attend(problem, operands, sizes)
@@ -76,10 +66,9 @@ class XlaRaggedPageAttention(RaggedPageAttentionBackend):
 class Sizes:
     """How the work is cut."""
 
-    tokens: int  # new tokens of a query block
-    pages: int  # of a step
-    num_blocks: Size  # as many query blocks as there may be
-    together: int  # query blocks of a step
+    tokens: int  # new tokens of an item
+    pages: int  # of a block of an item's context
+    together: int  # items that are taken at a time
 
     @classmethod
     def of(
@@ -97,202 +86,221 @@ class Sizes:
         if block_kv is None:
             block_kv = min(512, block_bytes // token_bytes)
         pages = least(max(block_kv // problem.page_size, 1), problem.max_blocks)
-        num_blocks = problem.total_tokens // block_q + least(problem.num_seqs, problem.total_tokens)
+        num_items = problem.total_tokens // block_q + least(problem.num_seqs, problem.total_tokens)
         row_bytes = max(token_bytes, 4 * problem.num_heads * block_q)
         together = block_bytes // (pages * problem.page_size * row_bytes)
-        return cls(block_q, pages, num_blocks, least(max(together, 1), num_blocks))
+        return cls(block_q, pages, least(max(together, 1), num_items))
 
 
-class QueryBlocks(NamedTuple):
-    """A few query blocks: which tokens they are, and what those see."""
+class Queries(NamedTuple):
+    """The new tokens of a few items: which they are, and what they see."""
 
-    seq: jax.Array  # int32 [blocks]
-    token: jax.Array  # int32 [blocks, tokens]
-    place: jax.Array  # int32 [blocks, tokens]: which token of its sequence each is
-    position: jax.Array  # int32 [blocks, tokens]: what window and slopes count from
-    context: jax.Array  # int32 [blocks]: tokens of the sequence before its new ones
-    inside: jax.Array  # bool [blocks, tokens]: it is a token, and of this sequence
-    first: jax.Array  # int32 [blocks, tokens]: no token before it is visible
-    last: jax.Array  # int32 [blocks, tokens]: nor this one or one after it
-    window: Any  # int32 [blocks, tokens], or None
-    newer: jax.Array  # int32 [blocks, tokens]: new tokens of the sequence after each
+    seq: jax.Array  # int32 [items]
+    token: jax.Array  # int32 [items, tokens]
+    place: jax.Array  # int32 [items, tokens]: which token of its sequence each is
+    position: jax.Array  # int32 [items, tokens]: what window and slopes count from
+    context: jax.Array  # int32 [items]: tokens of the sequence before its new ones
+    inside: jax.Array  # bool [items, tokens]: it is a token, and of this sequence
+    first: jax.Array  # int32 [items, tokens]: no token before it is visible
+    last: jax.Array  # int32 [items, tokens]: nor this one or one after it
+    window: Any  # int32 [items, tokens], or None
+    newer: jax.Array  # int32 [items, tokens]: new tokens of the sequence after each
+
+    @classmethod
+    def of(
+        cls,
+        problem: RaggedPageAttentionProblem,
+        operands: RaggedPageAttentionOperands,
+        sizes: Sizes,
+        bounds: jax.Array,
+        which: jax.Array,
+    ) -> "Queries":
+        """Return the new tokens of the items that `which` numbers."""
+        counts = item_counts(bounds, sizes)
+        items = number_items(problem, operands.context_lens, bounds, counts, sizes.tokens, which)
+        nth = jnp.arange(sizes.tokens, dtype=jnp.int32)[None]
+        inside = nth < items.num_tokens[:, None]
+        token = jnp.where(inside, items.row[:, None] + nth, problem.total_tokens)
+        place = (items.context + items.begin)[:, None] + nth
+        newer = items.length[:, None] - 1 - place
+        if problem.is_part:  # counted, not placed: the tokens here that each sees come first
+            place = _of_tokens(operands.row_lens, token) - 1
+        position = place
+        if problem.has_positions:
+            position = jnp.maximum(_of_tokens(operands.positions, token), 0)
+        first, window = jnp.zeros_like(place), None
+        if problem.has_window:
+            window = operands.sliding_window
+            if problem.own_windows:
+                window = _of_tokens(window, token)
+            window = jnp.broadcast_to(window, place.shape)
+            first = jnp.maximum(position - (jnp.maximum(window, 0) - 1), 0)
+            if problem.has_positions:  # those of new tokens may be anything
+                first = jnp.minimum(first, jnp.maximum(items.context, 0)[:, None])
+        last = place + 1
+        if problem.tree_width:
+            last = jnp.broadcast_to(items.length[:, None], place.shape)
+        return cls(
+            items.seq, token, place, position, items.context, inside, first, last, window, newer
+        )
+
+    @property
+    def sees(self) -> jax.Array:
+        """Which of them see a token at all, if their window shows one: bool `[items, tokens]`."""
+        return self.inside & (self.place >= 0)
+
+    def span(
+        self, problem: RaggedPageAttentionProblem, sizes: Sizes
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the blocks of pages `[begin, end)` that some of them sees a token of."""
+        num_keys = sizes.pages * problem.page_size
+        sees = self.sees & (self.first < self.last)
+        begin = jnp.min(jnp.where(sees, self.first, jnp.iinfo(jnp.int32).max)) // num_keys
+        return begin, -(-jnp.max(jnp.where(sees, self.last, 0)) // num_keys)
+
+    def rows(self, problem: RaggedPageAttentionProblem, x: jax.Array) -> jax.Array:
+        """Return their rows of `x [total_tokens, num_heads, ...]` by KV head; zeros for none's."""
+        return by_kv_head(problem, _of_tokens(x, self.token))
 
 
-def query_blocks(problem, operands, sizes, bounds, which) -> QueryBlocks:
-    """Return the query blocks that `which` numbers: sequence by sequence."""
-    counts = block_counts(bounds, sizes)
-    items = number_items(problem, operands.context_lens, bounds, counts, sizes.tokens, which)
-    nth = jnp.arange(sizes.tokens, dtype=jnp.int32)[None]
-    inside = nth < items.num_tokens[:, None]
-    token = jnp.where(inside, items.row[:, None] + nth, problem.total_tokens)
-    place = (items.context + items.begin)[:, None] + nth
-    newer = items.length[:, None] - 1 - place
-    if problem.is_part:  # counted, not placed: the tokens here that each sees come first
-        place = operands.row_lens.at[token].get(mode="fill", fill_value=0) - 1
-    position = place
-    if problem.has_positions:
-        given = operands.positions.at[token].get(mode="fill", fill_value=0)
-        position = jnp.maximum(given, 0)
-    first, window = jnp.zeros_like(place), None
-    if problem.has_window:
-        window = operands.sliding_window
-        if problem.own_windows:
-            window = window.at[token].get(mode="fill", fill_value=0)
-        window = jnp.broadcast_to(window, place.shape)
-        first = jnp.maximum(position - (jnp.maximum(window, 0) - 1), 0)
-        if problem.has_positions:  # those of new tokens may be anything
-            first = jnp.minimum(first, jnp.maximum(items.context, 0)[:, None])
-    last = jnp.broadcast_to(items.length[:, None], place.shape) if problem.tree_width else place + 1
-    return QueryBlocks(
-        items.seq, token, place, position, items.context, inside, first, last, window, newer
-    )  # fmt: skip
+def _of_tokens(x: jax.Array, token: jax.Array) -> jax.Array:
+    """Return what `x [total_tokens, ...]` has of tokens: zeros of one that is none."""
+    return x.at[token].get(mode="fill", fill_value=0)
 
 
-def block_counts(bounds: jax.Array, sizes: Sizes) -> jax.Array:
-    """Return how many query blocks each sequence has."""
+def item_counts(bounds: jax.Array, sizes: Sizes) -> jax.Array:
+    """Return how many items each sequence has."""
     return -(-(bounds[1:] - bounds[:-1]) // sizes.tokens)
 
 
-def _visible(problem, operands, blocks: QueryBlocks, key, key_position):
-    """Say which of the tokens `key` each new token sees: `[blocks, tokens, keys]`."""
-    sees = blocks.inside & (blocks.place >= 0)
+def load_block(
+    problem: RaggedPageAttentionProblem,
+    operands: RaggedPageAttentionOperands,
+    sizes: Sizes,
+    bounds: jax.Array,
+    queries: Queries,
+    number: jax.Array,
+) -> Block:
+    """Load one block of the context of each item."""
+    pages = number * sizes.pages + jnp.arange(sizes.pages, dtype=jnp.int32)
+    at = (queries.seq[:, None], pages[None])
+    num_keys = sizes.pages * problem.page_size
+    key = number * num_keys + jnp.arange(num_keys, dtype=jnp.int32)
+    key_position = _key_positions(problem, operands, queries, bounds, key)
+    visible = _visible(problem, operands, queries, key, key_position)
+    ahead = key_position[:, None] - queries.position[..., None]
+    if problem.own_distances:
+        begins = operands.page_distances.at[at].get(mode="fill", fill_value=0)
+        slots = jnp.arange(num_keys, dtype=jnp.int32) % problem.page_size
+        from_last = jnp.repeat(begins, problem.page_size, axis=1) + slots[None]
+        ahead = from_last[:, None] + queries.newer[..., None]
+    entries = operands.block_tables.at[at].get(mode="fill", fill_value=-1)
+    return Block.load(problem, operands, entries, ahead, visible)
+
+
+def _visible(
+    problem: RaggedPageAttentionProblem,
+    operands: RaggedPageAttentionOperands,
+    queries: Queries,
+    key: jax.Array,
+    key_position: jax.Array,
+) -> jax.Array:
+    """Say which of the tokens `key` each new token sees: `[items, tokens, keys]`."""
     if problem.tree_width:
-        column = key[None] - blocks.context[:, None]  # [blocks, keys]
-        rows = operands.tree_mask.at[blocks.token].get(mode="fill", fill_value=False)
+        column = key[None] - queries.context[:, None]  # [items, keys]
+        rows = _of_tokens(operands.tree_mask, queries.token)
         is_column = (column >= 0) & (column < problem.tree_width)
         among_new = jnp.take_along_axis(rows, jnp.where(is_column, column, 0)[:, None], axis=2)
         visible = (column < 0)[:, None] | (among_new & is_column[:, None])
-        visible = visible & (key[None] < (blocks.last[:, :1]))[:, None]
+        visible = visible & (key[None] < (queries.last[:, :1]))[:, None]
     else:
-        visible = key[None, None] <= blocks.place[..., None]
+        visible = key[None, None] <= queries.place[..., None]
     if problem.has_window:
-        behind = blocks.position[..., None] - key_position[:, None]
+        behind = queries.position[..., None] - key_position[:, None]
         # New tokens may lie ahead of each other: a window below 1 still shows nothing.
-        window = blocks.window[..., None]
+        window = queries.window[..., None]
         visible = visible & (behind < window) & (window > 0)
-    return visible & sees[..., None]
+    return visible & queries.sees[..., None]
 
 
-def _key_positions(problem, operands, blocks: QueryBlocks, bounds, key):
-    """Return the positions of keys: new ones may have been given others."""
+def _key_positions(
+    problem: RaggedPageAttentionProblem,
+    operands: RaggedPageAttentionOperands,
+    queries: Queries,
+    bounds: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Return the positions of keys, `[items, keys]`: new ones may have been given others."""
     if not problem.has_positions:
-        return jnp.broadcast_to(key[None], (blocks.seq.shape[0], key.shape[0]))
-    new = key[None] - blocks.context[:, None]
-    token = jnp.where(new >= 0, bounds[blocks.seq][:, None] + new, problem.total_tokens)
-    given = operands.positions.at[token].get(mode="fill", fill_value=0)
+        return jnp.broadcast_to(key[None], (queries.seq.shape[0], key.shape[0]))
+    new = key[None] - queries.context[:, None]
+    token = jnp.where(new >= 0, bounds[queries.seq][:, None] + new, problem.total_tokens)
+    given = _of_tokens(operands.positions, token)
     return jnp.where(new >= 0, jnp.maximum(given, 0), key[None])
 
 
-def by_kv_head(problem, x):
-    """Turn `[blocks, tokens, num_heads, ...]` to `[blocks, num_kv_heads, tokens * group, ...]`."""
+def by_kv_head(problem: RaggedPageAttentionProblem, x: jax.Array) -> jax.Array:
+    """Turn `[items, tokens, num_heads, ...]` to `[items, num_kv_heads, tokens * group, ...]`."""
     x = x.reshape(*x.shape[:2], problem.num_kv_heads, problem.group, *x.shape[3:]).swapaxes(1, 2)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def by_token(problem, x):
+def by_token(problem: RaggedPageAttentionProblem, x: jax.Array) -> jax.Array:
     """Turn it back."""
     x = x.reshape(*x.shape[:2], -1, problem.group, *x.shape[3:]).swapaxes(1, 2)
     return x.reshape(*x.shape[:2], problem.num_heads, *x.shape[4:])
 
 
-def tokens_of(x, blocks: QueryBlocks):
-    """Return the tokens of the blocks, `[blocks, tokens, ...]`; zeros for those of none."""
-    return x.at[blocks.token].get(mode="fill", fill_value=0)
-
-
-class Keys(NamedTuple):
-    """One block of the context of a few query blocks."""
-
-    pages: jax.Array  # int32 [blocks, pages], of which none is invalid
-    ahead: jax.Array  # int32 [blocks, tokens, keys]: positions from each new token on
-    visible: jax.Array  # bool [blocks, tokens, keys]
-    keys: jax.Array  # [blocks, num_kv_heads, keys, head_dim], zero where nobody sees them
-    values: jax.Array
-
-    @classmethod
-    def load(cls, problem, operands, sizes, bounds, blocks: QueryBlocks, block) -> "Keys":
-        entry = block * sizes.pages + jnp.arange(sizes.pages, dtype=jnp.int32)
-        at = (blocks.seq[:, None], entry[None])
-        pages = operands.block_tables.at[at].get(mode="fill", fill_value=-1)
-        valid = (pages >= 0) & (pages < problem.num_pages)
-        num_keys = sizes.pages * problem.page_size
-        key = block * num_keys + jnp.arange(num_keys, dtype=jnp.int32)
-        key_position = _key_positions(problem, operands, blocks, bounds, key)
-        visible = _visible(problem, operands, blocks, key, key_position)
-        visible = visible & jnp.repeat(valid, problem.page_size, axis=1)[:, None]
-        pages = jnp.where(valid, pages, 0)
-        keys, values = load_pages(problem, operands, pages, visible.any(1))
-        ahead = key_position[:, None] - blocks.position[..., None]
-        if problem.own_distances:
-            begins = operands.page_distances.at[at].get(mode="fill", fill_value=0)
-            slots = jnp.arange(num_keys, dtype=jnp.int32) % problem.page_size
-            from_last = jnp.repeat(begins, problem.page_size, axis=1) + slots[None]
-            ahead = from_last[:, None] + blocks.newer[..., None]
-        return cls(pages, ahead, visible, keys, values)
-
-    def logits(self, problem, operands, query, keys):
-        """Return the logits, `[blocks, num_kv_heads, tokens * group, keys]`, in float32."""
-        scores = capped_products(problem, operands, query, keys)
-        if not problem.has_alibi:
-            return scores
-        slopes = operands.alibi_slopes.reshape(1, problem.num_kv_heads, 1, problem.group, 1)
-        ahead = slopes * self.ahead[:, None, :, None].astype(jnp.float32)
-        return scores + ahead.reshape(scores.shape)
-
-    def visible_rows(self, problem):
-        """Say which tokens each row of the logits sees: `[blocks, 1, tokens * group, keys]`."""
-        return jnp.repeat(self.visible, problem.group, axis=1)[:, None]
-
-
-def span(problem, sizes, blocks: QueryBlocks) -> tuple[jax.Array, jax.Array]:
-    """Return the blocks of pages `[begin, end)` that some of the new tokens sees a token of."""
-    num_keys = sizes.pages * problem.page_size
-    sees = blocks.inside & (blocks.place >= 0) & (blocks.first < blocks.last)
-    begin = jnp.min(jnp.where(sees, blocks.first, jnp.iinfo(jnp.int32).max)) // num_keys
-    return begin, -(-jnp.max(jnp.where(sees, blocks.last, 0)) // num_keys)
-
-
-def sinks_of_rows(problem, operands, blocks: QueryBlocks) -> jax.Array | None:
-    """Return each row's sink, `[blocks, num_kv_heads, tokens * group]`."""
+def sinks_of_rows(
+    problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands, queries: Queries
+) -> jax.Array | None:
+    """Return each row's sink, `[items, num_kv_heads, tokens * group]`."""
     if not problem.has_sinks:
         return None
-    of_tokens = jnp.broadcast_to(operands.sinks, (*blocks.token.shape, problem.num_heads))
+    of_tokens = jnp.broadcast_to(operands.sinks, (*queries.token.shape, problem.num_heads))
     return by_kv_head(problem, of_tokens)
-
-
-def _attend_blocks(problem, operands, sizes, bounds, blocks: QueryBlocks):
-    """Return output and LSE of a few query blocks, `[blocks, tokens, num_heads, ...]`."""
-    query = by_kv_head(problem, tokens_of(operands.query, blocks))
-
-    def step(block, state):
-        seen = Keys.load(problem, operands, sizes, bounds, blocks, block)
-        scores = seen.logits(problem, operands, query, seen.keys)
-        scores = jnp.where(seen.visible_rows(problem), scores, -jnp.inf)
-        return accumulate(state, scores, seen.values)
-
-    begin, end = span(problem, sizes, blocks)
-    state = nothing_seen(query.shape[:3], problem.value_head_dim)
-    state = lax.fori_loop(begin, end, step, state)
-    out, lse = finish(state, sinks_of_rows(problem, operands, blocks))
-    return rounded(by_token(problem, out), problem.out_dtype), by_token(problem, lse)
 
 
 def _attend(
     problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands, sizes: Sizes
-):
+) -> tuple[jax.Array, ...]:
     bounds = sane_bounds(problem, operands.cu_q_lens)
-    num_blocks = block_counts(bounds, sizes).sum(dtype=jnp.int32)
 
-    def step(number, results):
-        which = number * sizes.together + jnp.arange(sizes.together, dtype=jnp.int32)
-        blocks = query_blocks(problem, operands, sizes, bounds, which)
-        found = _attend_blocks(problem, operands, sizes, bounds, blocks)
+    def step(queries: Queries, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        query, sinks = (
+            queries.rows(problem, operands.query),
+            sinks_of_rows(problem, operands, queries),
+        )
+        load = functools.partial(load_block, problem, operands, sizes, bounds, queries)
+        out, lse = attend(problem, operands, query, sinks, queries.span(problem, sizes), load)
+        found = (rounded(by_token(problem, out), problem.out_dtype), by_token(problem, lse))
         return tuple(
-            result.at[blocks.token].set(x, mode="drop") for result, x in zip(results, found)
+            result.at[queries.token].set(x, mode="drop") for result, x in zip(results, found)
         )
 
     out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
     # What is no sequence's stays as it is here.
     nothing = jnp.full(lse_type.shape, -jnp.inf, lse_type.dtype)
-    results = (jnp.zeros(out_type.shape, out_type.dtype), nothing)
-    return lax.fori_loop(0, -(-num_blocks // sizes.together), step, results)
+    results: tuple[jax.Array, ...] = (jnp.zeros(out_type.shape, out_type.dtype), nothing)
+    return loop_over_items(problem, operands, sizes, bounds, step, results)
+
+
+Carry = TypeVar("Carry")
+
+
+def loop_over_items(
+    problem: RaggedPageAttentionProblem,
+    operands: RaggedPageAttentionOperands,
+    sizes: Sizes,
+    bounds: jax.Array,
+    step: Callable[[Queries, Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """Return what becomes of `carry` in a loop over all items, a few at a time."""
+
+    def take(number: jax.Array, carry: Carry) -> Carry:
+        which = number * sizes.together + jnp.arange(sizes.together, dtype=jnp.int32)
+        return step(Queries.of(problem, operands, sizes, bounds, which), carry)
+
+    num_items = item_counts(bounds, sizes).sum(dtype=jnp.int32)
+    return lax.fori_loop(0, -(-num_items // sizes.together), take, carry)

@@ -5,43 +5,31 @@ one slot stays, is settled before it: only the last goes anywhere.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ejk import _dispatch
+from ejk.backends.page_attention import POOLS
 from ejk.backends.write_kv_cache import (
     WriteKVCacheBackend,
+    WriteKVCacheOperands,
     WriteKVCacheProblem,
     last_writes,
 )
+from ejk.backends.xla._backend import XlaBackend
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaWriteKVCache(WriteKVCacheBackend):
+class XlaWriteKVCache(XlaBackend, WriteKVCacheBackend):
     """Run `ejk.write_kv_cache` as an XLA program: a scatter."""
 
-    name = "xla"
-    is_opaque = False
-    features = frozenset(
-        {
-            "fused_pools",
-            "latent_pools",
-            'cache_layout="HND"',
-            'cache_layout="NHD"',
-            'cache_layout="KV_HEADS_FIRST"',
-        }
-    )
+    features = POOLS | {"latent_pools"}
 
-    @property
-    def platforms(self):
-        return _dispatch.PLATFORMS
-
-    def limits(self, problem, platform):
-        return ()
-
-    def run(self, problem, operands, platform):
+    def run(
+        self, problem: WriteKVCacheProblem, operands: WriteKVCacheOperands, platform: str
+    ) -> tuple[jax.Array, ...]:
         at = places(problem, operands.slot_mapping)
         pools = tuple(
             scatter(problem, pool, at, rows) for pool, rows in _pools_and_rows(problem, operands)
@@ -58,7 +46,9 @@ def places(problem: WriteKVCacheProblem, slots: jax.Array) -> jax.Array:
     return jnp.stack([pages, slots % problem.page_size], axis=1)
 
 
-def _pools_and_rows(problem, operands):
+def _pools_and_rows(
+    problem: WriteKVCacheProblem, operands: WriteKVCacheOperands
+) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Yield each pool and what a token writes to it, in the order of the pool's axes."""
     if problem.fused:
         yield operands.key_cache, jnp.stack([operands.key, operands.value], halves_axis(problem))
@@ -68,12 +58,14 @@ def _pools_and_rows(problem, operands):
         yield operands.value_cache, operands.value
 
 
-def halves_axis(problem) -> int:
+def halves_axis(problem: WriteKVCacheProblem) -> int:
     """Return which axis of a fused pool's rows has keys and values: its slots go, tokens come."""
     return 2 if problem.cache_layout == "KV_HEADS_FIRST" else 1
 
 
-def scatter(problem, pool, places, rows):
+def scatter(
+    problem: WriteKVCacheProblem, pool: jax.Array, at: jax.Array, rows: jax.Array
+) -> jax.Array:
     axes = (problem.layout.pages, problem.layout.slots)
     dimensions = lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(1, rows.ndim)),
@@ -81,5 +73,5 @@ def scatter(problem, pool, places, rows):
         scatter_dims_to_operand_dims=axes,
     )
     return lax.scatter(
-        pool, places, rows, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP, unique_indices=True
+        pool, at, rows, dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP, unique_indices=True
     )
