@@ -17,8 +17,12 @@ accepted as `backend=` at once; `ejk.register_backend` offers it for automatic c
 rule for gradients or `vmap`: those stand above every backend. `docs/backends.md` has a complete
 example.
 
-In this package, a backend of an operation is one module, `<backend>/<operation>.py`, which says
-what is supported, chooses sizes and launches; kernels lie beside it in `<operation>_kernel.py`. A
-new operation adds `<operation>.py` here, with its problem and its abstract backend, and such a
-module for each backend. Add the new object to `tests/backends.py`: every property then runs on it.
+`features` may hold the `feature_names` of the operation's problem; another name is a TypeError.
+
+In this package XLA's backend of an operation is a module, `xla/<operation>.py`; a backend with
+kernels is a folder, `<backend>/<operation>/`. Its `backend.py` says what is supported and runs it,
+`sizes.py` how a problem is cut, `kernel.py` is the kernel. What the operations of a backend share
+lies beside the folders, in files with a `_`. A new operation adds `<operation>.py` here, with its
+problem and its abstract backend, and such a module or folder for each backend. A new backend is a
+line in each table of `tests/backends.py`: every property then runs on it.
 """
