@@ -19,7 +19,7 @@ from test_triton_memory import ANY_INT32
 
 import ejk
 from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
-from ejk.backends.triton._sizes import GRANULE, MAX_CAPACITY
+from ejk.backends.triton._sizes import EVEN_SHARE, GRANULE, MAX_CAPACITY
 from ejk.backends.triton.page_attention_plan import run_plan
 from ejk.backends.xla.page_attention_plan import XlaPlan
 
@@ -55,7 +55,7 @@ def check(planner, lens, *, capacity, window, max_cuts):
     """Compare a plan with the oracle's; check what holds of every plan. Return its splits."""
     own_windows = np.ndim(window) > 0
     problem = PlanProblem(
-        len(lens), capacity, window is not None, max_cuts, GRANULE, own_windows=own_windows
+        len(lens), capacity, window is not None, max_cuts, GRANULE, own_windows, EVEN_SHARE
     )
     traced = None if window is None else np.array(window, np.int32)
     work = PLANNERS[planner](problem, PlanOperands(np.asarray(lens, np.int32), traced))

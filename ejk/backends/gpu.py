@@ -1,6 +1,7 @@
 """The GPU that a kernel is compiled for: what its launch may count on, in whatever language."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -53,7 +54,7 @@ class Target:
         if platform == "cuda" and compute_capability and num_sms:
             return cls(compute_capability, num_sms, _shared_memory(compute_capability))
         try:
-            device = jax.local_devices(backend=platform)[0]
+            device: Any = jax.local_devices(backend=platform)[0]
         except RuntimeError:
             return None
         num_sms = num_sms or device.core_count

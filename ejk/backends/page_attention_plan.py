@@ -11,10 +11,6 @@ import numpy as np
 from ejk._dispatch import Backend, Problem
 from ejk._indices import Size
 
-# A processor's fair share of a batch and a tenth, in shares of a cut: 1.1 * 2.5, for the 2.5 cuts
-# a processor (`PIECES_PER_SM`) that a batch is dealt out in.
-EVEN_SHARE = (11, 4)
-
 
 class PlanOperands(NamedTuple):
     """The arrays of one call."""
@@ -57,7 +53,7 @@ class PlanProblem(Problem):
     granule: int
     own_windows: bool = False
     """Each sequence has a window of its own."""
-    even_share: tuple[int, int] = EVEN_SHARE
+    even_share: tuple[int, int] = (1, 1)
     """A processor's fair share of a batch and a little more, in shares of a cut: a fraction."""
 
     @property

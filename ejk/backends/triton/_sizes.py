@@ -14,8 +14,8 @@ GRANULE = 128  # tokens; planned pieces are whole multiples
 # Planned pieces a multiprocessor. Flat from 1 to 4 on an H100 for a batch of 256 ragged contexts:
 # enough that the last pieces to start are short.
 PIECES_PER_SM = 2.5
-# Where no context has more than a multiprocessor's fair share and a tenth, in shares of a piece,
-# none is cut: 1.1 * `PIECES_PER_SM`, as a fraction.
+# A multiprocessor's fair share of a batch and a tenth, in shares of a cut: 1.1 * `PIECES_PER_SM`.
+# Where no context has more, none is cut.
 EVEN_SHARE = (11, 4)
 # A batch that fills the machine twice is not cut where no context exceeds so many tokens: the
 # longest is done long before the rest, and there is nothing to combine, which saves 1.7 us.
