@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -100,17 +100,22 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
 
 
-def _arrays(args, kwargs) -> list[jax.ShapeDtypeStruct]:
+def _arrays(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[jax.ShapeDtypeStruct]:
     return [
         jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*args, *kwargs.values()) if _is_array(x)
     ]
 
 
-def _call(operation, args, kwargs, arrays):
+def _call(
+    operation: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    arrays: Sequence[jax.Array],
+) -> Any:
     """Call with the arrays replaced, and everything else static as it would be."""
     rest = iter(arrays)
-    args = [next(rest) if _is_array(x) else x for x in args]
-    return operation(*args, **{k: next(rest) if _is_array(x) else x for k, x in kwargs.items()})
+    replaced = [next(rest) if _is_array(x) else x for x in args]
+    return operation(*replaced, **{k: next(rest) if _is_array(x) else x for k, x in kwargs.items()})
 
 
 def _default_platform() -> str:

@@ -16,13 +16,13 @@ class _Short(reprlib.Repr):
     def __init__(self):
         super().__init__(maxlevel=3, maxlist=3, maxtuple=3, maxdict=3, maxstring=80, maxother=80)
 
-    def repr1(self, x, level):
+    def repr1(self, x: Any, level: int) -> str:
         is_array = isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "dtype")
         if is_array and not isinstance(x, type):
             return _array(x)
         return super().repr1(x, level)
 
-    def repr_instance(self, x, level):
+    def repr_instance(self, x: Any, level: int) -> str:
         if x is None or isinstance(x, numbers.Number):
             return super().repr_instance(x, level)
         return f"{x.__qualname__} (call the class)" if isinstance(x, type) else type(x).__name__
