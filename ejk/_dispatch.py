@@ -18,8 +18,7 @@ from jax.extend.core import Jaxpr, Primitive, jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ejk import _jax, _partition
-from ejk._backend import PLATFORMS, Choice, Problem, Refusals
-from ejk._backend import Backend as Backend
+from ejk._backend import PLATFORMS, Backend, Choice, Problem, Refusals
 from ejk._backend import choose as choose
 from ejk._backend import register_backend as register_backend
 from ejk._backend import unregister_backend as unregister_backend
