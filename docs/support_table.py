@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import ejk
-from ejk import _dispatch, _page_attention, _ragged_page_attention, _write_kv_cache
+from ejk import _backend, _dispatch, _page_attention, _ragged_page_attention, _write_kv_cache
 from ejk.backends.page_attention import CacheLayout
 
 PAGE = pathlib.Path(__file__).with_name("support.md")
@@ -167,7 +167,7 @@ def add_platforms(page: Page) -> None:
     page.add("## Platforms\n\n*only if asked for*: automatic choice passes the backend over.")
     rows = [
         [f"`{platform}`", *(cell(backend, platform) for backend in BACKENDS)]
-        for platform in _dispatch.PLATFORMS
+        for platform in _backend.PLATFORMS
     ]
     page.table("platform", [f"`{backend.name}`" for backend in BACKENDS], rows)
 

@@ -3,6 +3,9 @@
 import typing
 
 from ejk import _foreign_names
+from ejk._backend import Backend as Backend
+from ejk._backend import register_backend as register_backend
+from ejk._backend import unregister_backend as unregister_backend
 from ejk._backend_report import backend_report as backend_report
 from ejk._check_page_attention_inputs import (
     check_page_attention_inputs as check_page_attention_inputs,
@@ -13,9 +16,6 @@ from ejk._check_ragged_page_attention_inputs import (
 from ejk._check_write_kv_cache_inputs import (
     check_write_kv_cache_inputs as check_write_kv_cache_inputs,
 )
-from ejk._dispatch import Backend as Backend
-from ejk._dispatch import register_backend as register_backend
-from ejk._dispatch import unregister_backend as unregister_backend
 from ejk._errors import UnsupportedError as UnsupportedError
 from ejk._export import export_disabled_checks as export_disabled_checks
 from ejk._merge_attention_states import merge_attention_states as merge_attention_states

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from ejk import _dispatch
+from ejk import _backend, _dispatch
+from ejk._backend import Backend
 from ejk._describe import describe
-from ejk._dispatch import Backend
 from ejk._errors import UnsupportedError
 from ejk._nearest import did_you_mean
 from ejk._page_attention import page_attention
@@ -78,15 +78,15 @@ def backend_report(
     if platform in (None, "gpu"):
         default = _default_platform()
         platform = default if platform is None or default == "rocm" else "cuda"
-    if platform not in _dispatch.PLATFORMS:
+    if platform not in _backend.PLATFORMS:
         raise ValueError(
-            f"platform={platform!r} must be one of {', '.join(_dispatch.PLATFORMS)}, gpu or None"
-            f"{did_you_mean(str(platform), _dispatch.PLATFORMS)}"
+            f"platform={platform!r} must be one of {', '.join(_backend.PLATFORMS)}, gpu or None"
+            f"{did_you_mean(str(platform), _backend.PLATFORMS)}"
         )
     jaxpr = jax.make_jaxpr(functools.partial(_call, operation, args, kwargs))(_arrays(args, kwargs))
     for problem, choice in _dispatch.calls(jaxpr.jaxpr):
         if backend is not None:
-            choice = _dispatch.choose(backend, type(problem), choice.backends)
+            choice = _backend.choose(backend, type(problem), choice.backends)
         refusals = {b.name: choice.refusals(b, problem, platform) for b in choice.backends}
         try:
             chosen = choice.select(problem, platform).name

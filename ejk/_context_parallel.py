@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ejk import _jax
 from ejk._arguments import Arguments
 from ejk._describe import describe
 from ejk._indices import Size, as_int32, exceeds, static_int
@@ -42,7 +43,7 @@ def check_axis(
     for name, x in (vars(given) | more | {"page_offset": page_offset}).items():
         if name in ("key_cache", "value_cache") or not hasattr(x, "dtype"):
             continue
-        if split := axes & jax.typeof(x).mat.varying:
+        if split := axes & _jax.varying(x):
             raise ValueError(
                 f"{name} must be the same on every device along axis_name={axis_name!r}, but it "
                 f"varies over {', '.join(map(repr, sorted(split)))}"

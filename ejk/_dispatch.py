@@ -19,9 +19,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ejk import _jax, _partition
 from ejk._backend import PLATFORMS, Backend, Choice, Problem, Refusals
-from ejk._backend import choose as choose
-from ejk._backend import register_backend as register_backend
-from ejk._backend import unregister_backend as unregister_backend
 from ejk._batching import batch
 from ejk._errors import Mendable
 from ejk._reverse_mode import refuse_forward_mode

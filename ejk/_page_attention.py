@@ -5,10 +5,10 @@ from typing import Literal, overload
 
 import jax
 
-from ejk import _dispatch
+from ejk import _backend, _dispatch
 from ejk._arguments import Arguments, facts_of, shared_operands, visible_bound
+from ejk._backend import Backend, Choice
 from ejk._context_parallel import all_pages, check_axis, merged, own_part
-from ejk._dispatch import Backend, Choice
 from ejk._indices import static_int
 from ejk._typing import (
     AxisName,
@@ -243,7 +243,7 @@ def page_attention(
     )
     check_axis(axis_name, page_offset, given)
     problem = problem_of(given, num_splits, plan)
-    choice = _dispatch.choose(backend, PageAttentionProblem, BACKENDS)
+    choice = _backend.choose(backend, PageAttentionProblem, BACKENDS)
     num_pages = all_pages(axis_name, problem.num_pages)
     operands = PageAttentionOperands(
         **shared_operands(given, problem, num_pages), plan=None if plan is None else plan.work

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ejk import _dispatch
+from ejk import _backend, _dispatch
 from ejk._arguments import DTYPES, check_pool, check_sizes, convert
-from ejk._dispatch import Backend
+from ejk._backend import Backend
 from ejk._indices import as_int32, exceeds
 from ejk._typing import Array, Cache, Slots, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
@@ -79,7 +79,7 @@ def write_kv_cache(
         vLLM's `reshape_and_cache` (Kwon et al., 2023, arXiv:2309.06180), and its slot mapping.
     """
     problem = _problem_of(key, value, key_cache, value_cache, slot_mapping, cache_layout)
-    choice = _dispatch.choose(backend, WriteKVCacheProblem, WRITE_BACKENDS)
+    choice = _backend.choose(backend, WriteKVCacheProblem, WRITE_BACKENDS)
     operands = WriteKVCacheOperands(
         key=key,
         value=value,

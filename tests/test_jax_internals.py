@@ -1,5 +1,6 @@
-"""JAX still has what `ejk._jax` uses of its internals."""
+"""JAX still has what `ejk._jax` uses of its internals, and nothing else of `ejk` uses any."""
 
+import ast
 import dataclasses
 import pathlib
 import re
@@ -328,3 +329,48 @@ def test_the_contract_needs_no_internals_of_jax():
     """Who writes a backend reads it, and what it imports."""
     assert "ejk._errors" in imported("ejk._backend") and "ejk._jax" in imported("ejk._dispatch")
     assert "ejk._jax" not in imported("ejk._backend")
+
+
+ROOT = pathlib.Path(ejk.__path__[0])
+INTERNALS = re.compile(r"jax\._src|jax\.interpreters")
+ATTRIBUTES = {"_src", "interpreters", "mat", "manual_axis_type", "module_context", "avals_in"}
+
+
+def internals(source: str) -> list[str]:
+    """Name the uses of JAX's internals in a file: what it imports, reads or names in a string."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                found += [alias.name for alias in names if INTERNALS.match(alias.name)]
+            case ast.ImportFrom(module=str(module), names=names):
+                full = [f"{module}.{alias.name}" for alias in names]
+                found += [name for name in full if INTERNALS.match(name)]
+            case ast.Attribute(attr=attribute) if attribute in ATTRIBUTES:
+                found.append(attribute)
+            case ast.Constant(value=str(text)) if INTERNALS.fullmatch(text.rsplit(".", 1)[0]):
+                found.append(text)
+    return found
+
+
+def test_nothing_else_uses_internals():
+    files = [path for path in ROOT.rglob("*.py") if path.name != "_jax.py"]
+    used = {str(path.relative_to(ROOT)): internals(path.read_text()) for path in files}
+    assert {path: uses for path, uses in used.items() if uses} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import jax._src.core",
+        "from jax._src import core",
+        "from jax import interpreters",
+        "from jax.interpreters import mlir as m",
+        "jax.interpreters.ad",
+        "jax.typeof(x).mat",
+        "ctx.module_context.axis_context",
+        'importlib.import_module("jax.interpreters.partial_eval")',
+    ],
+)
+def test_a_use_is_found(line):
+    assert internals(line)

@@ -57,7 +57,7 @@ class Target:
             device: Any = jax.local_devices(backend=platform)[0]
         except RuntimeError:
             return None
-        num_sms = num_sms or device.core_count
+        num_sms = num_sms or int(device.core_count)
         if platform == "rocm":
             return cls(None, num_sms, SHARED_MEMORY_ROCM, is_amd=True)
         if compute_capability is None:

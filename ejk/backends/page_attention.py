@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ejk._backend import Backend, Problem
 from ejk._batching import merge_axis
-from ejk._dispatch import Backend, Problem
 from ejk._indices import Size
-from ejk._partition import Axes, Shards
+from ejk._shards import Axes, Shards
 from ejk.backends.page_attention_plan import PlanBackend, PlanProblem
 from ejk.backends.page_attention_shards import axes_of, shards_of
 

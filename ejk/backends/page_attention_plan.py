@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ejk._dispatch import Backend, Problem
+from ejk._backend import Backend, Problem
 from ejk._indices import Size
 
 

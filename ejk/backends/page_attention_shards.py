@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from ejk._partition import Axes, Shards, is_split, mesh_axes
+from ejk._shards import Axes, Shards, is_split, mesh_axes
 
 
 def axes_of(problem: Any) -> Axes:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ejk._dispatch import Backend
+from ejk._backend import Backend
 from ejk._indices import Size, count_up_to
 from ejk.backends.page_attention import PagedProblem
 

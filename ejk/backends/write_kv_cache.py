@@ -11,10 +11,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from ejk._backend import Backend, Problem
 from ejk._batching import merge_axis
-from ejk._dispatch import Backend, Problem
 from ejk._indices import Size, exceeds
-from ejk._partition import Axes, Shards, is_split, mesh_axes
+from ejk._shards import Axes, Shards, is_split, mesh_axes
 from ejk.backends.page_attention import LAYOUTS, POOLS, Layout
 
 

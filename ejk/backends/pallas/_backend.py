@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
-from ejk._dispatch import Backend
+from ejk._backend import Backend
 from ejk.backends.pallas._chip import TOO_OLD, chip, chip_version
 
 

@@ -7,6 +7,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ejk import _jax
 from ejk.backends.pallas._sizes import AttentionProblem
 
 Blocked = tuple[Any, pl.BlockSpec]
@@ -43,7 +44,7 @@ def call(
     groups = (scalars, inputs, outputs, in_place or {}, scratch)
     absent = {name: None for group in groups for name, x in group.items() if x is None}
     # `shard_map` asks over which mesh axes a result varies: as the operands do, all alike.
-    varying = jax.typeof(read[0][0]).mat
+    varying = _jax.varying_as(read[0][0])
 
     def by_name(*refs: Any) -> None:
         named = {name: ref for name, ref in zip(names, refs) if name is not None}

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ejk import _jax
 from ejk.backends.pallas._call import Blocked, call, cost_of_attention, in_hbm
 from ejk.backends.pallas._paging import paging_scratch
 from ejk.backends.pallas._products import state_scratch
@@ -61,7 +62,7 @@ def nothing_seen(problem: RaggedPageAttentionProblem, query: jax.Array) -> Resul
     out, *lse = problem.results
     results = (jnp.zeros(out.shape, out.dtype), *(jnp.full(x.shape, -jnp.inf) for x in lse))
     # They vary over the axes of a `shard_map` that the query does: a loop's types must not change.
-    axes = tuple(jax.typeof(query).mat.varying)
+    axes = tuple(_jax.varying(query))
     return tuple(lax.pcast(x, axes, to="varying") if axes else x for x in results)
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ejk import _dispatch, _partition
+from ejk import _backend, _dispatch, _partition
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.reverse_mode import with_pull_back
 from ejk.backends.xla._softmax import KEYS, VALUES, Block, Operands, page_index, product
@@ -38,7 +38,7 @@ def reverse_mode(pull_back: Callable[[Any, Any, Any], Any]) -> Callable[..., Any
     `pull_back(problem, (operands, lse), cotangents)` returns the operands' cotangents.
     """
 
-    def forward(problem: PagedProblem, choice: _dispatch.Choice, operands: Any) -> tuple[Any, Any]:
+    def forward(problem: PagedProblem, choice: _backend.Choice, operands: Any) -> tuple[Any, Any]:
         with_lse = dataclasses.replace(problem, return_lse=True)
         out, lse = _dispatch.call(with_lse, choice, operands)
         return (out, lse) if problem.return_lse else (out,), (operands, lse)
@@ -50,7 +50,7 @@ def reverse_mode(pull_back: Callable[[Any, Any, Any], Any]) -> Callable[..., Any
     call = with_pull_back(forward, backward)
 
     @_dispatch.compiled
-    def differentiable(problem: PagedProblem, choice: _dispatch.Choice, operands: Any) -> Any:
+    def differentiable(problem: PagedProblem, choice: _backend.Choice, operands: Any) -> Any:
         scale = problem.head_dim**-0.5 if operands.attn_scale is None else operands.attn_scale
         operands = operands._replace(attn_scale=jnp.asarray(scale).astype(jnp.float32))
         return call(problem, choice, _dispatch.vary_together(operands))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ejk import _dispatch, _partition
+from ejk import _backend, _dispatch, _partition
 from ejk.backends.reverse_mode import with_pull_back
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
 from ejk.backends.xla.write_kv_cache import halves_axis, places, scatter
@@ -18,7 +18,7 @@ Results = tuple[jax.Array, ...]
 
 
 def _forward(
-    problem: WriteKVCacheProblem, choice: _dispatch.Choice, operands: WriteKVCacheOperands
+    problem: WriteKVCacheProblem, choice: _backend.Choice, operands: WriteKVCacheOperands
 ) -> tuple[Results, WriteKVCacheOperands]:
     # The caches' cotangents are like those of the results: what they held need not be kept.
     kept = operands._replace(key_cache=None, value_cache=None)

@@ -3,9 +3,9 @@
 import abc
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-from ejk._dispatch import Backend
+from ejk._backend import Backend
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.gpu import H100, Target, cannot_compile
 from ejk.backends.triton import _launch
@@ -27,9 +27,6 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
-    launches: ClassVar[int]
-    """The most kernels that a run launches."""
-
     compute_capability: int | None
     num_sms: int | None = H100["num_sms"]
     interpret: bool
@@ -55,10 +52,6 @@ class TritonBackend(Backend):
     @property
     def has_target(self) -> bool:
         return self.compute_capability is not None
-
-    @property
-    def host_callbacks(self) -> int:
-        return self.launches if self.interpret else 0
 
     def target(self, platform: str) -> Target | None:
         """Return the GPU to compile for, None where none is known."""

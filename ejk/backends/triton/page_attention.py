@@ -48,7 +48,6 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
         "return_lse",
     }  # fmt: skip
-    launches = 3  # plan, attention, combination
 
     def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:
         reasons: list[str] = []

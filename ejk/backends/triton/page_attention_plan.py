@@ -37,7 +37,6 @@ class TritonPlan(TritonBackend, PlanBackend):
     interpret: bool = False
 
     features = frozenset({"sliding_window"})
-    launches = 1
 
     @property
     def has_target(self) -> bool:

@@ -53,7 +53,6 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
         "return_lse", "positions", "tree_mask",
     }  # fmt: skip
-    launches = 5  # the plan, then attention and combination, twice
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
         sizes = RaggedSizes.of(problem, self, target)

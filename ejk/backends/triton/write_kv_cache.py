@@ -30,7 +30,6 @@ class TritonWriteKVCache(TritonBackend, WriteKVCacheBackend):
     interpret: bool = False
 
     features = POOLS | {"latent_pools"}
-    launches = 1
 
     def limits_on(self, target: Target, problem: WriteKVCacheProblem) -> tuple[str, ...]:
         if (grid := WriteSizes.of(problem, target).grid(problem)) > MAX_GRID:
