@@ -1,7 +1,6 @@
 """The GPU that a kernel is compiled for: what its launch may count on, in whatever language."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
@@ -54,10 +53,10 @@ class Target:
         if platform == "cuda" and compute_capability and num_sms:
             return cls(compute_capability, num_sms, _shared_memory(compute_capability))
         try:
-            device: Any = jax.local_devices(backend=platform)[0]
+            device = jax.local_devices(backend=platform)[0]
         except RuntimeError:
             return None
-        num_sms = num_sms or int(device.core_count)
+        num_sms = num_sms or device.core_count
         if platform == "rocm":
             return cls(None, num_sms, SHARED_MEMORY_ROCM, is_amd=True)
         if compute_capability is None:

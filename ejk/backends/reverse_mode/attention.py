@@ -108,9 +108,7 @@ class Softmax(NamedTuple):
         total = jnp.where(total == 0, 1.0, total)
         return cls(rows, total, rows.h - sums.weighted / total)
 
-    def pull_back(
-        self, problem: PagedProblem, operands: Operands, block: Block
-    ) -> tuple[jax.Array, ...]:
+    def pull_back(self, problem: PagedProblem, operands: Operands, block: Block) -> tuple[Any, ...]:
         """Return the cotangents of query, keys, values, scale and slopes that a block makes."""
         visible = block.visible_rows(problem)
 
