@@ -18,7 +18,7 @@ from strategies import FEATURES, build
 from tolerances import assert_close
 
 import ejk
-import ejk._page_attention as public
+import ejk._arguments as arguments
 import ejk.backends.reverse_mode.attention as shared
 import ejk.backends.reverse_mode.page_attention as backward
 import ejk.backends.xla._softmax as softmax
@@ -202,7 +202,7 @@ FORWARD = {
     "the sink is not in the LSE": (forward, "_attend", no_sink_in_the_lse),
     "the LSE is in base two": (forward, "_attend", lse_in_base_two),
     "float32 products are rounded to bfloat16": (softmax, "product", low_products),
-    "64-bit integers are narrowed first": (public, "as_int32", wrapping_as_int32),
+    "64-bit integers are narrowed first": (arguments, "as_int32", wrapping_as_int32),
 }  # fmt: skip
 
 
