@@ -18,12 +18,11 @@ def attend(
     sizes: Sizes, operands: PageAttentionOperands, vmem_limit_bytes: int, interpret: Any
 ) -> tuple[jax.Array, ...]:
     """Launch the kernel once; returns the results of `sizes.problem`."""
-    problem = sizes.problem
+    problem, pad = sizes.problem, sizes.num_items - sizes.problem.num_seqs
     shares = sizes.cores if sizes.shared == "kv_head" else 1  # of the heads
     heads = (sizes.num_items, shares, sizes.kv_heads, problem.group)
-    pad = sizes.num_items - problem.num_seqs  # with sequences of length 0
 
-    def padded(x: Any) -> Any:
+    def padded(x: Any) -> Any:  # with sequences of length 0
         return jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) if pad else x
 
     def per_seq(*shape: int) -> pl.BlockSpec:
@@ -43,8 +42,8 @@ def attend(
         spec = pl.BlockSpec((1, sizes.rows, 1), lambda core, *_: (core % shares, 0, 0))
         return None if x is None else (x.reshape(shares, sizes.rows, 1), spec)
 
-    window = operands.sliding_window
-    if window is not None:
+    query, query_blocks = padded(operands.query), per_seq(*heads[2:], problem.head_dim)
+    if (window := operands.sliding_window) is not None:
         window = padded(window) if problem.own_windows else window.reshape(1)
     results = call(
         page_attention_kernel,
@@ -55,10 +54,7 @@ def attend(
             sliding_window_ref=window,
         ),
         inputs=dict(
-            query_ref=(
-                padded(operands.query).reshape(*heads, problem.head_dim),
-                per_seq(*heads[2:], problem.head_dim),
-            ),
+            query_ref=(query.reshape(*heads, problem.head_dim), query_blocks),
             sinks_ref=per_share(operands.sinks),
             alibi_slopes_ref=per_share(operands.alibi_slopes),
             key_cache_hbm_ref=in_hbm(operands.key_cache),
@@ -76,5 +72,4 @@ def attend(
         vmem_limit_bytes=vmem_limit_bytes,
         interpret=interpret,
     )
-    shapes = [result.shape for result in problem.results]
-    return tuple(x[: problem.num_seqs].reshape(s) for x, s in zip(results, shapes))
+    return tuple(x[: problem.num_seqs].reshape(of.shape) for x, of in zip(results, problem.results))
