@@ -1,10 +1,12 @@
 """Float32 results in the types that callers get."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
-def rounded(x: jax.Array, dtype) -> jax.Array:
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """Round weighted means of numbers of type `dtype` to it. What is finite stays so.
 
     No mean exceeds the largest of its numbers, but its error may; float16 ends at 65,504.

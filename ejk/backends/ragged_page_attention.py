@@ -72,7 +72,7 @@ class RaggedPageAttentionProblem(PagedProblem):
         }
         return super().features | {feature for feature, is_used in used.items() if is_used}
 
-    def fold(self, size, operands, axes):
+    def fold(self, size: int, operands: Any, axes: Any) -> None:
         return None  # the calls' new tokens would have to be packed anew
 
     def operand_axes(self, *, seqs: Any, kv_heads: Any, heads: Any) -> RaggedPageAttentionOperands:

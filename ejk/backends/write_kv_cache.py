@@ -17,6 +17,8 @@ from ejk._indices import Size, exceeds
 from ejk._shards import Axes, Shards, is_split, mesh_axes
 from ejk.backends.page_attention import LAYOUTS, POOLS, Layout
 
+Shape = tuple[Size, ...]
+
 
 class WriteKVCacheOperands(NamedTuple):
     """The arrays of one call. Absent ones are None.
@@ -40,9 +42,9 @@ class WriteKVCacheProblem(Problem):
     feature_names: ClassVar[frozenset[str]] = POOLS | {"latent_pools"}
 
     num_tokens: Size
-    key_shape: tuple[Size, ...]
+    key_shape: Shape
     """Of `key_cache`."""
-    value_shape: tuple[Size, ...] | None
+    value_shape: Shape | None
     """Of `value_cache`; None of fused and latent pools."""
     row_dtype: np.dtype
     """Of the keys and values that are written."""
@@ -118,10 +120,10 @@ class WriteKVCacheProblem(Problem):
         if exceeds(size * self.num_slots, 2**31 - 1):
             return None
 
-        def merged(x, axis, to):
+        def merged(x: jax.Array | None, axis: int, to: int) -> jax.Array | None:
             return None if x is None else merge_axis(x, axis, size, to)
 
-        def longer(shape):
+        def longer(shape: Shape | None) -> Shape | None:
             return shape and tuple(n * (size if a == self.folded_axis else 1)
                                    for a, n in enumerate(shape))  # fmt: skip
 
@@ -169,7 +171,7 @@ class WriteKVCacheProblem(Problem):
                 f"the mesh axes {split} that key_cache is split over"
             )
 
-        def local(shape):
+        def local(shape: Shape | None) -> Shape | None:
             return shape and tuple(n // parts if a == heads else n for a, n in enumerate(shape))
 
         problem = dataclasses.replace(
