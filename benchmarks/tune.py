@@ -1,7 +1,7 @@
 """Times the Triton kernel's block sizes and writes the table of those that pay.
 
     python benchmarks/tune.py              times every cell on this GPU: results/tune_<device>.jsonl
-    python benchmarks/tune.py --table      writes ejk/backends/triton/page_attention_tuned.py
+    python benchmarks/tune.py --table      writes ejk/backends/triton/page_attention/tuned.py
     python benchmarks/tune.py --check      fails if that file is not what the results say
 
 A cell is what the table distinguishes: capability, bytes of an element, head dimension, rows of
@@ -38,11 +38,11 @@ import workloads
 import ejk
 from ejk.backends.gpu import SHARED_MEMORY, Target
 from ejk.backends.page_attention import PageAttentionProblem
-from ejk.backends.triton import page_attention_tuned
 from ejk.backends.triton._sizes import block_group
-from ejk.backends.triton.page_attention_blocks import DecodeBlocks, Tuning
-from ejk.backends.triton.page_attention_sizes import Sizes
-from ejk.backends.triton.page_attention_tuned import Cell, Pipeline
+from ejk.backends.triton.page_attention import tuned as page_attention_tuned
+from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning
+from ejk.backends.triton.page_attention.sizes import Sizes
+from ejk.backends.triton.page_attention.tuned import Cell, Pipeline
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(page_attention_tuned.__file__)

@@ -3,7 +3,7 @@
     python docs/scaling_table.py            writes them
     python docs/scaling_table.py --check    fails if the page is stale
 
-Worked out on paper. `tests/test_scaling_plan.py` holds the formulas to compiled programs.
+Worked out on paper. `tests/documents/test_scaling_plan.py` holds the formulas to compiled programs.
 """
 
 import argparse

@@ -28,11 +28,11 @@ from ejk.backends.page_attention import PageAttentionBackend as PageAttentionBac
 from ejk.backends.page_attention import PageAttentionOperands as PageAttentionOperands
 from ejk.backends.page_attention import PageAttentionProblem as PageAttentionProblem
 from ejk.backends.page_attention_plan import PageAttentionPlan as PageAttentionPlan
-from ejk.backends.pallas.page_attention import PallasPageAttention as PallasPageAttention
-from ejk.backends.pallas.ragged_page_attention import (
+from ejk.backends.pallas.page_attention.backend import PallasPageAttention as PallasPageAttention
+from ejk.backends.pallas.ragged_page_attention.backend import (
     PallasRaggedPageAttention as PallasRaggedPageAttention,
 )
-from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache as PallasWriteKVCache
+from ejk.backends.pallas.write_kv_cache.backend import PallasWriteKVCache as PallasWriteKVCache
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend as RaggedPageAttentionBackend,
 )
@@ -42,11 +42,11 @@ from ejk.backends.ragged_page_attention import (
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem as RaggedPageAttentionProblem,
 )
-from ejk.backends.triton.page_attention import TritonPageAttention as TritonPageAttention
-from ejk.backends.triton.ragged_page_attention import (
+from ejk.backends.triton.page_attention.backend import TritonPageAttention as TritonPageAttention
+from ejk.backends.triton.ragged_page_attention.backend import (
     TritonRaggedPageAttention as TritonRaggedPageAttention,
 )
-from ejk.backends.triton.write_kv_cache import TritonWriteKVCache as TritonWriteKVCache
+from ejk.backends.triton.write_kv_cache.backend import TritonWriteKVCache as TritonWriteKVCache
 from ejk.backends.write_kv_cache import WriteKVCacheBackend as WriteKVCacheBackend
 from ejk.backends.write_kv_cache import WriteKVCacheOperands as WriteKVCacheOperands
 from ejk.backends.write_kv_cache import WriteKVCacheProblem as WriteKVCacheProblem

@@ -1,7 +1,7 @@
 """JAX's internals: each behind a function that says what it is for.
 
 JAX promises none of them. What could change in silence raises here instead, and
-`tests/test_jax_internals.py` asks each function whether the JAX that is installed still has it.
+`tests/package/test_jax_internals.py` asks each function whether the installed JAX still has it.
 """
 
 import functools

@@ -30,9 +30,9 @@ from ejk.backends.page_attention import (
     PageAttentionProblem,
 )
 from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts, window_fact
-from ejk.backends.pallas.page_attention import PallasPageAttention
+from ejk.backends.pallas.page_attention.backend import PallasPageAttention
 from ejk.backends.reverse_mode.page_attention import differentiable
-from ejk.backends.triton.page_attention import TritonPageAttention
+from ejk.backends.triton.page_attention.backend import TritonPageAttention
 from ejk.backends.xla._softmax import finish, nothing_seen
 from ejk.backends.xla.page_attention import XlaPageAttention
 

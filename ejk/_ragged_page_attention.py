@@ -30,13 +30,13 @@ from ejk._typing import (
     typed,
 )
 from ejk.backends.page_attention import CacheLayout
-from ejk.backends.pallas.ragged_page_attention import PallasRaggedPageAttention
+from ejk.backends.pallas.ragged_page_attention.backend import PallasRaggedPageAttention
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
 )
 from ejk.backends.reverse_mode.ragged_page_attention import differentiable
-from ejk.backends.triton.ragged_page_attention import TritonRaggedPageAttention
+from ejk.backends.triton.ragged_page_attention.backend import TritonRaggedPageAttention
 from ejk.backends.xla._softmax import finish, nothing_seen
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
 

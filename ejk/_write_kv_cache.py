@@ -11,9 +11,9 @@ from ejk._backend import Backend
 from ejk._indices import as_int32, exceeds
 from ejk._typing import Array, Cache, Slots, TokenRows, typed
 from ejk.backends.page_attention import CacheLayout
-from ejk.backends.pallas.write_kv_cache import PallasWriteKVCache
+from ejk.backends.pallas.write_kv_cache.backend import PallasWriteKVCache
 from ejk.backends.reverse_mode.write_kv_cache import differentiable
-from ejk.backends.triton.write_kv_cache import TritonWriteKVCache
+from ejk.backends.triton.write_kv_cache.backend import TritonWriteKVCache
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
 from ejk.backends.xla.write_kv_cache import XlaWriteKVCache
 

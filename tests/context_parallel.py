@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from backends import Entry, counted
+from entries import Entry, counted
 from jax.sharding import AxisType, PartitionSpec
 from meshes import arrays, mesh
 from ragged_strategies import RaggedCase

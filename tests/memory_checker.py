@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from ejk.backends.triton._interpreter_memory import Access, Observer, observe
+from ejk.backends.triton.interpreter.memory import Access, Observer, observe
 
 NOBODY = -1
 

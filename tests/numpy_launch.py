@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ejk.backends.triton import _interpret
-from ejk.backends.triton._interpreter_memory import poisoned
+from ejk.backends.triton.interpreter import call as interpreter
+from ejk.backends.triton.interpreter.memory import poisoned
 
 
 def call(kernel, inputs, outputs, constants, *, in_place=None, grid, **_):
@@ -13,5 +13,5 @@ def call(kernel, inputs, outputs, constants, *, in_place=None, grid, **_):
         for name, out in outputs.items()
     }
     in_place = dict(in_place or {})
-    _interpret.run(kernel.fn, inputs, in_place | results, constants, grid=grid)
+    interpreter.run(kernel.fn, inputs, in_place | results, constants, grid=grid)
     return (*results.values(), *in_place.values())

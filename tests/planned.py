@@ -2,12 +2,12 @@
 
 import jax
 import numpy as np
-from backends import Entry
+from entries import Entry
 from shapes import Shape
 from strategies import FEATURES, Configuration, build
 
 import ejk
-from ejk.backends.triton._interpreter_memory import Observer, observe
+from ejk.backends.triton.interpreter.memory import Observer, observe
 
 MANY = Shape("many, odd pages", 2, 1, 16, page_size=48, max_blocks=12, num_pages=90, num_seqs=7)
 TRITON = Entry(

@@ -24,5 +24,5 @@ kernels is a folder, `<backend>/<operation>/`. Its `backend.py` says what is sup
 `sizes.py` how a problem is cut, `kernel.py` is the kernel. What the operations of a backend share
 lies beside the folders, in files with a `_`. A new operation adds `<operation>.py` here, with its
 problem and its abstract backend, and such a module or folder for each backend. A new backend is a
-line in each table of `tests/backends.py`: every property then runs on it.
+line in each table of `tests/entries.py`: every property then runs on it.
 """

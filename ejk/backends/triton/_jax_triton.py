@@ -1,7 +1,7 @@
 """The one file that knows jax-triton from inside, of its 0.4 line, and mends it.
 
 What it substitutes is private to jax-triton, and holds for the process: calls of other libraries
-pass through. `tests/test_triton_internals.py` asks the installed versions whether it is there.
+pass through. `tests/backends/test_triton_internals.py` asks the installed versions for it.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def _keep_compiler_and_interpreter_apart(triton_lib: Any) -> None:
     For the length of a launch the interpreter replaces the functions of `triton.language`, which
     the compiler reads.
     """
-    from ejk.backends.triton._interpreter_patches import triton_language_lock
+    from ejk.backends.triton.interpreter.patches import triton_language_lock
 
     compile_kernel = triton_lib.TritonFunction.get_or_create_kernel
 

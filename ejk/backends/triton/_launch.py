@@ -60,9 +60,9 @@ def call(
     _check_signature(kernel.fn, (*inputs, *in_place, *outputs), tuple(constants))
     assert 1 <= grid < 2**31, f"{grid=} must be in [1, 2**31)"
     if interpret:
-        from ejk.backends.triton import _interpret
+        from ejk.backends.triton.interpreter import call as interpreter
 
-        return _interpret.call(kernel, inputs, outputs, constants, in_place=in_place, grid=grid)
+        return interpreter.call(kernel, inputs, outputs, constants, in_place=in_place, grid=grid)
 
     # Fusing a product and a sum into one instruction changes rounding, so the choice is written
     # out here instead of following a default.

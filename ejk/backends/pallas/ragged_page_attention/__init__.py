@@ -1,0 +1,1 @@
+"""`ejk.ragged_page_attention` by a Pallas kernel for TPUs."""

@@ -1,0 +1,1 @@
+"""`ejk.write_kv_cache` by a Pallas kernel for TPUs."""

@@ -1,0 +1,56 @@
+"""`ejk.write_kv_cache` on TPUs: which calls the Pallas kernel takes, and how it is launched."""
+
+import dataclasses
+from collections.abc import Hashable
+
+import jax
+
+from ejk.backends._fields import check_interpret
+from ejk.backends.page_attention import POOLS
+from ejk.backends.pallas._backend import PallasBackend
+from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES
+from ejk.backends.pallas.write_kv_cache.sizes import WriteSizes
+from ejk.backends.write_kv_cache import (
+    WriteKVCacheBackend,
+    WriteKVCacheOperands,
+    WriteKVCacheProblem,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasWriteKVCache(PallasBackend, WriteKVCacheBackend):
+    """Run `ejk.write_kv_cache` as a Pallas kernel on a TPU.
+
+    Attributes:
+        interpret: run the kernel on the CPU instead, in Pallas' interpreter of TPU kernels, in
+            which memory that was not written reads as NaN and a read out of bounds raises. May
+            be `pltpu.InterpretParams`, to detect races or choose when copies happen.
+    """
+
+    interpret: bool | Hashable = False
+
+    features = POOLS | {"latent_pools"}
+
+    def __post_init__(self):
+        check_interpret(self, of_pallas=True)
+
+    def limits(self, problem: WriteKVCacheProblem, platform: str) -> tuple[str, ...]:
+        reasons = self.first_refusals(problem.cache_dtype, "the chip")
+        if 4 * problem.num_tokens > SMEM_LIMIT_BYTES:
+            reasons.append(
+                f"num_tokens={problem.num_tokens}: their slots must fit in {SMEM_LIMIT_BYTES} "
+                "bytes of scalar memory"
+            )
+        sizes = WriteSizes.of(problem, self.vmem_limit)
+        reasons += self.vmem_refusals(
+            f"one token's window of {sizes.window_slots} slots needs", sizes.vmem(), bound="of "
+        )
+        return tuple(reasons)
+
+    def launch(
+        self, problem: WriteKVCacheProblem, operands: WriteKVCacheOperands
+    ) -> tuple[jax.Array, ...]:
+        from ejk.backends.pallas.write_kv_cache.call import write
+
+        sizes = WriteSizes.of(problem, self.vmem_limit)
+        return write(sizes, operands, self.vmem_limit, self.interpreter)

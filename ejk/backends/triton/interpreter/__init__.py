@@ -1,0 +1,1 @@
+"""Runs Triton kernels on the CPU, inside `jax.jit`, and checks every access."""

@@ -1,0 +1,1 @@
+"""`ejk.page_attention` by Triton kernels."""

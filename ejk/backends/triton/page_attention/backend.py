@@ -1,0 +1,117 @@
+"""`ejk.page_attention` as a Triton kernel: its tuning, what it refuses, how it is launched."""
+
+import dataclasses
+from typing import Any
+
+from ejk.backends.gpu import H100, MAX_GRID, Target
+from ejk.backends.page_attention import (
+    AXIS,
+    POOLS,
+    PageAttentionBackend,
+    PageAttentionOperands,
+    PageAttentionProblem,
+)
+from ejk.backends.page_attention_plan import PlanOperands
+from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
+from ejk.backends.triton._sizes import size_refusals
+from ejk.backends.triton.page_attention.blocks import Tuning
+from ejk.backends.triton.page_attention.plan import TritonPlan, run_plan
+from ejk.backends.triton.page_attention.sizes import Sizes
+
+INPUTS = (
+    "query", "key", "value", "context_lens", "block_tables", "attn_scale", "sliding_window",
+    "sinks", "alibi_slopes", "page_distances", "work",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
+    """Run `ejk.page_attention` as a Triton kernel, through jax-triton.
+
+    Attributes:
+        block_kv: tokens that a step of the kernel's loop takes; a power of two, at least 16.
+        num_warps: warps a program runs on.
+        num_stages: depth of the kernel's software pipeline: one less is the number of blocks of
+            keys and values in flight.
+        split_tokens: with `num_splits=0`, cut every context into pieces of so many tokens,
+            rounded up to whole blocks. Then a sequence's result has the same bits in every batch.
+        compute_capability: compile for it, 90 for sm_90; the device's own if None.
+        num_sms: streaming multiprocessors to keep busy; the device's own if None.
+        interpret: run the kernel on the CPU with Triton's interpreter.
+    """
+
+    compute_capability: int | None = None
+    num_sms: int | None = None
+    interpret: bool = False
+
+    features = POOLS | AXIS | {
+        "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
+        "return_lse",
+    }  # fmt: skip
+
+    def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:
+        reasons: list[str] = []
+        sizes = Sizes.of(problem, self, target)
+        blocks, grid, combine_grid = sizes.blocks, sizes.grid(problem), sizes.combine_grid(problem)
+        if grid > MAX_GRID:
+            reasons.append(f"its grid of {grid} programs exceeds {MAX_GRID}")
+        if blocks.shared_memory > target.shared_memory:
+            reasons.append(
+                f"block_kv={blocks.block_kv} with head_dim={problem.head_dim} takes "
+                f"{blocks.shared_memory} bytes of shared memory; the target has "
+                f"{target.shared_memory}"
+            )
+        if combine_grid > MAX_GRID:
+            reasons.append(f"{combine_grid} programs to combine exceed {MAX_GRID}")
+        return [*reasons, *size_refusals(problem)]
+
+    def run_on(
+        self,
+        target: Target,
+        problem: PageAttentionProblem,
+        operands: PageAttentionOperands,
+        call: Call,
+    ) -> tuple[Any, ...]:
+        from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
+        from ejk.backends.triton.page_attention.kernel import page_attention_kernel
+
+        sizes = Sizes.of(problem, self, target)
+        work = operands.plan
+        if sizes.plan and work is None:
+            lens = PlanOperands(operands.context_lens, operands.sliding_window)
+            [work] = run_plan(sizes.plan, lens, call)
+        out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
+        part_out, part_lse, out, lse = call(
+            page_attention_kernel,
+            kernel_inputs(operands, INPUTS, work),
+            {**sizes.part_types(problem), "out_ptr": out_type, "lse_ptr": lse_type},
+            sizes.constants(problem),
+            grid=sizes.grid(problem),
+            num_warps=sizes.blocks.num_warps,
+            num_stages=sizes.blocks.num_stages,
+        )
+        if part_out is not None:
+            # With a plan, contexts in one piece are written already: the rest goes between them.
+            in_place = {"out_ptr": out, "lse_ptr": lse} if sizes.plan else {}
+            out, lse = call(
+                combine_parts_kernel,
+                {
+                    "part_out_ptr": part_out,
+                    "part_lse_ptr": part_lse,
+                    "sinks_ptr": operands.sinks,
+                    "work_ptr": work,
+                },
+                {} if sizes.plan else {"out_ptr": out_type, "lse_ptr": lse_type},
+                sizes.combine_constants(problem),
+                in_place=in_place,
+                grid=sizes.combine_grid(problem),
+                num_warps=4,
+                num_stages=2,
+            )
+        return (out, lse) if problem.return_lse else (out,)
+
+    @property
+    def planner(self) -> TritonPlan:
+        target = self.target(self.platforms[0])
+        num_sms = H100["num_sms"] if target is None else target.num_sms
+        return TritonPlan(self.compute_capability, num_sms, self.interpret)

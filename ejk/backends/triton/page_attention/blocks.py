@@ -1,0 +1,118 @@
+"""Which blocks of a group's query heads and of tokens `page_attention_kernel` takes on a GPU."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from ejk.backends.gpu import Target
+from ejk.backends.page_attention import PagedProblem
+from ejk.backends.triton._sizes import block_group, programs_per_piece, widths
+from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
+
+# Tokens and pipeline stages, best first, of which the first is taken that leaves no room for a
+# second program on a multiprocessor.
+ALONE = ((128, 3), (128, 4), (256, 3), (128, 5), (64, 3), (64, 4), (32, 3), (32, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What a caller may fix; None leaves it to `Sizes.of`. See `ejk.TritonPageAttention`."""
+
+    block_kv: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    split_tokens: int | None = None
+
+    def fixed(self) -> dict[str, int]:
+        """Return what is fixed of `Pipeline`."""
+        given = {field: getattr(self, field) for field in Pipeline._fields}
+        return {field: value for field, value in given.items() if value is not None}
+
+
+class DecodeBlocks(NamedTuple):
+    """What a program takes at a time, and how it runs."""
+
+    block_group: int  # query heads of a group: rows of the product, padded
+    block_kv: int  # tokens
+    num_warps: int
+    num_stages: int
+    shared_memory: int  # bytes of a program, at most
+
+
+def choose_blocks(
+    problem: PagedProblem,
+    group: int,
+    longest: int | None,
+    tuning: Tuning,
+    target: Target,
+    tuned: dict[Cell, Pipeline] = TUNED,
+) -> DecodeBlocks:
+    """Choose the blocks for `group` query rows a KV head, of contexts of up to `longest` tokens.
+
+    With `longest=None` nothing follows from the batch, as the bits of a result may not: blocks are
+    then those of a batch that fills the machine.
+    """
+    rows = block_group(group, problem.value_head_dim)
+    each = programs_per_piece(problem.num_kv_heads, group, problem.value_head_dim)
+    programs = problem.num_seqs * each  # where no context is cut
+    # Is there a block of 128 tokens for every multiprocessor?
+    is_large = longest is None or programs * -(-longest // 128) >= target.num_sms
+    itemsize = problem.cache_dtype.itemsize
+    cell = Cell(target.compute_capability, itemsize, problem.head_dim, rows, is_large)
+    if problem.head_dim == problem.value_head_dim and cell in tuned:
+        pipeline = tuned[cell]
+    else:
+        pipeline = _heuristic(problem, rows, target, is_large)
+    # Where programs are short and many, several at once are better than each with many buffers. On
+    # an H100, with 3 stages and with 2: 1,024 contexts of 128 tokens 255.9 and 190.3 us, of 256
+    # 412.6 and 367.4, of 512 743.7 and 717.0; 256 of 1,024 tokens 363.8 and 358.5; but 16 of them,
+    # a program a multiprocessor, 29.5 and 33.7.
+    if longest is not None and longest <= 8 * pipeline.block_kv and programs >= 4 * target.num_sms:
+        pipeline = pipeline._replace(num_stages=2)
+    pipeline = pipeline._replace(**tuning.fixed())
+    while (shared := _shared_memory(problem, rows, pipeline, target)) > target.shared_memory:
+        if tuning.block_kv is None and pipeline.block_kv > 16:
+            pipeline = pipeline._replace(block_kv=pipeline.block_kv // 2)
+        elif tuning.num_stages is None and pipeline.num_stages > 1:
+            pipeline = pipeline._replace(num_stages=pipeline.num_stages - 1)
+        else:
+            break  # what was asked for does not fit: `limits` says so
+    return DecodeBlocks(rows, *pipeline, shared)
+
+
+def _heuristic(problem: PagedProblem, rows: int, target: Target, is_large: bool) -> Pipeline:
+    """Return what was best nearly wherever we measured: shared memory may yet shrink it."""
+    _, wide = widths(problem)
+    # Taken on the ordinary cores, from registers.
+    is_float32 = problem.query_dtype == jnp.float32
+    if not is_large:  # It is latency that counts, not bytes.
+        num_warps = 8 if wide > (128 if is_float32 else 256) else 4
+        return Pipeline(64 if rows == 16 else 32, num_warps, 3 if is_float32 else 2)
+    num_warps = 8 if wide > 256 or is_float32 else 4
+    # One program a multiprocessor: what is left of the work then goes to whoever is done.
+    # With three at once, contexts of very different length took 172 us instead of 135 on an
+    # H100 (head dimension 64).
+    for block_kv, num_stages in ALONE:
+        pipeline = Pipeline(block_kv, num_warps, num_stages)
+        if _shared_memory(problem, rows, pipeline, target) <= target.shared_memory:
+            if 2 * _streamed(problem, pipeline) > target.shared_memory:
+                return pipeline
+    return Pipeline(128, num_warps, 3)
+
+
+def _shared_memory(problem: PagedProblem, rows: int, pipeline: Pipeline, target: Target) -> int:
+    """Bound the shared memory of a program, in bytes."""
+    # On AMD the product reads its queries from registers.
+    queries = 0 if target.is_amd else rows * widths(problem)[0]
+    weights = rows * pipeline.block_kv
+    held = problem.query_dtype.itemsize * (queries + weights) + 4 * weights
+    return _streamed(problem, pipeline) + held
+
+
+def _streamed(problem: PagedProblem, pipeline: Pipeline) -> int:
+    """Return the bytes of shared memory that keys and values stream through."""
+    k_block, v_block = (pipeline.block_kv * width for width in widths(problem))
+    buffers = pipeline.num_stages - 1
+    elements = buffers * (k_block + v_block) if buffers else max(k_block, v_block)
+    return problem.cache_dtype.itemsize * elements

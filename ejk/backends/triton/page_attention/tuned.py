@@ -1,0 +1,42 @@
+"""Blocks that were measured to beat the heuristic of `page_attention/blocks.py`: data only.
+
+Written by `benchmarks/tune.py --table` from `benchmarks/results/tune_*.jsonl`: each entry gains at
+least 1 % on the devices named above it, as the geometric mean over its batches. What is not here
+is served by the heuristic.
+"""
+
+from typing import NamedTuple
+
+
+class Pipeline(NamedTuple):
+    """The attention kernel's loop over tokens, and how it runs."""
+
+    block_kv: int  # tokens a step
+    num_warps: int
+    num_stages: int
+
+
+class Cell(NamedTuple):
+    """What the choice of blocks may follow from."""
+
+    compute_capability: int | None
+    itemsize: int  # bytes of an element of queries, keys and values
+    head_dim: int  # of keys and of values
+    rows: int  # of the product: query heads of a group, padded
+    large: bool  # the call fills the GPU
+
+
+TUNED: dict[Cell, Pipeline] = {
+    # NVIDIA H100 80GB HBM3: 319.4 for 321.2 us; NVIDIA H200: 278.6 for 288.0 us
+    Cell(90, 2, 64, 64, True): Pipeline(128, 4, 4),
+    # NVIDIA H100 80GB HBM3: 5.5 for 5.5 us; NVIDIA H200: 5.3 for 5.3 us
+    Cell(90, 2, 128, 16, False): Pipeline(64, 4, 3),
+    # NVIDIA H100 80GB HBM3: 7.0 for 7.1 us; NVIDIA H200: 6.7 for 6.8 us
+    Cell(90, 2, 256, 16, False): Pipeline(64, 8, 2),
+    # NVIDIA H100 80GB HBM3: 204.1 for 206.9 us; NVIDIA H200: 157.9 for 166.2 us
+    Cell(90, 2, 512, 16, True): Pipeline(32, 4, 3),
+    # NVIDIA H100 80GB HBM3: 602.8 for 918.3 us; NVIDIA H200: 605.0 for 922.4 us
+    Cell(90, 4, 128, 16, True): Pipeline(64, 4, 3),
+    # NVIDIA H100 80GB HBM3: 27.8 for 29.1 us; NVIDIA H200: 27.8 for 28.5 us
+    Cell(90, 4, 256, 16, False): Pipeline(16, 4, 3),
+}

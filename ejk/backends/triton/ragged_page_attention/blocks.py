@@ -1,0 +1,169 @@
+"""Which blocks of query rows and of tokens `ragged_page_attention_kernel` takes on a GPU."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+
+from ejk.backends.gpu import Target
+from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
+from ejk.backends.triton._sizes import widths
+from ejk.backends.triton.page_attention.blocks import Tuning, choose_blocks
+
+# Query rows that one narrow block may have: more are wide, or several narrow ones.
+MOST_NARROW_ROWS = 64
+# Wide blocks on an H100 that they fill keep 16 warps resident, of 128 registers a thread, so that
+# the softmax of one overlaps the products of another: either one program of 256 rows, which reads
+# keys and values once, or two of 128, whose start and end overlap. Time of two programs over that
+# of one, by the tokens that a row may see, on one machine:
+#     1,024   2,048   4,096          8,192          32,768   with ALiBi
+#     0.92    0.98    0.98 to 0.99   1.03 to 1.06   1.10     1.04
+# With ALiBi two programs spill more. The 16 warps are worth 28 spilled bytes, and products that
+# wait for one another (ptxas, C7512): 8 x 4,096 tokens take 2,498 us; with 8 warps, which have
+# twice the registers, they take 2,860.
+HOPPER_TILE, HOPPER_REGISTERS = 8192, 128  # elements of a step's keys; a thread's
+HOPPER_SHORT, HOPPER_LONG = (128, 8, 2), (256, 16, 3)  # rows, warps, stages
+SHORT_TOKENS = 4096
+# Elsewhere rows, tokens and stages, of each the largest that fits, in this order. Of those on an
+# H100 128 x 128 and 128 x 64 with 3 stages are alike, 2 stages are up to a quarter slower and 4
+# no faster; four stages compile to spills on sm_89.
+WIDE_ROWS, WIDE_KV, WIDE_STAGES = (128, 64, 32, 16), (128, 64, 32, 16), (3, 2)
+WIDE_WARPS = 8
+# What a thread may hold of accumulators, logits and weights, in 32-bit registers, where the product
+# takes its queries from shared memory (on Hopper, on Blackwell), where from registers, and on AMD,
+# where copies pass through registers, too. More spills: see
+# `tests/backends/test_ragged_triton_compile.py`.
+HELD_WGMMA, HELD_TCGEN05, HELD_MMA, HELD_AMD = 160, 120, 130, 64
+# Bytes of shared memory beside blocks, for reductions and barriers. Not measured: the programs of
+# the same tests take no more.
+SCRATCH = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedTuning:
+    """What a caller may fix; None leaves it to `RaggedSizes.of`."""
+
+    block_rows: int | None = None
+    block_kv: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    few_block_kv: int | None = None
+    few_num_warps: int | None = None
+    few_num_stages: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Blocks of so many query rows, and how the programs that attend to their items run.
+
+    With `peel`, blocks of keys that need no mask are taken apart.
+    """
+
+    rows: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+    shared_memory: int  # bytes of a program, at most
+    max_registers: int | None  # of a thread; None: the compiler's choice
+    peel: bool
+
+    @property
+    def edge_kv(self) -> int:
+        """Tokens of a step that is masked: masks take registers, and what needs them is short."""
+        return max(self.block_kv // 2, 16) if self.peel else self.block_kv
+
+
+def narrow_rows(
+    problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target, rows: int
+) -> Rows:
+    """Take the blocks of decode for as many heads a group as there are rows, in any batch."""
+    own = Tuning(tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
+    blocks = choose_blocks(problem, rows, None, own, target)
+    return Rows(*blocks, max_registers=None, peel=False)
+
+
+def wide_rows(problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target) -> Rows:
+    """Choose the largest blocks that fit the target's shared memory and registers."""
+    fixed = (tuning.block_rows, tuning.block_kv, tuning.num_warps, tuning.num_stages)
+    if _fills_hopper(problem, target):
+        is_short = problem.visible_bound <= SHORT_TOKENS and not problem.has_alibi
+        for choice in (HOPPER_SHORT, HOPPER_LONG) if is_short else (HOPPER_LONG, HOPPER_SHORT):
+            rows, num_warps, num_stages = choice
+            blocks = (rows, HOPPER_TILE // max(widths(problem)), num_warps, num_stages)
+            if all(value in (None, own) for value, own in zip(fixed, blocks)):
+                shared = _wide_shared_memory(problem, target, *blocks)
+                return Rows(*blocks, shared, HOPPER_REGISTERS, peel=True)
+    most = (WIDE_ROWS, WIDE_KV, (WIDE_WARPS,), WIDE_STAGES)
+    choices = [(value,) if value else own for value, own in zip(fixed, most)]
+    found = None
+    one_stage = (*choices[:3], choices[3] if tuning.num_stages else (1,))
+    candidates = itertools.chain(itertools.product(*choices), itertools.product(*one_stage))
+    for rows, block_kv, num_warps, num_stages in candidates:
+        shared = _wide_shared_memory(problem, target, rows, block_kv, num_warps, num_stages)
+        blocks = (rows, block_kv, num_warps, num_stages)
+        found = Rows(*blocks, shared, max_registers=None, peel=True)
+        if shared <= target.shared_memory and _fits_registers(problem, target, found):
+            break  # or the smallest does not fit either: `limits` says so
+    assert found is not None
+    return found
+
+
+def _fills_hopper(problem: RaggedPageAttentionProblem, target: Target) -> bool:
+    """Say whether such blocks fit 128 registers a thread and are not too few.
+
+    On an H100 128 blocks of 256 rows, 4 chunks of 256 on 4,096, took 165.6 us and of 128 rows with
+    all registers 182.0; 64 of them, a chunk of 512 on 16,384, took 371.1 and the others 327.8. The
+    same number of rows is asked of two programs of 128, for which it was not measured.
+    """
+    is_16_bit = problem.query_dtype.itemsize == 2
+    fits = is_16_bit and 64 <= max(widths(problem)) <= 128 and not problem.tree_width
+    rows = problem.total_tokens * problem.num_heads  # of all KV heads
+    are_many = 4 * rows >= 3 * HOPPER_LONG[0] * target.num_sms
+    return target.compute_capability == 90 and fits and are_many
+
+
+def _is_hopper(target: Target) -> bool:
+    """Say whether products take their operands from shared memory, and are waited for."""
+    capability = target.compute_capability
+    return capability is not None and 90 <= capability < 120
+
+
+def _fits_registers(problem: RaggedPageAttentionProblem, target: Target, rows: Rows) -> bool:
+    d, dv = widths(problem)
+    if problem.query_dtype == jnp.float32:  # taken on the ordinary cores, operands from registers
+        return rows.rows <= 32 and rows.block_kv <= 32
+    limit = HELD_AMD if target.is_amd else HELD_MMA
+    logits = rows.block_kv * 3 // 2  # and the weights, in 16 bits
+    if problem.tree_width:
+        logits += 2 * rows.block_kv  # pointers to the mask
+    if _is_hopper(target):
+        limit = HELD_WGMMA if target.compute_capability == 90 else HELD_TCGEN05
+    else:
+        logits += d // 2
+    return rows.rows * (dv + logits) <= limit * target.warp_size * rows.num_warps
+
+
+def _wide_shared_memory(
+    problem: RaggedPageAttentionProblem,
+    target: Target,
+    rows: int,
+    block_kv: int,
+    num_warps: int,
+    num_stages: int,
+) -> int:
+    """Bound the shared memory of a program, in bytes."""
+    d, dv = widths(problem)
+    size = problem.query_dtype.itemsize
+    # A product that is waited for later keeps its block of values, and so a buffer.
+    buffers = num_stages if _is_hopper(target) else num_stages - 1
+    entries = (d + dv) * buffers if buffers else max(d, dv)
+    streamed = problem.cache_dtype.itemsize * block_kv * entries
+    queries = size * rows * d
+    weights = rows * block_kv * (4 if problem.tree_width else size) + SCRATCH
+    if target.compute_capability == 90 and size == 2 and not problem.tree_width:
+        if rows >= 16 * num_warps:  # each warp multiplies weights of its own, from registers
+            weights = SCRATCH
+    if target.is_amd:  # queries pass through to registers before anything streams
+        return max(queries, streamed + weights)
+    # In the end the results pass through, beside where the queries did.
+    return max(streamed + weights, size * rows * dv + SCRATCH) + queries

@@ -1,0 +1,328 @@
+"""Attention of any number of query tokens a sequence over paged keys and values.
+
+Grid of `ragged_page_attention_kernel`, one axis, fastest first: KV head, item of the plan: a piece
+of what a block of query rows sees. In the first launch more programs follow, which clear the rows
+of no sequence. (The plan's launch could not do so: all layers of a step share it, and each layer
+has a result of its own.) The rows of a sequence and a KV head are its new tokens times the heads of
+the group: row `r` is head `r % GROUP` of new token `r // GROUP`. In registers: the queries
+`[BLOCK_ROWS, head_dim]`, the running maximum `m`, the sum `l` and the weighted values `acc`; keys
+and values stream through shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with
+`s` a block's logits:
+
+    m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
+    l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
+
+With `PEEL`, tokens that need a mask come first, in blocks of `EDGE_KV`: those that some rows do not
+see, those from the first bad page on, and the last ones, which fill no block. Then come blocks of
+`BLOCK_KV` without a mask: every row sees all of their tokens, and all of their pages are valid. A
+head dimension that is no power of two may be taken in two parts, as by `page_attention_kernel`.
+
+Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); heads packed with tokens after Ragged Paged
+Attention (arXiv:2604.15464).
+"""
+
+import typing
+
+import triton
+import triton.language as tl
+
+from ejk.backends.triton._products import load_queries, query_key_products, token_ptrs
+from ejk.backends.triton._softmax import LN2, LOG2E, add_block, add_sink, scaled, write_rows
+from ejk.backends.triton.ragged_page_attention.rows import clear_rows, rows_of_block
+
+SCANNED = tl.constexpr(512)  # table entries that are looked at together
+
+
+@triton.jit
+@typing.no_type_check
+def ragged_page_attention_kernel(
+    # inputs
+    query_ptr,  # [total_tokens, num_heads, head_dim]
+    cu_q_lens_ptr,  # int32 [num_seqs + 1]
+    key_ptr,  # pool of pages, its axes in any order
+    value_ptr,  # the same, or the very pool of the keys
+    block_tables_ptr,  # int32 [num_seqs, max_blocks]: page ids
+    attn_scale_ptr,  # float32 []
+    sliding_window_ptr,  # int32 []
+    sinks_ptr,  # float32 [num_heads]
+    alibi_slopes_ptr,  # float32 [num_heads]
+    positions_ptr,  # int32 [total_tokens]
+    tree_mask_ptr,  # bool [total_tokens, tree_width]
+    work_ptr,  # int32 [rows, ITEM]: the plan
+    # outputs of the first launch, which the next one adds to
+    part_out_ptr,  # float32 [parts * block_rows, num_kv_heads, value_head_dim]
+    part_lse_ptr,  # float32, log2 [parts * block_rows, num_kv_heads]
+    out_ptr,  # [total_tokens, num_heads, value_head_dim]
+    lse_ptr,  # float32 [total_tokens, num_heads]
+    # sizes
+    NUM_SEQS: tl.constexpr,
+    TOTAL_TOKENS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_HEAD_DIM: tl.constexpr,
+    NUM_PAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    MAX_BLOCKS: tl.constexpr,
+    ITEM: tl.constexpr,  # integers of an item of the plan
+    COUNT: tl.constexpr,  # which integer of the plan counts this launch's items
+    FIRST_ITEM: tl.constexpr,  # the row of the first of them
+    MAX_ITEMS: tl.constexpr,
+    CLEARS: tl.constexpr,  # programs after those of the items clear rows of no sequence
+    HAS_PARTS: tl.constexpr,
+    # strides: constants, or no load is wider than one element
+    stride_k_page: tl.constexpr,
+    stride_k_head: tl.constexpr,
+    stride_k_slot: tl.constexpr,
+    stride_v_page: tl.constexpr,
+    stride_v_head: tl.constexpr,
+    stride_v_slot: tl.constexpr,
+    stride_half: tl.constexpr,  # from the keys to the values of a page of both; 0 for none
+    # features
+    SOFT_CAP: tl.constexpr,  # 0 for none
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    TREE_WIDTH: tl.constexpr,  # 0 for none
+    # blocks
+    PEEL: tl.constexpr,
+    GRANULE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    EDGE_KV: tl.constexpr,  # the same for blocks that are masked
+    BLOCK_D: tl.constexpr,
+    BLOCK_D_REST: tl.constexpr,  # 0 for none
+    CHAIN: tl.constexpr,  # products that are added up apart from others, of a logit
+    BLOCK_DV: tl.constexpr,
+    BLOCK_DV_REST: tl.constexpr,  # 0 for none
+    BLOCK_BOUNDS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    tl.static_assert(NUM_HEADS % NUM_KV_HEADS == 0)
+    tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
+    tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
+    tl.static_assert(BLOCK_KV % EDGE_KV == 0)
+    # Without a mask the scale and the subtraction of the maximum are one instruction.
+    FOLDED: tl.constexpr = SOFT_CAP == 0 and not HAS_ALIBI
+
+    # Which work is mine: a KV head, a block of rows, a piece of what they see.
+    kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
+    item = tl.program_id(0) // NUM_KV_HEADS
+    if CLEARS:
+        if item >= MAX_ITEMS:
+            clear_rows(
+                tl.program_id(0) - MAX_ITEMS * NUM_KV_HEADS, cu_q_lens_ptr, out_ptr, lse_ptr,
+                NUM_SEQS, TOTAL_TOKENS, NUM_HEADS, VALUE_HEAD_DIM, BLOCK_BOUNDS, BLOCK_TOKENS,
+            )  # fmt: skip
+            return
+    # Loaded before it is known whether there is such an item: one wait instead of two.
+    item_ptr = work_ptr + (FIRST_ITEM + item) * ITEM
+    seq = tl.load(item_ptr).to(tl.int64)
+    first_token = tl.load(item_ptr + 1)
+    q_len = tl.load(item_ptr + 2)
+    row_block = tl.load(item_ptr + 3)
+    piece = tl.load(item_ptr + 4)
+    pieces = tl.load(item_ptr + 5)
+    part = tl.load(item_ptr + 6)
+    length = tl.load(item_ptr + 7)
+    if item >= tl.load(work_ptr + COUNT):
+        return
+    first_row = row_block * BLOCK_ROWS
+    context = length - q_len  # tokens before the new ones
+    new, tokens, heads, mask_rows = rows_of_block(
+        first_token, q_len, row_block, kv_head, GROUP, BLOCK_ROWS
+    )
+    place = context + new
+    position = place
+    if HAS_POSITIONS:
+        position = tl.maximum(tl.load(positions_ptr + tokens), 0)
+    # Some row sees the tokens [begin, end), every row those [all_begin, all_end).
+    first_place = context + first_row // GROUP
+    last_place = context + (tl.minimum(first_row + BLOCK_ROWS, q_len * GROUP) - 1) // GROUP
+    begin = 0
+    all_begin = 0
+    end = tl.maximum(last_place + 1, 0)
+    all_end = first_place + 1
+    if TREE_WIDTH > 0:
+        end = tl.where(last_place >= 0, length, 0)
+        all_end = context
+    window = 0
+    if HAS_WINDOW:
+        window = tl.maximum(tl.load(sliding_window_ptr), 0)
+        nearest = tl.min(position, 0) if HAS_POSITIONS else first_place
+        farthest = tl.max(position, 0) if HAS_POSITIONS else last_place
+        begin = tl.maximum(tl.maximum(nearest, 0) - (window - 1), 0)
+        all_begin = tl.maximum(tl.maximum(farthest, 0) - (window - 1), 0)
+        if HAS_POSITIONS:  # new tokens may have any
+            begin = tl.minimum(begin, tl.maximum(context, 0))
+        begin = tl.minimum(begin, end)
+        end = tl.where(window > 0, end, begin)
+    if HAS_POSITIONS:
+        all_end = tl.minimum(all_end, context)
+    if HAS_PARTS:
+        size = tl.cdiv(tl.cdiv(end - begin, GRANULE), pieces) * GRANULE
+        begin = tl.minimum(begin + piece * size, end)
+        end = tl.minimum(begin + size, end)
+
+    # Load once: queries, scale, slopes; which blocks of the context need no mask.
+    query_row_ptrs = query_ptr + (tokens * NUM_HEADS + heads)[:, None] * HEAD_DIM
+    q = load_queries(query_row_ptrs, mask_rows, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN)
+    scale = tl.load(attn_scale_ptr)
+    slopes = scale
+    if HAS_ALIBI:
+        slopes = tl.load(alibi_slopes_ptr + heads)
+    m = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_DV], tl.float32)
+    acc_rest = l
+    if BLOCK_DV_REST > 0:
+        acc_rest = tl.zeros([BLOCK_ROWS, BLOCK_DV_REST], tl.float32)
+    table_ptr = block_tables_ptr + seq * MAX_BLOCKS
+    k_head_ptr = key_ptr + kv_head * stride_k_head
+    v_head_ptr = value_ptr + stride_half + kv_head * stride_v_head
+    offs_kv = tl.arange(0, BLOCK_KV)
+    bulk_begin = begin
+    bulk_end = begin
+    if PEEL:
+        # Clipped before it is rounded up: a position may be as large as an integer gets.
+        masked = tl.minimum(tl.maximum(all_begin, begin), end) - begin
+        bulk_begin = begin + tl.cdiv(masked, BLOCK_KV) * BLOCK_KV
+        # Loaded while the table is scanned, and not used if it turns out that there is no bulk.
+        seen = bulk_begin + offs_kv
+        pages = tl.load(table_ptr + seen // PAGE_SIZE, mask=seen < end, other=0)
+        # A negative scale would make the largest product the smallest logit: see `FOLDED`.
+        bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
+        bulk_end = _first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
+        bulk_end = bulk_begin + tl.maximum(bulk_end - bulk_begin, 0) // BLOCK_KV * BLOCK_KV
+
+    # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
+    # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
+    offs_edge = tl.arange(0, EDGE_KV)
+    before = (bulk_begin - begin) // EDGE_KV
+    after = tl.cdiv(tl.maximum(end - bulk_end, 0), EDGE_KV)
+    key = tl.where(before > 0, begin, bulk_end) + offs_edge
+    edge_pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)
+    for block in range(0, before + after):
+        key = tl.where(block < before, begin, bulk_end - before * EDGE_KV) + block * EDGE_KV
+        key += offs_edge
+        exists = (edge_pages >= 0) & (edge_pages < NUM_PAGES)  # [EDGE_KV]
+        k_ptrs = token_ptrs(k_head_ptr, edge_pages, key, PAGE_SIZE, stride_k_page, stride_k_slot)
+        v_ptrs = token_ptrs(v_head_ptr, edge_pages, key, PAGE_SIZE, stride_v_page, stride_v_slot)
+        ahead = tl.where(block + 1 < before, begin, bulk_end - before * EDGE_KV)
+        ahead += (block + 1) * EDGE_KV + offs_edge
+        edge_pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
+        key_position = key
+        if HAS_POSITIONS:
+            is_new = exists & (key >= context)
+            given = tl.load(positions_ptr + first_token + (key - context), mask=is_new, other=0)
+            key_position = tl.where(is_new, tl.maximum(given, 0), key)
+        visible = exists[None, :]  # [BLOCK_ROWS, EDGE_KV]
+        if TREE_WIDTH > 0:
+            visible = visible & (place >= 0)[:, None]
+            column = (key - context)[None, :]
+            tree_ptrs = tree_mask_ptr + tokens[:, None] * TREE_WIDTH + column
+            is_column = visible & (column >= 0) & (column < TREE_WIDTH)
+            sees = tl.load(tree_ptrs, mask=is_column, other=0)
+            visible = visible & ((column < 0) | (sees != 0))
+        else:
+            visible = visible & (key[None, :] <= place[:, None])
+        if HAS_WINDOW:
+            visible = visible & (position[:, None] - key_position[None, :] < window)
+        if TREE_WIDTH > 0 or (HAS_WINDOW and HAS_POSITIONS):
+            # Not every token between those that are seen is: it may hold NaN.
+            exists = tl.max(visible.to(tl.int32), 0) > 0
+        # [BLOCK_ROWS, EDGE_KV]
+        s = query_key_products(q, k_ptrs, exists, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN)
+        s = scaled(s, scale, SOFT_CAP)
+        if HAS_ALIBI:
+            s += _biases(slopes, key_position, position)
+        s = tl.where(visible, s, float("-inf"))
+        m, l, acc, acc_rest = add_block(
+            s, scale, m, l, acc, acc_rest, v_ptrs, exists, VALUE_HEAD_DIM, True, False,
+            BLOCK_DV, BLOCK_DV_REST,
+        )  # fmt: skip
+    if PEEL:
+        for start in range(bulk_begin, bulk_end, BLOCK_KV):
+            seen = start + offs_kv
+            k_tokens = token_ptrs(k_head_ptr, pages, seen, PAGE_SIZE, stride_k_page, stride_k_slot)
+            v_tokens = token_ptrs(v_head_ptr, pages, seen, PAGE_SIZE, stride_v_page, stride_v_slot)
+            later = seen + BLOCK_KV
+            pages = tl.load(table_ptr + later // PAGE_SIZE, mask=later < bulk_end, other=0)
+            # [BLOCK_ROWS, BLOCK_KV]
+            s = query_key_products(q, k_tokens, seen, HEAD_DIM, False, BLOCK_D, BLOCK_D_REST, CHAIN)
+            if not FOLDED:
+                s = scaled(s, scale, SOFT_CAP)
+            if HAS_ALIBI:
+                s += _biases(slopes, seen, position)
+            m, l, acc, acc_rest = add_block(
+                s, scale, m, l, acc, acc_rest, v_tokens, seen, VALUE_HEAD_DIM, False, FOLDED,
+                BLOCK_DV, BLOCK_DV_REST,
+            )  # fmt: skip
+        # Loaded anew, or they would hold registers in the loop that needs them most; volatile, or
+        # the compiler would remember what it has loaded.
+        first_token = tl.load(item_ptr + 1, volatile=True)
+        q_len = tl.load(item_ptr + 2, volatile=True)
+        row_block = tl.load(item_ptr + 3, volatile=True)
+        part = tl.load(item_ptr + 6, volatile=True)
+        new, tokens, heads, mask_rows = rows_of_block(
+            first_token, q_len, row_block, kv_head, GROUP, BLOCK_ROWS
+        )
+
+    # Write the result, or this piece's part of it.
+    if PEEL:
+        # A logit that overflows makes a row NaN. Where scale and maximum are one instruction it
+        # does not overflow before `m` is subtracted, and its weight is 0.
+        l = tl.where(m == float("inf"), float("nan"), l)
+    saw_nothing = l == 0
+    if HAS_PARTS:
+        if part >= 0:
+            row = (part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+            row = row * NUM_KV_HEADS + kv_head
+            lse = tl.where(saw_nothing, float("-inf"), m + tl.log2(l))
+            tl.store(part_lse_ptr + row, lse, mask=mask_rows)
+            inverse = (1 / tl.where(saw_nothing, 1.0, l))[:, None]
+            write_rows(part_out_ptr, row, acc * inverse, mask_rows, 0, VALUE_HEAD_DIM)
+            if BLOCK_DV_REST > 0:
+                out = acc_rest * inverse
+                write_rows(part_out_ptr, row, out, mask_rows, BLOCK_DV, VALUE_HEAD_DIM)
+            return
+    sinks = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    if HAS_SINKS:
+        sinks = tl.load(sinks_ptr + heads)
+        m, l, alpha, saw_nothing = add_sink(m, l, sinks)
+        acc *= alpha[:, None]
+        if BLOCK_DV_REST > 0:
+            acc_rest *= alpha[:, None]
+    row = tokens * NUM_HEADS + heads
+    # From base 2 and back would cost a sink that stands alone its last bit.
+    lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
+    tl.store(lse_ptr + row, lse, mask=mask_rows)
+    # Divided, as `page_attention_kernel` does: a single token's bits are the same there.
+    l = tl.where(l == 0, 1.0, l)
+    write_rows(out_ptr, row, acc / l[:, None], mask_rows, 0, VALUE_HEAD_DIM)
+    if BLOCK_DV_REST > 0:
+        write_rows(out_ptr, row, acc_rest / l[:, None], mask_rows, BLOCK_DV, VALUE_HEAD_DIM)
+
+
+@triton.jit
+@typing.no_type_check
+def _first_bad(table_ptr, begin, end, NUM_PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Return a token of `[begin, end)` before which every page is valid, `end` if all are."""
+    bad = end
+    last = tl.cdiv(end, PAGE_SIZE)
+    for entry in tl.range(begin // PAGE_SIZE, last, SCANNED, num_stages=1):
+        entries = entry + tl.arange(0, SCANNED)
+        pages = tl.load(table_ptr + entries, mask=entries < last, other=0)
+        is_bad = (pages < 0) | (pages >= NUM_PAGES)
+        bad = tl.minimum(bad, tl.min(tl.where(is_bad, entries * PAGE_SIZE, end), 0))
+    return bad
+
+
+@triton.jit
+@typing.no_type_check
+def _biases(slopes, key_position, position):
+    """Return ALiBi's biases, `[BLOCK_ROWS, tokens]`, in log2 units."""
+    ahead = (key_position[None, :] - position[:, None]).to(tl.float32)
+    return (slopes * LOG2E)[:, None] * ahead

@@ -1,0 +1,156 @@
+"""How one `ejk.ragged_page_attention` problem is cut for a GPU: pure functions of both."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ejk.backends.gpu import Target
+from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
+from ejk.backends.ragged_page_attention_plan import ITEM, RaggedPlan
+from ejk.backends.triton._sizes import (
+    EVEN_SHARE,
+    GRANULE,
+    choose_cuts,
+    combined_parts,
+    feature_constants,
+    power_of_two,
+    shape_constants,
+    stride_constants,
+    width_constants,
+)
+from ejk.backends.triton.ragged_page_attention.blocks import (
+    MOST_NARROW_ROWS,
+    RaggedTuning,
+    Rows,
+    narrow_rows,
+    wide_rows,
+)
+
+# Sequences of a planning program, those that it compares them with at a time, items that it writes
+# at a time; rows of a program that clears. Not measured.
+BLOCK_SEQS, MOST_OTHERS, BLOCK_ITEMS, BLOCK_TOKENS = 4, 1024, 64, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedSizes:
+    """How one problem is cut and run: `kinds` has the blocks of each kind of the plan."""
+
+    kinds: tuple[Rows, ...]
+    plan: RaggedPlan
+
+    @classmethod
+    def of(
+        cls, problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target
+    ) -> "RaggedSizes":
+        wanted = min(problem.q_len_bound * problem.group, 2**30)
+        most_narrow = min(MOST_NARROW_ROWS, tuning.block_rows or MOST_NARROW_ROWS)
+        has_wide = wanted > most_narrow
+        at_once = min(problem.group if has_wide else wanted, most_narrow)
+        narrow = narrow_rows(problem, tuning, target, at_once)
+        wide = wide_rows(problem, tuning, target) if has_wide else None
+        most = min(problem.num_seqs, problem.total_tokens)
+        cuts = choose_cuts(target.num_sms, most, problem.num_kv_heads, problem.visible_bound)
+        if problem.visible_bound <= GRANULE:
+            cuts = 0
+        plan = RaggedPlan.of(problem, narrow.rows, wide and wide.rows, cuts, GRANULE)
+        return cls((narrow, wide) if wide else (narrow,), plan)
+
+    def types(self, problem: RaggedPageAttentionProblem) -> dict[str, jax.ShapeDtypeStruct | None]:
+        """Return the memory for parts, and the results."""
+        out, lse = dataclasses.replace(problem, return_lse=True).results
+        rows = (max(x.max_parts * x.rows for x in self.plan.kinds), problem.num_kv_heads)
+        parts = jax.ShapeDtypeStruct((*rows, problem.value_head_dim), jnp.float32)
+        return {
+            "part_out_ptr": parts if rows[0] else None,
+            "part_lse_ptr": jax.ShapeDtypeStruct(rows, jnp.float32) if rows[0] else None,
+            "out_ptr": out,
+            "lse_ptr": lse,
+        }
+
+    def plan_grid(self, problem: RaggedPageAttentionProblem) -> int:
+        return -(-problem.num_seqs // BLOCK_SEQS)
+
+    def plan_constants(self, problem: RaggedPageAttentionProblem) -> dict[str, Any]:
+        _, first_wide, first_narrow_split, first_wide_split, _ = self.plan.first_rows
+        narrow, wide = self.plan.narrow, self.plan.wide
+        return {
+            "ITEM": ITEM,
+            "NUM_SEQS": problem.num_seqs,
+            "TOTAL_TOKENS": problem.total_tokens,
+            "GROUP": problem.group,
+            "CAPACITY": problem.capacity,
+            "NARROW_CUTS": narrow.cuts,
+            "WIDE_CUTS": wide.cuts if wide else 0,
+            "FIRST_WIDE": first_wide,
+            "FIRST_NARROW_SPLIT": first_narrow_split,
+            "FIRST_WIDE_SPLIT": first_wide_split,
+            "EVEN_NUMERATOR": EVEN_SHARE[0],
+            "EVEN_DENOMINATOR": EVEN_SHARE[1],
+            "HAS_WINDOW": problem.has_window,
+            "NARROW_ROWS": narrow.rows,
+            "WIDE_ROWS": wide.rows if wide else 0,
+            "GRANULE": self.plan.granule,
+            "BLOCK_SEQS": BLOCK_SEQS,
+            "BLOCK_OTHERS": _block_others(problem),
+            "BLOCK_ITEMS": BLOCK_ITEMS,
+        }
+
+    def grid(self, problem: RaggedPageAttentionProblem, kind: int) -> int:
+        clearing = -(-problem.total_tokens // BLOCK_TOKENS) if kind == 0 else 0
+        return self.plan.kinds[kind].max_items * problem.num_kv_heads + clearing
+
+    def constants(self, problem: RaggedPageAttentionProblem, kind: int) -> dict[str, Any]:
+        rows, items = self.kinds[kind], self.plan.kinds[kind]
+        return {
+            "ITEM": ITEM,
+            "NUM_SEQS": problem.num_seqs,
+            "TOTAL_TOKENS": problem.total_tokens,
+            **shape_constants(problem),
+            "COUNT": 2 * kind,
+            "FIRST_ITEM": self.plan.first_rows[kind],
+            "MAX_ITEMS": items.max_items,
+            "CLEARS": kind == 0,
+            "HAS_PARTS": items.max_parts > 0,
+            **stride_constants(problem),
+            **feature_constants(problem),
+            "HAS_POSITIONS": problem.has_positions,
+            "TREE_WIDTH": problem.tree_width,
+            "PEEL": rows.peel,
+            "GRANULE": self.plan.granule,
+            "BLOCK_ROWS": rows.rows,
+            "BLOCK_KV": rows.block_kv,
+            "EDGE_KV": rows.edge_kv,
+            **width_constants(problem),
+            "BLOCK_BOUNDS": _block_others(problem),
+            "BLOCK_TOKENS": BLOCK_TOKENS,
+        }
+
+    def combine_rows(self, kind: int) -> int:
+        """Rows that a program combines: all parts of one, or a few parts of several."""
+        return 1 if kind == 0 else 8
+
+    def combine_grid(self, problem: RaggedPageAttentionProblem, kind: int) -> int:
+        items = self.plan.kinds[kind]
+        return items.max_splits * items.rows // self.combine_rows(kind) * problem.num_kv_heads
+
+    def combine_constants(self, problem: RaggedPageAttentionProblem, kind: int) -> dict[str, Any]:
+        block_dv, rows = power_of_two(problem.value_head_dim), self.combine_rows(kind)
+        return {
+            "ITEM": ITEM,
+            "NUM_HEADS": problem.num_heads,
+            "NUM_KV_HEADS": problem.num_kv_heads,
+            "VALUE_HEAD_DIM": problem.value_head_dim,
+            "COUNT": 2 * kind + 1,
+            "FIRST_SPLIT": self.plan.first_rows[2 + kind],
+            "PART_ROWS": self.plan.kinds[kind].rows,
+            "HAS_SINKS": problem.has_sinks,
+            "BLOCK_PARTS": combined_parts(block_dv * rows),
+            "BLOCK_ROWS": rows,
+            "BLOCK_DV": block_dv,
+        }
+
+
+def _block_others(problem: RaggedPageAttentionProblem) -> int:
+    return min(MOST_OTHERS, power_of_two(problem.num_seqs + 1))

@@ -1,0 +1,238 @@
+"""The Triton kernels compiled for GPUs that are not here: shared memory, spills, wide copies."""
+
+import dataclasses
+import re
+
+import jax.numpy as jnp
+import offline
+import pytest
+
+from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
+from ejk.backends.page_attention import PageAttentionProblem
+from ejk.backends.triton import _sizes
+from ejk.backends.triton.page_attention.backend import TritonPageAttention
+from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
+from ejk.backends.triton.page_attention.kernel import page_attention_kernel
+from ejk.backends.triton.page_attention.plan import (
+    BLOCKS_OF_FEW,
+    BLOCKS_OF_MANY,
+    plan_constants,
+)
+from ejk.backends.triton.page_attention.plan_kernel import page_attention_plan_kernel
+from ejk.backends.triton.page_attention.sizes import Sizes
+
+LLAMA = PageAttentionProblem(
+    num_seqs=64,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    value_head_dim=128,
+    num_pages=16384,
+    page_size=16,
+    max_blocks=256,
+    query_dtype=jnp.dtype("bfloat16"),
+    cache_dtype=jnp.dtype("bfloat16"),
+    cache_layout="NHD",
+    fused=False,
+    latent=False,
+    has_window=False,
+    soft_cap=None,
+    has_sinks=False,
+    has_alibi=False,
+    return_lse=False,
+    num_splits=0,
+    plan=None,
+    visible_bound=4096,
+)
+EVERY_OPTION = {
+    "has_window": True,
+    "soft_cap": 30.0,
+    "has_sinks": True,
+    "has_alibi": True,
+    "return_lse": True,
+}
+
+
+def of_dtype(name: str) -> dict:
+    return {"query_dtype": jnp.dtype(name), "cache_dtype": jnp.dtype(name)}
+
+
+VARIANTS = {
+    "head dimension 128": {},
+    "head dimension 64": {"head_dim": 64, "value_head_dim": 64},
+    "head dimension 64, group of 3": {
+        "head_dim": 64,
+        "value_head_dim": 64,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+    },
+    "float16": of_dtype("float16"),
+    "fused pools": {"fused": True},
+    "one pass": {"num_splits": 1},
+    "splits": {"num_splits": 4},
+    "every option": EVERY_OPTION,
+    "every option, splits": EVERY_OPTION | {"num_splits": 4},
+    "pages over devices": {"is_part": True, "return_lse": True},
+    "every option, pages over devices": EVERY_OPTION | {"is_part": True},
+}
+WIDE = {
+    "head dimension 256": {"head_dim": 256, "value_head_dim": 256, "num_heads": 16},
+    "head dimension 80": {"head_dim": 80, "value_head_dim": 80},
+    "latent attention": {
+        "head_dim": 576,
+        "value_head_dim": 512,
+        "num_heads": 16,
+        "num_kv_heads": 1,
+        "latent": True,
+        "page_size": 64,
+    },
+    "float32": of_dtype("float32"),
+    "float32 latent attention": {
+        **of_dtype("float32"),
+        "head_dim": 576,
+        "value_head_dim": 512,
+        "num_heads": 16,
+        "num_kv_heads": 1,
+        "latent": True,
+        "page_size": 64,
+    },
+    "group of 71": {"num_heads": 71, "num_kv_heads": 1, "head_dim": 64, "value_head_dim": 64},
+}
+
+
+# Of the others a quick run compiles a third.
+OTHERS = ("sm_80", "sm_89", "sm_100", "sm_120")
+each_target = pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(name, marks=pytest.mark.one_in(3)) for name in OTHERS)]
+)
+
+
+def compile_for(target: str, options: dict):
+    """Compile the attention kernel as the adapter would launch it on `target`."""
+    problem = dataclasses.replace(LLAMA, **options)
+    is_cuda = target.startswith("sm_")
+    if is_cuda:
+        capability = int(target.removeprefix("sm_"))
+        gpu = Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
+    else:
+        gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, is_amd=True)
+    sizes = Sizes.of(problem, TritonPageAttention(), gpu)
+    dtype = problem.query_dtype.name
+    pointers = {
+        "query_ptr": dtype,
+        "key_ptr": dtype,
+        "value_ptr": dtype,
+        "context_lens_ptr": "int32",
+        "block_tables_ptr": "int32",
+        "attn_scale_ptr": "float32",
+        "sliding_window_ptr": "int32",
+        "sinks_ptr": "float32",
+        "alibi_slopes_ptr": "float32",
+        "page_distances_ptr": "int32",
+        "work_ptr": "int32",
+        "part_out_ptr": "float32",
+        "part_lse_ptr": "float32",
+        "out_ptr": problem.out_dtype.name,
+        "lse_ptr": "float32",
+    }
+    compile_kernel = offline.compile_cuda if is_cuda else offline.compile_amd
+    program = compile_kernel(
+        page_attention_kernel,
+        pointers,
+        sizes.constants(problem),
+        target,
+        num_warps=sizes.blocks.num_warps,
+        num_stages=sizes.blocks.num_stages,
+    )
+    return sizes, problem, program
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@each_target
+def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant):
+    sizes, problem, program = compile_for(target, VARIANTS[variant])
+    assert program.spill_store_bytes == program.spill_load_bytes == 0
+    assert program.shared_bytes <= sizes.blocks.shared_memory
+    assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
+    assert program.matrix_products > 0
+    # Keys and values of a block, each thread 16 bytes at a time, in the prologue's loads, one less
+    # than there are stages, and the loop's: a stride of unknown divisibility would make these 2 or
+    # 4 bytes wide.
+    block_bytes = sizes.blocks.block_kv * (problem.head_dim + problem.value_head_dim) * 2
+    assert program.async_copies == {
+        16: sizes.blocks.num_stages * block_bytes // (sizes.blocks.num_warps * 32 * 16)
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_16_bit_variants_spill_no_vector_registers_on_amd(variant):
+    *_, program = compile_for("gfx942", VARIANTS[variant])
+    assert program.vgpr_spills == 0
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *WIDE])
+def test_amd_variants_fit(variant):
+    sizes, _, program = compile_for("gfx942", (VARIANTS | WIDE)[variant])
+    assert program.lds_bytes <= sizes.blocks.shared_memory <= SHARED_MEMORY_ROCM
+
+
+@pytest.mark.parametrize("variant", WIDE)
+@each_target
+def test_wide_variants_fit(target, variant):
+    sizes, _, program = compile_for(target, WIDE[variant])
+    assert program.shared_bytes <= sizes.blocks.shared_memory
+    assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
+
+
+def test_the_compiler_keeps_chains_of_float32_products_apart(monkeypatch):
+    """It makes one chain of a product and a plain sum; 576 = 9 * 64 leaves 8 sums to add."""
+
+    def additions(longest_chain):
+        monkeypatch.setattr(_sizes, "LONGEST_CHAIN", longest_chain)
+        *_, program = compile_for("sm_90", WIDE["float32 latent attention"])
+        return len(re.findall(r"add(?:\.rn)?\.f32", program.ptx))
+
+    assert additions(64) == additions(512) + 8, "a thread holds one logit"
+
+
+@pytest.mark.parametrize("blocks", [BLOCKS_OF_FEW, BLOCKS_OF_MANY])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
+def test_planning_does_not_spill(target, blocks):
+    sizes, *_ = compile_for(target, {"num_seqs": 256})
+    assert sizes.plan is not None
+    block_seqs, block_others, num_warps = blocks
+    program = offline.compile_cuda(
+        page_attention_plan_kernel,
+        {"context_lens_ptr": "int32", "sliding_window_ptr": "int32", "work_ptr": "int32"},
+        plan_constants(sizes.plan, block_seqs, block_others),
+        target,
+        num_warps=num_warps,
+        num_stages=1,
+    )
+    assert program.spill_store_bytes == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"num_splits": 1024}], ids=["planned", "splits"])
+def test_combining_does_not_spill_and_is_no_more_code_for_many_splits(options):
+    def compile_combination(options):
+        problem = dataclasses.replace(LLAMA, **options)
+        target = Target(90, num_sms=132, shared_memory=SHARED_MEMORY[90])
+        return offline.compile_cuda(
+            combine_parts_kernel,
+            {
+                "part_out_ptr": "float32",
+                "part_lse_ptr": "float32",
+                "sinks_ptr": "float32",
+                "work_ptr": "int32",
+                "out_ptr": "bfloat16",
+                "lse_ptr": "float32",
+            },
+            Sizes.of(problem, TritonPageAttention(), target).combine_constants(problem),
+            "sm_90",
+            num_stages=2,
+        )
+
+    program = compile_combination(options)
+    assert program.spill_store_bytes == 0
+    few = compile_combination(options | {"num_splits": options.get("num_splits", 0) and 2})
+    assert len(program.ptx.splitlines()) <= 1.1 * len(few.ptx.splitlines())

@@ -1,0 +1,112 @@
+"""How a call is cut for a GPU: pure functions of the problem and the target."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from test_triton_compile import LLAMA
+
+from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
+from ejk.backends.triton._sizes import widths
+from ejk.backends.triton.page_attention.blocks import Tuning
+from ejk.backends.triton.page_attention.sizes import Sizes
+from ejk.backends.triton.page_attention.tuned import TUNED
+
+pytestmark = pytest.mark.fast
+
+H100 = Target(90, num_sms=132, shared_memory=SHARED_MEMORY[90])
+TARGETS = [Target(c, 100, SHARED_MEMORY[c]) for c in SHARED_MEMORY]
+TARGETS.append(Target(None, 304, SHARED_MEMORY_ROCM, is_amd=True))
+
+
+def problem(head_dim=128, group=4, dtype="bfloat16", **facts):
+    return dataclasses.replace(
+        LLAMA,
+        head_dim=head_dim,
+        value_head_dim=facts.pop("value_head_dim", head_dim),
+        num_heads=group * LLAMA.num_kv_heads,
+        query_dtype=jnp.dtype(dtype),
+        cache_dtype=jnp.dtype(dtype),
+        **facts,
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.compute_capability))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("num_seqs", [1, 64])
+def test_every_head_dimension_and_group_fits_by_rule(target, dtype, num_seqs):
+    for head_dim in (1, 16, 40, 64, 80, 96, 112, 128, 192, 256, 320, 512):
+        for group in (1, 3, 8, 16, 17, 71, 128):
+            asked = problem(head_dim, group, dtype, num_seqs=num_seqs)
+            blocks = Sizes.of(asked, Tuning(), target, tuned={}).blocks
+            assert blocks.shared_memory <= target.shared_memory
+            assert widths(asked)[0] >= head_dim and blocks.block_kv >= 16
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256, 512])
+def test_a_large_call_leaves_no_room_for_a_second_program(head_dim):
+    asked = problem(head_dim)
+    blocks = Sizes.of(asked, Tuning(), H100, tuned={}).blocks
+    assert 2 * blocks.shared_memory > H100.shared_memory
+
+
+def test_a_small_call_takes_smaller_blocks_than_a_large_one():
+    small = Sizes.of(problem(num_seqs=1, visible_bound=1024), Tuning(), H100)
+    large = Sizes.of(problem(), Tuning(), H100)
+    assert small.blocks.block_kv < large.blocks.block_kv
+    assert small.num_splits == 16  # a piece for every multiprocessor, of at least a block
+
+
+@pytest.mark.parametrize("cell", TUNED, ids=str)
+def test_measured_blocks_fit_and_are_taken(cell):
+    """And where bits must not follow from the batch, those of a large call."""
+    target = Target(cell.compute_capability, 132, SHARED_MEMORY[cell.compute_capability])
+    size = {} if cell.large else {"num_seqs": 1, "num_kv_heads": 1, "visible_bound": 1024}
+    asked = problem(cell.head_dim, cell.rows, {2: "bfloat16", 4: "float32"}[cell.itemsize])
+    asked = dataclasses.replace(asked, **size)
+    asked = dataclasses.replace(asked, num_heads=cell.rows * asked.num_kv_heads)
+    blocks = Sizes.of(asked, Tuning(), target).blocks
+    assert blocks.block_group == cell.rows
+    assert (blocks.block_kv, blocks.num_warps, blocks.num_stages) == TUNED[cell]
+    assert blocks.shared_memory <= target.shared_memory
+    pinned = Sizes.of(dataclasses.replace(asked, num_splits=3), Tuning(), target).blocks
+    if cell.large:
+        assert (pinned.block_kv, pinned.num_warps, pinned.num_stages) == TUNED[cell]
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning(split_tokens=512)])
+def test_blocks_do_not_follow_from_the_batch_where_bits_must_not(tuning):
+    splits = 0 if tuning.split_tokens else 4
+    taken = set()
+    for num_seqs in (1, 7, 512):
+        for max_blocks, bound in ((4, 64), (64, 1024), (4096, 65536)):
+            asked = problem(
+                num_seqs=num_seqs, max_blocks=max_blocks, visible_bound=bound, num_splits=splits
+            )
+            taken.add(Sizes.of(asked, tuning, H100).blocks)
+    assert len(taken) == 1
+
+
+def test_many_short_contexts_share_a_multiprocessor():
+    def stages(num_seqs, tokens, num_splits=0):
+        facts = {"max_blocks": tokens // 16, "visible_bound": tokens, "num_splits": num_splits}
+        return Sizes.of(problem(num_seqs=num_seqs, **facts), Tuning(), H100).blocks.num_stages
+
+    assert (stages(1024, 128), stages(256, 1024), stages(1024, 4096)) == (2, 2, 3)
+    assert stages(16, 1024) == 3, "few"
+    assert stages(1024, 128, num_splits=1) == 3, "what may not follow from the batch"
+
+
+def test_what_is_asked_for_is_taken():
+    tuning = Tuning(block_kv=32, num_warps=2, num_stages=4)
+    blocks = Sizes.of(problem(), tuning, H100).blocks
+    assert (blocks.block_kv, blocks.num_warps, blocks.num_stages) == (32, 2, 4)
+
+
+def test_the_table_is_what_the_measurements_say():
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "benchmarks/tune.py", "--check"]
+    subprocess.run(command, cwd=root, check=True, timeout=120)

@@ -1,0 +1,207 @@
+"""Bugs put into the source of each Triton kernel one at a time: the interpreter or a comparison
+with the definition catches each of them.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import re
+
+import jax
+import numpy as np
+import pytest
+import test_plan
+from bits import assert_written
+from entries import RAGGED_TRITON, Entry, RaggedEntry, Writer
+from kernels import kernel_modules
+from memory_checker import RaceError, memory_checked
+from ragged_strategies import EXTRAS, build_ragged
+from shapes import Shape
+from strategies import FEATURES, Configuration, build
+from tolerances import assert_close
+from writes import WriteShape
+from writes import build as build_write
+
+import ejk
+
+F32 = np.dtype(np.float32)
+SHAPE = Shape("of seeded bugs", 4, 2, 16, page_size=32, max_blocks=12, num_pages=40)
+LENS = np.array([383, 40, 3])
+WRITE = WriteShape("of seeded bugs", 9, 2, 16, None, page_size=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant(ejk.TritonPageAttention):
+    """A backend of its own to JAX: no compiled program of the sound one is reused."""
+
+    bug: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedMutant(ejk.TritonRaggedPageAttention):
+    bug: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteMutant(ejk.TritonWriteKVCache):
+    bug: str = ""
+
+
+def decode(bug, num_splits=1):
+    config = Configuration(SHAPE, F32, "NHD", frozenset(FEATURES), num_splits, fused=True)
+    case = build(config, LENS, window=300, invalid=0.2, as_jax=True)
+    entry = Entry(bug, Mutant(interpret=True, num_sms=6, bug=bug), examples=0)
+    assert_close(case, *entry(case))
+
+
+def combine(bug):
+    decode(bug, num_splits=3)
+
+
+def plan(bug):
+    splits = test_plan.check(
+        "triton", [5000, 3, 900, 900, 0], capacity=6000, window=4000, max_cuts=10
+    )
+    assert splits
+
+
+def ragged(bug):
+    fields = {f.name: getattr(RAGGED_TRITON, f.name) for f in dataclasses.fields(RAGGED_TRITON)}
+    entry = RaggedEntry(bug, RaggedMutant(**fields, bug=bug), examples=0)
+    config = Configuration(SHAPE, F32, "NHD", frozenset({"sinks", "sliding_window"}), fused=True)
+    bounds = np.array([1, 2, 9, 12])
+    for extras in ((), EXTRAS):
+        case = build_ragged(config, LENS, bounds, window=300, invalid=0.1, extras=extras)
+        assert_close(case, *entry(case))
+
+
+def write(bug):
+    slots = np.array([7, 40, 7, 48, -1, 12, 40, 3, 47])
+    case = build_write(WRITE, F32, "HND", slots)
+    assert_written(case, Writer(bug, WriteMutant(interpret=True, bug=bug), examples=0)(case))
+
+
+HOLDS = {
+    "page_attention_kernel": decode,
+    "page_attention_combine_kernel": combine,
+    "page_attention_plan_kernel": plan,
+    "ragged_page_attention_kernel": ragged,
+    "ragged_page_attention_combine_kernel": ragged,
+    "ragged_page_attention_plan_kernel": ragged,
+    "write_kv_cache_kernel": write,
+}
+
+BUGS = {
+    "page_attention_kernel": {
+        "one slot on": (
+            "offs_slot = positions % PAGE_SIZE", "offs_slot = (positions + 1) % PAGE_SIZE",
+        ),
+        "query heads are dealt out to KV heads": (
+            "offs_head = kv_head * GROUP + offs_group",
+            "offs_head = offs_group * NUM_KV_HEADS + kv_head",
+        ),
+        "values are read from the keys' half": ("value_ptr + stride_half + kv", "value_ptr + kv"),
+        "the group's first head has all slopes": (
+            "alibi_slopes_ptr + offs_head", "alibi_slopes_ptr + offs_head * 0",
+        ),
+    },
+    "page_attention_combine_kernel": {
+        "the next head's parts": (
+            "rows = (first_part + parts) * NUM_HEADS + head",
+            "rows = (first_part + parts) * NUM_HEADS + (head + 1) % NUM_HEADS",
+        ),
+        "the last part is dropped": ("mask = parts < num_parts", "mask = parts < num_parts - 1"),
+    },
+    "page_attention_plan_kernel": {
+        "the shortest pieces come first": (
+            "other_size[None, :] > size[:, None]", "other_size[None, :] < size[:, None]",
+        ),
+        "a sequence comes before itself": (
+            "others[None, :] < seqs[:, None]", "others[None, :] <= seqs[:, None]",
+        ),
+        "parts begin one place on": (
+            "tl.store(row_ptrs + 1, place, mask=is_split)",
+            "tl.store(row_ptrs + 1, place + 1, mask=is_split)",
+        ),
+    },
+    "ragged_page_attention_kernel": {
+        "tokens see the one after them": (
+            "key[None, :] <= place[:, None]", "key[None, :] <= place[:, None] + 1",
+        ),
+        "values are read from the keys' half": ("value_ptr + stride_half + kv", "value_ptr + kv"),
+        "columns of the mask are off by one": (
+            "column = (key - context)[None, :]", "column = (key - context + 1)[None, :]",
+        ),
+    },
+    "ragged_page_attention_combine_kernel": {
+        "the next KV head's parts": (
+            "at = at * NUM_KV_HEADS + kv_head",
+            "at = at * NUM_KV_HEADS + (kv_head + 1) % NUM_KV_HEADS",
+        ),
+        "the last part is dropped": (
+            "mask = (parts < num_parts)", "mask = (parts < num_parts - 1)",
+        ),
+        "another block's rows": ("rows = block * PART_ROWS", "rows = (block + 1) * PART_ROWS"),
+    },
+    "ragged_page_attention_plan_kernel": {
+        "every piece is the first": (
+            "tl.store(ptrs + 4, item % one, mask=mask)", "tl.store(ptrs + 4, item * 0, mask=mask)",
+        ),
+        "sequences begin one row on": (
+            "tl.store(ptrs + 1, begin[:, None], mask=mask)",
+            "tl.store(ptrs + 1, begin[:, None] + 1, mask=mask)",
+        ),
+        "narrow and wide items share places": (
+            "before = before & (wide[None, :] == is_wide[:, None])",
+            "before = before & (wide[None, :] != is_wide[:, None])",
+        ),
+    },
+    "write_kv_cache_kernel": {
+        "the first of several stays": (
+            "others[None, :] > tokens[:, None]", "others[None, :] < tokens[:, None]",
+        ),
+        "one slot on": ("offset = (slots % PAGE_SIZE)", "offset = ((slots + 1) % PAGE_SIZE)"),
+        "the slot past the pool is written": ("slots < NUM_SLOTS", "slots <= NUM_SLOTS"),
+    },
+}  # fmt: skip
+
+
+def replace(kernel, old, new, monkeypatch, folder):
+    """Run a kernel with a line changed. The interpreter reads the file, so it is one."""
+    sound = importlib.import_module(kernel_modules("triton")[kernel])
+    source = inspect.getsource(sound)
+    assert source.count(old) == 1, f"{old!r} is not in {kernel} once"
+    path = folder / "faulty.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("faulty", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    [name] = [name for name in vars(sound) if name.endswith("_kernel")]
+    monkeypatch.setattr(sound, name, getattr(module, name))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("kernel", "bug"),
+    [(kernel, bug) for kernel in BUGS for bug in BUGS[kernel]],
+    ids=[f"{kernel}: {bug}" for kernel in BUGS for bug in BUGS[kernel]],
+)
+def test_a_bug_is_caught(kernel, bug, monkeypatch, tmp_path):
+    replace(kernel, *BUGS[kernel][bug], monkeypatch, tmp_path)
+    # What the interpreter raises inside `jit` comes as an error of JAX's.
+    caught = (AssertionError, RaceError, jax.errors.JaxRuntimeError)
+    with pytest.raises(caught) as info, memory_checked():
+        HOLDS[kernel](f"{kernel}: {bug}")
+    if isinstance(info.value, jax.errors.JaxRuntimeError):  # and not of a kernel that cannot run
+        assert re.search("(RaceError|MemoryAccessError): ", str(info.value))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kernel", HOLDS)
+def test_the_sound_kernels_are_not_accused(kernel, monkeypatch, tmp_path):
+    old, _ = next(iter(BUGS[kernel].values()))
+    replace(kernel, old, old, monkeypatch, tmp_path)  # loaded as the faulty ones are
+    with memory_checked():
+        HOLDS[kernel]("none")

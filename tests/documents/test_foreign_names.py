@@ -1,0 +1,89 @@
+"""Every argument of another library that the page on migrating lists is answered when passed."""
+
+import inspect
+import pathlib
+import re
+
+import pytest
+
+import ejk
+from ejk._foreign_names import _OPERATION
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "migrating.md"
+OPERATIONS = (
+    ejk.page_attention,
+    ejk.ragged_page_attention,
+    ejk.write_kv_cache,
+    ejk.plan_page_attention,
+    ejk.merge_attention_states,
+)
+OWN = {name for operation in OPERATIONS for name in inspect.signature(operation).parameters}
+FIRST_COLUMN = re.compile(r"^\| ([^|]+) \|", re.MULTILINE)
+# Code in the first column that is no argument, besides operations: values, and what pools hold.
+OTHERS = {"plan", "run", "cuda", "triton", "pallas", "xla", "num_blocks", "layout"}
+
+
+def listed():
+    for cell in FIRST_COLUMN.findall(PAGE.read_text()):
+        for code in re.findall(r"`([^`]+)`", cell):
+            name = code.partition("=")[0]
+            if re.fullmatch(r"[a-z][a-z_0-9]*", name) and not hasattr(ejk, name):
+                yield name
+
+
+FOREIGN = sorted(set(listed()) - OWN - OTHERS - set(_OPERATION))
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_argument_is_answered_by_name(name):
+    with pytest.raises(TypeError) as info:
+        ejk.ragged_page_attention(**{name: None})
+    message = str(info.value)
+    assert message.startswith(
+        f"ragged_page_attention() got an unexpected keyword argument {name!r}: "
+    )
+    assert "did you mean" not in message and "the arguments are" not in message
+    assert "missing" not in message
+
+
+def test_there_are_names_to_answer():
+    assert len(FOREIGN) > 30
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+def test_every_operation_answers_all_unknown_keywords_at_once(operation):
+    with pytest.raises(TypeError) as info:
+        operation(sm_scale=1.0, mask_value=0.0)
+    first, second = str(info.value).splitlines()
+    assert "'sm_scale': " in first and "attn_scale" in first
+    assert "'mask_value': leave it out" in second
+
+
+@pytest.mark.parametrize("name, own", [("key", "key_cache"), ("k", "key_cache")])
+def test_the_keys_of_attention_are_the_pool(name, own):
+    with pytest.raises(TypeError, match=f"argument '{name}': it is {own} here$"):
+        ejk.page_attention(**{name: None})
+
+
+def test_many_unknown_keywords_are_a_short_message():
+    unknown = {f"{'option' * 20}{i}": None for i in range(100)}
+    with pytest.raises(TypeError, match=r"\nand \d+ more$") as info:
+        ejk.ragged_page_attention(**unknown)
+    assert len(str(info.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    "name, own",
+    [
+        ("paged_attention", "page_attention"),
+        ("flash_attn_varlen_func", "ragged_page_attention"),
+        ("reshape_and_cache_flash", "write_kv_cache"),
+        ("merge_state", "merge_attention_states"),
+    ],
+)
+def test_an_operation_of_another_library_is_named(name, own):
+    assert not hasattr(ejk, name)
+    with pytest.raises(AttributeError, match=rf"'{name}': it is ejk\.{own} here$"):
+        getattr(ejk, name)
+    with pytest.raises(ImportError):
+        exec(f"from ejk import {name}")

@@ -1,0 +1,53 @@
+"""One call of every operation on every backend in every layout, of two pools and of fused ones."""
+
+import numpy as np
+import pytest
+from bits import assert_written
+from entries import ENTRIES, RAGGED, WRITERS, counted
+from ragged_strategies import build_ragged
+from shapes import Shape
+from strategies import LAYOUTS, Configuration, build
+from tolerances import assert_close
+from writes import WriteShape
+from writes import build as build_write
+
+F32 = np.dtype(np.float32)
+SHAPE = Shape("of every layout", 4, 2, 32, page_size=8, num_pages=9)
+LENS = np.array([20, 0, 24], np.int32)
+FEATURES = frozenset({"sinks"})
+
+
+def page_attention(layout, fused):
+    return build(Configuration(SHAPE, F32, layout, FEATURES, fused=fused), LENS, invalid=0.2)
+
+
+def ragged_page_attention(layout, fused):
+    bounds = np.array([1, 6, 6, 12], np.int32)
+    config = Configuration(SHAPE, F32, layout, FEATURES, fused=fused)
+    return build_ragged(config, LENS, bounds, invalid=0.2)
+
+
+def write_kv_cache(layout, fused):
+    shape = WriteShape("of every layout", 6, 2, 32, None if fused else 32, page_size=8)
+    return build_write(shape, F32, layout, np.array([3, 17, 3, -1, 48, 40], np.int32))
+
+
+OPERATIONS = {page_attention: ENTRIES, ragged_page_attention: RAGGED, write_kv_cache: WRITERS}
+CASES = {
+    f"{operation.__name__}-{entry.name}-{layout}-{'fused' if fused else 'separate'}": (
+        entry, operation(layout, fused),
+    )
+    for operation, entries in OPERATIONS.items()
+    for entry in entries
+    if "blocks" not in entry.name
+    for layout in LAYOUTS
+    for fused in (False, True)
+}  # fmt: skip
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("entry", "case"), CASES.values(), ids=CASES)
+@counted
+def test_a_call(entry, case):
+    check = assert_written if entry in WRITERS else lambda case, result: assert_close(case, *result)
+    check(case, entry(case))

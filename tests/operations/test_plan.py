@@ -1,0 +1,259 @@
+"""What `ejk.plan_page_attention` returns, against its oracle, and what it refuses."""
+
+import functools
+import re
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_launch
+import oracle
+import pytest
+from compilations import CompilationCounter
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from memory_checker import memory_checked
+from strategies import THOROUGH
+from test_triton_memory import ANY_INT32
+
+import ejk
+from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
+from ejk.backends.triton._sizes import EVEN_SHARE, GRANULE, MAX_CAPACITY
+from ejk.backends.triton.page_attention.plan import run_plan
+from ejk.backends.xla.page_attention_plan import XlaPlan
+
+
+def triton_plan(problem, operands):
+    """Interpret the kernel: it touches its own memory alone, and no two programs one place."""
+    with memory_checked():
+        (work,) = run_plan(problem, operands, numpy_launch.call)
+    return work
+
+
+def xla_plan(problem, operands):
+    (work,) = XlaPlan().run(problem, jax.tree.map(jnp.asarray, operands), "cpu")
+    return np.asarray(work)
+
+
+pytestmark = pytest.mark.fast
+
+PLANNERS = {"triton": triton_plan, "xla": xla_plan}
+
+
+def rows(work, problem):
+    """Take a plan apart: its pieces, and the sequences that have several."""
+    num_pieces, num_splits = map(int, work[0, :2])
+    assert problem.num_seqs <= num_pieces <= problem.max_pieces
+    assert 0 <= num_splits <= problem.max_splits
+    splits = work[1 + problem.max_pieces :]
+    assert len(splits) == problem.max_splits
+    return work[1 : 1 + num_pieces].tolist(), splits[:num_splits, :3].tolist()
+
+
+def check(planner, lens, *, capacity, window, max_cuts):
+    """Compare a plan with the oracle's; check what holds of every plan. Return its splits."""
+    own_windows = np.ndim(window) > 0
+    problem = PlanProblem(
+        len(lens), capacity, window is not None, max_cuts, GRANULE, own_windows, EVEN_SHARE
+    )
+    traced = None if window is None else np.array(window, np.int32)
+    work = PLANNERS[planner](problem, PlanOperands(np.asarray(lens, np.int32), traced))
+    assert (work.shape, work.dtype) == (problem.results[0].shape, np.int32)
+    pieces, splits = rows(work, problem)
+    expected = oracle.plan_page_attention(
+        lens, capacity=capacity, sliding_window=window, max_cuts=max_cuts, granule=GRANULE
+    )
+    assert [tuple(row) for row in pieces] == expected[0]
+    assert [tuple(row) for row in splits] == expected[1]
+
+    places, rounded = {}, {}
+    for i, (seq, begin, end, part) in enumerate(pieces):
+        places.setdefault(seq, []).append((i, begin, end, part))
+    assert sorted(places) == list(range(len(lens)))  # a row that sees nothing is written, too
+    for seq, own in places.items():
+        n = min(max(int(lens[seq]), 0), capacity)
+        of_seq = window[seq] if own_windows else window
+        first = 0 if window is None else max(n - max(int(of_seq), 0), 0)
+        # They follow each other, from the beginning to the capacity: a call may see any of it.
+        begin = 0 if window is None else -1 - first
+        assert [b for _, b, _, _ in own] == [begin, *(e for _, _, e, _ in own[:-1])]
+        assert own[-1][2] == capacity
+        # What this batch sees is in no piece too few.
+        begins = [first, *(b for _, b, _, _ in own[1:])]
+        assert first == n or all(b < n for b in begins)
+        rounded[seq] = -(-(min(own[0][2], n) - first) // GRANULE)
+        assert [i for i, *_ in own] == list(range(own[0][0], own[0][0] + len(own)))
+        assert all((p == i) if len(own) > 1 else (p == -1) for i, _, _, p in own)
+    assert {(s, f, c) for s, f, c in splits} == {
+        (seq, own[0][0], len(own)) for seq, own in places.items() if len(own) > 1
+    }
+    largest = [rounded[seq] for seq in dict.fromkeys(seq for seq, *_ in pieces)]
+    assert largest == sorted(largest, reverse=True)
+    return splits
+
+
+SIZES = ((1, 40), (3, 0), (3, 2), (3, 10), (17, 1), (17, 25), (65, 330), (300, 40))
+
+
+@st.composite
+def batches(draw):
+    num_seqs, max_cuts = draw(st.sampled_from(SIZES))
+    capacity = draw(st.sampled_from((1, 127, 128, 129, 5000, 2**20, MAX_CAPACITY)))
+    ordinary = st.integers(0, capacity)
+    short = st.integers(0, max(1, capacity // 100))
+    one = draw(st.sampled_from((ordinary, ordinary | ANY_INT32, short, short | ANY_INT32)))
+    lens = draw(arrays(np.int32, num_seqs, elements=one))
+    if draw(st.booleans()):  # one that outweighs all others
+        lens[draw(st.integers(0, num_seqs - 1))] = capacity
+    # What a cut has on average must fit in 32 bits, see the test below.
+    capacity = min(capacity, 2**34 * max(1, max_cuts) // num_seqs)
+    window = draw(st.none() | ANY_INT32 | st.integers(1, capacity))
+    return lens, dict(capacity=capacity, window=window, max_cuts=max_cuts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_a_plan_is_the_oracles(planner):
+    cut = 0
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(max_examples=1000 if THOROUGH else 60)
+    @hypothesis.given(batches())
+    def holds(batch):
+        nonlocal cut
+        lens, keywords = batch
+        cut += bool(check(planner, lens, **keywords))
+
+    holds()
+    assert cut > 6, "or the property would prove little"
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_each_sequence_may_have_a_window_of_its_own(planner):
+    rng, cut = np.random.default_rng(0), 0
+    for num_seqs in (1, 3, 17, 300):
+        lens = rng.integers(0, 2**16, num_seqs, np.int32)
+        windows = rng.integers(1, 2**16, num_seqs, np.int32)
+        windows[rng.random(num_seqs) < 0.2] = rng.choice([0, -1, -(2**31), 2**31 - 1])
+        cut += bool(check(planner, lens, capacity=2**16, window=windows, max_cuts=40))
+    assert cut > 1
+
+
+@pytest.mark.parametrize("planner", ["triton", "xla"])
+def test_totals_past_32_bits(planner):
+    check(planner, [2**31 - 1] * 200, capacity=MAX_CAPACITY, window=None, max_cuts=1)
+
+
+SIZE = dict(num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, max_blocks=80)
+
+
+@pytest.mark.parametrize("num_sms", [1, 100], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    "machine", [{"interpret": True}, {"compute_capability": 90}], ids=["interpreted", "elsewhere"]
+)
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.uint64])
+def test_the_call_plans_for_the_backends_machine(machine, num_sms, dtype):
+    """Four sequences are plenty for one processor, few for a hundred. Any dtype, clipped."""
+    backend = ejk.TritonPageAttention(**machine, num_sms=num_sms)
+    lens = np.array([100, np.iinfo(dtype).max, 0, np.iinfo(dtype).min], dtype)
+    plan = ejk.plan_page_attention(lens, **SIZE, backend=backend)
+    assert (plan.problem.max_cuts == 0) == (num_sms == 1) and plan.problem.capacity == 1280
+    clipped = [int(n) for n in np.clip(lens, 0, 1280)]
+    expected = oracle.plan_page_attention(
+        clipped, capacity=1280, sliding_window=None, max_cuts=plan.problem.max_cuts,
+        granule=GRANULE,
+    )  # fmt: skip
+    pieces, splits = rows(np.asarray(plan.work), plan.problem)
+    assert ([tuple(r) for r in pieces], [tuple(r) for r in splits]) == expected
+    assert bool(splits) == (num_sms == 100 and dtype != np.int8)  # of 127 tokens none is cut
+
+
+def test_who_needs_no_plan_is_given_an_order():
+    """Longest first, and nothing cut. Without a backend the plan is for one that may need it."""
+    for backend in ("xla", "pallas", ejk.XlaPageAttention()):
+        plan = ejk.plan_page_attention(np.array([3, 900, 0, 1280]), **SIZE, backend=backend)
+        pieces, splits = rows(np.asarray(plan.work), plan.problem)
+        assert [tuple(r) for r in pieces] == [(s, 0, 1280, -1) for s in (3, 1, 0, 2)]
+        assert not splits
+    plan = ejk.plan_page_attention(np.array([3, 900, 0, 1280]), **SIZE)
+    assert plan.problem.max_cuts > 0
+
+
+def test_no_sequences_and_no_blocks_are_plans_too():
+    for lens, max_blocks in ((np.zeros(0, np.int32), 80), (np.array([7, 7]), 0)):
+        plan = ejk.plan_page_attention(lens, **SIZE | {"max_blocks": max_blocks})
+        assert not np.asarray(plan.work).any()
+        pool = np.zeros((3, 2, 16, 16), np.float32)
+        tables = np.zeros((len(lens), max_blocks), np.int32)
+        query = np.ones((len(lens), 4, 16), np.float32)
+        assert not ejk.page_attention(query, pool, pool, lens, tables, plan=plan).any()
+
+
+def test_new_lengths_and_windows_do_not_recompile():
+    backend = ejk.TritonPageAttention(interpret=True, num_sms=10)
+
+    def plan(lens, window):
+        lens = jnp.asarray(lens, jnp.int32)
+        made = ejk.plan_page_attention(
+            lens, **SIZE, sliding_window=jnp.int32(window), backend=backend
+        )
+        return rows(np.asarray(made.work), made.problem)
+
+    first = plan([1280, 5, 0], 1000)
+    with CompilationCounter() as compiled:
+        assert plan([0, 128, 1279], 2000) != first
+    assert compiled.count == 0
+
+
+def test_a_map_over_batches_makes_a_plan_each():
+    lens = np.array([[1280, 0, 3], [640, 641, 1]], np.int32)
+    backend = ejk.TritonPageAttention(interpret=True, num_sms=10)
+    plan = functools.partial(ejk.plan_page_attention, **SIZE, backend=backend)
+    mapped = jax.vmap(plan)(jnp.asarray(lens))
+    for each, batch in zip(np.asarray(mapped.work), lens):
+        pieces, splits = rows(each, mapped.problem)
+        assert splits and (pieces, splits) == rows(np.asarray(plan(batch).work), mapped.problem)
+
+
+WRONG = {
+    "lengths of floats": (TypeError, {"context_lens": np.ones(2, np.float32)}, "context_lens="),
+    "lengths of rank 2": (TypeError, {"context_lens": np.ones((2, 1), int)}, "context_lens="),
+    "lengths as a list": (TypeError, {"context_lens": [3, 4]}, "context_lens=[3, 4] must be"),
+    "a window a sequence": (TypeError, {"sliding_window": np.ones(2, int)}, "sliding_window="),
+    "a window in fractions": (TypeError, {"sliding_window": 1.5}, "sliding_window=1.5 must be"),
+    "a page in fractions": (TypeError, {"page_size": 1.5}, "page_size=1.5 must be an int"),
+    "heads on the device": (TypeError, {"num_heads": jnp.int32(4)}, "num_heads="),
+    "a backend that is none": (TypeError, {"backend": 3}, "backend=3 must be"),
+    "no heads": (ValueError, {"num_heads": 0}, "num_heads=0 must be at least 1"),
+    "no KV heads": (ValueError, {"num_kv_heads": 0}, "num_kv_heads=0 must be at least 1"),
+    "no head dimension": (ValueError, {"head_dim": 0}, "head_dim=0 must be at least 1"),
+    "no slots": (ValueError, {"page_size": 0}, "page_size=0 must be at least 1"),
+    "less than no blocks": (ValueError, {"max_blocks": -1}, "max_blocks=-1 must be at least"),
+    "no values": (ValueError, {"value_head_dim": 0}, "value_head_dim=0 must be at least 1"),
+    "a window of nothing": (
+        ValueError,
+        {"sliding_window": 0},
+        "sliding_window=0 must be at least 1: None is no window",
+    ),
+    "a window of less": (ValueError, {"sliding_window": np.int8(-3)}, "sliding_window=-3 must"),
+    "heads that no group divides": (
+        ValueError,
+        {"num_heads": 5},
+        "num_heads=5 must be a multiple of num_kv_heads=2",
+    ),
+    "positions of 64 bits": (
+        ValueError,
+        {"max_blocks": 2**27},
+        "max_blocks * page_size=2147483648 must be below 2**31",
+    ),
+    "an unknown backend": (ValueError, {"backend": "cuda"}, "backend='cuda' must be one of"),
+}
+
+
+@pytest.mark.parametrize("error, change, message", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_named(error, change, message):
+    right = {"context_lens": np.array([3, 4])} | SIZE
+    ejk.plan_page_attention(**right)
+    with pytest.raises(error, match="^" + re.escape(message)):
+        ejk.plan_page_attention(**right | change)

@@ -1,0 +1,272 @@
+"""What `ejk.ragged_page_attention` computes, on every backend."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bits import bits_equal
+from edges import LENS, SMALL, config
+from entries import RAGGED, each_case, ragged_edge
+from hypothesis import strategies as st
+from ragged_strategies import RaggedCase, build_ragged, narrow, ragged_cases
+from strategies import CONFIGURATIONS, cases
+from tolerances import assert_close
+
+import ejk
+from ejk.backends.triton._sizes import GRANULE
+
+FUSED = [config for config in CONFIGURATIONS if config.fused]
+
+
+def each_ragged(strategy=None, share=1.0):
+    return each_case(ragged_cases() if strategy is None else strategy, share, RAGGED)
+
+
+@pytest.mark.smoke
+@ragged_edge
+def test_plain_call_is_a_causal_softmax(entry):
+    """The defaults, on clean memory, against the definition of attention."""
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal((8, 4, 64), np.float32)
+    key_cache = rng.standard_normal((8, 2, 16, 64), np.float32)
+    value_cache = rng.standard_normal((8, 2, 16, 64), np.float32)
+    context_lens, block_tables = np.array([20, 7], np.int32), np.array([[3, 5], [1, 0]], np.int32)
+    cu_q_lens = np.array([0, 1, 8], np.int32)
+
+    with entry.refusing():
+        out = ejk.ragged_page_attention(
+            query, key_cache, value_cache, context_lens, block_tables, cu_q_lens,
+            backend=entry.backend,
+        )  # fmt: skip
+
+    for row, pages, length in ((0, [3, 5], 20), *((1 + i, [1], 1 + i) for i in range(7))):
+        for head in range(4):
+            keys = np.concatenate([key_cache[page, head // 2] for page in pages])[:length]
+            values = np.concatenate([value_cache[page, head // 2] for page in pages])[:length]
+            weights = np.exp(keys @ query[row, head] / np.sqrt(64))
+            expected = weights @ values / weights.sum()
+            np.testing.assert_allclose(out[row, head], expected, rtol=0, atol=4e-6)
+
+
+@each_ragged(share=1.5)
+def test_agrees_with_the_oracle(entry, case):
+    assert_close(case, *entry(case))
+
+
+@each_ragged(share=0.5)
+def test_order_of_pages_changes_no_bit(entry, case):
+    bits_equal(entry(case), entry(case.permuted(seed=1)))
+
+
+@each_ragged(share=0.5)
+def test_unread_memory_changes_no_bit(entry, case):
+    """Nor queries that see nothing, nor masks and positions of what is no sequence's."""
+    result = entry(case)
+    bits_equal(result, entry(case.with_other_junk(seed=1)))
+    bits_equal(result, entry(case.with_other_junk(seed=2, finite=True)))
+
+
+@each_ragged(share=0.5)
+def test_rows_of_no_sequence_are_zero(entry, case):
+    out, lse = entry(case)
+    assert not out[case.outside].any() and np.isneginf(lse[case.outside]).all()
+    assert np.isfinite(out.astype(np.float32)).all()
+
+
+@each_ragged(share=0.25)
+def test_a_batch_is_its_sequences(entry, case):
+    """Each sequence, run alone, is what the oracle says of it in the batch."""
+    out, lse = entry(case)
+    for s in range(len(case.context_lens)):
+        alone = case.part(s)
+        if len(alone.query):
+            rows = slice(case.bounds[s], case.bounds[s + 1])
+            assert_close(alone, out[rows], lse[rows])
+            assert_close(alone, *entry(alone))
+
+
+@each_ragged(st.tuples(ragged_cases(extras=()), st.integers(1, 5)), share=0.25)
+def test_chunks_equal_one_shot(entry, case):
+    """A sequence's new tokens, a few at a time, are what they are all at once."""
+    case, size = case
+    q_lens = np.diff(case.bounds)
+    s = int(q_lens.argmax())
+    whole = case.part(s)
+    if q_lens[s] == 0:
+        return
+    chunks = [case.part(s, a, min(a + size, q_lens[s])) for a in range(0, q_lens[s], size)]
+    # Of more new tokens than there are tokens the first have chunks of less than none.
+    results = [entry(chunk) for chunk in chunks]
+    assert_close(whole, *(np.concatenate(parts) for parts in zip(*results)))
+
+
+@each_case(cases(), 0.5, RAGGED)
+def test_single_tokens_are_page_attention(entry, case):
+    """Within the bound; bit for bit where both kernels take the same blocks and cut nothing."""
+    bounds = np.arange(len(case.context_lens) + 1)
+    with entry.refusing():
+        out, lse = ejk.ragged_page_attention(
+            *case.arguments(), bounds, **case.semantics(), max_q_len=1, return_lse=True,
+            backend=entry.backend,
+        )  # fmt: skip
+    assert_close(case, out, np.asarray(lse))
+    uncut = case.shape.capacity <= GRANULE and "sliding_window" not in case.options
+    if entry.decode is not None and uncut:
+        decoded = ejk.page_attention(
+            *case.arguments(), **case.semantics(), num_splits=1, return_lse=True,
+            backend=entry.decode,
+        )  # fmt: skip
+        bits_equal((np.asarray(out), np.asarray(lse)), [np.asarray(x) for x in decoded])
+
+
+@each_ragged(ragged_cases(extras=()), share=0.5)
+def test_defaults_may_be_given(entry, case):
+    """The default positions, and a lower triangle as tree mask, change nothing."""
+    total, positions = len(case.query), np.zeros(len(case.query), np.int64)
+    triangle = np.zeros((total, total), bool)
+    for s, n in enumerate(case.lengths()):
+        q_len = case.bounds[s + 1] - case.bounds[s]
+        rows = slice(case.bounds[s], case.bounds[s + 1])
+        positions[rows] = n - q_len + np.arange(q_len)
+        triangle[rows, :q_len] = np.tri(q_len, dtype=bool)
+    assert_close(case, *entry(case, positions=positions))
+    assert_close(case, *entry(case, tree_mask=triangle))
+    assert_close(case, *entry(case, positions=positions, tree_mask=triangle))
+
+
+@each_ragged(share=0.5)
+def test_jit_changes_no_bit(entry, case):
+    """Every array traced, the scale and the window with them."""
+    static = ("cache_layout", "attn_logits_soft_cap", "value_head_dim")
+    keywords = case.semantics()
+    traced = {name: keywords.pop(name) for name in list(keywords) if name not in static}
+    arrays = [None if x is None else narrow(x) for x in case.operands()]
+
+    def run(arrays, traced):
+        return ejk.ragged_page_attention(
+            *arrays, **traced, **keywords, return_lse=True, backend=entry.backend
+        )
+
+    with entry.refusing():
+        compiled = [np.asarray(x) for x in jax.jit(run)(arrays, traced)]
+    bits_equal(entry(case), compiled)
+
+
+HINTS = st.sampled_from((None, 0, 1, 3, 10**6))
+
+
+@each_ragged(st.tuples(ragged_cases(), HINTS, HINTS), share=0.5)
+def test_hints_change_no_more_than_last_bits(entry, case):
+    case, max_q_len, max_context_len = case
+    assert_close(case, *entry(case, max_q_len=max_q_len, max_context_len=max_context_len))
+
+
+@pytest.mark.one_in(2)
+@each_ragged(share=0.25)
+def test_layouts_and_fused_pools_equal_each_other(entry, case):
+    for layout in ("HND", "NHD", "KV_HEADS_FIRST"):
+        for fused in {False, case.shape.fusible}:
+            other = case.replace(cache_layout=layout, fused=fused)
+            assert_close(other, *entry(other))
+
+
+@each_ragged(share=0.25)
+def test_asking_for_the_lse_changes_no_bit_of_the_output(entry, case):
+    with entry.refusing():
+        out = ejk.ragged_page_attention(
+            *case.arguments(), **case.semantics(), backend=entry.backend
+        )
+    bits_equal([np.asarray(out)], entry(case)[:1])
+
+
+@pytest.mark.one_in(2)
+@ragged_edge
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [0, 5, 5, 10, 11, 12, 13, 13, 13, 13],
+        [4, 4, 4, 4, 4, 4, 4, 4, 4, 4],
+        [3, 9, 7, 8, 8, 20, 13, 12, 4, 4],
+        [-3, -(2**40), 2**33, 2, 2, 2, 2, 2, 2, 2],
+        [0, 0, 0, 13, 13, 13, 13, 13, 13, 13],
+    ],
+    ids=["tight", "no row", "falling", "hostile", "more new tokens than tokens"],
+)
+@pytest.mark.parametrize("features", [(), ("sliding_window", "sinks", "alibi_slopes")])
+def test_bounds(entry, bounds, features):
+    case = build_ragged(config(features=frozenset(features)), LENS, np.array(bounds), window=17)
+    assert_close(case, *entry(case))
+
+
+@ragged_edge
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint8", "uint32", "uint64", "int64"])
+def test_bounds_are_checked_in_their_own_dtype(entry, dtype):
+    limits = np.iinfo(dtype)
+    wanted = [limits.min, 2, 3, limits.max, 5, 2**32 + 5, 13, 2**31, 0, 13]
+    bounds = np.array([min(max(c, limits.min), limits.max) for c in wanted], dtype)
+    case = build_ragged(config(), LENS, bounds)
+    assert_close(case, *entry(case))
+
+
+@ragged_edge
+def test_a_long_prefill(entry):
+    """Several blocks of queries and of keys, causal, windowed and as a tree.
+
+    The first, on an H100 said to be small, is taken in the blocks of a large batch.
+    """
+    large = {"dtype": np.dtype(jnp.bfloat16), "shape": dataclasses.replace(SMALL, num_heads=8)}
+    featured = {"features": frozenset({"sliding_window", "alibi_slopes"})}
+    bounds = np.array([0, 3, 43, 43, 44, 47, 47, 47, 48, 50])
+    for changes, extras in ((large, ()), (featured, ()), (featured, ("positions", "tree_mask"))):
+        drawn = config(**changes)
+        case = build_ragged(
+            drawn, np.roll(LENS, 1), bounds, total=53, window=19, extras=frozenset(extras)
+        )
+        assert_close(case, *entry(case))
+        bits_equal(entry(case), entry(case.with_other_junk(seed=3)))
+
+
+@ragged_edge
+@pytest.mark.parametrize(
+    "width", [0, 20, *(pytest.param(width, marks=pytest.mark.thorough) for width in (1, 13))]
+)
+def test_widths_of_tree_masks(entry, width):
+    case = build_ragged(config(), LENS, np.array([0, 5, 5, 9, 10, 11, 12, 13, 13, 13]))
+    mask = np.random.default_rng(0).random((13, width)) < 0.5
+    case = case.replace(options={"tree_mask": mask})
+    # What was live under causality may be seen by other rows now: write it all.
+    case = case.replace(
+        keys=np.nan_to_num(case.keys, posinf=1, neginf=1, nan=1).clip(-3, 3),
+        values=np.nan_to_num(case.values, posinf=1, neginf=1, nan=1).clip(-3, 3),
+        query=np.nan_to_num(case.query, posinf=1, neginf=1, nan=1).clip(-3, 3),
+    )
+    assert_close(case, *entry(case))
+
+
+@ragged_edge
+@pytest.mark.parametrize("sizes", [dict(total=0), dict(seqs=0), dict(blocks=0), dict(pages=0)])
+def test_empty_arrays_are_answered_from_static_facts(entry, sizes):
+    sizes = dict(total=5, seqs=2, blocks=3, pages=4) | sizes
+    pool = np.zeros((sizes["pages"], 2, 16, 128), np.float32)
+    bounds = np.array([1, 2, 4])[: sizes["seqs"] + 1]
+    for sinks in (None, np.arange(4, dtype=np.float32)):
+        out, lse = ejk.ragged_page_attention(
+            np.ones((sizes["total"], 4, 128), np.float32), pool, pool,
+            np.full(sizes["seqs"], 20), np.zeros((sizes["seqs"], sizes["blocks"]), int), bounds,
+            sinks=sinks, return_lse=True, backend=entry.backend,
+        )  # fmt: skip
+        assert out.shape == (sizes["total"], 4, 128) and not out.any()
+        expected = np.full((sizes["total"], 4), -np.inf)
+        if sinks is not None and sizes["seqs"]:
+            expected[1:4] = sinks
+        np.testing.assert_array_equal(lse, expected)
+
+
+def test_cases_are_what_they_claim():
+    """Or the properties would prove little: some rows see much, some nothing, some are none's."""
+    case = build_ragged(config(), LENS, np.array([1, 5, 5, 9, 10, 11, 12, 12, 12, 12]))
+    assert isinstance(case, RaggedCase)
+    seen = [row and len(row[1]) for row in case.rows_seen]
+    assert seen == [None, 45, 46, 47, 48, 2, 3, 4, 5, 48, 33, 17, None]

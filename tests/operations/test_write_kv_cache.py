@@ -1,0 +1,124 @@
+"""What `ejk.write_kv_cache` computes, on every backend, against the definition, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from bits import assert_written, bits
+from compilations import CompilationCounter
+from entries import WRITERS, each_case, writer_edge
+from strategies import DTYPES, INTEGERS, LAYOUTS
+from writes import SHAPES, build, hostile_slots, writes
+
+import ejk
+
+F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+
+
+def check(entry, case):
+    assert_written(case, entry(case))
+
+
+@pytest.mark.smoke
+@each_case(writes(), entries=WRITERS)
+def test_agrees_with_the_oracle(entry, case):
+    assert_written(case, entry(case))
+
+
+@each_case(writes(), share=0.3, entries=WRITERS)
+def test_jit_equals_eager_and_leaves_its_arguments_alone(entry, case):
+    before = [None if x is None else x.copy() for x in case.operands()]
+
+    @jax.jit
+    def run(arrays, slots):
+        slots = case.slot_mapping if slots is None else slots
+        return ejk.write_kv_cache(
+            *arrays, slots, cache_layout=case.cache_layout, backend=entry.backend
+        )
+
+    *arrays, slots = case.arguments()
+    with entry.refusing():  # `jit` itself would narrow 64-bit slots: those are a constant of it
+        caches = run(arrays, None if slots.dtype.itemsize == 8 else slots)
+    caches = [np.asarray(x) for x in caches if x is not None]
+    assert_written(case, caches)
+    for x, y in zip(case.operands(), before):
+        assert x is None or (bits(x) == bits(y)).all()
+
+
+@writer_edge
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_slots_outside_write_nothing_whatever_their_type(entry, dtype):
+    shape = SHAPES[0]
+    hostile = hostile_slots(dtype, shape.num_slots)
+    slots = np.array([5, *hostile, 90], dtype)
+    case = build(shape, F32, "HND", slots, as_jax=False)
+    caches = entry(case)
+    assert_written(case, caches)
+    changed = bits(caches[0]) != bits(case.key_cache)
+    assert set(zip(*np.nonzero(changed.any(axis=(1, 3))))) == {(0, 5), (5, 10)}
+
+
+@pytest.mark.one_in(2)
+@writer_edge
+@pytest.mark.parametrize("num_tokens", [2, 150])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_last_of_several_tokens_stays(entry, layout, num_tokens):
+    """All to one slot; then each slot twice, far apart."""
+    slots = np.full(num_tokens, 37, np.int32)
+    check(entry, build(SHAPES[0], BF16, layout, slots))
+    slots = np.resize(np.random.default_rng(0).permutation(96)[: -(-num_tokens // 2)], num_tokens)
+    check(entry, build(SHAPES[0], F32, layout, slots.astype(np.int32)))
+
+
+@pytest.mark.one_in(4)
+@writer_edge
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_shape_layout_and_dtype(entry, layout, shape, dtype):
+    slots = np.random.default_rng(1).integers(-1, shape.num_slots, shape.num_tokens)
+    check(entry, build(shape, dtype, layout, slots.astype(np.int32)))
+
+
+@writer_edge
+def test_the_same_call_twice_gives_the_same_bits(entry):
+    case = build(SHAPES[3], BF16, "HND", np.random.default_rng(0).integers(0, 9, 33))
+    for a, b in zip(entry(case), entry(case)):
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
+@writer_edge
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[2]], ids=lambda shape: shape.name)
+def test_no_tokens_and_no_pages_leave_the_caches(entry, shape):
+    case = build(shape, F32, "NHD", np.zeros(0, np.int32))
+    assert_written(case, entry(case))
+    empty = np.zeros((0, *case.key_cache.shape[1:]), F32)
+    case = build(shape, F32, "NHD", np.zeros(3, np.int32))
+    case = case.replace(key_cache=empty)
+    if case.value_cache is not None:
+        case = case.replace(value_cache=np.zeros((0, *case.value_cache.shape[1:]), F32))
+    assert_written(case, entry(case))
+
+
+@writer_edge
+def test_new_tokens_and_slots_do_not_compile_again(entry):
+    shape, rng = SHAPES[0], np.random.default_rng(0)
+    slots = rng.integers(-1, shape.num_slots, (4, 7)).astype(np.int32)
+    first, *others = (build(shape, F32, "HND", s, seed=i) for i, s in enumerate(slots))
+    entry(first)
+    with CompilationCounter() as compiled:
+        for case in others:
+            assert_written(case, entry(case))
+    assert compiled.count == 0
+
+
+@writer_edge
+def test_64_bit_types_change_no_bit(entry):
+    case = build(SHAPES[3], F32, "HND", np.random.default_rng(0).integers(-5, 200, 33))
+    with jax.enable_x64(True):
+        wide = case.arguments()[:4], jnp.asarray(case.slot_mapping)
+        assert wide[1].dtype == jnp.int64
+        with entry.refusing():
+            caches = ejk.write_kv_cache(*wide[0], wide[1], backend=entry.backend)
+    assert_written(case, [np.asarray(cache) for cache in caches])

@@ -1,0 +1,120 @@
+"""Gradients of `ejk.ragged_page_attention`, on every backend, as `test_gradients` has it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from edges import LENS, config
+from entries import RAGGED, each_case, ragged_edge
+from ragged_strategies import RaggedCase, build_ragged, ragged_cases
+from test_gradients import FLOATS, ORDINARY, check, operands
+
+import ejk
+
+BOUNDS = np.array([1, 5, 5, 7, 8, 10, 11, 12, 12, 12])  # the first row and the last are no one's
+
+
+def attend(case: RaggedCase, backend, floats: dict):
+    """Call `ejk` with the float operands apart, the integers of the case closed over."""
+    floats = {"value_cache": None, **floats}
+    positional = [floats.pop(name) for name in FLOATS[:3]]
+    keywords = {**case.semantics(), **floats}
+    return ejk.ragged_page_attention(
+        *positional, *case.operands()[3:], **keywords, return_lse=True, backend=backend
+    )
+
+
+def clean_query(case: RaggedCase) -> RaggedCase:
+    """Rows that see nothing may hold NaN: `ejk` reads none of it, the dense program would."""
+    blind = np.array([not case.seen(row)[1] for row in range(len(case.query))])
+    return case.replace(query=np.where(blind[:, None, None], 0, case.query).astype(case.dtype))
+
+
+@each_case(ragged_cases(ORDINARY), share=0.2, entries=RAGGED)
+def test_gradients_agree_with_autodiff_of_the_definition(entry, case):
+    """For every float operand, through the output and the LSE; exactly 0 on unread memory."""
+    check(clean_query(case), entry, attend)
+
+
+@pytest.mark.one_in(5)
+@ragged_edge
+@pytest.mark.parametrize(
+    ("features", "extras"),
+    [
+        ((), ()),
+        (("sliding_window", "sinks", "alibi_slopes"), ()),
+        (("sinks", "alibi_slopes"), ("positions", "tree_mask")),
+    ],
+    ids=["plain", "features", "tree"],
+)
+def test_gradients_at_the_edges(entry, features, extras):
+    """Shared pages, entries that name no page, more new tokens than tokens, fused pools."""
+    called, extras = config(features=frozenset(features)), frozenset(extras)
+    case = build_ragged(called, LENS, BOUNDS, window=17, share=True, extras=extras)
+    check(clean_query(case), entry, attend)
+    fused = config(features=frozenset(features), fused=True)
+    case = build_ragged(fused, LENS[::-1].copy(), BOUNDS, window=17, invalid=0.4, extras=extras)
+    check(clean_query(case), entry, attend)
+
+
+@ragged_edge
+def test_queries_that_see_nothing_and_unread_memory_change_no_bit(entry):
+    """Whatever they hold: their own gradients are exactly 0, and so are those of the memory."""
+    called = config(features=frozenset({"sinks", "alibi_slopes"}))
+    case = build_ragged(called, np.array([48, 0, 2, 33, 0, 17, 16, 1, 40]), BOUNDS)
+
+    def grads(case):
+        floats = operands(case)
+
+        def loss(floats):
+            out, lse = attend(case, entry.backend, floats)
+            return out.sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+        with entry.refusing():
+            return jax.grad(loss)(floats)
+
+    given = grads(case)
+    for name, grad in grads(case.with_other_junk(seed=1)).items():
+        np.testing.assert_array_equal(grad, given[name])
+    blind = [not case.seen(row)[1] for row in range(len(case.query))]
+    assert any(blind) and not np.asarray(given["query"])[np.array(blind)].any()
+    assert np.isfinite(given["query"]).all() and np.isfinite(given["key_cache"]).all()
+
+
+@ragged_edge
+def test_vmap_of_grad_equals_grads_one_by_one(entry):
+    case = build_ragged(config(), LENS, BOUNDS)
+    clean = {name: jnp.nan_to_num(x, posinf=0, neginf=0) for name, x in operands(case).items()}
+    queries = jnp.stack([clean["query"], clean["query"][::-1]])
+    bounds = jnp.stack([jnp.asarray(BOUNDS), jnp.asarray(BOUNDS).at[2:].add(1)])
+
+    def loss(query, keys, values, bounds):
+        out = ejk.ragged_page_attention(
+            query, keys, values, LENS, case.block_tables, bounds, backend=entry.backend
+        )
+        return (out * out).sum()
+
+    grad, pools = jax.grad(loss, argnums=(0, 1, 2)), (clean["key_cache"], clean["value_cache"])
+    with entry.refusing():
+        mapped = jax.vmap(grad, in_axes=(0, None, None, 0))(queries, *pools, bounds)
+        for i in range(2):
+            for a, b in zip(mapped, grad(queries[i], *pools, bounds[i])):
+                np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
+
+
+@ragged_edge
+def test_forward_mode_is_refused(entry):
+    case = build_ragged(config(), LENS, BOUNDS)
+    query = jnp.asarray(case.query)
+
+    def run(query):
+        with entry.refusing():
+            return attend(case, entry.backend, {**operands(case), "query": query})
+
+    for forward in (
+        lambda: jax.jvp(run, (query,), (query,)),
+        lambda: jax.jit(jax.jacfwd(run))(query),
+        lambda: jax.hessian(lambda q: run(q)[0].sum())(query),
+    ):
+        with pytest.raises(NotImplementedError, match=r"derivatives in reverse mode alone"):
+            forward()
