@@ -120,7 +120,7 @@ class WriteKVCacheProblem(Problem):
         if exceeds(size * self.num_slots, 2**31 - 1):
             return None
 
-        def merged(x: jax.Array | None, axis: int, to: int) -> jax.Array | None:
+        def merged(x: Any, axis: Any, to: int) -> Any:
             return None if x is None else merge_axis(x, axis, size, to)
 
         def longer(shape: Shape | None) -> Shape | None:

@@ -9,7 +9,7 @@ table nor the number of tokens.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,9 +149,7 @@ class Queries(NamedTuple):
         """Which of them see a token at all, if their window shows one: bool `[items, tokens]`."""
         return self.inside & (self.place >= 0)
 
-    def span(
-        self, problem: RaggedPageAttentionProblem, sizes: Sizes
-    ) -> tuple[jax.Array, jax.Array]:
+    def span(self, problem: RaggedPageAttentionProblem, sizes: Sizes) -> tuple[Any, Any]:
         """Return the blocks of pages `[begin, end)` that some of them sees a token of."""
         num_keys = sizes.pages * problem.page_size
         sees = self.sees & (self.first < self.last)
@@ -267,10 +265,8 @@ def _attend(
     bounds = sane_bounds(problem, operands.cu_q_lens)
 
     def step(queries: Queries, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        query, sinks = (
-            queries.rows(problem, operands.query),
-            sinks_of_rows(problem, operands, queries),
-        )
+        query = queries.rows(problem, operands.query)
+        sinks = sinks_of_rows(problem, operands, queries)
         load = functools.partial(load_block, problem, operands, sizes, bounds, queries)
         out, lse = attend(problem, operands, query, sinks, queries.span(problem, sizes), load)
         found = (rounded(by_token(problem, out), problem.out_dtype), by_token(problem, lse))
@@ -285,10 +281,7 @@ def _attend(
     return loop_over_items(problem, operands, sizes, bounds, step, results)
 
 
-Carry = TypeVar("Carry")
-
-
-def loop_over_items(
+def loop_over_items[Carry](
     problem: RaggedPageAttentionProblem,
     operands: RaggedPageAttentionOperands,
     sizes: Sizes,
