@@ -125,6 +125,10 @@ _OPERATIONS = {  # each with what it is called elsewhere
     "plan_page_attention": "plan begin_forward get_scheduler_metadata",
 }
 _OPERATION = {name: own for own, names in _OPERATIONS.items() for name in names.split()}
+_WITH_AXIS_NAME = {  # functions of `ejk` until an argument took their place
+    "context_parallel_attention": "page_attention",
+    "context_parallel_ragged_attention": "ragged_page_attention",
+}
 
 
 def unexpected_keyword(
@@ -161,5 +165,7 @@ def missing_attribute(name: str, public: Iterable[str]) -> str:
     message = f"module 'ejk' has no attribute {name!r}"
     if name in _OPERATION:
         return f"{message}: it is ejk.{_OPERATION[name]} here"
+    if name in _WITH_AXIS_NAME:
+        return f"{message}: it is ejk.{_WITH_AXIS_NAME[name]} with axis_name="
     near = nearest(name, (other for other in public if not other.startswith("_")))
     return f"{message}: did you mean ejk.{near}?" if near else message
