@@ -56,7 +56,7 @@ def columns(backends: Sequence[ejk.Backend]) -> list[ejk.Backend]:
 
 BACKENDS = columns(_page_attention.BACKENDS)
 RAGGED_BACKENDS = columns(_ragged_page_attention.BACKENDS)
-WRITE_BACKENDS = columns(_write_kv_cache.WRITE_BACKENDS)
+WRITE_BACKENDS = columns(_write_kv_cache.BACKENDS)
 TARGETS = (
     Target("`xla`", ejk.XlaPageAttention(), "cpu"),
     triton("`triton`, sm_80", 80, 108),

@@ -17,7 +17,7 @@ from ejk.backends.triton.write_kv_cache.backend import TritonWriteKVCache
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
 from ejk.backends.xla.write_kv_cache import XlaWriteKVCache
 
-WRITE_BACKENDS = (TritonWriteKVCache(), PallasWriteKVCache(), XlaWriteKVCache())
+BACKENDS = (TritonWriteKVCache(), PallasWriteKVCache(), XlaWriteKVCache())
 """Best first: each platform's own kernel, then XLA, which runs everything."""
 
 
@@ -79,7 +79,7 @@ def write_kv_cache(
         vLLM's `reshape_and_cache` (Kwon et al., 2023, arXiv:2309.06180), and its slot mapping.
     """
     problem = _problem_of(key, value, key_cache, value_cache, slot_mapping, cache_layout)
-    choice = _backend.choose(backend, WriteKVCacheProblem, WRITE_BACKENDS)
+    choice = _backend.choose(backend, WriteKVCacheProblem, BACKENDS)
     operands = WriteKVCacheOperands(
         key=key,
         value=value,

@@ -18,8 +18,8 @@ ITEM = 8  # integers of a row of the list
 
 
 @dataclasses.dataclass(frozen=True)
-class Items:
-    """The items of one kind of block, at most."""
+class Kind:
+    """A kind of block, and how many items it has at most."""
 
     rows: int  # query rows of a block
     max_blocks: Size
@@ -55,8 +55,8 @@ class RaggedPlan:
     the counts is not initialised.
     """
 
-    narrow: Items
-    wide: Items | None
+    narrow: Kind
+    wide: Kind | None
     granule: int
 
     @classmethod
@@ -72,20 +72,20 @@ class RaggedPlan:
         rows = problem.total_tokens * problem.group
         seqs = min(problem.num_seqs, problem.total_tokens)  # that have new tokens
         if wide_rows is None:
-            return cls(Items(narrow_rows, seqs + rows // narrow_rows, cuts), None, granule)
+            return cls(Kind(narrow_rows, seqs + rows // narrow_rows, cuts), None, granule)
         max_wide = rows // wide_rows + min(seqs, rows // (narrow_rows + 1))
-        wide = Items(wide_rows, max(max_wide, 1), cuts)
-        return cls(Items(narrow_rows, seqs, cuts), wide, granule)
+        wide = Kind(wide_rows, max(max_wide, 1), cuts)
+        return cls(Kind(narrow_rows, seqs, cuts), wide, granule)
 
     @property
-    def kinds(self) -> tuple[Items, ...]:
+    def kinds(self) -> tuple[Kind, ...]:
         """Narrow items, then wide ones if there are any."""
         return (self.narrow,) if self.wide is None else (self.narrow, self.wide)
 
     @property
     def first_rows(self) -> tuple[Size, Size, Size, Size, Size]:
         """Where narrow and wide items begin, narrow and wide splits, and the list's end."""
-        wide = self.wide or Items(0, 0, 0)
+        wide = self.wide or Kind(0, 0, 0)
         items = 1 + self.narrow.max_items
         splits = items + wide.max_items
         wide_splits = splits + self.narrow.max_splits

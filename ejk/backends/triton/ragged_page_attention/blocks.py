@@ -53,7 +53,7 @@ class RaggedTuning:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RaggedBlocks:
     """Blocks of so many query rows, and how the programs that attend to their items run.
 
     With `peel`, blocks of keys that need no mask are taken apart.
@@ -75,14 +75,16 @@ class Rows:
 
 def narrow_rows(
     problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target, rows: int
-) -> Rows:
+) -> RaggedBlocks:
     """Take the blocks of decode for as many heads a group as there are rows, in any batch."""
     own = Tuning(tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
     blocks = choose_blocks(problem, rows, None, own, target)
-    return Rows(*blocks, max_registers=None, peel=False)
+    return RaggedBlocks(*blocks, max_registers=None, peel=False)
 
 
-def wide_rows(problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target) -> Rows:
+def wide_rows(
+    problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target
+) -> RaggedBlocks:
     """Choose the largest blocks that fit the target's shared memory and registers."""
     fixed = (tuning.block_rows, tuning.block_kv, tuning.num_warps, tuning.num_stages)
     if _fills_hopper(problem, target):
@@ -92,7 +94,7 @@ def wide_rows(problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target:
             blocks = (rows, HOPPER_TILE // max(widths(problem)), num_warps, num_stages)
             if all(value in (None, own) for value, own in zip(fixed, blocks)):
                 shared = _wide_shared_memory(problem, target, *blocks)
-                return Rows(*blocks, shared, HOPPER_REGISTERS, peel=True)
+                return RaggedBlocks(*blocks, shared, HOPPER_REGISTERS, peel=True)
     most = (WIDE_ROWS, WIDE_KV, (WIDE_WARPS,), WIDE_STAGES)
     choices = [(value,) if value else own for value, own in zip(fixed, most)]
     found = None
@@ -101,7 +103,7 @@ def wide_rows(problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target:
     for rows, block_kv, num_warps, num_stages in candidates:
         shared = _wide_shared_memory(problem, target, rows, block_kv, num_warps, num_stages)
         blocks = (rows, block_kv, num_warps, num_stages)
-        found = Rows(*blocks, shared, max_registers=None, peel=True)
+        found = RaggedBlocks(*blocks, shared, max_registers=None, peel=True)
         if shared <= target.shared_memory and _fits_registers(problem, target, found):
             break  # or the smallest does not fit either: `limits` says so
     assert found is not None
@@ -128,7 +130,9 @@ def _is_hopper(target: Target) -> bool:
     return capability is not None and 90 <= capability < 120
 
 
-def _fits_registers(problem: RaggedPageAttentionProblem, target: Target, rows: Rows) -> bool:
+def _fits_registers(
+    problem: RaggedPageAttentionProblem, target: Target, rows: RaggedBlocks
+) -> bool:
     d, dv = widths(problem)
     if problem.query_dtype == jnp.float32:  # taken on the ordinary cores, operands from registers
         return rows.rows <= 32 and rows.block_kv <= 32

@@ -22,8 +22,8 @@ from ejk.backends.triton._sizes import (
 )
 from ejk.backends.triton.ragged_page_attention.blocks import (
     MOST_NARROW_ROWS,
+    RaggedBlocks,
     RaggedTuning,
-    Rows,
     narrow_rows,
     wide_rows,
 )
@@ -37,7 +37,7 @@ BLOCK_SEQS, MOST_OTHERS, BLOCK_ITEMS, BLOCK_TOKENS = 4, 1024, 64, 16
 class RaggedSizes:
     """How one problem is cut and run: `kinds` has the blocks of each kind of the plan."""
 
-    kinds: tuple[Rows, ...]
+    kinds: tuple[RaggedBlocks, ...]
     plan: RaggedPlan
 
     @classmethod
