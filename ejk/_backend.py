@@ -84,7 +84,8 @@ class Backend(abc.ABC):
     """A way to run one operation. Its fields are its tuning; it is hashable and immutable.
 
     A subclass names its `problem_type`, the `platforms` it runs on and the `features` it
-    honours, of the `feature_names` of its problem. What it does not declare, it refuses.
+    honours, of the `feature_names` of its problem. What it does not declare, it refuses. Where it
+    has a field `interpret`, messages say that `interpret=True` runs its kernel on a CPU.
     """
 
     name: ClassVar[str]
@@ -96,6 +97,8 @@ class Backend(abc.ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         problem_type, features = (getattr(cls, n, None) for n in ("problem_type", "features"))
+        if isinstance(features, str | list | tuple):
+            raise TypeError(f"{cls.__name__}.features={features!r} must be a frozenset of names")
         if problem_type is None or not isinstance(features, Set):
             return  # it is abstract, or its objects differ
         if not hasattr(problem_type, "feature_names"):

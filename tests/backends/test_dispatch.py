@@ -249,6 +249,12 @@ def test_a_third_party_is_told_of_a_feature_that_there_is_not():
         type("Wrong", (ejk.PageAttentionBackend,), wrong)
 
 
+@pytest.mark.parametrize("features", ["return_lse", ["return_lse"], ("return_lse",)])
+def test_a_third_party_is_told_that_features_are_a_set(features):
+    with pytest.raises(TypeError, match=r"^Wrong\.features=.* must be a frozenset of names$"):
+        type("Wrong", (ejk.PageAttentionBackend,), MEMBERS | {"features": features})
+
+
 def test_features_may_differ_from_object_to_object():
     kinds = type("Kinds", (ejk.PageAttentionBackend,), MEMBERS | {"features": property(len)})
     assert isinstance(kinds.features, property)
