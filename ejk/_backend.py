@@ -207,7 +207,7 @@ Refusals = list[tuple[Backend, str]]
 """What several backends said of one call, each with one reason."""
 
 
-def _unsupported(problem: Problem, refused: Refusals) -> UnsupportedError:
+def unsupported(problem: Problem, refused: Refusals) -> UnsupportedError:
     reasons = dict.fromkeys(f"{backend.name}: {refusal}" for backend, refusal in refused)
     return UnsupportedError(
         f"no backend that was asked for can run this {problem.operation} call:\n  "
@@ -244,13 +244,13 @@ class Choice:
                     and backend.has_target
                     and any(isinstance(r, Mendable) for r in refusals)
                 ):
-                    raise _unsupported(problem, [(backend, refusal) for refusal in refusals])
+                    raise unsupported(problem, [(backend, refusal) for refusal in refusals])
                 if obstacle and backend.is_opaque and not refusals:
                     refusals = (obstacle,)
                 if not refusals:
                     return backend, refused
                 refused += [(backend, refusal) for refusal in refusals]
-        raise _unsupported(problem, refused + self._interpreted(problem, platform))
+        raise unsupported(problem, refused + self._interpreted(problem, platform))
 
     def _interpreted(self, problem: Problem, platform: str | None) -> Refusals:
         """Say which backends would run interpreted, where a CPU is what there is."""

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ejk import _jax
+from ejk import _dispatch, _jax
 from ejk._arguments import Arguments
+from ejk._backend import Choice
 from ejk._describe import describe
 from ejk._indices import Size, as_int32, exceeds, static_int
 from ejk._merge_attention_states import merge_attention_states
@@ -67,11 +68,12 @@ def all_pages(axis_name: AxisName | None, num_pages: Size) -> Size:
 def own_part(
     problem: PageAttentionProblem,
     operands: PageAttentionOperands,
+    choice: Choice,
     axis_name: AxisName,
     page_offset: ScalarInt,
 ) -> tuple[PageAttentionProblem, PageAttentionOperands]:
     """Return a device's part of a call: its own pages, in a table of their own."""
-    part, operands = _part_of(problem), operands._replace(sinks=None)
+    part, operands = _part_of(problem, choice), operands._replace(sinks=None)
     if part.is_empty:
         return part, operands
     own = _own_pages(part, operands, axis_name, page_offset, operands.sliding_window)
@@ -86,11 +88,12 @@ def own_part(
 def own_ragged_part(
     problem: RaggedPageAttentionProblem,
     operands: RaggedPageAttentionOperands,
+    choice: Choice,
     axis_name: AxisName,
     page_offset: ScalarInt,
 ) -> tuple[RaggedPageAttentionProblem, RaggedPageAttentionOperands]:
     """Return a device's part of a call: all new tokens, and of the pages its own."""
-    part, operands = _part_of(problem), operands._replace(sinks=None)
+    part, operands = _part_of(problem, choice), operands._replace(sinks=None)
     if part.is_empty:
         return part, operands
     own = _own_pages(part, operands, axis_name, page_offset)
@@ -128,9 +131,11 @@ def merged(
     return rounded(out, problem.out_dtype), lse
 
 
-def _part_of(problem: P) -> P:
+def _part_of(problem: P, choice: Choice) -> P:
     """Return the problem of one device. The sinks are one part more, once."""
-    return dataclasses.replace(problem, is_part=True, has_sinks=False, return_lse=True)
+    part = dataclasses.replace(problem, is_part=True, has_sinks=False, return_lse=True)
+    _dispatch.refuse_undeclared(part, choice)  # here: an empty call asks no backend
+    return part
 
 
 def _own_pages(

@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, Primitive, jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ejk import _jax, _partition
-from ejk._backend import PLATFORMS, Backend, Choice, Problem, Refusals
+from ejk._backend import PLATFORMS, Backend, Choice, Problem, Refusals, unsupported
 from ejk._batching import batch
 from ejk._errors import Mendable
 from ejk._reverse_mode import refuse_forward_mode
@@ -47,12 +47,23 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def refuse_undeclared(problem: Problem, choice: Choice) -> None:
+    """Raise which features backends lack, if the call has one that none of them declares."""
+    lacking = {backend: problem.features - backend.features for backend in choice.backends}
+    if frozenset.intersection(*lacking.values()):
+        raise unsupported(
+            problem,
+            [(b, f"does not support {name}") for b in lacking for name in sorted(lacking[b])],
+        )
+
+
 def call(problem: Problem, choice: Choice, operands: Any) -> tuple[jax.Array, ...]:
     """Run `problem` on the first backend that can, once the platform is known."""
-    declared = frozenset[str]().union(*(backend.features for backend in choice.backends))
-    if not (choice.automatic and problem.features <= declared):
-        # What was asked for and can run nowhere, and what no backend has, is refused while the
-        # caller's line is still on the stack, not when the computation is lowered.
+    # What no backend has, and what was asked for and can run nowhere, is refused while the caller's
+    # line is still on the stack, not when the computation is lowered.
+    if choice.automatic:
+        refuse_undeclared(problem, choice)
+    else:
         choice.select(problem, platform=None)
     leaves, treedef = jax.tree.flatten(vary_together(operands))
     mesh = _partition.explicit_mesh(map(jax.typeof, leaves))

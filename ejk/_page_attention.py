@@ -251,7 +251,7 @@ def page_attention(
     if axis_name is None:
         results = _attend(problem, choice, operands)
     else:
-        part, own = own_part(problem, operands, axis_name, page_offset)
+        part, own = own_part(problem, operands, choice, axis_name, page_offset)
         results = merged(problem, _attend(part, choice, own), operands.sinks, axis_name)
     return (results[0], results[1]) if return_lse else results[0]
 

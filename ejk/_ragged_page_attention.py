@@ -260,7 +260,7 @@ def ragged_page_attention(
     if axis_name is None:
         results = _attend(problem, choice, operands)
     else:
-        part, own = own_ragged_part(problem, operands, axis_name, page_offset)
+        part, own = own_ragged_part(problem, operands, choice, axis_name, page_offset)
         found = _attend(part, choice, own)
         results = merged(problem, found, _row_sinks(problem, operands), axis_name)
     return (results[0], results[1]) if return_lse else results[0]

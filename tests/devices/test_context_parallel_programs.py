@@ -369,6 +369,16 @@ def test_a_plan_is_refused():
             attempt({}, {}, plan=plan, backend=backend)
 
 
+def test_a_plan_is_refused_where_no_backend_is_asked():
+    """Sizes alone answer a call without table entries."""
+    sizes = dict(num_heads=4, num_kv_heads=2, head_dim=8, page_size=4, max_blocks=0)
+    plan = ejk.plan_page_attention(ARGUMENTS[3], **sizes)
+    empty = {"block_tables": ARGUMENTS[4][:, :0]}
+    with pytest.raises(ejk.UnsupportedError, match="xla: does not support axis_name with plan"):
+        attempt(empty, {}, plan=plan)
+    attempt(empty, {})
+
+
 def test_an_offset_has_an_axis():
     for offset in (1, -1, np.int32(2), jnp.int32(0)):
         with pytest.raises(ValueError, match=r"page_offset=.* must come with axis_name"):
