@@ -64,6 +64,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright -p .ci/strict.json
 
 # In an environment of its own: prices are those of one jax and one libtpu.
 static:

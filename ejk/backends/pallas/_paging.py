@@ -68,7 +68,7 @@ class Paging:
     sem: Any
     chain_ref: Any
     blocks_ref: Any
-    sizes: PagedSizes
+    sizes: PagedSizes[Any]
 
     # The chain.
 
@@ -257,7 +257,7 @@ class Paging:
         return lax.fori_loop(0, count, hide, jnp.zeros(shape, jnp.int32))
 
 
-def paging_scratch(sizes: PagedSizes) -> dict[str, Any]:
+def paging_scratch(sizes: PagedSizes[Any]) -> dict[str, Any]:
     """Return the memory of a chain."""
     problem = sizes.problem
 
@@ -287,7 +287,7 @@ def page_or_harmless(entry: jax.Array, num_pages: int) -> tuple[jax.Array, jax.A
     return jnp.where(bad, 0, entry), bad
 
 
-def page_of(hbm_ref: Any, page: Scalar, core: Scalar, sizes: PagedSizes) -> Any:
+def page_of(hbm_ref: Any, page: Scalar, core: Scalar, sizes: PagedSizes[Any]) -> Any:
     """The part of a page that a core reads, for all its heads."""
     layout = sizes.problem.layout
     index: list[Any] = [slice(None)] * len(hbm_ref.shape)

@@ -48,7 +48,7 @@ def across(x: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([x] * (-(-width // LANES)), axis=1)[:, :width]
 
 
-def heads_of(buf: Any, slot: Any, k: int, half: int, sizes: PagedSizes) -> Iterator[jax.Array]:
+def heads_of(buf: Any, slot: Any, k: int, half: int, sizes: PagedSizes[Any]) -> Iterator[jax.Array]:
     """Yield each head's keys (`half=0`) or values of a block, `[block_kv, head_dim]`."""
     fused = (half,) if sizes.problem.fused else ()
     if sizes.problem.cache_layout == "NHD":

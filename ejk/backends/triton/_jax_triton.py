@@ -9,7 +9,7 @@ import functools
 import importlib
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from ejk import _jax
@@ -34,7 +34,7 @@ def load() -> Any:
 
 
 @contextlib.contextmanager
-def _environment_variable_kept(name: str) -> Iterator[None]:
+def _environment_variable_kept(name: str) -> Generator[None]:
     """Undo what importing jax-triton does to a variable of Triton's: it deletes or empties it."""
     value = os.environ.get(name)
     try:
@@ -47,7 +47,7 @@ def _environment_variable_kept(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tma_constant() -> Iterator[None]:
+def _tma_constant() -> Generator[None]:
     """Lend Triton's driver a name that jax-triton imports from it.
 
     Triton 3.6 has not got it, and jax-triton takes the ImportError for a machine without NVIDIA's

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ejk import _dispatch
+from ejk import _backend
 
 
-class XlaBackend(_dispatch.Backend):
+class XlaBackend(_backend.Backend):
     """A backend that is an XLA program, which XLA can look into and split over devices."""
 
     name = "xla"
@@ -13,7 +13,7 @@ class XlaBackend(_dispatch.Backend):
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        return _dispatch.PLATFORMS
+        return _backend.PLATFORMS
 
     def limits(self, problem: Any, platform: str) -> tuple[str, ...]:
         return ()

@@ -10,7 +10,7 @@ nearest, and multiplies matrices of such bits (https://github.com/triton-lang/tr
 import contextlib
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import ml_dtypes
@@ -66,7 +66,7 @@ class _Builder(interpreter.InterpreterBuilder):
         self.options = dataclasses.replace(self.options, sanitize_overflow=False)
 
     @contextlib.contextmanager
-    def launch(self, memory: Memory, grid: int) -> Iterator[None]:
+    def launch(self, memory: Memory, grid: int) -> Generator[None]:
         self.memory = memory
         self.set_grid_dim(grid, 1, 1)
         try:
@@ -84,7 +84,7 @@ class _Builder(interpreter.InterpreterBuilder):
         self, ptrs: Any, mask: Any, other: Any, *hints: Any, **named: Any
     ) -> Any:
         kind = ptrs.get_element_ty()
-        dtype = interpreter._get_np_dtype(kind)
+        dtype = interpreter._get_np_dtype(kind)  # pyright: ignore[reportPrivateUsage]
         active = np.broadcast_to(mask.data, ptrs.data.shape)
         if active.all():
             return interpreter.TensorHandle(self.memory.load(ptrs.data, dtype), kind)

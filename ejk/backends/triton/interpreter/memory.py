@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -60,7 +60,7 @@ _observers: list[Observer] = []
 
 
 @contextlib.contextmanager
-def observe(observer: Observer) -> Iterator[None]:
+def observe(observer: Observer) -> Generator[None]:
     """Show an observer every launch that runs while the context is open, on any thread.
 
     JAX may return before a kernel has run: wait for the result inside the context.

@@ -12,7 +12,7 @@ import math
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ triton_language_lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def triton_interprets() -> Iterator[None]:
+def triton_interprets() -> Generator[None]:
     """Make Triton interpret, on this thread, until the context ends."""
     with triton_language_lock:
         substitutions = _substitutions()
@@ -63,7 +63,7 @@ def _substitutions() -> tuple[tuple[Any, str, Any, Any], ...]:
 
     interpreter.interpreter_builder = builder
     interpreter.interpreter_semantic = semantic
-    interpreter._patch_lang(
+    interpreter._patch_lang(  # pyright: ignore[reportPrivateUsage]
         types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
     )
     for owner, name, interpreting in own:
