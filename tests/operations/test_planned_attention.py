@@ -78,16 +78,17 @@ def test_long_contexts_among_short_ones_are_cut(seed):
 
 
 def test_drawn_cases_are_cut():
+    """A third are. No seed says which: Hypothesis draws constants of the loaded modules, too."""
     cut = []
 
     @hypothesis.seed(0)
-    @hypothesis.settings(max_examples=40)
+    @hypothesis.settings(max_examples=120)
     @hypothesis.given(cases(PLANNED))
     def draw(case):
         cut.append(int(plan_for(case, TRITON.backend).work[0, 1]) > 0)
 
     draw()
-    assert sum(cut) >= 5
+    assert sum(cut) >= 12
 
 
 @pytest.mark.parametrize("shape", [LATENT, MANY], ids=lambda shape: shape.name)
