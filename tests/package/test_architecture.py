@@ -24,7 +24,7 @@ FAULTY = {
     "_two.py": "def f():\n    import ejk._one",
     "backends/__init__.py": "",
     "backends/_fields.py": "def check(x, *, y: int, **z): ...",
-    "backends/page_attention.py": "from ejk import _dispatch",
+    "backends/page_attention.py": "from .. import _dispatch",
     "backends/reverse_mode/__init__.py": "from ejk.backends.xla import page_attention",
     "backends/triton/__init__.py": "",
     "backends/triton/kernel.py": "import triton\ndef f(x):" + "\n    pass" * 61,
