@@ -28,7 +28,7 @@ class TritonPlan(TritonBackend, PlanBackend):
 
     Attributes:
         compute_capability: compile for it; the device's own if None.
-        num_sms: multiprocessors to deal out the work to; the device's own if None.
+        num_sms: multiprocessors to deal out the work to; those of an H100 if None.
         interpret: run the kernel on the CPU with Triton's interpreter.
     """
 
