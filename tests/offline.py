@@ -179,8 +179,10 @@ def _compile(
     options = {**options, "enable_fp_fusion": True}
     if record := os.environ.get("EJK_TEST_CODE"):
         triton.knobs.compilation.disable_line_info = True  # it names files, which may move
-        _record(Path(record), kernel, triton.compile(source, target=target, options=options))
-    return triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=target, options=options)
+    if record:
+        _record(Path(record), kernel, compiled)
+    return compiled
 
 
 def _record(path: Path, kernel: Any, compiled: Any) -> None:
