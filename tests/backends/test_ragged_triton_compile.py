@@ -6,9 +6,9 @@ import re
 
 import offline
 import pytest
-from test_triton_compile import EVERY_OPTION, LLAMA, of_dtype
+from test_triton_compile import EVERY_OPTION, GROUP_OF_3, LATENT, LLAMA, gpu_of, of_dtype
 
-from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
+from ejk.backends.gpu import SHARED_MEMORY_ROCM
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.triton.ragged_page_attention.backend import TritonRaggedPageAttention
@@ -36,12 +36,7 @@ VARIANTS = {
 }
 MORE_VARIANTS = {
     "head dimension 64, every option": EVERY_OPTION | {"head_dim": 64, "value_head_dim": 64},
-    "head dimension 64, group of 3": {
-        "head_dim": 64,
-        "value_head_dim": 64,
-        "num_heads": 9,
-        "num_kv_heads": 3,
-    },
+    "head dimension 64, group of 3": GROUP_OF_3,
     "float16": of_dtype("float16"),
     "fused pools": {"fused": True},
     "pages of 64": {"page_size": 64, "max_blocks": 64},
@@ -50,14 +45,7 @@ MORE_VARIANTS = {
 UNUSUAL = {
     "head dimension 256": {"head_dim": 256, "value_head_dim": 256, "num_heads": 16},
     "head dimension 80": {"head_dim": 80, "value_head_dim": 80},
-    "latent attention": {
-        "head_dim": 576,
-        "value_head_dim": 512,
-        "num_heads": 16,
-        "num_kv_heads": 1,
-        "latent": True,
-        "page_size": 64,
-    },
+    "latent attention": LATENT,
     "float32": of_dtype("float32"),
     "tree of positions": EVERY_OPTION | {"tree_width": 8, "has_positions": True},
 }
@@ -77,12 +65,7 @@ def cases(always: list[tuple[str, str]]):
 
 def sizes_for(target: str, problem, **tuning):
     """How the adapter would launch `problem` on `target`."""
-    if target.startswith("sm_"):
-        capability = int(target.removeprefix("sm_"))
-        gpu = Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
-    else:
-        gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, is_amd=True)
-    return RaggedSizes.of(problem, TritonRaggedPageAttention(**tuning), gpu)
+    return RaggedSizes.of(problem, TritonRaggedPageAttention(**tuning), gpu_of(target))
 
 
 def compile_for(target: str, options: dict, which: int):

@@ -51,6 +51,15 @@ EVERY_OPTION = {
     "has_alibi": True,
     "return_lse": True,
 }
+GROUP_OF_3 = {"head_dim": 64, "value_head_dim": 64, "num_heads": 9, "num_kv_heads": 3}
+LATENT = {
+    "head_dim": 576,
+    "value_head_dim": 512,
+    "num_heads": 16,
+    "num_kv_heads": 1,
+    "latent": True,
+    "page_size": 64,
+}
 
 
 def of_dtype(name: str) -> dict:
@@ -60,12 +69,7 @@ def of_dtype(name: str) -> dict:
 VARIANTS = {
     "head dimension 128": {},
     "head dimension 64": {"head_dim": 64, "value_head_dim": 64},
-    "head dimension 64, group of 3": {
-        "head_dim": 64,
-        "value_head_dim": 64,
-        "num_heads": 9,
-        "num_kv_heads": 3,
-    },
+    "head dimension 64, group of 3": GROUP_OF_3,
     "float16": of_dtype("float16"),
     "fused pools": {"fused": True},
     "one pass": {"num_splits": 1},
@@ -78,24 +82,9 @@ VARIANTS = {
 WIDE = {
     "head dimension 256": {"head_dim": 256, "value_head_dim": 256, "num_heads": 16},
     "head dimension 80": {"head_dim": 80, "value_head_dim": 80},
-    "latent attention": {
-        "head_dim": 576,
-        "value_head_dim": 512,
-        "num_heads": 16,
-        "num_kv_heads": 1,
-        "latent": True,
-        "page_size": 64,
-    },
+    "latent attention": LATENT,
     "float32": of_dtype("float32"),
-    "float32 latent attention": {
-        **of_dtype("float32"),
-        "head_dim": 576,
-        "value_head_dim": 512,
-        "num_heads": 16,
-        "num_kv_heads": 1,
-        "latent": True,
-        "page_size": 64,
-    },
+    "float32 latent attention": LATENT | of_dtype("float32"),
     "group of 71": {"num_heads": 71, "num_kv_heads": 1, "head_dim": 64, "value_head_dim": 64},
 }
 
@@ -107,15 +96,18 @@ each_target = pytest.mark.parametrize(
 )
 
 
+def gpu_of(target: str) -> Target:
+    """Return a GPU of a target, with the multiprocessors of an H100 or an MI300X."""
+    if not target.startswith("sm_"):
+        return Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, is_amd=True)
+    capability = int(target.removeprefix("sm_"))
+    return Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
+
+
 def compile_for(target: str, options: dict):
     """Compile the attention kernel as the adapter would launch it on `target`."""
     problem = dataclasses.replace(LLAMA, **options)
-    is_cuda = target.startswith("sm_")
-    if is_cuda:
-        capability = int(target.removeprefix("sm_"))
-        gpu = Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
-    else:
-        gpu = Target(None, num_sms=304, shared_memory=SHARED_MEMORY_ROCM, is_amd=True)
+    gpu = gpu_of(target)
     sizes = Sizes.of(problem, TritonPageAttention(), gpu)
     dtype = problem.query_dtype.name
     pointers = {
@@ -135,7 +127,7 @@ def compile_for(target: str, options: dict):
         "out_ptr": problem.out_dtype.name,
         "lse_ptr": "float32",
     }
-    compile_kernel = offline.compile_cuda if is_cuda else offline.compile_amd
+    compile_kernel = offline.compile_amd if gpu.is_amd else offline.compile_cuda
     program = compile_kernel(
         page_attention_kernel,
         pointers,
@@ -216,7 +208,7 @@ def test_planning_does_not_spill(target, blocks):
 def test_combining_does_not_spill_and_is_no_more_code_for_many_splits(options):
     def compile_combination(options):
         problem = dataclasses.replace(LLAMA, **options)
-        target = Target(90, num_sms=132, shared_memory=SHARED_MEMORY[90])
+        target = gpu_of("sm_90")
         return offline.compile_cuda(
             combine_parts_kernel,
             {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from test_triton_compile import LLAMA
+from test_triton_compile import LLAMA, gpu_of
 
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.triton._sizes import widths
@@ -17,7 +17,7 @@ from ejk.backends.triton.page_attention.tuned import TUNED
 
 pytestmark = pytest.mark.fast
 
-H100 = Target(90, num_sms=132, shared_memory=SHARED_MEMORY[90])
+H100 = gpu_of("sm_90")
 TARGETS = [Target(c, 100, SHARED_MEMORY[c]) for c in SHARED_MEMORY]
 TARGETS.append(Target(None, 304, SHARED_MEMORY_ROCM, is_amd=True))
 
