@@ -3,15 +3,18 @@
     git worktree add ../before main~1
     python benchmarks/compare.py ../before
     python benchmarks/compare.py ../before --only W1a "mixed, page 16" --rounds 9
+    python benchmarks/compare.py ../before --suite waves latent
     python benchmarks/compare.py ../before --tiny     small batches, interpreted on a CPU
 
 Single kernels that are timed one after another drift by 5 to 10 % with heat and power. So each
 checkout gets a process of its own, with the arrays of one workload in both, and the two are timed
-in turn: before, after, before, after. What counts is the median over the rounds of one time over
-the other. The scripts of this checkout time both; `ejk` alone differs.
+in turn: before, after, before, after. Of small batches the wall time a layer is compared, too. What
+counts is the median over the rounds of one time over the other. The scripts of this checkout time
+both; `ejk` alone differs.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -22,45 +25,68 @@ from pathlib import Path
 from typing import Any
 
 import contenders
-import decode
+import programs
 import ragged
+import timing
 import workloads
 
 HERE = Path(__file__).parents[1]
 OWN = "ejk"  # the contender that changes
 
 
-def programs(tiny: bool) -> dict[str, Callable[[], tuple[int, Callable[[], Any]]]]:
-    """What is compared, by name: each is checked, then returns its calls and the program."""
-    found: dict[str, Callable[[], tuple[int, Callable[[], Any]]]] = {}
+Timer = Callable[[], float]  # microseconds of a call
 
-    def of_decode(workload):
-        [own] = [c for c in contenders.contenders() if c.name == OWN]
-        prepared = decode.prepare(workload, own)
-        return prepared.calls, prepared.run
+
+def timers(tiny: bool) -> dict[str, dict[str, Callable[[], Timer]]]:
+    """What is compared, by suite and name: each is checked, then returns what times it."""
+
+    def own() -> contenders.Contender:
+        [found] = [c for c in contenders.contenders(tiny) if c.name == OWN]
+        return found
+
+    def of_calls(workload):
+        _, calls, run, _ = programs.compile_calls(workload, own(), 2 if tiny else None)()
+        return lambda: timing.device_time(calls, run)[0]
+
+    def of_chain(workload):
+        _, calls, run, _ = programs.prepare(workload, own())
+        return lambda: timing.device_time(calls, run)[0]
+
+    def of_wall(workload):
+        step = programs.prepare(workload, own()).step
+        return lambda: timing.wall_time(step, repeats=50, rounds=3) / programs.LAYERS
 
     def of_ragged(batch):
         _, run = ragged.prepare(batch, OWN, ragged.contenders(batch, tiny)[OWN])
-        return ragged.CALLS, run
+        return lambda: timing.device_time(ragged.CALLS, run)[0]
 
-    if not tiny:
-        for suite in (workloads.NAMED, workloads.SHAPES, workloads.OPTIONS):
-            found |= {w.name: lambda w=w: of_decode(w) for w in suite}
-    batches = ragged.TINY if tiny else ragged.BATCHES
-    return found | {batch.name: lambda batch=batch: of_ragged(batch) for batch in batches}
+    def each(way, chosen, suffix=""):
+        return {w.name + suffix: functools.partial(way, w) for w in chosen}
+
+    if tiny:
+        return {"map": each(of_calls, workloads.TINY_MAP), "ragged": each(of_ragged, ragged.TINY)}
+    ways = {"map": of_calls, "latent": of_calls}
+    found = {
+        suite: each(ways.get(suite, of_chain), chosen) for suite, chosen in workloads.SUITES.items()
+    }
+    found["small"] |= each(of_wall, workloads.SMALL, ", wall a layer")
+    return found | {"ragged": each(of_ragged, ragged.BATCHES)}
+
+
+def flat(known: dict[str, dict[str, Callable[[], Timer]]]) -> dict[str, Callable[[], Timer]]:
+    return {name: timer for suite in known.values() for name, timer in suite.items()}
 
 
 def serve(tiny: bool) -> None:
     """Answer the lines of standard input: a name prepares a program, an empty line times it."""
-    known, calls, run = programs(tiny), 0, lambda: None
+    known, timer = flat(timers(tiny)), lambda: 0.0
     for line in sys.stdin:
         if name := line.rstrip("\n"):
-            run = lambda: None  # noqa: E731  frees the arrays of the last one
-            calls, run = known[name]()
+            timer = lambda: 0.0  # noqa: E731  frees the arrays of the last one
+            timer = known[name]()
             print(json.dumps("ready"), flush=True)
         else:
-            us, _ = decode.device_time(calls, run, ragged.device_kernels)
-            print(json.dumps(us), flush=True)
+            print(json.dumps(timer()), flush=True)
 
 
 class Checkout:
@@ -102,7 +128,9 @@ def results(before: Path, names: list[str], rounds: int, tiny: bool) -> Iterator
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("before", type=Path, nargs="?", help="the root of the other checkout")
-    parser.add_argument("--only", nargs="+", help="names, instead of all")
+    suites = (*workloads.SUITES, "ragged")
+    parser.add_argument("--suite", nargs="+", choices=suites, help="instead of all but the map")
+    parser.add_argument("--only", nargs="+", help="names, instead of suites")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is timed")
     parser.add_argument("--tiny", action="store_true", help="small ones, interpreted on a CPU")
     parser.add_argument("--output", type=Path, help="instead of results/compare_<device>.jsonl")
@@ -115,10 +143,12 @@ def main():
         parser.error("name the root of the checkout to compare with")
     if args.tiny and args.output is None:
         parser.error("--tiny needs --output: it measures nothing that is to be kept")
-    known = programs(args.tiny)
-    if unknown := set(args.only or ()) - set(known):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    lines = results(args.before, args.only or list(known), args.rounds, args.tiny)
+    known = timers(args.tiny)
+    if unknown := set(args.only or ()) - set(flat(known)):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(flat(known))}")
+    suites = args.suite or [suite for suite in known if suite != "map"]
+    names = args.only or list(flat({suite: known[suite] for suite in suites}))
+    lines = results(args.before, names, args.rounds, args.tiny)
     ragged.append(args.output, lines, "compare.py", prefix="compare_")
 
 

@@ -32,6 +32,7 @@ class Contender:
         contiguous: it reads one dense cache instead of pages.
         one_layer: it takes no pool that holds more pages than one layer's.
         most_bytes: of the pools that are made for it.
+        latent: it takes keys whose first entries are the values.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Contender:
     contiguous: bool = False
     one_layer: bool = False
     most_bytes: int = 8 * 2**30
+    latent: bool = False
+
+    def refusal(self, workload: Workload) -> str | None:
+        if workload.latent and not self.latent:
+            return "has no latent attention"
+        return self.can_run(workload)
 
 
 def layer_tables(workload: Workload, arrays: Any, layer: int) -> jax.Array:
@@ -61,6 +68,7 @@ def _plan(backend, workload, arrays):
         page_size=workload.page_size,
         max_blocks=workload.max_blocks,
         sliding_window=dict(workload.options).get("sliding_window"),
+        value_head_dim=workload.value_head_dim,
         backend=backend,
     )
 
@@ -77,6 +85,7 @@ def _ejk(backend, workload, arrays, query, plan, tables):
         arrays.context_lens,
         tables,
         plan=plan,
+        value_head_dim=workload.value_head_dim,
         backend=backend,
         **options,
     )
@@ -84,9 +93,8 @@ def _ejk(backend, workload, arrays, query, plan, tables):
 
 
 def ejk_contender(name: str, backend: Any) -> Contender:
-    return Contender(
-        name, functools.partial(_ejk, backend), begin=functools.partial(_plan, backend)
-    )
+    begin, step = functools.partial(_plan, backend), functools.partial(_ejk, backend)
+    return Contender(name, step, begin=begin, latent=True)
 
 
 def _gather(workload, arrays, query, _, tables):
@@ -161,10 +169,13 @@ def _cudnn_dense(workload, arrays, query, _, tables):
     return out[:, 0]
 
 
-def contenders() -> list[Contender]:
-    """`ejk` first, then the others, as far as they are installed."""
+def contenders(tiny: bool = False) -> list[Contender]:
+    """`ejk` first, then the others, as far as they are installed; or `ejk` alone, interpreted."""
+    if tiny:
+        return [ejk_contender("ejk", ejk.TritonPageAttention(interpret=True, num_sms=6))]
     found = [
         ejk_contender("ejk", None),
+        Contender("ejk without a plan", functools.partial(_ejk, None), latent=True),
         ejk_contender("ejk xla", "xla"),
         Contender("gather and einsum", _gather),
         Contender("Pallas GPU paged_attention", _pallas_gpu, cache_layout="KV_HEADS_FIRST"),

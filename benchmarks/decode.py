@@ -5,6 +5,11 @@
     python benchmarks/decode.py --suite shapes             shapes that nobody tunes for
     python benchmarks/decode.py --suite options            every option against the plain call
     python benchmarks/decode.py --suite order              what pages in random order cost
+    python benchmarks/decode.py --suite waves              few more programs than multiprocessors
+    python benchmarks/decode.py --suite small              batches whose time is that of launches
+    python benchmarks/decode.py --suite latent             keys whose first entries are the values
+    python benchmarks/decode.py --suite map                batches, heads and contexts: see below
+    python benchmarks/decode.py --suite map --tiny --output x.jsonl   interpreted on a CPU
 
 Device time is how long the device was busy with a program of eight chained calls, over eight, from
 CUPTI through `jax.profiler`: the mean of five runs. Of short contexts there are 64 calls, each on
@@ -12,136 +17,50 @@ pages of its own, so that the cache does not hold them all. What a step makes on
 layers, the plan and each layer's block tables, is not in it; the plan is timed apart. The wall time
 a layer is that of a program of 32 chained layers with all of that inside, its query donated, over
 one pool that holds as many layers as fit, twenty or fifty programs queued without waiting.
+
+An output of latent attention is narrower than its query. So its device time is that of calls that
+are not chained, and its wall time counts the copy that widens an output to the next query.
+
+The map is timed so, too, by `ejk` alone, in processes that compile side by side and take turns on
+the device. Its ceiling is that of the nearest numbers of bytes that were read. At its end stands
+every place that is short of what it should reach, and a call that failed makes the script fail.
 """
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
+import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+import batch_map
 import ceiling
 import contenders
 import jax
-import jax.numpy as jnp
-import numpy as np
+import map_report
+import programs
 import timing
 import workloads
 
-CALLS = 8
-LAYERS = 32
-CACHED = 2**28  # bytes; a program that reads less may find them in the GPU's cache
 RESULTS = Path(__file__).parent / "results"
-TOLERANCE = 2e-2  # of the largest value, in bfloat16; what is timed must first be right
 
 
-class Prepared(NamedTuple):
-    """A workload that a contender has been checked on and is ready to be timed with."""
-
-    error: float
-    calls: int  # chained calls of one `run`
-    run: Callable[[], jax.Array]
-    step: Callable[[], jax.Array]  # a program of LAYERS calls with all that a step makes once
-
-
-def prepare(workload, contender) -> Prepared:
-    """Check one contender on one workload, and make the programs that are timed."""
-    layers = 1
-    if not contender.one_layer:
-        most = contender.most_bytes // workload.pool_bytes
-        layers = max(1, min(LAYERS if workload.pool_bytes > 2**24 else 2 * LAYERS, most))
-    if contender.contiguous:
-        arrays = contenders.contiguous_arrays(workload)
-    else:
-        arrays = workloads.arrays(workload, layers, contender.cache_layout)
-
-    def tables_of_layer(arrays, layer):
-        return contenders.layer_tables(workload, arrays, layer % layers)
-
-    def program(calls):
-        def run(query, rest, tables=None):
-            given = workloads.Arrays(query, *rest)
-            begun = contender.begin(workload, given)
-            for layer in range(calls):
-                own = tables_of_layer(given, layer) if tables is None else tables[layer]
-                query = contender.step(workload, given, query, begun, own)
-            return query
-
-        return run
-
-    error = check(workload, contender, arrays, program(1))
-    query, *rest = arrays
-    calls = CALLS if CALLS * workload.pool_bytes > CACHED else 2 * LAYERS
-    run = jax.jit(program(calls))
-    tables = [tables_of_layer(arrays, layer) for layer in range(calls)]
-    stack = jax.jit(program(LAYERS), donate_argnums=0)
-    donated = jnp.array(query)
-
-    def step():
-        nonlocal donated
-        donated = stack(donated, rest)
-        return donated
-
-    return Prepared(error, calls, lambda: run(query, rest, tables), step)
-
-
-def device_time(calls, run, kernels=timing.kernels) -> tuple[float, list[float]]:
-    """Return microseconds of device time a call, and those of each plan, which it leaves out."""
-    found = kernels(run)
-    plans = [kernel for kernel in found if "plan" in kernel.name]
-    plan_us = [kernel.end_us - kernel.begin_us for kernel in plans]
-    return timing.busy_us(k for k in found if k not in plans) / timing.REPEATS / calls, plan_us
-
-
-def measure(workload, contender, ceiling_gb_per_s: float) -> dict:
+def measure(workload, contender) -> dict:
     """Check, then time one contender on one workload."""
-    error, calls, run, step = prepare(workload, contender)
-    device_us, plan_us = device_time(calls, run)
-    wall_us = timing.wall_time(step, repeats=20 if workload.kv_bytes > 2**28 else 50) / LAYERS
-    gb_per_s = workload.kv_bytes / device_us / 1e3
+    error, calls, run, step = programs.prepare(workload, contender)
+    device_us, plan_us = timing.device_time(calls, run)
+    repeats = 20 if workload.kv_bytes > 2**28 else 50
+    wall_us = timing.wall_time(step, repeats=repeats) / programs.LAYERS
     return {
         "device_us": round(device_us, 2),
         "wall_us_per_layer": round(wall_us, 2),
-        "gb_per_s": round(gb_per_s, 1),
-        "of_ceiling": round(gb_per_s / ceiling_gb_per_s, 4),
         "plan_us": round(statistics.median(plan_us), 2) if plan_us else None,
         "error": error,
     }
-
-
-def check(workload, contender, arrays, program) -> float:
-    """Compare a few sequences with float32 products over gathered keys and values."""
-    out = np.asarray(jax.jit(program)(arrays[0], arrays[1:]), np.float32)
-    options = {k: v for k, v in workload.options if k != "return_lse"}
-    if options or contender.contiguous:
-        return float("nan")  # the tests check options; a dense cache has no pages to gather
-    worst = 0.0
-    w = workload
-    for seq in sorted({0, w.num_seqs // 2, w.num_seqs - 1}):
-        n = w.context_lens[seq]
-        pages = arrays.block_tables[seq, : -(-n // w.page_size)]
-        axis = 1 if contender.cache_layout == "KV_HEADS_FIRST" else 0
-        order = {"HND": (1, 0, 2, 3), "NHD": (2, 0, 1, 3), "KV_HEADS_FIRST": (0, 1, 2, 3)}
-        keys, values = (
-            jnp.take(pool, pages, axis=axis)
-            .transpose(order[contender.cache_layout])
-            .reshape(w.num_kv_heads, -1, w.head_dim)[:, :n]
-            .astype(jnp.float32)
-            for pool in (arrays.key_cache, arrays.value_cache)
-        )
-        query = arrays.query[seq].astype(jnp.float32).reshape(w.num_kv_heads, -1, w.head_dim)
-        logits = jnp.einsum("kgd,ktd->kgt", query, keys, precision="highest") * w.head_dim**-0.5
-        weights = jax.nn.softmax(logits, axis=-1)
-        expected = jnp.einsum("kgt,ktd->kgd", weights, values, precision="highest")
-        expected = np.asarray(expected).reshape(out[seq].shape)
-        worst = max(worst, float(np.abs(out[seq] - expected).max() / np.abs(expected).max()))
-    if not worst < TOLERANCE:
-        raise AssertionError(f"{contender.name} is wrong on {w.name}: relative error {worst:.1e}")
-    return float(f"{worst:.1e}")
 
 
 def versions() -> dict[str, str]:
@@ -155,13 +74,47 @@ def versions() -> dict[str, str]:
     return found
 
 
+def jobs(chosen, found) -> Iterator[programs.Job]:
+    """Yield each workload with each contender."""
+
+    def result(workload, contender, *rates):
+        if refusal := contender.refusal(workload):
+            raise NotImplementedError(refusal)
+        line = measure(workload, contender)
+        return line | ceiling.shares(workload, line["device_us"], *rates)
+
+    for workload in chosen:
+        rates = ceiling.read_ceiling(workload.kv_bytes), ceiling.matmul_rate()
+        for contender in found:
+            yield workload, contender.name, functools.partial(result, workload, contender, *rates)
+
+
+def results(given: Iterable[programs.Job]) -> Iterator[dict]:
+    """Yield a line for each job: one that fails must not cost the others their turn."""
+    for workload, contender, job in given:
+        line = {"workload": workload.name, "contender": contender}
+        try:
+            line |= job()
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else ""
+            line["failed"] = f"{type(error).__name__}: {reason}"[:300]
+        yield line
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--suite", choices=workloads.SUITES, default="named")
     parser.add_argument("--workload", nargs="+", help="names, instead of a whole suite")
     parser.add_argument("--contender", nargs="+", help="names")
+    parser.add_argument("--processes", type=int, help="of the map; two fewer than CPU cores")
+    parser.add_argument("--tiny", action="store_true", help="of the map, interpreted on a CPU")
     parser.add_argument("--output", type=Path, help="instead of results/<device>.jsonl")
     args = parser.parse_args()
+    if args.tiny and (args.suite != "map" or args.output is None):
+        parser.error("--tiny needs --suite map and --output: it measures nothing to be kept")
+    if args.suite == "map":  # its processes share the device, and one takes no more than it holds
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
 
     device = jax.devices()[0].device_kind
     path = args.output or RESULTS / f"{device.replace(' ', '_')}.jsonl"
@@ -172,41 +125,47 @@ def main():
         "versions": versions(),
         "command": "python benchmarks/decode.py " + " ".join(sys.argv[1:]),
     }
-    chosen = workloads.SUITES[args.suite]
+    suites = {"map": workloads.TINY_MAP} if args.tiny else workloads.SUITES
+    chosen = suites[args.suite]
     if args.workload:
-        chosen = [
-            w for suite in workloads.SUITES.values() for w in suite if w.name in args.workload
-        ]
-    found = [
-        c for c in contenders.contenders() if args.contender is None or c.name in args.contender
-    ]
+        chosen = {w: None for own in suites.values() for w in own if w.name in args.workload}
+    if args.suite == "map":
+        given = batch_map.jobs(list(chosen), args.tiny, args.processes)
+    else:
+        found = contenders.contenders()
+        found = [c for c in found if args.contender is None or c.name in args.contender]
+        given = jobs(chosen, found)
+    lines = {}
     with path.open("a") as file:
-        for workload in chosen:
-            ceiling_gb_per_s = ceiling.read_ceiling(workload.kv_bytes)
-            for contender in found:
-                line = {"workload": workload.name, "contender": contender.name}
-                try:
-                    if refusal := contender.can_run(workload):
-                        raise NotImplementedError(refusal)
-                    line |= measure(workload, contender, ceiling_gb_per_s)
-                except Exception as error:  # one that fails must not cost the others their turn
-                    reason = str(error).splitlines()[0] if str(error) else ""
-                    line["failed"] = f"{type(error).__name__}: {reason}"[:300]
-                line |= {"ceiling_gb_per_s": round(ceiling_gb_per_s, 1)} | facts
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                show(line)
+        for line in results(given):
+            lines[line["workload"], line["contender"]] = line
+            file.write(json.dumps(line | facts) + "\n")
+            file.flush()
+            show(line)
+    if args.suite == "map":
+        judge(lines)
+
+
+def judge(lines: dict[tuple[str, str], dict]) -> None:
+    """Print the worst places of the map; exit if a call failed, or was wrong."""
+    print(map_report.worst_table(lines))
+    if failed := [name for (name, _), line in lines.items() if "failed" in line]:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def show(line):
-    head = f"{line['workload']:<28} {line['contender']:<30}"
+    head = f"{line['workload']:<36} {line['contender']:<30}"
     if "failed" in line:
         print(f"{head} {line['failed'][:100]}", flush=True)
         return
+    floor = f", {line['of_floor']:6.1%} of the larger floor" if "of_floor" in line else ""
+    wall = (
+        f", {line['wall_us_per_layer']:.1f} us wall a layer" if "wall_us_per_layer" in line else ""
+    )
     plan = f", plan {line['plan_us']} us" if line["plan_us"] else ""
     print(
-        f"{head} {line['device_us']:9.1f} us  {line['of_ceiling']:6.1%} of the ceiling  "
-        f"{line['wall_us_per_layer']:9.1f} us wall a layer{plan}",
+        f"{head} {line['device_us']:9.1f} us  {line['of_ceiling']:6.1%} of the ceiling"
+        f"{floor}{wall}{plan}",
         flush=True,
     )
 

@@ -24,17 +24,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ceiling
 import decode
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import timing
 import workloads
 
 import ejk
 
 CALLS = 4
-MATMUL = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ def check(batch: Batch, given: Arrays, out: jax.Array) -> float:
             expected = _attend_row(given.query[row], keys, values, n - q_len + i)
             error = jnp.abs(out[row].astype(jnp.float32) - expected).max()
             worst = max(worst, float(error / jnp.abs(expected).max()))
-    if not worst < decode.TOLERANCE:
+    if not worst < programs.TOLERANCE:
         raise AssertionError(f"wrong on {batch.name}: relative error {worst:.1e}")
     return float(f"{worst:.1e}")
 
@@ -208,7 +209,7 @@ def prepare(batch: Batch, name: str, step: Step) -> tuple[float, Callable[[], ja
 def measure(batch: Batch, name: str, step: Step, matmul_tflops: float) -> dict:
     """Check, then time one contender on one batch."""
     error, run = prepare(batch, name, step)
-    device_us, plan_us = decode.device_time(CALLS, run, device_kernels)
+    device_us, plan_us = timing.device_time(CALLS, run)
     tflops = batch.flops / device_us / 1e6
     return {
         "device_us": round(device_us, 2),
@@ -217,25 +218,6 @@ def measure(batch: Batch, name: str, step: Step, matmul_tflops: float) -> dict:
         "plan_us": round(statistics.median(plan_us), 2) if plan_us else None,
         "error": error,
     }
-
-
-def device_kernels(run: Callable[[], Any]) -> list[timing.Kernel]:
-    """Return what the device ran; on a CPU, which has no such record, each run as one kernel."""
-    if jax.default_backend() != "cpu":
-        return timing.kernels(run)
-    wall_us = timing.wall_time(run, repeats=1, rounds=1)
-    return [timing.Kernel("run", i * wall_us, (i + 1) * wall_us) for i in range(timing.REPEATS)]
-
-
-def matmul_rate(size: int = MATMUL) -> float:
-    """Return TFLOP/s of a bfloat16 product of two square matrices of normal values."""
-    a, b = (
-        jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) * size**-0.5
-        for i in range(2)
-    )
-    run = jax.jit(lambda a, b: functools.reduce(lambda a, _: a @ b, range(CALLS), a))
-    busy_us = timing.busy_us(device_kernels(lambda: run(a, b)))
-    return 2 * size**3 * CALLS * timing.REPEATS / busy_us / 1e6
 
 
 def append(path: Path | None, lines, script: str, prefix: str = "") -> None:
@@ -257,7 +239,7 @@ def append(path: Path | None, lines, script: str, prefix: str = "") -> None:
 
 def results(batches: list[Batch], tiny: bool):
     """Yield a line for each batch and contender."""
-    matmul_tflops = matmul_rate(256 if tiny else MATMUL)
+    matmul_tflops = ceiling.matmul_rate(256 if tiny else ceiling.MATMUL)
     for batch in batches:
         for name, step in contenders(batch, interpret=tiny).items():
             line = {"workload": batch.name, "contender": name}

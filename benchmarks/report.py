@@ -11,11 +11,13 @@ import json
 import sys
 from pathlib import Path
 
+import map_report
 import workloads
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 OTHERS = ("tune_", "compare_", "first_call_")  # results that are no lines of the tables
+WITHOUT = "ejk without a plan"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->\n"
 
 
@@ -35,6 +37,11 @@ def names(lines, suite) -> list[str]:
     return [w.name for w in workloads.SUITES[suite] if (w.name, "ejk") in lines]
 
 
+def contenders_of(lines, found) -> list[str]:
+    """Return who was timed on the workloads `found`; `ejk` without a plan has its own table."""
+    return list(dict.fromkeys(c for (w, c) in lines if w in found and c != WITHOUT))
+
+
 def page(device: str, lines: dict) -> str:
     """Write what one device has shown."""
     ours = [line for (_, contender), line in lines.items() if contender == "ejk"]
@@ -48,6 +55,8 @@ def page(device: str, lines: dict) -> str:
     text += own_table(lines, "shapes", "Shapes that nobody tunes for")
     text += own_table(lines, "options", "Options")
     text += own_table(lines, "order", "Random order of pages, and their size")
+    text += own_table(lines, "waves", "Few more programs than multiprocessors, and unequal lengths")
+    text += small_table(lines) + latent_table(lines) + map_report.worst_table(lines)
     text += loop_table(lines)
     text += ragged_table(lines) + against_parts_table(lines) + write_table(lines)
     text += scaling_table(lines)
@@ -63,7 +72,7 @@ def describe(workload) -> str:
 
 def named_table(lines) -> str:
     found = names(lines, "named")
-    contenders = list(dict.fromkeys(c for (w, c) in lines if w in found))
+    contenders = contenders_of(lines, found)
     shapes = {w.name: describe(w) for w in workloads.NAMED}
     text = (
         "\nDevice time of one layer's attention in microseconds; the best of each row is bold.\n\n"
@@ -111,6 +120,40 @@ def own_table(lines, suite, title) -> str:
         line = lines[name, "ejk"]
         text += f"| {name} | {line['device_us']:.1f} | {line['gb_per_s']:,.0f} |"
         text += f" {line['of_ceiling']:.1%} |\n"
+    return text
+
+
+def small_table(lines) -> str:
+    """Write what a layer costs where launches are most of it."""
+    found = [n for n in names(lines, "small") if "wall_us_per_layer" in lines[n, "ejk"]]
+    if len(found) < 2:  # one of them is a workload of the first table, too
+        return ""
+    ways = [way for way in ("ejk", WITHOUT) if (found[-1], way) in lines]
+    text = "\nSmall batches, 32/8/128: the wall time of a layer of 32 in microseconds:\n\n"
+    text += "| | " + " | ".join(found) + " |\n|---|" + "---|" * len(found) + "\n"
+    for way in ways:
+        cells = (lines.get((name, way), {}).get("wall_us_per_layer", "-") for name in found)
+        text += f"| {way} | " + " | ".join(map(str, cells)) + " |\n"
+    return text
+
+
+def latent_table(lines) -> str:
+    """Write what latent attention reaches of the larger of its floors."""
+    found = [n for n in names(lines, "latent") if "of_floor" in lines[n, "ejk"]]
+    if not found:
+        return ""
+    rate = lines[found[0], "ejk"]["matmul_tflops"]
+    text = (
+        "\nLatent attention, 64 x 4,096, page 64: keys of 576, whose first 512 entries are the "
+        "values. The floor is the larger of two times: of its bytes at the read ceiling, and of "
+        f"its products at the {rate:.0f} TFLOP/s of a large product:\n\n"
+        "| query heads | device, us | GB/s | TFLOP/s | of the floor |\n|---|---|---|---|---|\n"
+    )
+    for workload in workloads.LATENT:
+        if workload.name in found:
+            line = lines[workload.name, "ejk"]
+            text += f"| {workload.num_heads} | {line['device_us']:.1f} | {line['gb_per_s']:,.0f} |"
+            text += f" {line['tflops']:.0f} | {line['of_floor']:.1%} |\n"
     return text
 
 
@@ -222,17 +265,26 @@ def scaling_table(lines) -> str:
     return text + rows + (link if links else "")
 
 
-def plot(device: str, lines: dict) -> None:
-    """Draw the share of the read ceiling that each contender reaches."""
+def pyplot():
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "ejk"
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save(figure, name: str) -> None:
+    figure.savefig(ROOT / "docs" / name, metadata={"Date": None})
+    pyplot().close(figure)
+
+
+def plot(device: str, lines: dict) -> None:
+    """Draw the share of the read ceiling that each contender reaches."""
     found = names(lines, "named")
-    contenders = list(dict.fromkeys(c for (w, c) in lines if w in found))
-    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    contenders = contenders_of(lines, found)
+    figure, axes = pyplot().subplots(figsize=(10, 4), layout="constrained")
     width = 0.8 / len(contenders)
     for i, contender in enumerate(contenders):
         heights = [100 * lines.get((w, contender), {}).get("of_ceiling", 0) for w in found]
@@ -242,8 +294,7 @@ def plot(device: str, lines: dict) -> None:
     axes.set_ylabel("% of the read ceiling")
     axes.set_title(f"Decode attention on one {device}")
     axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    figure.savefig(ROOT / "docs" / "performance.svg", metadata={"Date": None})
-    plt.close(figure)
+    save(figure, "performance.svg")
 
 
 def main():
@@ -258,8 +309,11 @@ def main():
     if args.check:
         sys.exit("docs/performance.md is stale: python benchmarks/report.py" if new != old else 0)
     PAGE.write_text(new)
-    # One plot, of the device of which most is known.
-    plot(*max(devices.items(), key=lambda item: len(item[1])))
+    # The plots are of the device of which most is known.
+    device, lines = max(devices.items(), key=lambda item: len(item[1]))
+    plot(device, lines)
+    if map_report.places(lines):
+        save(map_report.plot(pyplot(), device, lines), "performance_map.svg")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import decode
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import ragged
 import timing
 import workloads
@@ -162,7 +163,7 @@ class OneDevice:
 def compare(out: np.ndarray, expected: np.ndarray, what: str) -> float:
     """Return the largest difference, of the largest value; raise if it is too large."""
     error = float(np.abs(out - expected).max() / np.abs(expected).max())
-    if not error < decode.TOLERANCE:
+    if not error < programs.TOLERANCE:
         raise AssertionError(f"wrong: {what}, relative error {error:.1e}")
     return float(f"{error:.1e}")
 

@@ -1,11 +1,13 @@
 """Device time from the profiler (CUPTI), and wall time a layer."""
 
+import contextlib
+import fcntl
 import glob
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -73,3 +75,30 @@ def wall_time(run: Callable[[], Any], repeats: int = 20, rounds: int = 5) -> flo
         jax.block_until_ready(result)
         rounds_us.append((time.perf_counter() - start) / repeats * 1e6)
     return statistics.median(rounds_us)
+
+
+def device_kernels(run: Callable[[], Any]) -> list[Kernel]:
+    """Return what the device ran; on a CPU, which has no such record, each run as one kernel."""
+    if jax.default_backend() != "cpu":
+        return kernels(run)
+    wall_us = wall_time(run, repeats=1, rounds=1)
+    return [Kernel("run", i * wall_us, (i + 1) * wall_us) for i in range(REPEATS)]
+
+
+def device_time(calls: int, run: Callable[[], Any]) -> tuple[float, list[float]]:
+    """Return microseconds of device time a call, and those of each plan, which it leaves out."""
+    found = device_kernels(run)
+    plans = [kernel for kernel in found if "plan" in kernel.name]
+    plan_us = [kernel.end_us - kernel.begin_us for kernel in plans]
+    return busy_us(k for k in found if k not in plans) / REPEATS / calls, plan_us
+
+
+@contextlib.contextmanager
+def exclusive(path: str | None) -> Iterator[None]:
+    """Hold the GPU: a file's lock, which is given back whatever becomes of the process."""
+    if path is None:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

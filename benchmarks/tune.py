@@ -12,10 +12,8 @@ side; one at a time uses the GPU.
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import json
 import math
@@ -170,7 +168,7 @@ def measure(trial: Trial, lock_path: str) -> dict:
         compile_s[blocks] = time.perf_counter() - start
 
     times = {blocks: [] for blocks in programs}
-    with exclusive(lock_path):
+    with timing.exclusive(lock_path):
         for batch in trial.batches:
             arrays = workloads.arrays(batch, 1)
             pad = [(0, num_pages - batch.num_pages), (0, 0), (0, 0), (0, 0)]
@@ -209,14 +207,6 @@ def device_times(programs, given) -> dict[Pipeline, float]:
 
 def name(blocks: Pipeline) -> str:
     return "/".join(map(str, blocks))
-
-
-@contextlib.contextmanager
-def exclusive(path: str):
-    """Hold the GPU: a file's lock, which is given back whatever becomes of the process."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def run_all(output: Path | None, processes: int, chosen: list[Trial]) -> None:

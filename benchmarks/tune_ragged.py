@@ -68,7 +68,7 @@ def measure(batch: ragged.Batch, given: ragged.Arrays, expected, fields, tiny: b
     if expected is not None:
         error = float(jnp.abs(out.astype(jnp.float32) - expected.astype(jnp.float32)).max())
         assert error < 2e-2 * float(jnp.abs(expected).max()), f"{fields} is off by {error:.1e}"
-    found = ragged.device_kernels(lambda: call(given))
+    found = timing.device_kernels(lambda: call(given))
     return out, timing.busy_us(found) / timing.REPEATS
 
 

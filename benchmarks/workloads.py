@@ -1,6 +1,7 @@
 """The decode batches that are timed, by name, and their arrays."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -23,11 +24,17 @@ class Workload:
     dtype: str = "bfloat16"
     in_order: bool = False  # pages of a sequence follow each other in the pool
     new_tokens: int = 1  # of each sequence; its context counts them
+    value_head_dim: int | None = None  # of latent attention: values are the keys' first entries
+
+    @property
+    def latent(self) -> bool:
+        return self.value_head_dim is not None
 
     @property
     def token_bytes(self) -> int:
         """Bytes of a token's keys and values."""
-        return 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+        pools = 1 if self.latent else 2
+        return pools * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
 
     @property
     def num_seqs(self) -> int:
@@ -58,7 +65,7 @@ class Workload:
         """Of both products, each new token with the tokens up to itself."""
         new = self.new_tokens
         seen = sum(new * (n - new) + new * (new + 1) // 2 for n in self.context_lens)
-        return 4 * self.num_heads * self.head_dim * seen
+        return 2 * self.num_heads * (self.head_dim + (self.value_head_dim or self.head_dim)) * seen
 
 
 def uniform(name, heads, kv_heads, head_dim, seqs, context, page, **options) -> Workload:
@@ -66,6 +73,16 @@ def uniform(name, heads, kv_heads, head_dim, seqs, context, page, **options) -> 
     return Workload(
         name, heads, kv_heads, head_dim, (context,) * seqs, page, context, tuple(options.items())
     )
+
+
+def latent(name, heads, seqs, context, page) -> Workload:
+    """Return a batch whose keys of 576 have values in their first 512, for all heads the same."""
+    lens = (context,) * seqs
+    return Workload(name, heads, 1, 576, lens, page, context, value_head_dim=512)
+
+
+def unequal(name, heads, kv_heads, head_dim, lens) -> Workload:
+    return Workload(name, heads, kv_heads, head_dim, tuple(lens), 16, max(lens))
 
 
 def _lognormal_lens() -> tuple[int, ...]:
@@ -86,7 +103,7 @@ NAMED = (
     uniform("W8", 64, 8, 128, 16, 32768, 64),
 )
 
-_W1A, _W4, _W8 = NAMED[0], NAMED[4], NAMED[8]
+_W1A, _W4, _W6, _W8 = NAMED[0], NAMED[4], NAMED[6], NAMED[8]
 
 SHAPES = (
     *(uniform(f"group {g}", 8 * g, 8, 128, 64, 2048, 16) for g in (3, 5, 6, 7)),
@@ -120,7 +137,77 @@ ORDER = (
     dataclasses.replace(_W4, name="W4, page size 256", page_size=256),
 )
 
-SUITES = {"named": NAMED, "shapes": SHAPES, "options": OPTIONS, "order": ORDER}
+# Few more programs than multiprocessors, and lengths that no equal cut suits.
+WAVES = (
+    *(uniform(f"{seqs} x 8,192", 32, 8, 128, seqs, 8192, 16) for seqs in (4, 17, 20)),
+    uniform("8/1, 100 x 8,192", 8, 1, 128, 100, 8192, 16),
+    uniform("32/32, 9 x 4,096", 32, 32, 128, 9, 4096, 16),
+    unequal("16/8/256, 131,072 and 5,000 and 300", 16, 8, 256, (131072, 5000, 300)),
+    unequal("16/8/256, 60,000 and 50,000 and 40", 16, 8, 256, (60000, 50000, 40)),
+    unequal("8 x 32,768 and 56 x 500", 32, 8, 128, (32768,) * 8 + (500,) * 56),
+    unequal("1 x 65,536 and 99 x 2,000", 32, 8, 128, (65536,) + (2000,) * 99),
+    unequal("8/1, 2 x 131,072 and 40 x 9,000", 8, 1, 128, (131072,) * 2 + (9000,) * 40),
+)
+
+# Batches whose time is that of launches: the wall time a layer counts.
+SMALL = (
+    _W6,
+    *(
+        uniform(f"{seqs} x {context:,}", 32, 8, 128, seqs, context, 16)
+        for seqs, context in ((1, 256), (4, 1024), (8, 2048), (32, 512))
+    ),
+)
+
+LATENT = tuple(latent(f"latent, {heads} heads", heads, 64, 4096, 64) for heads in (16, 32, 64, 128))
+
+# The map: query heads of models, by head dimension and KV heads. A tensor parallel shard has fewer
+# KV heads than its model, and the same group.
+MODELS = {
+    64: {1: 71, 2: 14, 4: 32, 8: 64, 16: 16, 32: 32},  # Falcon, Qwen 2, TinyLlama, gpt-oss, ...
+    128: {1: 8, 2: 12, 4: 28, 8: 40, 16: 32, 32: 32},  # Llama 3, Qwen 2.5 (three), Gemma 3, Llama 2
+    256: {1: 8, 2: 16, 4: 8, 8: 16, 16: 16, 32: 32},  # Gemma, Qwen 3 Next, Gemma 2 and 3, GPT-J
+}
+LATENT_HEADS = (16, 32, 64, 128)
+BATCHES = (1, 2, 3, 5, 9, 13, 17, 20, 33, 48, 65, 100, 133, 200)
+CONTEXTS = (500, 2000, 8000, 32000)
+
+
+def _of_map(heads, kv_heads, head_dim, seqs, context, page) -> Workload:
+    size = f"{seqs} x {context:,}, page {page}"
+    if head_dim is None:
+        return latent(f"map latent {heads}, {size}", heads, seqs, context, page)
+    name = f"map {heads}/{kv_heads}/{head_dim}, {size}"
+    return uniform(name, heads, kv_heads, head_dim, seqs, context, page)
+
+
+def map_points(batches, contexts, most_bytes) -> Iterator[Workload]:
+    """Yield a workload for every second batch of each model's shape, and both page sizes.
+
+    Its context is the longest that keeps it below `most_bytes`.
+    """
+    models = [(heads, kv, dim) for dim, of_dim in MODELS.items() for kv, heads in of_dim.items()]
+    models += [(heads, 1, None) for heads in LATENT_HEADS]
+    for i, model in enumerate(models):
+        for j, seqs in enumerate(batches[i % 2 :: 2]):
+            page = (16, 64)[(i // 2 + j) % 2]
+            found = [_of_map(*model, seqs, context, page) for context in contexts]
+            yield next((w for w in reversed(found) if w.kv_bytes <= most_bytes), found[0])
+
+
+MAP = tuple(map_points(BATCHES, CONTEXTS, most_bytes=3 * 2**29))
+
+SUITES = {
+    "named": NAMED,
+    "shapes": SHAPES,
+    "options": OPTIONS,
+    "order": ORDER,
+    "waves": WAVES,
+    "small": SMALL,
+    "latent": LATENT,
+    "map": MAP,
+}
+# So small that they are interpreted on a CPU: few heads, one query head for many, latent attention.
+TINY_MAP = tuple(map_points((1, 3), (20, 70), most_bytes=2**16))[::21]
 
 
 class Arrays(NamedTuple):
@@ -128,12 +215,18 @@ class Arrays(NamedTuple):
 
     query: jax.Array  # [num_seqs, num_heads, head_dim]
     key_cache: jax.Array  # [layers * num_pages, num_kv_heads, page_size, head_dim], or as asked
-    value_cache: jax.Array
+    value_cache: jax.Array | None  # None of latent attention
     context_lens: jax.Array  # [num_seqs]
     block_tables: jax.Array  # [num_seqs, max_blocks], pages of layer 0
 
 
-def arrays(workload: Workload, layers: int, cache_layout: str = "HND", seed: int = 0) -> Arrays:
+def arrays(
+    workload: Workload,
+    layers: int,
+    cache_layout: str = "HND",
+    seed: int = 0,
+    key: jax.Array | None = None,
+) -> Arrays:
     """Draw the arrays of a workload: normal values, pages in random order over the pool."""
     w = workload
     shape = {
@@ -141,7 +234,7 @@ def arrays(workload: Workload, layers: int, cache_layout: str = "HND", seed: int
         "NHD": (layers * w.num_pages, w.page_size, w.num_kv_heads, w.head_dim),
         "KV_HEADS_FIRST": (w.num_kv_heads, layers * w.num_pages, w.page_size, w.head_dim),
     }[cache_layout]
-    keys = jax.random.split(jax.random.key(seed), 3)
+    keys = jax.random.split(jax.random.key(seed) if key is None else key, 3)
     normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
     dtype = jnp.dtype(w.dtype)
     pages = np.arange(w.num_pages, dtype=np.int32)
@@ -154,7 +247,7 @@ def arrays(workload: Workload, layers: int, cache_layout: str = "HND", seed: int
     return Arrays(
         1.5 * normal(keys[0], (w.num_seqs, w.num_heads, w.head_dim), dtype),
         normal(keys[1], shape, dtype),
-        normal(keys[2], shape, dtype),
+        None if w.latent else normal(keys[2], shape, dtype),
         jnp.asarray(w.context_lens, jnp.int32),
         jnp.asarray(tables),
     )

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import timing
-from ragged import append, device_kernels
+from ragged import append
 
 import ejk
 
@@ -77,7 +77,7 @@ def measure(num_tokens: int, layout: str, tiny: bool) -> dict:
         pools = run(pools, tokens)
         return pools
 
-    device_us = timing.busy_us(device_kernels(step)) / timing.REPEATS / calls
+    device_us = timing.busy_us(timing.device_kernels(step)) / timing.REPEATS / calls
     gb_per_s = moved_bytes(num_tokens) / device_us / 1e3
     return {"device_us": round(device_us, 2), "gb_per_s": round(gb_per_s, 1)}
 

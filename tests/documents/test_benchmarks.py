@@ -75,6 +75,22 @@ def test_checkouts_are_compared_in_turn(tmp_path):
     assert line["before_us"] > 0 and line["after_us"] > 0 and line["ratio"] > 0
 
 
+def test_a_map_is_checked_and_timed_by_several_processes(tmp_path):
+    path = tmp_path / "map.jsonl"
+    run("decode.py", "--suite", "map", "--output", str(path))
+    shapes = [line["workload"].split(",")[0] for line in lines_of(path)]
+    assert shapes == ["map 71/1/64", "map latent 128"]
+    for line in lines_of(path):
+        assert line["contender"] == "ejk" and line["device_us"] > 0 and line["error"] < 1e-2
+
+
+def test_latent_batches_are_compared_in_turn(tmp_path):
+    path, name = tmp_path / "compare.jsonl", "map latent 128, 3 x 20, page 16"
+    run("compare.py", str(FOLDER.parent), "--output", str(path), "--rounds", "1", "--only", name)
+    [line] = lines_of(path)
+    assert line["workload"] == name and line["before_us"] > 0 and line["after_us"] > 0
+
+
 def test_a_first_call_is_timed():
     command = [sys.executable, str(FOLDER / "first_call.py")]
     command += ["--lower", "--operation", "write_kv_cache"]
@@ -83,12 +99,108 @@ def test_a_first_call_is_timed():
     assert float(seconds) > 0 and imported_torch == "False"
 
 
-@pytest.fixture
-def report(monkeypatch):
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture
+def report():
     import report
 
     return report
+
+
+def test_a_wrong_result_is_no_measurement():
+    import contenders
+    import programs
+    import workloads
+
+    for workload in (workloads.uniform("plain", 4, 2, 16, 3, 40, 16), *workloads.TINY_MAP[-1:]):
+        [own] = contenders.contenders(tiny=True)
+        given = workloads.arrays(workload, 1)
+        right = [programs.expected(workload, "HND", given, seq) for seq in range(3)]
+        assert programs.check(workload, own, given, right) < 1e-6
+        wrong = [*right[:2], right[2].at[1].multiply(1.1)]
+        with pytest.raises(AssertionError, match=f"ejk is wrong on {workload.name}"):
+            programs.check(workload, own, given, wrong)
+
+
+def test_a_failure_on_the_map_fails_the_script():
+    import decode
+    import workloads
+
+    def job():
+        raise AssertionError("ejk is wrong\nand more")
+
+    [line] = decode.results([(workloads.MAP[0], "ejk", job)])
+    assert line["failed"] == "AssertionError: ejk is wrong"
+    with pytest.raises(SystemExit, match=f"failed: {workloads.MAP[0].name}"):
+        decode.judge({(line["workload"], "ejk"): line})
+    decode.judge({})
+
+
+def test_the_map_covers_what_it_says():
+    import workloads
+
+    found = workloads.MAP
+    assert len({w.name for w in found}) == len(found)
+    assert {w.num_seqs for w in found} == {*workloads.BATCHES}
+    assert {w.max_context_len for w in found} == {*workloads.CONTEXTS}
+    assert {w.page_size for w in found} == {16, 64}
+    kv_heads = {1, 2, 4, 8, 16, 32}
+    assert {(w.head_dim, w.num_kv_heads) for w in found} == {
+        *((dim, kv) for dim in (64, 128, 256) for kv in kv_heads),
+        (576, 1),
+    }
+    assert max(w.pool_bytes for w in found) < 4 * 2**30
+    assert sum(w.kv_bytes > 2**28 for w in found) > len(found) / 2
+
+
+def test_the_worst_places_of_the_map(report):
+    import map_report
+    import workloads
+
+    def place(shape, least_bytes=2**28):
+        return next(w for w in workloads.MAP if w.kv_bytes > least_bytes and shape in w.name)
+
+    plain, heads_16, heads_128 = (place(s) for s in ("/8/128", "latent 16,", "latent 128,"))
+    small = min(workloads.MAP, key=lambda w: w.kv_bytes)
+    line = {"device_us": 200.0, "gb_per_s": 2000.0}
+    lines = {
+        (plain.name, "ejk"): {**line, "of_ceiling": 0.85},
+        (heads_16.name, "ejk"): {**line, "of_ceiling": 0.89, "of_floor": 0.95},
+        (heads_128.name, "ejk"): {**line, "of_ceiling": 0.6, "of_floor": 0.76},
+        (small.name, "ejk"): {**line, "of_ceiling": 0.1},
+    }
+    table = map_report.worst_table(lines)
+    assert "Of 3 batches" in table and "2 are below 90%" in table
+    assert [row.split(" | ")[0] for row in table.splitlines()[-2:]] == [
+        f"| {w.name.removeprefix('map ')}" for w in (plain, heads_16)
+    ]
+    lines[heads_128.name, "ejk"]["of_floor"] = 0.74
+    assert "3 are below" in map_report.worst_table(lines)
+    assert map_report.worst_table({}) == ""
+
+
+def test_tables_of_small_and_latent_batches(report):
+    def line(**more):
+        return {"device_us": 120.0, "gb_per_s": 2500.0, "of_ceiling": 0.8, **more}
+
+    lines = {
+        ("W6", "ejk"): line(wall_us_per_layer=6.5),
+        ("1 x 256", "ejk"): line(wall_us_per_layer=6.1),
+        ("1 x 256", "ejk without a plan"): line(wall_us_per_layer=6.2),
+        ("latent, 64 heads", "ejk"): line(tflops=500.0, of_floor=0.83, matmul_tflops=777.0),
+        ("17 x 8,192", "ejk"): line(),
+    }
+    small = report.small_table(lines)
+    assert "| ejk | 6.5 | 6.1 |" in small and "| ejk without a plan | - | 6.2 |" in small
+    assert report.small_table({("W6", "ejk"): line(wall_us_per_layer=6.5)}) == ""
+    assert report.contenders_of(lines, ["1 x 256"]) == ["ejk"]
+    latent = report.latent_table(lines)
+    assert "777 TFLOP/s" in latent and "| 64 | 120.0 | 2,500 | 500 | 83.0% |" in latent
+    assert "| 17 x 8,192 | 120.0 | 2,500 | 80.0% |" in report.own_table(lines, "waves", "Waves")
 
 
 def test_tables_of_ragged_batches_and_writes(report):
@@ -136,7 +248,7 @@ def test_table_of_splits(report):
 
 def test_what_was_not_measured_has_no_table(report):
     assert report.ragged_table({}) == report.against_parts_table({}) == report.write_table({}) == ""
-    assert report.scaling_table({}) == ""
+    assert report.scaling_table({}) == report.small_table({}) == report.latent_table({}) == ""
 
 
 def test_the_page_is_what_the_results_say():
