@@ -1,4 +1,4 @@
-"""The table and the plot of the map in `docs/performance.md`."""
+"""The plot and the table of the map in `docs/performance.md`."""
 
 from typing import NamedTuple
 
@@ -56,13 +56,26 @@ def worst_table(lines) -> str:
     return text
 
 
+def file_name(device: str) -> str:
+    return f"performance_map_{device.replace(' ', '_')}.svg"
+
+
+def section(device: str, lines) -> str:
+    """Write the plot's place on the page, and the worst places."""
+    if not places(lines):
+        return ""
+    title = f"Share of the read ceiling over the map on one {device}"
+    return f"\n![{title}]({file_name(device)})\n" + worst_table(lines)
+
+
 def plot(plt, device: str, lines):
     """Draw each batch's share over its size: a panel a head dimension, a line a number of heads."""
     panels: dict[str, dict[str, list[Place]]] = {}
     for place in places(lines):
         w = place.workload
         panel = "latent, 576 and 512" if w.latent else f"head dimension {w.head_dim}"
-        line = f"{w.num_heads} query heads" if w.latent else f"{w.num_kv_heads} KV heads"
+        kv_heads = "1 KV head" if w.num_kv_heads == 1 else f"{w.num_kv_heads} KV heads"
+        line = f"{w.num_heads} query heads" if w.latent else kv_heads
         panels.setdefault(panel, {}).setdefault(line, []).append(place)
     figure, grid = plt.subplots(
         2, 2, figsize=(10, 7), sharex=True, sharey=True, layout="constrained", squeeze=False

@@ -56,7 +56,7 @@ def page(device: str, lines: dict) -> str:
     text += own_table(lines, "options", "Options")
     text += own_table(lines, "order", "Random order of pages, and their size")
     text += own_table(lines, "waves", "Few more programs than multiprocessors, and unequal lengths")
-    text += small_table(lines) + latent_table(lines) + map_report.worst_table(lines)
+    text += small_table(lines) + latent_table(lines) + map_report.section(device, lines)
     text += loop_table(lines)
     text += ragged_table(lines) + against_parts_table(lines) + write_table(lines)
     text += scaling_table(lines)
@@ -309,11 +309,11 @@ def main():
     if args.check:
         sys.exit("docs/performance.md is stale: python benchmarks/report.py" if new != old else 0)
     PAGE.write_text(new)
-    # The plots are of the device of which most is known.
-    device, lines = max(devices.items(), key=lambda item: len(item[1]))
-    plot(device, lines)
-    if map_report.places(lines):
-        save(map_report.plot(pyplot(), device, lines), "performance_map.svg")
+    # One plot, of the device of which most is known, and one of each map.
+    plot(*max(devices.items(), key=lambda item: len(item[1])))
+    for device, lines in devices.items():
+        if map_report.places(lines):
+            save(map_report.plot(pyplot(), device, lines), map_report.file_name(device))
 
 
 if __name__ == "__main__":

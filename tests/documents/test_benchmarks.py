@@ -180,7 +180,8 @@ def test_the_worst_places_of_the_map(report):
     ]
     lines[heads_128.name, "ejk"]["of_floor"] = 0.74
     assert "3 are below" in map_report.worst_table(lines)
-    assert map_report.worst_table({}) == ""
+    assert "(performance_map_A_GPU.svg)" in map_report.section("A GPU", lines)
+    assert map_report.worst_table({}) == map_report.section("A GPU", {}) == ""
 
 
 def test_tables_of_small_and_latent_batches(report):
