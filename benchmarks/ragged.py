@@ -49,6 +49,7 @@ class Batch:
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+    value_head_dim: int | None = None  # of latent attention
 
     @property
     def total_tokens(self) -> int:
@@ -58,14 +59,14 @@ class Batch:
     def flops(self) -> int:
         """Of both products, each token with those up to itself."""
         seen = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(self.q_lens, self.context_lens))
-        return 4 * self.num_heads * self.head_dim * seen
+        return 2 * self.num_heads * (self.head_dim + (self.value_head_dim or self.head_dim)) * seen
 
     @property
     def pages(self) -> workloads.Workload:
         """The contexts as a decode batch has them."""
         return workloads.Workload(
             self.name, self.num_heads, self.num_kv_heads, self.head_dim, self.context_lens,
-            self.page_size, max(self.context_lens),
+            self.page_size, max(self.context_lens), value_head_dim=self.value_head_dim,
         )  # fmt: skip
 
 
@@ -90,12 +91,20 @@ def _batches(page_size: int, scale: int = 1) -> list[Batch]:
     ]
 
 
+def _drafts(own: workloads.Workload) -> Batch:
+    """Four drafted tokens of each sequence of a decode batch."""
+    shape = own.page_size, own.num_heads, own.num_kv_heads, own.head_dim, own.value_head_dim
+    return Batch(f"{own.name}: verification of 4", (4,) * own.num_seqs, own.context_lens, *shape)
+
+
 BATCHES = [batch for page_size in (16, 64) for batch in _batches(page_size)]
+BATCHES += map(_drafts, workloads.LATENT)
 # As many kinds of blocks, a hundredth of the work.
 TINY = [
     dataclasses.replace(batch, num_heads=4, num_kv_heads=2, head_dim=16)
     for batch in _batches(16, scale=128)
 ]
+TINY.append(_drafts(workloads.latent("latent", 16, 2, 20, 16)))
 
 
 class Arrays(NamedTuple):
@@ -103,7 +112,7 @@ class Arrays(NamedTuple):
 
     query: jax.Array  # [total_tokens, num_heads, head_dim]
     key_cache: jax.Array  # [num_pages, num_kv_heads, page_size, head_dim]
-    value_cache: jax.Array
+    value_cache: jax.Array | None  # None of latent attention
     context_lens: jax.Array
     block_tables: jax.Array
     cu_q_lens: jax.Array
@@ -133,7 +142,12 @@ def contenders(batch: Batch, interpret: bool) -> dict[str, Step]:
 
 
 def attend(backend: Any, batch: Batch, given: Arrays) -> jax.Array:
-    return ejk.ragged_page_attention(*given, max_q_len=max(batch.q_lens), backend=backend)
+    return ejk.ragged_page_attention(
+        *given,
+        max_q_len=max(batch.q_lens),
+        value_head_dim=batch.value_head_dim,
+        backend=backend,
+    )
 
 
 def _decode(backend: Any, batch: Batch, given: Arrays) -> jax.Array:
@@ -167,10 +181,12 @@ def check(batch: Batch, given: Arrays, out: jax.Array) -> float:
     for seq in sorted({0, len(batch.q_lens) // 2, len(batch.q_lens) - 1}):
         q_len, n = batch.q_lens[seq], batch.context_lens[seq]
         pages = given.block_tables[seq, : -(-n // batch.page_size)]
-        keys, values = (
+        own = [
             pool[pages].transpose(1, 0, 2, 3).reshape(batch.num_kv_heads, -1, batch.head_dim)
             for pool in (given.key_cache, given.value_cache)
-        )
+            if pool is not None
+        ]
+        keys, values = own[0], own[-1][..., : batch.value_head_dim]
         for i in sorted({0, q_len // 3, q_len - 1}):
             row = int(given.cu_q_lens[seq]) + i
             expected = _attend_row(given.query[row], keys, values, n - q_len + i)
@@ -188,10 +204,11 @@ def _attend_row(query, keys, values, last) -> jax.Array:
     logits = jnp.einsum("kgd,ktd->kgt", q, keys, precision="highest") * keys.shape[2] ** -0.5
     logits = jnp.where(jnp.arange(keys.shape[1]) <= last, logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1)
-    return jnp.einsum("kgt,ktd->kgd", weights, values, precision="highest").reshape(query.shape)
+    out = jnp.einsum("kgt,ktd->kgd", weights, values, precision="highest")
+    return out.reshape(query.shape[0], -1)
 
 
-def prepare(batch: Batch, name: str, step: Step) -> tuple[float, Callable[[], jax.Array]]:
+def prepare(batch: Batch, name: str, step: Step) -> tuple[float, Callable[[], Any]]:
     """Check one contender on one batch; return the error and the program that is timed."""
     given = arrays(batch)
     own = contiguous(batch, given) if name.startswith("cuDNN") else given
@@ -202,6 +219,10 @@ def prepare(batch: Batch, name: str, step: Step) -> tuple[float, Callable[[], ja
         for _ in range(CALLS):
             given = given._replace(query=step(batch, given))
         return given.query
+
+    if batch.value_head_dim is not None:  # the output is narrower than a query: no chain
+        call = jax.jit(functools.partial(step, batch))
+        return error, lambda: [call(own) for _ in range(CALLS)]
 
     return error, lambda: run(own)
 

@@ -22,6 +22,7 @@ def lines_of(path: pathlib.Path) -> list[dict]:
 def test_ragged_batches_are_checked_and_timed(tmp_path):
     path = tmp_path / "ragged.jsonl"
     batches = [f"{name}, page 16" for name in ("mixed", "mixed: its decodes", "prefill 8 x 4,096")]
+    batches.append("latent: verification of 4")
     run("ragged.py", "--output", str(path), "--batch", *batches)
     found = {(line["workload"], line["contender"]) for line in lines_of(path)}
     assert found == {
@@ -215,6 +216,8 @@ def test_tables_of_ragged_batches_and_writes(report):
         ("mixed: its chunks, page 16", "ejk"): line(300.0),
         ("mixed: its decodes, page 16", "ejk"): line(420.0),
         ("mixed: its decodes, page 16", "ejk page_attention"): line(400.0),
+        ("latent, 16 heads", "ejk"): line(100.0),
+        ("latent, 16 heads: verification of 4", "ejk"): line(120.0),
         ("write 64, HND", "ejk"): {"device_us": 3.5, "gb_per_s": 100.0, "of_ceiling": 0.25},
     }
     assert "777 TFLOP/s" in report.ragged_table(lines)
@@ -222,7 +225,10 @@ def test_tables_of_ragged_batches_and_writes(report):
         report.ragged_table(lines)
     )
     assert "| mixed, page 16 | 630.0 | 300.0 + 400.0 | 0.90 |" in report.against_parts_table(lines)
-    assert "verification" not in report.against_parts_table(lines).split("|---")[-1]
+    assert "| latent, 16 heads: verification of 4 | 120.0 | 100.0 | 1.20 |" in (
+        report.against_parts_table(lines)
+    )
+    assert "verification of 8" not in report.against_parts_table(lines).split("|---")[-1]
     assert "| write 64, HND | 3.50 | 100 | 25.0% |" in report.write_table(lines)
 
 
