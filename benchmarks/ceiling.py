@@ -14,6 +14,7 @@ import numpy as np
 import timing
 import triton
 import triton.language as tl
+import workloads
 
 from ejk.backends.triton import _launch
 
@@ -81,8 +82,13 @@ def matmul_rate(size: int = MATMUL, lock: str | None = None) -> float:
     return 2 * size**3 * PRODUCTS * timing.REPEATS / busy_us / 1e6
 
 
-def shares(workload, device_us: float, ceiling_gb_per_s: float, matmul_tflops: float) -> dict:
-    """Say what a time is of the read ceiling, and for latent attention of the larger floor."""
+def shares(
+    workload: workloads.Workload,
+    device_us: float,
+    ceiling_gb_per_s: float,
+    matmul_tflops: float | None = None,
+) -> dict[str, float]:
+    """Say what a time is of the read ceiling, and with a rate of products of the larger floor."""
     gb_per_s = workload.kv_bytes / device_us / 1e3
     of_ceiling = gb_per_s / ceiling_gb_per_s
     found = {
@@ -90,7 +96,7 @@ def shares(workload, device_us: float, ceiling_gb_per_s: float, matmul_tflops: f
         "of_ceiling": round(of_ceiling, 4),
         "ceiling_gb_per_s": round(ceiling_gb_per_s, 1),
     }
-    if not workload.latent:
+    if matmul_tflops is None:
         return found
     tflops = workload.flops / device_us / 1e6
     return found | {

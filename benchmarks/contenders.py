@@ -32,7 +32,6 @@ class Contender:
         contiguous: it reads one dense cache instead of pages.
         one_layer: it takes no pool that holds more pages than one layer's.
         most_bytes: of the pools that are made for it.
-        latent: it takes keys whose first entries are the values.
     """
 
     name: str
@@ -43,12 +42,6 @@ class Contender:
     contiguous: bool = False
     one_layer: bool = False
     most_bytes: int = 8 * 2**30
-    latent: bool = False
-
-    def refusal(self, workload: Workload) -> str | None:
-        if workload.latent and not self.latent:
-            return "has no latent attention"
-        return self.can_run(workload)
 
 
 def layer_tables(workload: Workload, arrays: Any, layer: int) -> jax.Array:
@@ -94,7 +87,7 @@ def _ejk(backend, workload, arrays, query, plan, tables):
 
 def ejk_contender(name: str, backend: Any) -> Contender:
     begin, step = functools.partial(_plan, backend), functools.partial(_ejk, backend)
-    return Contender(name, step, begin=begin, latent=True)
+    return Contender(name, step, begin=begin)
 
 
 def _gather(workload, arrays, query, _, tables):
@@ -175,7 +168,7 @@ def contenders(tiny: bool = False) -> list[Contender]:
         return [ejk_contender("ejk", ejk.TritonPageAttention(interpret=True, num_sms=6))]
     found = [
         ejk_contender("ejk", None),
-        Contender("ejk without a plan", functools.partial(_ejk, None), latent=True),
+        Contender("ejk without a plan", functools.partial(_ejk, None)),
         ejk_contender("ejk xla", "xla"),
         Contender("gather and einsum", _gather),
         Contender("Pallas GPU paged_attention", _pallas_gpu, cache_layout="KV_HEADS_FIRST"),

@@ -8,7 +8,8 @@
     python benchmarks/decode.py --suite waves              few more programs than multiprocessors
     python benchmarks/decode.py --suite small              batches whose time is that of launches
     python benchmarks/decode.py --suite latent             keys whose first entries are the values
-    python benchmarks/decode.py --suite map                batches, heads and contexts: see below
+    python benchmarks/decode.py --suite shapes order waves latent map      side by side: see below
+    python benchmarks/decode.py --suite map                batches, heads and contexts
     python benchmarks/decode.py --suite map --tiny --output x.jsonl   interpreted on a CPU
 
 Device time is how long the device was busy with a program of eight chained calls, over eight, from
@@ -18,18 +19,17 @@ layers, the plan and each layer's block tables, is not in it; the plan is timed 
 a layer is that of a program of 32 chained layers with all of that inside, its query donated, over
 one pool that holds as many layers as fit, twenty or fifty programs queued without waiting.
 
-An output of latent attention is narrower than its query. So its device time is that of calls that
-are not chained, and its wall time counts the copy that widens an output to the next query.
-
-The map is timed so, too, by `ejk` alone, in processes that compile side by side and take turns on
-the device. Its ceiling is that of the nearest numbers of bytes that were read. At its end stands
-every place that is short of what it should reach, and a call that failed makes the script fail.
+Five suites are timed by `ejk` alone, in processes that compile side by side and take turns on the
+device: shapes, order, waves, latent, map. There each call is a program of its own, no wall time is
+measured, and the ceiling is that of the nearest numbers of bytes that were read. The map ends with
+every place that is short of what it should reach; a call that failed makes the script fail.
 """
 
 import argparse
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import statistics
@@ -37,12 +37,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import batch_map
 import ceiling
 import contenders
 import jax
 import map_report
 import programs
+import side_by_side
 import timing
 import workloads
 
@@ -77,16 +77,16 @@ def versions() -> dict[str, str]:
 def jobs(chosen, found) -> Iterator[programs.Job]:
     """Yield each workload with each contender."""
 
-    def result(workload, contender, *rates):
-        if refusal := contender.refusal(workload):
+    def result(workload, contender, rate):
+        if refusal := contender.can_run(workload):
             raise NotImplementedError(refusal)
         line = measure(workload, contender)
-        return line | ceiling.shares(workload, line["device_us"], *rates)
+        return line | ceiling.shares(workload, line["device_us"], rate)
 
     for workload in chosen:
-        rates = ceiling.read_ceiling(workload.kv_bytes), ceiling.matmul_rate()
+        rate = ceiling.read_ceiling(workload.kv_bytes)
         for contender in found:
-            yield workload, contender.name, functools.partial(result, workload, contender, *rates)
+            yield workload, contender.name, functools.partial(result, workload, contender, rate)
 
 
 def results(given: Iterable[programs.Job]) -> Iterator[dict]:
@@ -103,18 +103,32 @@ def results(given: Iterable[programs.Job]) -> Iterator[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--suite", choices=workloads.SUITES, default="named")
-    parser.add_argument("--workload", nargs="+", help="names, instead of a whole suite")
+    parser.add_argument("--suite", nargs="+", choices=workloads.SUITES, default=["named"])
+    parser.add_argument("--workload", nargs="+", help="names of the suites', instead of all")
     parser.add_argument("--contender", nargs="+", help="names")
-    parser.add_argument("--processes", type=int, help="of the map; two fewer than CPU cores")
+    parser.add_argument("--processes", type=int, help="side by side; two fewer than CPU cores")
     parser.add_argument("--tiny", action="store_true", help="of the map, interpreted on a CPU")
     parser.add_argument("--output", type=Path, help="instead of results/<device>.jsonl")
     args = parser.parse_args()
-    if args.tiny and (args.suite != "map" or args.output is None):
+    if args.tiny and (args.suite != ["map"] or args.output is None):
         parser.error("--tiny needs --suite map and --output: it measures nothing to be kept")
-    if args.suite == "map":  # its processes share the device, and one takes no more than it holds
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+    suites = {"map": workloads.TINY_MAP} if args.tiny else workloads.SUITES
+    known = {w.name for suite in args.suite for w in suites[suite]}
+    if unknown := {*(args.workload or ())} - known:
+        parser.error(f"--suite {' '.join(args.suite)} has no {', '.join(sorted(unknown))}")
+    parallel, alone = (
+        [
+            workload
+            for suite in args.suite
+            for workload in suites[suite]
+            if (suite in side_by_side.SUITES) == wanted
+            and (args.workload is None or workload.name in args.workload)
+        ]
+        for wanted in (True, False)
+    )
+    if parallel and side_by_side.OWN not in (args.contender or [side_by_side.OWN]):
+        parser.error(f"{', '.join(side_by_side.SUITES)} are timed by {side_by_side.OWN} alone")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # processes may share the device
 
     device = jax.devices()[0].device_kind
     path = args.output or RESULTS / f"{device.replace(' ', '_')}.jsonl"
@@ -125,16 +139,12 @@ def main():
         "versions": versions(),
         "command": "python benchmarks/decode.py " + " ".join(sys.argv[1:]),
     }
-    suites = {"map": workloads.TINY_MAP} if args.tiny else workloads.SUITES
-    chosen = suites[args.suite]
-    if args.workload:
-        chosen = {w: None for own in suites.values() for w in own if w.name in args.workload}
-    if args.suite == "map":
-        given = batch_map.jobs(list(chosen), args.tiny, args.processes)
-    else:
-        found = contenders.contenders()
-        found = [c for c in found if args.contender is None or c.name in args.contender]
-        given = jobs(chosen, found)
+    found = contenders.contenders()
+    found = [c for c in found if args.contender is None or c.name in args.contender]
+    given = itertools.chain(
+        side_by_side.jobs(parallel, args.tiny, args.processes) if parallel else (),
+        jobs(alone, found),
+    )
     lines = {}
     with path.open("a") as file:
         for line in results(given):
@@ -142,7 +152,7 @@ def main():
             file.write(json.dumps(line | facts) + "\n")
             file.flush()
             show(line)
-    if args.suite == "map":
+    if "map" in args.suite:
         judge(lines)
 
 
@@ -162,7 +172,7 @@ def show(line):
     wall = (
         f", {line['wall_us_per_layer']:.1f} us wall a layer" if "wall_us_per_layer" in line else ""
     )
-    plan = f", plan {line['plan_us']} us" if line["plan_us"] else ""
+    plan = f", plan {line['plan_us']} us" if line.get("plan_us") else ""
     print(
         f"{head} {line['device_us']:9.1f} us  {line['of_ceiling']:6.1%} of the ceiling"
         f"{floor}{wall}{plan}",

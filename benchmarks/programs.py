@@ -53,10 +53,7 @@ def prepare(workload, contender) -> Prepared:
             begun = contender.begin(workload, given)
             for layer in range(calls):
                 own = tables_of_layer(given, layer) if tables is None else tables[layer]
-                out = contender.step(workload, given, query, begun, own)
-                if workload.latent:
-                    out = jnp.concatenate([out, query[..., out.shape[-1] :]], -1)
-                query = out
+                query = contender.step(workload, given, query, begun, own)
             return query
 
         return run
@@ -64,13 +61,8 @@ def prepare(workload, contender) -> Prepared:
     query, *rest = arrays
     calls = CALLS if CALLS * workload.pool_bytes > CACHED else 2 * LAYERS
     tables = [tables_of_layer(arrays, layer) for layer in range(calls)]
-    if workload.latent:
-        apart = compile_calls(workload, contender)()
-        error, calls, run = apart.error, apart.calls, apart.run
-    else:
-        error = check(workload, contender, arrays, jax.jit(program(1))(query, rest))
-        chain = jax.jit(program(calls))
-        run = lambda: chain(query, rest, tables)  # noqa: E731
+    error = check(workload, contender, arrays, jax.jit(program(1))(query, rest))
+    run = jax.jit(program(calls))
     stack = jax.jit(program(LAYERS), donate_argnums=0)
     donated = jnp.array(query)
 
@@ -79,7 +71,7 @@ def prepare(workload, contender) -> Prepared:
         donated = stack(donated, rest)
         return donated
 
-    return Prepared(error, calls, run, step)
+    return Prepared(error, calls, lambda: run(query, rest, tables), step)
 
 
 def compile_calls(workload, contender, layers: int | None = None) -> Callable[[], Prepared]:

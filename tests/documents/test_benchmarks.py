@@ -141,6 +141,23 @@ def test_a_failure_on_the_map_fails_the_script():
     decode.judge({})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--suite waves --workload W1a", "--suite waves has no W1a"),
+        ("--suite named map --contender cuDNN", "map are timed by ejk alone"),
+        ("--tiny --suite map", "--tiny needs --suite map and --output"),
+    ],
+)
+def test_what_is_not_timed_is_refused(arguments, said, monkeypatch, capsys):
+    import decode
+
+    monkeypatch.setattr(sys, "argv", ["decode.py", *arguments.split()])
+    with pytest.raises(SystemExit):
+        decode.main()
+    assert said in capsys.readouterr().err
+
+
 def test_the_map_covers_what_it_says():
     import workloads
 
