@@ -45,15 +45,15 @@ def timers(tiny: bool) -> dict[str, dict[str, Callable[[], Timer]]]:
         return found
 
     def of_calls(workload):
-        _, calls, run, _ = programs.compile_calls(workload, own(), 2 if tiny else None)()
+        _, calls, run = programs.compile_calls(workload, own(), 2 if tiny else None)()
         return lambda: timing.device_time(calls, run)[0]
 
     def of_chain(workload):
-        _, calls, run, _ = programs.prepare(workload, own())
+        (_, calls, run), _ = programs.prepare(workload, own())
         return lambda: timing.device_time(calls, run)[0]
 
     def of_wall(workload):
-        step = programs.prepare(workload, own()).step
+        _, step = programs.prepare(workload, own())
         return lambda: timing.wall_time(step, repeats=50, rounds=3) / programs.LAYERS
 
     def of_ragged(batch):

@@ -51,7 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def measure(workload, contender) -> dict:
     """Check, then time one contender on one workload."""
-    error, calls, run, step = programs.prepare(workload, contender)
+    (error, calls, run), step = programs.prepare(workload, contender)
     device_us, plan_us = timing.device_time(calls, run)
     repeats = 20 if workload.kv_bytes > 2**28 else 50
     wall_us = timing.wall_time(step, repeats=repeats) / programs.LAYERS

@@ -19,13 +19,12 @@ TOLERANCE = 2e-2  # of the largest value, in bfloat16; what is timed must first 
 Job = tuple[workloads.Workload, str, Callable[[], dict[str, Any]]]
 
 
-class Prepared(NamedTuple):
-    """A workload that a contender has been checked on and is ready to be timed with."""
+class Checked(NamedTuple):
+    """What runs a workload; a contender has been checked on it."""
 
     error: float
     calls: int  # calls of one `run`
     run: Callable[[], Any]
-    step: Callable[[], Any]  # a program of LAYERS calls with all that a step makes once
 
 
 def num_layers(workload, contender) -> int:
@@ -36,8 +35,11 @@ def num_layers(workload, contender) -> int:
     return max(1, min(LAYERS if workload.pool_bytes > 2**24 else 2 * LAYERS, most))
 
 
-def prepare(workload, contender) -> Prepared:
-    """Check one contender on one workload, and make the programs that are timed."""
+def prepare(workload, contender) -> tuple[Checked, Callable[[], Any]]:
+    """Check one contender on one workload; return chained calls, and a step.
+
+    A step is a program of `LAYERS` calls with all that it makes once for them.
+    """
     layers = num_layers(workload, contender)
     if contender.contiguous:
         arrays = contenders.contiguous_arrays(workload)
@@ -71,10 +73,10 @@ def prepare(workload, contender) -> Prepared:
         donated = stack(donated, rest)
         return donated
 
-    return Prepared(error, calls, lambda: run(query, rest, tables), step)
+    return Checked(error, calls, lambda: run(query, rest, tables)), step
 
 
-def compile_calls(workload, contender, layers: int | None = None) -> Callable[[], Prepared]:
+def compile_calls(workload, contender, layers: int | None = None) -> Callable[[], Checked]:
     """Compile a program of one call, which needs no device; return what draws and checks.
 
     There are calls on the pages of so many layers: if None, of more bytes than a cache holds.
@@ -102,7 +104,7 @@ def compile_calls(workload, contender, layers: int | None = None) -> Callable[[]
             return [call(arrays, begun, own) for own in tables]
 
         error = check(workload, contender, arrays, call(arrays, begun, tables[0]))
-        return Prepared(error, layers, run, run)
+        return Checked(error, layers, run)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     arrays, tables = jax.eval_shape(draw, key)

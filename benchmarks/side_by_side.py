@@ -53,6 +53,6 @@ def measure(workload, tiny: bool, lock: str) -> dict:
     [own] = [c for c in contenders.contenders(tiny) if c.name == OWN]
     ready = programs.compile_calls(workload, own, 2 if tiny else None)
     with timing.exclusive(lock):
-        prepared = ready()
-        device_us, _ = timing.device_time(prepared.calls, prepared.run)
-    return {"device_us": round(device_us, 2), "error": prepared.error}
+        error, calls, run = ready()
+        device_us, _ = timing.device_time(calls, run)
+    return {"device_us": round(device_us, 2), "error": error}
