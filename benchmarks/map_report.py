@@ -73,6 +73,8 @@ def plot(plt, device: str, lines):
     panels: dict[str, dict[str, list[Place]]] = {}
     for place in places(lines):
         w = place.workload
+        if len({*w.context_lens}) > 1:
+            continue
         panel = "latent, 576 and 512" if w.latent else f"head dimension {w.head_dim}"
         kv_heads = "1 KV head" if w.num_kv_heads == 1 else f"{w.num_kv_heads} KV heads"
         line = f"{w.num_heads} query heads" if w.latent else kv_heads

@@ -162,39 +162,63 @@ LATENT = tuple(latent(f"latent, {heads} heads", heads, 64, 4096, 64) for heads i
 
 # The map: query heads of models, by head dimension and KV heads. A tensor parallel shard has fewer
 # KV heads than its model, and the same group.
-MODELS = {
+HEADS = {
     64: {1: 71, 2: 14, 4: 32, 8: 64, 16: 16, 32: 32},  # Falcon, Qwen 2, TinyLlama, gpt-oss, ...
     128: {1: 8, 2: 12, 4: 28, 8: 40, 16: 32, 32: 32},  # Llama 3, Qwen 2.5 (three), Gemma 3, Llama 2
-    256: {1: 8, 2: 16, 4: 8, 8: 16, 16: 16, 32: 32},  # Gemma, Qwen 3 Next, Gemma 2 and 3, GPT-J
+    256: {1: 8, 2: 16, 4: 8, 8: 16, 16: 16, 32: 32},  # Gemma, Qwen 3 Next, Gemma 2, 3 and 1; none
 }
-LATENT_HEADS = (16, 32, 64, 128)
+MODELS = (
+    *((heads, kv, dim) for dim, of_dim in HEADS.items() for kv, heads in of_dim.items()),
+    *((heads, 1, None) for heads in (16, 32, 64, 128)),  # latent
+)
 BATCHES = (1, 2, 3, 5, 9, 13, 17, 20, 33, 48, 65, 100, 133, 200)
 CONTEXTS = (500, 2000, 8000, 32000)
 
 
-def _of_map(heads, kv_heads, head_dim, seqs, context, page) -> Workload:
-    size = f"{seqs} x {context:,}, page {page}"
+def _of_map(model, lens, page) -> Workload:
+    heads, kv_heads, head_dim = model
+    contexts = "to".join(f" {n:,} " for n in sorted({min(lens), max(lens)})).strip()
+    size = f"{len(lens)} x {contexts}, page {page}"
     if head_dim is None:
-        return latent(f"map latent {heads}, {size}", heads, seqs, context, page)
-    name = f"map {heads}/{kv_heads}/{head_dim}, {size}"
-    return uniform(name, heads, kv_heads, head_dim, seqs, context, page)
+        found = latent(f"map latent {heads}, {size}", heads, len(lens), max(lens), page)
+    else:
+        name = f"map {heads}/{kv_heads}/{head_dim}, {size}"
+        found = uniform(name, heads, kv_heads, head_dim, len(lens), max(lens), page)
+    return dataclasses.replace(found, context_lens=tuple(lens))
 
 
-def map_points(batches, contexts, most_bytes) -> Iterator[Workload]:
+def equal_points(batches, contexts, most_bytes) -> Iterator[Workload]:
     """Yield a workload for every second batch of each model's shape, and both page sizes.
 
     Its context is the longest that keeps it below `most_bytes`.
     """
-    models = [(heads, kv, dim) for dim, of_dim in MODELS.items() for kv, heads in of_dim.items()]
-    models += [(heads, 1, None) for heads in LATENT_HEADS]
-    for i, model in enumerate(models):
+    for i, model in enumerate(MODELS):
         for j, seqs in enumerate(batches[i % 2 :: 2]):
             page = (16, 64)[(i // 2 + j) % 2]
-            found = [_of_map(*model, seqs, context, page) for context in contexts]
+            found = [_of_map(model, (context,) * seqs, page) for context in contexts]
             yield next((w for w in reversed(found) if w.kv_bytes <= most_bytes), found[0])
 
 
-MAP = tuple(map_points(BATCHES, CONTEXTS, most_bytes=3 * 2**29))
+def unequal_points(num_bytes, longest: int) -> Iterator[Workload]:
+    """Yield a workload of each model's shape that reads about so much, of unequal lengths.
+
+    They are in turn lognormal; of two lengths, one 16 times the other; and one as long as the rest.
+    """
+    rng = np.random.default_rng(0)
+    for i, model in enumerate(MODELS):
+        seqs = int(rng.choice(BATCHES[3:]))
+        weights = (
+            rng.lognormal(0, 1, seqs),
+            np.where(rng.random(seqs) < 0.25, 16.0, 1.0),
+            np.where(np.arange(seqs) == seqs // 2, seqs - 1.0, 1.0),
+        )[i % 3]
+        tokens = num_bytes // _of_map(model, (1,), 16).token_bytes
+        lens = np.clip(tokens * weights / weights.sum(), 1, longest)
+        yield _of_map(model, [int(n) for n in lens], (16, 64)[i // 3 % 2])
+
+
+EQUAL = tuple(equal_points(BATCHES, CONTEXTS, most_bytes=3 * 2**29))
+MAP = (*EQUAL, *unequal_points(3 * 2**28, longest=131072))
 
 SUITES = {
     "named": NAMED,
@@ -206,8 +230,8 @@ SUITES = {
     "latent": LATENT,
     "map": MAP,
 }
-# So small that they are interpreted on a CPU: few heads, one query head for many, latent attention.
-TINY_MAP = tuple(map_points((1, 3), (20, 70), most_bytes=2**16))[::21]
+# So small that they are interpreted on a CPU: 71 query heads of a KV head, and latent attention.
+TINY_MAP = tuple(equal_points((1, 3), (20, 70), most_bytes=2**16))[::21]
 
 
 class Arrays(NamedTuple):
