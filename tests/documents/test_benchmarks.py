@@ -141,6 +141,22 @@ def test_a_failure_on_the_map_fails_the_script():
     decode.judge({})
 
 
+def test_the_floor_of_latent_attention_is_the_larger_of_two():
+    import ceiling
+    import workloads
+
+    few, *_, many = workloads.LATENT
+    assert few.kv_bytes == many.kv_bytes == 64 * 4096 * 576 * 2
+    assert many.flops == 8 * few.flops == 2 * 128 * (576 + 512) * 64 * 4096
+    reading_us, products_us = many.kv_bytes / 3000e3, many.flops / 600e6
+    assert reading_us < products_us
+    share = ceiling.shares(many, 2 * products_us, 3000.0, 600.0)
+    assert share["of_floor"] == 0.5 and share["of_ceiling"] < 0.5
+    share = ceiling.shares(few, 2 * reading_us, 3000.0, 600.0)
+    assert share["of_floor"] == share["of_ceiling"] == 0.5
+    assert "of_floor" not in ceiling.shares(workloads.NAMED[0], 360.0, 3000.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
