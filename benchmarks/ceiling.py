@@ -6,7 +6,8 @@ A rate of reading or copying is the best of several shapes of a kernel that only
 import functools
 import itertools
 import typing
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from ejk.backends.triton import _launch
 
 # Programs a multiprocessor, elements a block, warps.
 SHAPES = tuple(itertools.product((4, 8, 16), (4096, 8192), (4, 8)))
+SIZES = tuple(4**n for n in range(11, 17))  # bytes: 4 MiB to 4 GiB
 MATMUL = 8192
 PRODUCTS = 4
 
@@ -82,28 +84,29 @@ def matmul_rate(size: int = MATMUL, lock: str | None = None) -> float:
     return 2 * size**3 * PRODUCTS * timing.REPEATS / busy_us / 1e6
 
 
-def shares(
-    workload: workloads.Workload,
-    device_us: float,
-    ceiling_gb_per_s: float,
-    matmul_tflops: float | None = None,
-) -> dict[str, float]:
-    """Say what a time is of the read ceiling, and with a rate of products of the larger floor."""
-    gb_per_s = workload.kv_bytes / device_us / 1e3
-    of_ceiling = gb_per_s / ceiling_gb_per_s
-    found = {
-        "gb_per_s": round(gb_per_s, 1),
-        "of_ceiling": round(of_ceiling, 4),
-        "ceiling_gb_per_s": round(ceiling_gb_per_s, 1),
-    }
-    if matmul_tflops is None:
-        return found
-    tflops = workload.flops / device_us / 1e6
-    return found | {
-        "tflops": round(tflops, 1),
-        "of_floor": round(max(of_ceiling, tflops / matmul_tflops), 4),
-        "matmul_tflops": round(matmul_tflops, 1),
-    }
+class Yardsticks(NamedTuple):
+    """Rates that were measured in one run."""
+
+    read_gb_per_s: Sequence[float]  # of each of SIZES
+    matmul_tflops: float
+
+    def shares(self, workload: workloads.Workload, device_us: float) -> dict[str, float]:
+        """Say what a time is of the read ceiling, and for latent attention of the larger floor."""
+        gb_per_s = workload.kv_bytes / device_us / 1e3
+        ceiling = np.interp(np.log(workload.kv_bytes), np.log(SIZES), self.read_gb_per_s)
+        found = {
+            "gb_per_s": round(gb_per_s, 1),
+            "of_ceiling": round(float(gb_per_s / ceiling), 4),
+            "ceiling_gb_per_s": round(float(ceiling), 1),
+        }
+        if not workload.latent:
+            return found
+        tflops = workload.flops / device_us / 1e6
+        return found | {
+            "tflops": round(tflops, 1),
+            "of_floor": round(float(max(gb_per_s / ceiling, tflops / self.matmul_tflops)), 4),
+            "matmul_tflops": round(self.matmul_tflops, 1),
+        }
 
 
 def _best_rate(kernel, output: str, num_bytes: int, lock: str | None) -> float:

@@ -19,17 +19,18 @@ layers, the plan and each layer's block tables, is not in it; the plan is timed 
 a layer is that of a program of 32 chained layers with all of that inside, its query donated, over
 one pool that holds as many layers as fit, twenty or fifty programs queued without waiting.
 
+The read ceiling is measured at some sizes, and interpolated between them.
+
 Five suites are timed by `ejk` alone, in processes that compile side by side and take turns on the
-device: shapes, order, waves, latent, map. There each call is a program of its own, no wall time is
-measured, and the ceiling is that of the nearest numbers of bytes that were read. The map ends with
-every place that is short of what it should reach; a call that failed makes the script fail.
+device: shapes, order, waves, latent, map. There each call is a program of its own, and no wall time
+is measured. The map ends with every place that is short of what it should reach; a call that failed
+makes the script fail.
 """
 
 import argparse
 import datetime
 import functools
 import importlib.metadata
-import itertools
 import json
 import os
 import statistics
@@ -74,19 +75,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def jobs(chosen, found) -> Iterator[programs.Job]:
+def jobs(chosen, found, yardsticks: ceiling.Yardsticks) -> Iterator[programs.Job]:
     """Yield each workload with each contender."""
 
-    def result(workload, contender, rate):
+    def result(workload, contender):
         if refusal := contender.can_run(workload):
             raise NotImplementedError(refusal)
         line = measure(workload, contender)
-        return line | ceiling.shares(workload, line["device_us"], rate)
+        return line | yardsticks.shares(workload, line["device_us"])
 
     for workload in chosen:
-        rate = ceiling.read_ceiling(workload.kv_bytes)
         for contender in found:
-            yield workload, contender.name, functools.partial(result, workload, contender, rate)
+            yield workload, contender.name, functools.partial(result, workload, contender)
 
 
 def results(given: Iterable[programs.Job]) -> Iterator[dict]:
@@ -141,17 +141,18 @@ def main():
     }
     found = contenders.contenders()
     found = [c for c in found if args.contender is None or c.name in args.contender]
-    given = itertools.chain(
-        side_by_side.jobs(parallel, args.tiny, args.processes) if parallel else (),
-        jobs(alone, found),
-    )
     lines = {}
-    with path.open("a") as file:
+
+    def record(given):
         for line in results(given):
             lines[line["workload"], line["contender"]] = line
-            file.write(json.dumps(line | facts) + "\n")
-            file.flush()
+            with path.open("a") as file:
+                file.write(json.dumps(line | facts) + "\n")
             show(line)
+
+    with side_by_side.started(parallel, args.tiny, args.processes) as (yardsticks, own):
+        record(own)
+    record(jobs(alone, found, yardsticks))
     if "map" in args.suite:
         judge(lines)
 

@@ -6,46 +6,56 @@ time, so device time alone is measured.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ceiling
 import contenders
-import numpy as np
 import programs
 import timing
+import workloads
 
 OWN = "ejk"
 SUITES = ("shapes", "order", "waves", "latent", "map")
-CEILINGS = tuple(4**n for n in range(12, 17))  # bytes: 16 MiB to 4 GiB
 
 
-def jobs(chosen, tiny: bool, processes: int | None) -> Iterator[programs.Job]:
-    """Yield each batch, in order, with what waits for its result."""
+@contextlib.contextmanager
+def started(
+    chosen: Sequence[workloads.Workload], tiny: bool, processes: int | None
+) -> Iterator[tuple[ceiling.Yardsticks, list[programs.Job]]]:
+    """Start to measure; yield the yardsticks, and for each batch what waits for its result."""
     processes = processes or (2 if tiny else max(1, (os.cpu_count() or 3) - 2))
+    processes = min(processes, len(chosen) + len(ceiling.SIZES) + 1)
     context = multiprocessing.get_context("spawn")
     os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"  # none takes more than it holds
     with (
         tempfile.NamedTemporaryFile() as lock,
         concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool,
     ):
-        rates = [] if tiny else [pool.submit(ceiling.read_ceiling, n, lock.name) for n in CEILINGS]
-        matmuls = [] if tiny else [pool.submit(ceiling.matmul_rate, ceiling.MATMUL, lock.name)]
-        futures = [pool.submit(measure, workload, tiny, lock.name) for workload in chosen]
-        read = [future.result() for future in rates] or [1.0] * len(CEILINGS)
-        [matmul_tflops] = [future.result() for future in matmuls] or [1.0]
+        run = functools.partial(pool.submit, with_lock, lock.name)
+        rates = [] if tiny else [run(ceiling.read_ceiling, size) for size in ceiling.SIZES]
+        rates += [] if tiny else [run(ceiling.matmul_rate, ceiling.MATMUL)]
+        futures = [run(measure, workload, tiny) for workload in chosen]
+        *read, matmul = [rate.result() for rate in rates] or [1.0] * (len(ceiling.SIZES) + 1)
+        yardsticks = ceiling.Yardsticks(read, matmul)
 
         def result(workload, future):
             line = future.result()
-            rate = float(np.interp(np.log(workload.kv_bytes), np.log(CEILINGS), read))
-            products = matmul_tflops if workload.latent else None
-            return line | ceiling.shares(workload, line["device_us"], rate, products)
+            return line | yardsticks.shares(workload, line["device_us"])
 
-        for workload, future in zip(chosen, futures):
-            yield workload, OWN, functools.partial(result, workload, future)
+        yield (
+            yardsticks,
+            [(w, OWN, functools.partial(result, w, future)) for w, future in zip(chosen, futures)],
+        )
+
+
+def with_lock(lock: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments, lock=lock)
 
 
 def measure(workload, tiny: bool, lock: str) -> dict:

@@ -150,11 +150,15 @@ def test_the_floor_of_latent_attention_is_the_larger_of_two():
     assert many.flops == 8 * few.flops == 2 * 128 * (576 + 512) * 64 * 4096
     reading_us, products_us = many.kv_bytes / 3000e3, many.flops / 600e6
     assert reading_us < products_us
-    share = ceiling.shares(many, 2 * products_us, 3000.0, 600.0)
+    yardsticks = ceiling.Yardsticks([3000.0] * len(ceiling.SIZES), 600.0)
+    share = yardsticks.shares(many, 2 * products_us)
     assert share["of_floor"] == 0.5 and share["of_ceiling"] < 0.5
-    share = ceiling.shares(few, 2 * reading_us, 3000.0, 600.0)
+    share = yardsticks.shares(few, 2 * reading_us)
     assert share["of_floor"] == share["of_ceiling"] == 0.5
-    assert "of_floor" not in ceiling.shares(workloads.NAMED[0], 360.0, 3000.0)
+    assert "of_floor" not in yardsticks.shares(workloads.NAMED[0], 360.0)
+    rising = ceiling.Yardsticks([1000.0, 2000.0, 3000.0, 3100.0, 3120.0, 3130.0], 600.0)
+    found = [rising.shares(w, 1.0)["ceiling_gb_per_s"] for w in workloads.NAMED]
+    assert found[6] == 1000.0 and min(found[:6]) > 3100.0
 
 
 @pytest.mark.parametrize(
