@@ -38,9 +38,9 @@ class PlanProblem(Problem):
     window the first piece has `-1 - first` as its begin, where `first` is the first position that
     the plan's window shows: where to look first, while the call's own window is not known yet.
 
-    With `max_cuts=0` no context is cut, and the plan is an order. Nor is a batch cut whose longest
-    context is at most `even_share / max_cuts` of its granules: no processor has much more to do
-    than the others.
+    How contexts are cut is said in `ejk/backends/triton/page_attention/dealing.py`. It follows from
+    the lengths and from what is known of the machine: `slots`, `programs_per_piece` and
+    `granule_cost`. With `max_cuts=0` no context is cut, and the plan is an order.
     """
 
     operation: ClassVar[str] = "plan_page_attention"
@@ -53,8 +53,11 @@ class PlanProblem(Problem):
     granule: int
     own_windows: bool = False
     """Each sequence has a window of its own."""
-    even_share: tuple[int, int] = (1, 1)
-    """A processor's fair share of a batch and a little more, in shares of a cut: a fraction."""
+    slots: int = 1
+    """Programs that the machine runs at a time."""
+    programs_per_piece: int = 1
+    granule_cost: int = 8
+    """What a granule takes, in eighths of 128 tokens of head dimension 128 in 16 bits."""
 
     @property
     def max_pieces(self) -> Size:
@@ -62,8 +65,8 @@ class PlanProblem(Problem):
 
     @property
     def max_splits(self) -> Size:
-        """Sequences that may be in several pieces: only what is above two cuts' share is."""
-        return min(self.num_seqs, -(-self.max_cuts // 2))
+        """Sequences that may be in several pieces: each costs a cut."""
+        return min(self.num_seqs, self.max_cuts)
 
     @property
     def features(self) -> frozenset[str]:

@@ -16,6 +16,7 @@ from ejk.backends.triton.page_attention.kernel import page_attention_kernel
 from ejk.backends.triton.page_attention.plan import (
     BLOCKS_OF_FEW,
     BLOCKS_OF_MANY,
+    FEW_SEQS,
     plan_constants,
 )
 from ejk.backends.triton.page_attention.plan_kernel import page_attention_plan_kernel
@@ -187,16 +188,16 @@ def test_the_compiler_keeps_chains_of_float32_products_apart(monkeypatch):
     assert additions(64) == additions(512) + 8, "a thread holds one logit"
 
 
-@pytest.mark.parametrize("blocks", [BLOCKS_OF_FEW, BLOCKS_OF_MANY])
+@pytest.mark.parametrize("num_seqs", [64, 256, 1024, 1025])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
-def test_planning_does_not_spill(target, blocks):
-    sizes, *_ = compile_for(target, {"num_seqs": 256})
+def test_planning_does_not_spill(target, num_seqs):
+    sizes, *_ = compile_for(target, {"num_seqs": num_seqs})
     assert sizes.plan is not None
-    block_seqs, block_others, num_warps = blocks
+    block_seqs, num_warps = BLOCKS_OF_FEW if num_seqs <= FEW_SEQS else BLOCKS_OF_MANY
     program = offline.compile_cuda(
         page_attention_plan_kernel,
         {"context_lens_ptr": "int32", "sliding_window_ptr": "int32", "work_ptr": "int32"},
-        plan_constants(sizes.plan, block_seqs, block_others),
+        plan_constants(sizes.plan, block_seqs),
         target,
         num_warps=num_warps,
         num_stages=1,

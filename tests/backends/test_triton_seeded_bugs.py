@@ -60,9 +60,7 @@ def combine(bug):
 
 
 def plan(bug):
-    splits = test_plan.check(
-        "triton", [5000, 3, 900, 900, 0], capacity=6000, window=4000, max_cuts=10
-    )
+    splits = test_plan.check("triton", [5000, 3, 900, 900, 0], capacity=6000, window=4000, slots=10)
     assert splits
 
 
@@ -115,10 +113,12 @@ BUGS = {
     },
     "page_attention_plan_kernel": {
         "the shortest pieces come first": (
-            "other_size[None, :] > size[:, None]", "other_size[None, :] < size[:, None]",
+            "is_ahead(size, seqs, other_size, others)",
+            "is_ahead(-size, seqs, -other_size, others)",
         ),
         "a sequence comes before itself": (
-            "others[None, :] < seqs[:, None]", "others[None, :] <= seqs[:, None]",
+            "is_ahead(size, seqs, other_size, others)",
+            "is_ahead(size, seqs + 1, other_size, others)",
         ),
         "parts begin one place on": (
             "tl.store(row_ptrs + 1, place, mask=is_split)",

@@ -1,5 +1,6 @@
 """What `ejk.plan_page_attention` returns, against its oracle, and what it refuses."""
 
+import dataclasses
 import functools
 import re
 
@@ -18,9 +19,9 @@ from strategies import THOROUGH
 from test_triton_memory import ANY_INT32
 
 import ejk
-from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
-from ejk.backends.triton._sizes import EVEN_SHARE, GRANULE, MAX_CAPACITY
-from ejk.backends.triton.page_attention.plan import run_plan
+from ejk.backends.page_attention_plan import PlanOperands
+from ejk.backends.triton._sizes import MAX_CAPACITY
+from ejk.backends.triton.page_attention.plan import own_plan, run_plan
 from ejk.backends.xla.page_attention_plan import XlaPlan
 
 
@@ -51,18 +52,32 @@ def rows(work, problem):
     return work[1 : 1 + num_pieces].tolist(), splits[:num_splits, :3].tolist()
 
 
-def check(planner, lens, *, capacity, window, max_cuts):
+def machine_of(problem):
+    """What the oracle wants to know of a plan's machine."""
+    return {
+        "max_cuts": problem.max_cuts,
+        "granule": problem.granule,
+        "slots": problem.slots,
+        "programs": problem.programs_per_piece,
+        "granule_cost": problem.granule_cost,
+    }
+
+
+def check(planner, lens, *, capacity, window, slots, programs=1, max_cuts=None, width=256):
     """Compare a plan with the oracle's; check what holds of every plan. Return its splits."""
     own_windows = np.ndim(window) > 0
-    problem = PlanProblem(
-        len(lens), capacity, window is not None, max_cuts, GRANULE, own_windows, EVEN_SHARE
-    )
+    problem = own_plan(
+        num_seqs=len(lens), capacity=capacity, longest=capacity, programs=programs, width=width,
+        num_sms=slots, has_window=window is not None, own_windows=own_windows,
+    )  # fmt: skip
+    if max_cuts is not None:
+        problem = dataclasses.replace(problem, max_cuts=max_cuts)
     traced = None if window is None else np.array(window, np.int32)
     work = PLANNERS[planner](problem, PlanOperands(np.asarray(lens, np.int32), traced))
     assert (work.shape, work.dtype) == (problem.results[0].shape, np.int32)
     pieces, splits = rows(work, problem)
     expected = oracle.plan_page_attention(
-        lens, capacity=capacity, sliding_window=window, max_cuts=max_cuts, granule=GRANULE
+        lens, capacity=capacity, sliding_window=window, **machine_of(problem)
     )
     assert [tuple(row) for row in pieces] == expected[0]
     assert [tuple(row) for row in splits] == expected[1]
@@ -82,7 +97,7 @@ def check(planner, lens, *, capacity, window, max_cuts):
         # What this batch sees is in no piece too few.
         begins = [first, *(b for _, b, _, _ in own[1:])]
         assert first == n or all(b < n for b in begins)
-        rounded[seq] = -(-(min(own[0][2], n) - first) // GRANULE)
+        rounded[seq] = -(-(min(own[0][2], n) - first) // problem.granule)
         assert [i for i, *_ in own] == list(range(own[0][0], own[0][0] + len(own)))
         assert all((p == i) if len(own) > 1 else (p == -1) for i, _, _, p in own)
     assert {(s, f, c) for s, f, c in splits} == {
@@ -93,23 +108,28 @@ def check(planner, lens, *, capacity, window, max_cuts):
     return splits
 
 
-SIZES = ((1, 40), (3, 0), (3, 2), (3, 10), (17, 1), (17, 25), (65, 330), (300, 40))
+NUM_SEQS = (1, 2, 3, 17, 64, 65, 300)  # 65 and more are sorted
 
 
 @st.composite
 def batches(draw):
-    num_seqs, max_cuts = draw(st.sampled_from(SIZES))
-    capacity = draw(st.sampled_from((1, 127, 128, 129, 5000, 2**20, MAX_CAPACITY)))
+    num_seqs = draw(st.sampled_from(NUM_SEQS))
+    capacity = draw(st.sampled_from((5000, 2**16, 2**20, 1, 128, 129, 700, MAX_CAPACITY)))
     ordinary = st.integers(0, capacity)
     short = st.integers(0, max(1, capacity // 100))
-    one = draw(st.sampled_from((ordinary, ordinary | ANY_INT32, short, short | ANY_INT32)))
+    alike = st.just(draw(ordinary))
+    one = draw(st.sampled_from((ordinary, ordinary | ANY_INT32, short, short | ANY_INT32, alike)))
     lens = draw(arrays(np.int32, num_seqs, elements=one))
     if draw(st.booleans()):  # one that outweighs all others
         lens[draw(st.integers(0, num_seqs - 1))] = capacity
-    # What a cut has on average must fit in 32 bits, see the test below.
-    capacity = min(capacity, 2**34 * max(1, max_cuts) // num_seqs)
-    window = draw(st.none() | ANY_INT32 | st.integers(1, capacity))
-    return lens, dict(capacity=capacity, window=window, max_cuts=max_cuts)
+    return lens, {
+        "capacity": capacity,
+        "window": draw(st.none() | ANY_INT32 | st.integers(1, capacity)),
+        "slots": draw(st.sampled_from((132, 480, 80, 6, 1))),
+        "programs": draw(st.sampled_from((1, 2, 8, 32))),
+        "max_cuts": draw(st.sampled_from((None, None, None, 0, 1, 10))),
+        "width": draw(st.sampled_from((32, 128, 256, 1088))),
+    }
 
 
 @pytest.mark.slow
@@ -118,7 +138,7 @@ def test_a_plan_is_the_oracles(planner):
     cut = 0
 
     @hypothesis.seed(0)
-    @hypothesis.settings(max_examples=1000 if THOROUGH else 60)
+    @hypothesis.settings(max_examples=1000 if THOROUGH else 100)
     @hypothesis.given(batches())
     def holds(batch):
         nonlocal cut
@@ -136,13 +156,30 @@ def test_each_sequence_may_have_a_window_of_its_own(planner):
         lens = rng.integers(0, 2**16, num_seqs, np.int32)
         windows = rng.integers(1, 2**16, num_seqs, np.int32)
         windows[rng.random(num_seqs) < 0.2] = rng.choice([0, -1, -(2**31), 2**31 - 1])
-        cut += bool(check(planner, lens, capacity=2**16, window=windows, max_cuts=40))
+        cut += bool(check(planner, lens, capacity=2**16, window=windows, slots=40))
     assert cut > 1
 
 
-@pytest.mark.parametrize("planner", ["triton", "xla"])
-def test_totals_past_32_bits(planner):
-    check(planner, [2**31 - 1] * 200, capacity=MAX_CAPACITY, window=None, max_cuts=1)
+@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("num_seqs", [1, 64, 200, 1024, 1025])
+def test_the_longest_contexts_there_are(planner, num_seqs):
+    """Their costs stay in 32 bits: the more there may be, the coarser they are counted."""
+    check(
+        planner, [2**31 - 1] * num_seqs, capacity=MAX_CAPACITY, window=None, slots=480, programs=32
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_of_more_sequences_than_fit_in_a_tile(planner):
+    rng = np.random.default_rng(0)
+    lens = rng.integers(0, 2**12, 2100)
+    assert not check(planner, lens, capacity=2**16, window=None, slots=132)
+    lens[[3, 1000, 2000]] = 2**16
+    for slots in (132, 480):
+        assert len(check(planner, lens, capacity=2**16, window=None, slots=slots)) == 3
+    assert not check(planner, lens, capacity=2**16, window=None, slots=132, programs=8)
+    check(planner, lens, capacity=2**16, window=None, slots=480, max_cuts=1)
 
 
 SIZE = dict(num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, max_blocks=80)
@@ -161,9 +198,8 @@ def test_the_call_plans_for_the_backends_machine(machine, num_sms, dtype):
     assert (plan.problem.max_cuts == 0) == (num_sms == 1) and plan.problem.capacity == 1280
     clipped = [int(n) for n in np.clip(lens, 0, 1280)]
     expected = oracle.plan_page_attention(
-        clipped, capacity=1280, sliding_window=None, max_cuts=plan.problem.max_cuts,
-        granule=GRANULE,
-    )  # fmt: skip
+        clipped, capacity=1280, sliding_window=None, **machine_of(plan.problem)
+    )
     pieces, splits = rows(np.asarray(plan.work), plan.problem)
     assert ([tuple(r) for r in pieces], [tuple(r) for r in splits]) == expected
     assert bool(splits) == (num_sms == 100 and dtype != np.int8)  # of 127 tokens none is cut

@@ -9,7 +9,9 @@ from ejk._indices import count_up_to
 from ejk.backends.page_attention_plan import PlanBackend, PlanFacts, PlanOperands, PlanProblem
 from ejk.backends.xla._backend import XlaBackend
 
-VAST = 2**26
+# As in `ejk/backends/triton/page_attention/dealing.py`, which says what is computed here.
+PIECE_COST, SLACK, LEAST, SIZES, MOST_SEQS = 3, 8, 32, 8, 1024
+FAR = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +33,7 @@ class XlaPlan(XlaBackend, PlanBackend):
         if operands.sliding_window is not None:
             first = jnp.maximum(length - jnp.maximum(operands.sliding_window, 0), 0)
         granules = _ceil_div(length - first, problem.granule)
-        # In two digits: the sum of all lengths may exceed 32 bits.
-        cuts = max(problem.max_cuts, 1)
-        low, high = _sum(granules % cuts), _sum(granules // cuts)
-        high, low = high + low // cuts, low % cuts
-        # Near 32 bits or past them: more than any one context has, which is all that counts.
-        is_vast = jnp.sum(granules.astype(jnp.float32)) / cuts > VAST
-        high = jnp.where(is_vast, VAST, high)
-        chunk = high + _ceil_div(low, cuts)
-        # longest * denominator <= numerator * total / max_cuts, in whole numbers of 32 bits
-        numerator, denominator = problem.even_share
-        share = numerator * high + numerator * low // cuts
-        is_even = (granules.max() * denominator <= share) | (problem.max_cuts == 0)
-        chunk = jnp.maximum(jnp.where(is_even, granules.max(), chunk), 1)
-        pieces = jnp.where(granules > 2 * chunk, _ceil_div(granules, chunk), 1)
-        size = _ceil_div(granules, pieces)
-        pieces = jnp.maximum(_ceil_div(granules, jnp.maximum(size, 1)), 1)
+        pieces, size = in_pieces(problem, granules)
 
         seqs = jnp.argsort(-size, stable=True).astype(jnp.int32)
         pieces, size, first = (x[seqs] for x in (pieces, size, first))
@@ -67,6 +54,75 @@ class XlaPlan(XlaBackend, PlanBackend):
         splits = jnp.stack([seqs[split], place[split], pieces[split], unused], axis=1)
         counts = jnp.stack([_sum(pieces), _sum(pieces > 1), jnp.int32(0), jnp.int32(0)])
         return (jnp.concatenate([counts[None], rows, splits]),)
+
+
+def in_pieces(problem: PlanProblem, granules: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return in how many pieces each sequence is cut, and the granules of all but its last."""
+    pieces = jnp.ones_like(granules)
+    if problem.max_cuts:
+        cost = granules * problem.granule_cost + PIECE_COST
+        ideal = _ceil_div(_sum(cost) * problem.programs_per_piece, problem.slots)
+        cap = ideal + ideal // 24 + SLACK
+        if problem.num_seqs > MOST_SEQS:
+            fewest = _ceil_div(_sum(cost), problem.max_cuts * problem.granule_cost)
+            pieces = _parts(granules, jnp.maximum(_most_granules(problem, cap), fewest))
+        else:
+            pieces = _dealt_out(problem, granules, cost, cap)
+            cuts = _sum(pieces - 1)
+            fewer = 1 + (pieces - 1) * problem.max_cuts // jnp.maximum(cuts, 1)
+            pieces = jnp.where(cuts > problem.max_cuts, fewer, pieces)
+    size = _ceil_div(granules, pieces)
+    return _parts(granules, jnp.maximum(size, 1)), size
+
+
+def _dealt_out(
+    problem: PlanProblem, granules: jax.Array, cost: jax.Array, cap: jax.Array
+) -> jax.Array:
+    slots, programs = problem.slots, problem.programs_per_piece
+    pieces = _parts(granules, _most_granules(problem, cap))
+    longest = _ceil_div(granules, pieces).max()
+    order = jnp.argsort(-granules, stable=True)
+    work = jnp.zeros_like(cost).at[order].set(jnp.cumsum(cost[order]) - cost[order])
+    until = jnp.zeros_like(cost).at[order].set(programs * jnp.cumsum(pieces[order]))
+    wave = longest * problem.granule_cost + PIECE_COST
+    full_waves = jnp.int32(0)
+    if problem.num_seqs * programs > slots:
+        full_waves = (programs * _sum(pieces) - 1) // slots
+
+    # The last wave: of which size do its pieces end first?
+    is_last = until > full_waves * slots
+    early = programs * _sum(jnp.where(is_last, pieces, 0)) - (
+        programs * _sum(pieces) - full_waves * slots
+    )
+    share = _ceil_div(programs * _sum(jnp.where(is_last, cost, 0)), slots)
+    tried = jnp.arange(SIZES, dtype=jnp.int32)
+    most = _most_granules(problem, share + share * tried // SIZES)
+    most = jnp.where(tried == SIZES - 1, jnp.maximum(longest, 1), most)
+    last = jnp.where(is_last, granules, 0)[:, None]
+    each = jnp.where(is_last[:, None], _parts(last, most[None, :]), 0)  # [num_seqs, SIZES]
+    running = programs * jnp.sum(each, 0, dtype=jnp.int32) - early
+    largest = _ceil_div(last, jnp.maximum(each, 1)).max(0)
+    ends = (largest * problem.granule_cost + PIECE_COST) * jnp.maximum(running, slots * 4 // 7)
+    in_time = (running <= slots) & (ends <= (cap - full_waves * wave) * slots)
+    ends = jnp.where(jnp.sum(each, 0, dtype=jnp.int32) == _sum(is_last), 0, ends)
+    first = jnp.where(in_time, ends, FAR).min()
+    most = jnp.where(in_time & (ends == first), most, FAR).min()
+    in_waves = jnp.where(is_last, _parts(granules, most), pieces)
+
+    # No waves: by the time that is left.
+    start = jnp.minimum(_ceil_div(work * programs, slots), (until - 1) // slots * wave)
+    least = jnp.maximum(jnp.minimum(cap, LEAST) // problem.granule_cost, 1)
+    most = jnp.maximum(_most_granules(problem, cap - start), least)
+    by_time = jnp.where(start + cost <= cap, 1, _parts(granules, most))
+    return jnp.where(first < FAR, in_waves, by_time)
+
+
+def _most_granules(problem: PlanProblem, cost: jax.Array) -> jax.Array:
+    return jnp.maximum((cost - PIECE_COST) // problem.granule_cost, 1)
+
+
+def _parts(granules: jax.Array, most: jax.Array) -> jax.Array:
+    return jnp.maximum(_ceil_div(granules, most), 1)
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ejk._indices import is_static, least
+from ejk._indices import Size, is_static, least
 from ejk.backends.gpu import H100, Target
 from ejk.backends.page_attention_plan import (
     PlanBackend,
@@ -12,14 +12,20 @@ from ejk.backends.page_attention_plan import (
     PlanProblem,
 )
 from ejk.backends.triton._backend import Call, TritonBackend
-from ejk.backends.triton._sizes import EVEN_SHARE, GRANULE, choose_cuts, programs_per_piece
+from ejk.backends.triton._sizes import GRANULE, power_of_two, programs_per_piece
 
-# Sequences of a program, sequences that it compares them with at a time, warps. All at a time is
-# best, and few to a program: its code has to be fetched from memory once a step. On an H100, of
-# seven shapes, 3.4 us for 256 sequences (6.0 with 16, 64, 4) and 5.9 for 1,024 (21.0).
+# Sequences of a program and warps, up to so many sequences. Few to a program: its code has to be
+# fetched from memory once a step.
 FEW_SEQS = 256
-BLOCKS_OF_FEW = (2, 256, 4)
-BLOCKS_OF_MANY = (4, 1024, 8)
+BLOCKS_OF_FEW = (2, 4)
+BLOCKS_OF_MANY = (4, 8)
+# Sequences that are dealt out with each other in mind. Of more, which make many waves, only those
+# are cut that outlast the rest.
+MOST_SEQS = 1024
+# Cuts of a batch, in those that would fill the machine once. The rule takes up to 1.9.
+CUTS_PER_SLOT = 2
+# Costs of a batch are below it, so that their products stay in 32 bits.
+VAST = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +53,15 @@ class TritonPlan(TritonBackend, PlanBackend):
 
     def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
         group = facts.num_heads // facts.num_kv_heads
-        programs = programs_per_piece(facts.num_kv_heads, group, value_head_dim)
         window, capacity = facts.sliding_window, facts.capacity
-        longest = least(capacity, window) if isinstance(window, int) else capacity
-        max_cuts = 0
-        # Kernels, which alone read a plan, want sizes that are static.
-        if is_static(facts.num_seqs) and is_static(capacity):
-            # More or fewer pieces than its processors want cost a little speed, nothing else.
-            num_sms = self.num_sms or H100["num_sms"]
-            max_cuts = choose_cuts(num_sms, facts.num_seqs, programs, longest)
-        return PlanProblem(
+        return own_plan(
             num_seqs=facts.num_seqs,
             capacity=capacity,
+            longest=least(capacity, window) if isinstance(window, int) else capacity,
+            programs=programs_per_piece(facts.num_kv_heads, group, value_head_dim),
+            width=facts.head_dim + value_head_dim,
+            num_sms=self.num_sms or H100["num_sms"],
             has_window=window is not None,
-            max_cuts=max_cuts,
-            granule=GRANULE,
-            even_share=EVEN_SHARE,
         )
 
     def run_on(
@@ -71,12 +70,51 @@ class TritonPlan(TritonBackend, PlanBackend):
         return run_plan(problem, operands, call)
 
 
+def own_plan(
+    *,
+    num_seqs: Size,
+    capacity: Size,
+    longest: Size,
+    programs: int,
+    width: int,
+    num_sms: int,
+    has_window: bool,
+    own_windows: bool = False,
+) -> PlanProblem:
+    """Return the plan of a batch whose contexts show up to `longest` tokens of `width` elements.
+
+    A multiprocessor runs one program at a time: the blocks of `blocks.py` leave no room for a
+    second. What is not known, as the width of an element, costs a little speed, nothing else.
+    """
+    problem = PlanProblem(
+        num_seqs=num_seqs,
+        capacity=capacity,
+        has_window=has_window,
+        max_cuts=0,
+        granule=GRANULE,
+        own_windows=own_windows,
+        slots=num_sms,
+        programs_per_piece=programs,
+        granule_cost=max(1, width * 8 // 256),
+    )
+    # Kernels, which alone read a plan, want sizes that are static.
+    if not (is_static(num_seqs) and is_static(capacity)):
+        return problem
+    # Many short contexts share multiprocessors, see `choose_blocks`, and one is soon done.
+    if num_seqs * programs >= 4 * num_sms and longest <= 8 * GRANULE:
+        return problem
+    granule = GRANULE
+    while -(-capacity // granule) * problem.granule_cost * max(num_seqs * programs, num_sms) > VAST:
+        granule *= 2
+    cuts = min(-(-CUTS_PER_SLOT * num_sms // programs), num_seqs * (-(-longest // granule) - 1))
+    return dataclasses.replace(problem, granule=granule, max_cuts=max(0, cuts))
+
+
 def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[Any, ...]:
     """Launch the kernel."""
     from ejk.backends.triton.page_attention.plan_kernel import page_attention_plan_kernel
 
-    few = problem.num_seqs <= FEW_SEQS
-    block_seqs, block_others, num_warps = BLOCKS_OF_FEW if few else BLOCKS_OF_MANY
+    block_seqs, num_warps = BLOCKS_OF_FEW if problem.num_seqs <= FEW_SEQS else BLOCKS_OF_MANY
     return call(
         page_attention_plan_kernel,
         {
@@ -84,23 +122,31 @@ def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[
             "sliding_window_ptr": operands.sliding_window,
         },
         {"work_ptr": problem.results[0]},
-        plan_constants(problem, block_seqs, block_others),
+        plan_constants(problem, block_seqs),
         grid=-(-problem.num_seqs // block_seqs),
         num_warps=num_warps,
         num_stages=1,
     )
 
 
-def plan_constants(problem: PlanProblem, block_seqs: int, block_others: int) -> dict[str, Any]:
+def plan_constants(problem: PlanProblem, block_seqs: int) -> dict[str, Any]:
     return {
         "NUM_SEQS": problem.num_seqs,
         "CAPACITY": problem.capacity,
-        "MAX_CUTS": problem.max_cuts,
-        "EVEN_NUMERATOR": problem.even_share[0],
-        "EVEN_DENOMINATOR": problem.even_share[1],
         "stride_window_seq": int(problem.own_windows),
         "HAS_WINDOW": problem.has_window,
-        "GRANULE": problem.granule,
+        **dealing_constants(problem),
         "BLOCK_SEQS": block_seqs,
-        "BLOCK_OTHERS": block_others,
+        "BLOCK_OTHERS": min(MOST_SEQS, power_of_two(max(2, problem.num_seqs))),
+    }
+
+
+def dealing_constants(plan: PlanProblem) -> dict[str, Any]:
+    """Return how a batch is dealt out, as every kernel takes it that does so."""
+    return {
+        "MAX_CUTS": plan.max_cuts,
+        "SLOTS": plan.slots,
+        "PROGRAMS": plan.programs_per_piece,
+        "GRANULE_COST": plan.granule_cost,
+        "GRANULE": plan.granule,
     }

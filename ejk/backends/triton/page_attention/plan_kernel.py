@@ -1,18 +1,18 @@
-"""Deals out a batch of contexts in pieces of about equal length.
+"""Writes how a batch is dealt out, as `dealing.py` says.
 
 Grid: blocks of `BLOCK_SEQS` sequences. Every program reads all lengths and finds where its own
-sequences' pieces go, so that no program waits for another. With `c_s` the granules (`GRANULE`
-tokens) that sequence `s` sees:
+sequences' pieces go, so that no program waits for another: `place_s` is the sum of the pieces over
+the sequences with larger pieces, or with the same and a lower index.
 
-    chunk = max(c) if that is about a fair share, else ceil(sum(c) / MAX_CUTS)
-    pieces_s = ceil(c_s / chunk) if c_s > 2 * chunk else 1;  size_s = ceil(c_s / pieces_s)
-    place_s = sum of pieces over the sequences with larger pieces, or the same and a lower index
+Up to 64 sequences are compared with each other, up to `BLOCK_OTHERS` are sorted. Of more, which do
+not fit in one tile, those are cut that outlast the cap:
+
+    pieces_s = ceil(c_s / most);  size_s = ceil(c_s / pieces_s)
 
 Longest pieces first: what starts last is then short, and no processor is left with much to do
 when the others are done.
 
-Source: Graham (1969), longest processing time first; work lists made once a step after FlashInfer
-(Ye et al., 2025, arXiv:2501.01005).
+Source: work lists made once a step after FlashInfer (Ye et al., 2025, arXiv:2501.01005).
 """
 
 import typing
@@ -20,7 +20,17 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._planning import context_length, cut, longest_piece
+from ejk.backends.triton._planning import context_length
+from ejk.backends.triton.page_attention.dealing import (
+    PIECE_COST,
+    capped,
+    in_pieces,
+    is_ahead,
+    most_granules,
+    parts,
+)
+
+FEW = tl.constexpr(64)
 
 
 @triton.jit
@@ -35,8 +45,9 @@ def page_attention_plan_kernel(
     NUM_SEQS: tl.constexpr,
     CAPACITY: tl.constexpr,
     MAX_CUTS: tl.constexpr,
-    EVEN_NUMERATOR: tl.constexpr,
-    EVEN_DENOMINATOR: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    GRANULE_COST: tl.constexpr,
     # strides
     stride_window_seq: tl.constexpr,  # 0 for one window
     # features
@@ -53,29 +64,35 @@ def page_attention_plan_kernel(
         window = tl.load(sliding_window_ptr)
 
     # Load once: how much there is in all, and so how long a piece may be.
-    total = tl.zeros([1], tl.int64)
-    longest = 0
-    for start in range(0, NUM_SEQS, BLOCK_OTHERS):
-        others = start + tl.arange(0, BLOCK_OTHERS)
-        first, length = _visible(
-            context_lens_ptr, sliding_window_ptr, others, window, NUM_SEQS, CAPACITY,
-            stride_window_seq,
-        )  # fmt: skip
-        granules = tl.cdiv(length - first, GRANULE)
-        total += tl.sum(granules.to(tl.int64), 0)
-        longest = tl.maximum(longest, tl.max(granules, 0))
-    chunk = longest_piece(total, longest, MAX_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR, CAPACITY)
+    IS_TILE: tl.constexpr = NUM_SEQS <= BLOCK_OTHERS
+    most = CAPACITY
+    if MAX_CUTS > 0 and not IS_TILE:
+        total = 0
+        for start in range(0, NUM_SEQS, BLOCK_OTHERS):
+            others = start + tl.arange(0, BLOCK_OTHERS)
+            first, length = _visible(
+                context_lens_ptr, sliding_window_ptr, others, window, NUM_SEQS, CAPACITY,
+                stride_window_seq,
+            )  # fmt: skip
+            total += tl.sum(tl.cdiv(length - first, GRANULE), 0) * GRANULE_COST
+        total += NUM_SEQS * PIECE_COST
+        most = most_granules(capped(total, SLOTS, PROGRAMS), GRANULE_COST)
+        most = tl.maximum(most, tl.cdiv(total, MAX_CUTS * GRANULE_COST))
     first, length = _visible(
         context_lens_ptr, sliding_window_ptr, seqs, window, NUM_SEQS, CAPACITY, stride_window_seq
     )
-    pieces, size = cut(tl.cdiv(length - first, GRANULE), chunk)
-    pieces = tl.where(seqs < NUM_SEQS, pieces, 0)
+    granules = tl.cdiv(length - first, GRANULE)
 
-    # Loop over all sequences: whose pieces come before mine?
+    # Loop over all sequences: in how many pieces are they, and whose come before mine?
+    pieces = tl.zeros([BLOCK_SEQS], tl.int32)
+    size = tl.zeros([BLOCK_SEQS], tl.int32)
     place = tl.zeros([BLOCK_SEQS], tl.int32)
     split = tl.zeros([BLOCK_SEQS], tl.int32)
     num_pieces = 0
     num_splits = 0
+    if not IS_TILE:
+        pieces = tl.where(seqs < NUM_SEQS, parts(granules, most), 0)
+        size = tl.cdiv(granules, tl.maximum(pieces, 1))
     for start in range(0, NUM_SEQS, BLOCK_OTHERS):
         others = start + tl.arange(0, BLOCK_OTHERS)
         other_first, other_length = _visible(
@@ -83,14 +100,26 @@ def page_attention_plan_kernel(
             stride_window_seq,
         )  # fmt: skip
         other_granules = tl.cdiv(other_length - other_first, GRANULE)
-        other_pieces, other_size = cut(other_granules, chunk)
-        other_pieces = tl.where(others < NUM_SEQS, other_pieces, 0)
+        if IS_TILE:
+            if NUM_SEQS > FEW:
+                keys = other_granules * BLOCK_OTHERS + BLOCK_OTHERS - 1 - others
+                keys = tl.sort(keys, descending=True)
+                other_granules = keys // BLOCK_OTHERS
+                others = BLOCK_OTHERS - 1 - keys % BLOCK_OTHERS
+            other_pieces, other_size = in_pieces(
+                other_granules, others, NUM_SEQS, MAX_CUTS, SLOTS, PROGRAMS, GRANULE_COST,
+                NUM_SEQS > FEW,
+            )  # fmt: skip
+            is_own = others[None, :] == seqs[:, None]  # [BLOCK_SEQS, BLOCK_OTHERS]
+            pieces = tl.sum(tl.where(is_own, other_pieces[None, :], 0), 1)
+            size = tl.sum(tl.where(is_own, other_size[None, :], 0), 1)
+        else:
+            other_pieces = tl.where(others < NUM_SEQS, parts(other_granules, most), 0)
+            other_size = tl.cdiv(other_granules, tl.maximum(other_pieces, 1))
         other_split = (other_pieces > 1).to(tl.int32)
-        before = (other_size[None, :] > size[:, None]) | (
-            (other_size[None, :] == size[:, None]) & (others[None, :] < seqs[:, None])
-        )  # [BLOCK_SEQS, BLOCK_OTHERS]
-        place += tl.sum(tl.where(before, other_pieces[None, :], 0), 1)
-        split += tl.sum(tl.where(before, other_split[None, :], 0), 1)
+        ahead = is_ahead(size, seqs, other_size, others)
+        place += tl.sum(tl.where(ahead, other_pieces[None, :], 0), 1)
+        split += tl.sum(tl.where(ahead, other_split[None, :], 0), 1)
         num_pieces += tl.sum(other_pieces, 0)
         num_splits += tl.sum(other_split, 0)
 

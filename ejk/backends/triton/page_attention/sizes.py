@@ -10,9 +10,7 @@ from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import (
-    EVEN_SHARE,
     GRANULE,
-    choose_cuts,
     combined_parts,
     feature_constants,
     power_of_two,
@@ -22,6 +20,7 @@ from ejk.backends.triton._sizes import (
     width_constants,
 )
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning, choose_blocks
+from ejk.backends.triton.page_attention.plan import own_plan
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
 
@@ -61,15 +60,15 @@ class Sizes:
             return cls(blocks)
         programs = _programs_per_piece(problem)
         if problem.num_seqs > 1:
-            cuts = choose_cuts(target.num_sms, problem.num_seqs, programs, problem.visible_bound)
-            own = PlanProblem(
-                problem.num_seqs,
-                problem.capacity,
-                problem.has_window,
-                cuts,
-                GRANULE,
+            own = own_plan(
+                num_seqs=problem.num_seqs,
+                capacity=problem.capacity,
+                longest=problem.visible_bound,
+                programs=programs,
+                width=problem.head_dim + problem.value_head_dim,
+                num_sms=target.num_sms,
+                has_window=problem.has_window,
                 own_windows=problem.own_windows,
-                even_share=EVEN_SHARE,
             )
             return cls(blocks, num_splits=0, plan=problem.plan or own)
         # One program a multiprocessor: of 16, 24, 33 and 49 parts of one context of 131,072 tokens

@@ -1,0 +1,151 @@
+"""Deals out a batch so that the last multiprocessor ends soon after the average one.
+
+A cost is a time on a machine whose slots are all busy, in eighths of what 128 tokens of head
+dimension 128 in 16 bits take (0.35 us on an H100). With `c_s` the granules that sequence `s` sees,
+and the longest first:
+
+    cost_s = GRANULE_COST * c_s + PIECE_COST
+    ideal = PROGRAMS * sum(cost) / SLOTS;  cap = ideal + ideal / 24 + SLACK
+
+1. No piece may outlast the cap, which takes `pieces_s = ceil(c_s / most)` of `most` granules or
+   less. They start in waves of `SLOTS` programs, each as long as its longest piece.
+2. The last wave, or a batch of one wave, is cut anew if it can end by the cap so: whole if
+   possible, else in pieces of the size that ends first. Half empty it is as fast as full: a
+   multiprocessor that has memory to itself reads 1.8 times its share.
+3. Else the lengths differ too much for waves. Sequence `s` starts when the work before it is done,
+
+       start_s = min(PROGRAMS * sum(cost before s) / SLOTS, waves before s * a wave)
+
+   and stays whole if it ends by the cap; if not, it is cut in equal pieces that would. So what
+   starts late is cut finely, down to `LEAST`.
+
+Then the pieces start with the longest. Each division is that of whole numbers, rounded as the code
+shows, since every backend of the plan must agree.
+
+Source: Graham (1969), longest processing time first; pieces that shrink with the work that is left
+after guided self-scheduling (Polychronopoulos and Kuck, 1987).
+"""
+
+import typing
+
+import triton
+import triton.language as tl
+
+PIECE_COST = tl.constexpr(3)  # to start a program, and to write its part
+SLACK = tl.constexpr(8)  # to combine parts: where cutting gains less, nothing is cut
+LEAST = tl.constexpr(32)  # of a piece of the tail
+SIZES = tl.constexpr(8)  # that are tried for the last wave
+FAR = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+@typing.no_type_check
+def deal(
+    granules,  # int32 [BLOCK]: all sequences of the batch, 0 past the last
+    seqs,  # int32 [BLOCK]
+    NUM_SEQS: tl.constexpr,
+    MAX_CUTS: tl.constexpr,  # 0: every context is whole
+    SLOTS: tl.constexpr,  # programs that run at a time
+    PROGRAMS: tl.constexpr,  # of a piece
+    GRANULE_COST: tl.constexpr,
+):
+    """Return each sequence's pieces, their size, the first one's place, and its place of those cut.
+
+    `[BLOCK, BLOCK]` comparisons: for few sequences.
+    """
+    pieces, size = in_pieces(
+        granules, seqs, NUM_SEQS, MAX_CUTS, SLOTS, PROGRAMS, GRANULE_COST, False
+    )
+    ahead = is_ahead(size, seqs, size, seqs)
+    place = tl.sum(tl.where(ahead, pieces[None, :], 0), 1)
+    split = tl.sum(tl.where(ahead & (pieces > 1)[None, :], 1, 0), 1)
+    return pieces, size, place, split
+
+
+@triton.jit
+@typing.no_type_check
+def is_ahead(size, seqs, other_size, others):
+    """Say who starts before whom, `[seqs, others]`: the larger, of equals the first."""
+    is_same = other_size[None, :] == size[:, None]
+    return (other_size[None, :] > size[:, None]) | (is_same & (others[None, :] < seqs[:, None]))
+
+
+@triton.jit
+@typing.no_type_check
+def in_pieces(
+    granules, seqs, NUM_SEQS: tl.constexpr, MAX_CUTS: tl.constexpr, SLOTS: tl.constexpr,
+    PROGRAMS: tl.constexpr, GRANULE_COST: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    """Return in how many pieces each sequence is cut, and the granules of all but its last."""
+    exists = seqs < NUM_SEQS
+    pieces = tl.where(exists, 1, 0)
+    if MAX_CUTS > 0:
+        cost = tl.where(exists, granules * GRANULE_COST + PIECE_COST, 0)
+        cap = capped(tl.sum(cost, 0), SLOTS, PROGRAMS)
+        pieces = tl.where(exists, parts(granules, most_granules(cap, GRANULE_COST)), 0)
+        longest = tl.max(tl.cdiv(granules, tl.maximum(pieces, 1)), 0)
+        work, begun = cost, pieces
+        if SORTED:
+            work = tl.cumsum(cost, 0) - cost
+            begun = tl.cumsum(pieces, 0)
+        else:
+            ahead = is_ahead(granules, seqs, granules, seqs)
+            work = tl.sum(tl.where(ahead, cost[None, :], 0), 1)
+            begun = pieces + tl.sum(tl.where(ahead, pieces[None, :], 0), 1)
+        wave = longest * GRANULE_COST + PIECE_COST
+        programs = PROGRAMS * tl.sum(pieces, 0)
+        full_waves = 0 if NUM_SEQS * PROGRAMS <= SLOTS else (programs - 1) // SLOTS
+        is_last = exists & (PROGRAMS * begun > full_waves * SLOTS)
+
+        # The last wave: of which size do its pieces end first?
+        last = tl.where(is_last, granules, 0)
+        last_programs = PROGRAMS * tl.sum(tl.where(is_last, pieces, 0), 0)
+        early = last_programs - (programs - full_waves * SLOTS)  # they start a wave before
+        share = tl.cdiv(PROGRAMS * tl.sum(tl.where(is_last, cost, 0), 0), SLOTS)
+        tried = tl.arange(0, SIZES)
+        most = most_granules(share + share * tried // SIZES, GRANULE_COST)
+        most = tl.where(tried == SIZES - 1, tl.maximum(longest, 1), most)
+        each = tl.where(is_last[:, None], parts(last[:, None], most[None, :]), 0)
+        largest = tl.max(tl.cdiv(last[:, None], tl.maximum(each, 1)), 0)
+        programs = PROGRAMS * tl.sum(each, 0) - early
+        ends = (largest * GRANULE_COST + PIECE_COST) * tl.maximum(programs, SLOTS * 4 // 7)
+        is_whole = tl.sum(each, 0) == tl.sum(tl.where(is_last, 1, 0), 0)
+        in_time = (programs <= SLOTS) & (ends <= (cap - full_waves * wave) * SLOTS)
+        ends = tl.where(in_time, tl.where(is_whole, 0, ends), FAR)
+        first = tl.min(ends, 0)
+        most = tl.min(tl.where(ends == first, most, FAR), 0)
+        in_waves = tl.where(is_last, parts(granules, most), pieces)
+
+        # No waves: by the time that is left.
+        start = tl.minimum(tl.cdiv(work * PROGRAMS, SLOTS), (PROGRAMS * begun - 1) // SLOTS * wave)
+        least = tl.maximum(tl.minimum(cap, LEAST) // GRANULE_COST, 1)
+        most = tl.maximum(most_granules(cap - start, GRANULE_COST), least)
+        in_time = tl.where(start + cost <= cap, 1, parts(granules, most))
+        pieces = tl.where(exists, tl.where(first < FAR, in_waves, in_time), 0)
+        cuts = tl.sum(tl.where(exists, pieces - 1, 0), 0)
+        fewer = 1 + (pieces - 1) * MAX_CUTS // tl.maximum(cuts, 1)
+        pieces = tl.where(exists & (cuts > MAX_CUTS), fewer, pieces)
+    size = tl.cdiv(granules, tl.maximum(pieces, 1))
+    return tl.where(exists, parts(granules, tl.maximum(size, 1)), 0), size
+
+
+@triton.jit
+@typing.no_type_check
+def capped(total, SLOTS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Return when all should be done, of work that costs `total`."""
+    ideal = tl.cdiv(total * PROGRAMS, SLOTS)
+    return ideal + ideal // 24 + SLACK
+
+
+@triton.jit
+@typing.no_type_check
+def most_granules(cost, GRANULE_COST: tl.constexpr):
+    """Return the most granules of a piece that costs no more; one at least."""
+    return tl.maximum((cost - PIECE_COST) // GRANULE_COST, 1)
+
+
+@triton.jit
+@typing.no_type_check
+def parts(granules, most):
+    """Return the fewest pieces of at most so many granules; of nothing there is one, too."""
+    return tl.maximum(tl.cdiv(granules, most), 1)
