@@ -262,7 +262,7 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
 
     total = sum(map(cost_of, granules))
     ideal = ceil_div(total * programs, slots)
-    cap = ideal + ideal // 24 + 8
+    cap = ideal + ideal // 24 + 12
     if len(granules) > 1024:
         least = max(1, (cap - 3) // granule_cost, ceil_div(total, max_cuts * granule_cost))
         return [max(1, ceil_div(count, least)) for count in granules]
@@ -286,12 +286,15 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
     best = None
     for cost in costs:
         each = {seq: parts(granules[seq], cost) for seq in last}
-        size = max(ceil_div(granules[seq], each[seq]) for seq in last)
-        running = sum(each.values()) * programs - early
-        end = cost_of(size) * max(running, slots * 4 // 7)
+        sizes = {seq: ceil_div(granules[seq], each[seq]) for seq in last}
+        size = max(sizes.values())
+        large = sum(each[seq] for seq in last if sizes[seq] * 8 > size)  # small ones fill gaps
+        running = large * programs - early
+        is_whole = all(count == 1 for count in each.values())
+        enough = slots * 4 // 7 if is_whole else slots * 3 // 4
+        end = max(cost_of(size) * max(running, enough), share * slots)
         if running <= slots and end <= (cap - full_waves * wave) * slots:
-            if all(count == 1 for count in each.values()):
-                end = 0
+            end = 0 if is_whole else end
             if best is None or end < best[0]:
                 best = end, each
     if best:
@@ -300,7 +303,7 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
         for seq, count in enumerate(granules):
             waves = (until[seq] - 1) // slots * wave
             left = cap - min(ceil_div(work[seq] * programs, slots), waves)
-            least = max(1, min(cap, 32) // granule_cost)
+            least = max(1, min(cap, 24) // granule_cost)
             limit = max(least * granule_cost + 3, left)
             pieces[seq] = 1 if cost_of(count) <= left else parts(count, limit)
     cuts = sum(pieces) - len(pieces)
