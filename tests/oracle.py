@@ -282,18 +282,20 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
     last = [seq for seq in order if until[seq] > full_waves * slots]
     early = sum(pieces[seq] * programs for seq in last) - (done[1] - full_waves * slots)
     share = ceil_div(sum(cost_of(granules[seq]) for seq in last) * programs, slots)
-    costs = [share + share * i // 8 for i in range(7)] + [wave]
+    costs = [share * 6 // (3 + i) for i in range(7)] + [wave]
     best = None
     for cost in costs:
         each = {seq: parts(granules[seq], cost) for seq in last}
         sizes = {seq: ceil_div(granules[seq], each[seq]) for seq in last}
         size = max(sizes.values())
-        large = sum(each[seq] for seq in last if sizes[seq] * 8 > size)  # small ones fill gaps
-        running = large * programs - early
+        large = sum(each[seq] for seq in last if sizes[seq] * 4 > size)  # small ones fill gaps
+        running = max(0, large * programs - early)
         is_whole = all(count == 1 for count in each.values())
         enough = slots * 4 // 7 if is_whole else slots * 3 // 4
-        end = max(cost_of(size) * max(running, enough), share * slots)
-        if running <= slots and end <= (cap - full_waves * wave) * slots:
+        rest = running % slots
+        busy = running - rest + (max(rest, enough) if rest else 0)
+        end = max(cost_of(size) * busy, share * slots)
+        if end <= (cap - full_waves * wave) * slots:
             end = 0 if is_whole else end
             if best is None or end < best[0]:
                 best = end, each

@@ -138,7 +138,7 @@ def test_a_plan_is_the_oracles(planner):
     cut = 0
 
     @hypothesis.seed(0)
-    @hypothesis.settings(max_examples=1000 if THOROUGH else 100)
+    @hypothesis.settings(max_examples=1000 if THOROUGH else 60)
     @hypothesis.given(batches())
     def holds(batch):
         nonlocal cut
@@ -173,9 +173,9 @@ def test_the_longest_contexts_there_are(planner, num_seqs):
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_of_more_sequences_than_fit_in_a_tile(planner):
     rng = np.random.default_rng(0)
-    lens = rng.integers(0, 2**12, 2100)
+    lens = rng.integers(0, 2**12, 1100)
     assert not check(planner, lens, capacity=2**16, window=None, slots=132)
-    lens[[3, 1000, 2000]] = 2**16
+    lens[[3, 500, 1050]] = 2**16
     for slots in (132, 480):
         assert len(check(planner, lens, capacity=2**16, window=None, slots=slots)) == 3
     assert not check(planner, lens, capacity=2**16, window=None, slots=132, programs=8)
@@ -194,7 +194,7 @@ def test_the_call_plans_for_the_backends_machine(machine, num_sms, dtype):
     """Four sequences are plenty for one processor, few for a hundred. Any dtype, clipped."""
     backend = ejk.TritonPageAttention(**machine, num_sms=num_sms)
     lens = np.array([100, np.iinfo(dtype).max, 0, np.iinfo(dtype).min], dtype)
-    plan = ejk.plan_page_attention(lens, **SIZE, backend=backend)
+    plan = ejk.plan_page_attention(lens, **SIZE | {"head_dim": 128}, backend=backend)
     assert plan.problem.slots == num_sms and plan.problem.capacity == 1280
     clipped = [int(n) for n in np.clip(lens, 0, 1280)]
     expected = oracle.plan_page_attention(

@@ -10,7 +10,7 @@ from ejk.backends.page_attention_plan import PlanBackend, PlanFacts, PlanOperand
 from ejk.backends.xla._backend import XlaBackend
 
 # As in `ejk/backends/triton/page_attention/dealing.py`, which says what is computed here.
-PIECE_COST, SLACK, LEAST, SIZES, SMALL, MOST_SEQS = 3, 12, 24, 8, 8, 1024
+PIECE_COST, SLACK, LEAST, SIZES, SMALL, MOST_SEQS = 3, 12, 24, 8, 4, 1024
 FAR = 2**31 - 1
 
 
@@ -96,19 +96,21 @@ def _dealt_out(
     )
     share = _ceil_div(programs * _sum(jnp.where(is_last, cost, 0)), slots)
     tried = jnp.arange(SIZES, dtype=jnp.int32)
-    most = _most_granules(problem, share + share * tried // SIZES)
+    most = _most_granules(problem, share * 6 // (3 + tried))
     most = jnp.where(tried == SIZES - 1, jnp.maximum(longest, 1), most)
     last = jnp.where(is_last, granules, 0)[:, None]
     each = jnp.where(is_last[:, None], _parts(last, most[None, :]), 0)  # [num_seqs, SIZES]
     sizes = _ceil_div(last, jnp.maximum(each, 1))
     largest = sizes.max(0)
     counted = jnp.where(sizes * SMALL > largest[None, :], each, 0)
-    running = programs * jnp.sum(counted, 0, dtype=jnp.int32) - early
+    running = jnp.maximum(programs * jnp.sum(counted, 0, dtype=jnp.int32) - early, 0)
     is_whole = jnp.sum(each, 0, dtype=jnp.int32) == _sum(is_last)
     enough = jnp.where(is_whole, slots * 4 // 7, slots * 3 // 4)
-    ends = (largest * problem.granule_cost + PIECE_COST) * jnp.maximum(running, enough)
+    rest = running % slots
+    busy = running - rest + jnp.where(rest > 0, jnp.maximum(rest, enough), 0)
+    ends = (largest * problem.granule_cost + PIECE_COST) * busy
     ends = jnp.maximum(ends, share * slots)
-    in_time = (running <= slots) & (ends <= (cap - full_waves * wave) * slots)
+    in_time = ends <= (cap - full_waves * wave) * slots
     ends = jnp.where(is_whole, 0, ends)
     first = jnp.where(in_time, ends, FAR).min()
     most = jnp.where(in_time & (ends == first), most, FAR).min()

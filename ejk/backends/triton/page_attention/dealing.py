@@ -35,7 +35,7 @@ PIECE_COST = tl.constexpr(3)  # to start a program, and to write its part
 SLACK = tl.constexpr(12)  # to combine parts: where cutting gains less, nothing is cut
 LEAST = tl.constexpr(24)  # of a piece of the tail
 SIZES = tl.constexpr(8)  # that are tried for the last wave
-SMALL = tl.constexpr(8)  # that share of the largest piece is
+SMALL = tl.constexpr(4)  # that share of the largest piece is
 FAR = tl.constexpr(2**31 - 1)
 
 
@@ -104,19 +104,20 @@ def in_pieces(
         early = last_programs - (programs - full_waves * SLOTS)  # they start a wave before
         share = tl.cdiv(PROGRAMS * tl.sum(tl.where(is_last, cost, 0), 0), SLOTS)
         tried = tl.arange(0, SIZES)
-        most = most_granules(share + share * tried // SIZES, GRANULE_COST)
+        most = most_granules(share * 6 // (3 + tried), GRANULE_COST)
         most = tl.where(tried == SIZES - 1, tl.maximum(longest, 1), most)
         each = tl.where(is_last[:, None], parts(last[:, None], most[None, :]), 0)
         sizes = tl.cdiv(last[:, None], tl.maximum(each, 1))
         largest = tl.max(sizes, 0)
         # Small pieces fill what gaps there are.
         counted = tl.sum(tl.where(sizes * SMALL > largest[None, :], each, 0), 0)
-        programs = PROGRAMS * counted - early
+        programs = tl.maximum(PROGRAMS * counted - early, 0)
         is_whole = tl.sum(each, 0) == tl.sum(tl.where(is_last, 1, 0), 0)
         enough = tl.where(is_whole, SLOTS * 4 // 7, SLOTS * 3 // 4)
-        ends = (largest * GRANULE_COST + PIECE_COST) * tl.maximum(programs, enough)
-        ends = tl.maximum(ends, share * SLOTS)
-        in_time = (programs <= SLOTS) & (ends <= (cap - full_waves * wave) * SLOTS)
+        rest = programs % SLOTS
+        busy = programs - rest + tl.where(rest > 0, tl.maximum(rest, enough), 0)
+        ends = tl.maximum((largest * GRANULE_COST + PIECE_COST) * busy, share * SLOTS)
+        in_time = ends <= (cap - full_waves * wave) * SLOTS
         ends = tl.where(in_time, tl.where(is_whole, 0, ends), FAR)
         first = tl.min(ends, 0)
         most = tl.min(tl.where(ends == first, most, FAR), 0)

@@ -110,7 +110,8 @@ def own_plan(
     if is_soon_done or fills_waves:
         return problem
     granule = GRANULE
-    while -(-capacity // granule) * problem.granule_cost * max(num_seqs * programs, num_sms) > VAST:
+    most = max(num_sms, num_seqs * programs * 2 // min(2, num_sms))
+    while -(-capacity // granule) * problem.granule_cost * most > VAST:
         granule *= 2
     cuts = min(-(-CUTS_PER_SLOT * num_sms // programs), num_seqs * (-(-longest // granule) - 1))
     return dataclasses.replace(problem, granule=granule, max_cuts=max(0, cuts))

@@ -5,7 +5,7 @@ sequences' pieces go, so that no program waits for another: `place_s` is the sum
 the sequences with larger pieces, or with the same and a lower index.
 
 Up to 64 sequences are compared with each other, up to `BLOCK_OTHERS` are sorted. Of more, which do
-not fit in one tile, those are cut that outlast the cap:
+not fit in one tile, only those are cut that outlast the cap:
 
     pieces_s = ceil(c_s / most);  size_s = ceil(c_s / pieces_s)
 
@@ -64,7 +64,7 @@ def page_attention_plan_kernel(
         window = tl.load(sliding_window_ptr)
 
     # Load once: how much there is in all, and so how long a piece may be.
-    IS_TILE: tl.constexpr = NUM_SEQS <= BLOCK_OTHERS
+    IS_TILE: tl.constexpr = MAX_CUTS > 0 and NUM_SEQS <= BLOCK_OTHERS
     most = CAPACITY
     if MAX_CUTS > 0 and not IS_TILE:
         total = 0
