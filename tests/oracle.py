@@ -262,7 +262,7 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
 
     total = sum(map(cost_of, granules))
     ideal = ceil_div(total * programs, slots)
-    cap = ideal + ideal // 24 + 12
+    cap = ideal + ideal // 20 + 8
     if len(granules) > 1024:
         least = max(1, (cap - 3) // granule_cost, ceil_div(total, max_cuts * granule_cost))
         return [max(1, ceil_div(count, least)) for count in granules]
@@ -282,25 +282,25 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
     last = [seq for seq in order if until[seq] > full_waves * slots]
     early = sum(pieces[seq] * programs for seq in last) - (done[1] - full_waves * slots)
     share = ceil_div(sum(cost_of(granules[seq]) for seq in last) * programs, slots)
-    costs = [share * 6 // (3 + i) for i in range(7)] + [wave]
-    best = None
-    for cost in costs:
-        each = {seq: parts(granules[seq], cost) for seq in last}
-        sizes = {seq: ceil_div(granules[seq], each[seq]) for seq in last}
-        size = max(sizes.values())
-        large = sum(each[seq] for seq in last if sizes[seq] * 4 > size)  # small ones fill gaps
+    longest, whole = (wave - 3) // granule_cost, max(granules[seq] for seq in last)
+    tried = [longest, *((share * 6 // i - 3) // granule_cost for i in range(4, 10)), whole]
+    found = []
+    for i, most in enumerate(max(1, most) for most in tried):
+        each = {seq: max(1, ceil_div(granules[seq], most)) for seq in last}
+        size = max(ceil_div(granules[seq], each[seq]) for seq in last)
+        large = sum(each[seq] for seq in last if granules[seq] * 4 > most)  # others fill gaps
         running = max(0, large * programs - early)
-        is_whole = all(count == 1 for count in each.values())
-        enough = slots * 4 // 7 if is_whole else slots * 3 // 4
         rest = running % slots
+        is_whole = i == len(tried) - 1
+        enough = slots * 4 // 7 if is_whole else slots * 3 // 4
         busy = running - rest + (max(rest, enough) if rest else 0)
         end = max(cost_of(size) * busy, share * slots)
         if end <= (cap - full_waves * wave) * slots:
-            end = 0 if is_whole else end
-            if best is None or end < best[0]:
-                best = end, each
-    if best:
-        pieces = [best[1].get(seq, count) for seq, count in enumerate(pieces)]
+            found.append((4 * slots * is_whole - end, most))
+    if found:
+        _, most = max(found)
+        for seq in last:
+            pieces[seq] = max(1, ceil_div(granules[seq], most))
     else:
         for seq, count in enumerate(granules):
             waves = (until[seq] - 1) // slots * wave

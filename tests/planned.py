@@ -11,7 +11,7 @@ from ejk.backends.triton.interpreter.memory import Observer, observe
 
 MANY = Shape("many, odd pages", 2, 1, 16, page_size=48, max_blocks=12, num_pages=90, num_seqs=7)
 TRITON = Entry(
-    "triton interpreted, planned", ejk.TritonPageAttention(interpret=True, num_sms=6), examples=24
+    "triton interpreted, planned", ejk.TritonPageAttention(interpret=True, num_sms=16), examples=24
 )
 
 

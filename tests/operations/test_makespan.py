@@ -97,14 +97,14 @@ def test_other_rules_leave_multiprocessors_idle(rule):
 
 
 FAULTS = {
-    "the cap is a piece short": ("cap = ideal + ideal // 24 + 12", "cap = ideal - ideal // 24"),
-    "the cap is far": ("cap = ideal + ideal // 24 + 12", "cap = 2 * ideal"),
+    "the cap is a piece short": ("cap = ideal + ideal // 20 + 8", "cap = ideal - ideal // 24"),
+    "the cap is far": ("cap = ideal + ideal // 20 + 8", "cap = 2 * ideal"),
     "the shortest come first": ("(-granules[seq], seq)", "(granules[seq], seq)"),
-    "the last wave stays as it is": ("if best:", "if True:\n        pass\n    elif best:"),
+    "the last wave stays as it is": ("if found:", "if True:\n        pass\n    elif found:"),
     "the tail is not cut": (
         "pieces[seq] = 1 if cost_of(count) <= left else parts(count, limit)", "pass"
     ),
-    "it is worth nothing not to cut": ("cap = ideal + ideal // 24 + 12", "cap = ideal * 25 // 24"),
+    "the cap is the ideal": ("cap = ideal + ideal // 20 + 8", "cap = ideal"),
 }  # fmt: skip
 
 

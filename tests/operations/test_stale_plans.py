@@ -17,8 +17,8 @@ from tolerances import assert_close
 import ejk
 
 INTERPRETED = not os.environ.get("EJK_TEST_GPU")
-# Few processors, which a batch of a few thousand tokens keeps busy: contexts are cut.
-SMALL = ejk.TritonPageAttention(num_sms=6, interpret=INTERPRETED)
+# Processors that a batch of a few thousand tokens keeps busy if contexts are cut.
+SMALL = ejk.TritonPageAttention(num_sms=16, interpret=INTERPRETED)
 FEW = Shape("few, long", 4, 2, 16, page_size=16, max_blocks=24, num_pages=40, num_seqs=3)
 WINDOWED = frozenset({"sliding_window", "sinks"})
 PLANNED = [

@@ -10,7 +10,7 @@ from ejk.backends.page_attention_plan import PlanBackend, PlanFacts, PlanOperand
 from ejk.backends.xla._backend import XlaBackend
 
 # As in `ejk/backends/triton/page_attention/dealing.py`, which says what is computed here.
-PIECE_COST, SLACK, LEAST, SIZES, SMALL, MOST_SEQS = 3, 12, 24, 8, 4, 1024
+PIECE_COST, COMBINE_COST, SLACK, LEAST, SIZES, SMALL, MOST_SEQS = 3, 4, 8, 24, 8, 4, 1024
 FAR = 2**31 - 1
 
 
@@ -62,7 +62,7 @@ def in_pieces(problem: PlanProblem, granules: jax.Array) -> tuple[jax.Array, jax
     if problem.max_cuts:
         cost = granules * problem.granule_cost + PIECE_COST
         ideal = _ceil_div(_sum(cost) * problem.programs_per_piece, problem.slots)
-        cap = ideal + ideal // 24 + SLACK
+        cap = ideal + ideal // 20 + SLACK
         if problem.num_seqs > MOST_SEQS:
             fewest = _ceil_div(_sum(cost), problem.max_cuts * problem.granule_cost)
             pieces = _parts(granules, jnp.maximum(_most_granules(problem, cap), fewest))
@@ -97,23 +97,24 @@ def _dealt_out(
     share = _ceil_div(programs * _sum(jnp.where(is_last, cost, 0)), slots)
     tried = jnp.arange(SIZES, dtype=jnp.int32)
     most = _most_granules(problem, share * 6 // (3 + tried))
-    most = jnp.where(tried == SIZES - 1, jnp.maximum(longest, 1), most)
+    most = jnp.where(tried == 0, longest, most)
+    most = jnp.where(tried == SIZES - 1, jnp.where(is_last, granules, 0).max(), most)
+    most = jnp.maximum(most, 1)
     last = jnp.where(is_last, granules, 0)[:, None]
     each = jnp.where(is_last[:, None], _parts(last, most[None, :]), 0)  # [num_seqs, SIZES]
-    sizes = _ceil_div(last, jnp.maximum(each, 1))
-    largest = sizes.max(0)
-    counted = jnp.where(sizes * SMALL > largest[None, :], each, 0)
+    largest = _ceil_div(last, jnp.maximum(each, 1)).max(0)
+    counted = jnp.where(last * SMALL > most[None, :], each, 0)
     running = jnp.maximum(programs * jnp.sum(counted, 0, dtype=jnp.int32) - early, 0)
-    is_whole = jnp.sum(each, 0, dtype=jnp.int32) == _sum(is_last)
+    is_whole = tried == SIZES - 1
     enough = jnp.where(is_whole, slots * 4 // 7, slots * 3 // 4)
     rest = running % slots
     busy = running - rest + jnp.where(rest > 0, jnp.maximum(rest, enough), 0)
     ends = (largest * problem.granule_cost + PIECE_COST) * busy
     ends = jnp.maximum(ends, share * slots)
     in_time = ends <= (cap - full_waves * wave) * slots
-    ends = jnp.where(is_whole, 0, ends)
-    first = jnp.where(in_time, ends, FAR).min()
-    most = jnp.where(in_time & (ends == first), most, FAR).min()
+    ends = jnp.where(in_time, ends - jnp.where(is_whole, COMBINE_COST * slots, 0), FAR)
+    first = ends.min()
+    most = jnp.where(ends == first, most, 0).max()
     in_waves = jnp.where(is_last, _parts(granules, most), pieces)
 
     # No waves: by the time that is left.

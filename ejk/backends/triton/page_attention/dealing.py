@@ -5,13 +5,14 @@ dimension 128 in 16 bits take (0.35 us on an H100). With `c_s` the granules that
 and the longest first:
 
     cost_s = GRANULE_COST * c_s + PIECE_COST
-    ideal = PROGRAMS * sum(cost) / SLOTS;  cap = ideal + ideal / 24 + SLACK
+    ideal = PROGRAMS * sum(cost) / SLOTS;  cap = ideal + ideal / 20 + SLACK
 
 1. No piece may outlast the cap, which takes `pieces_s = ceil(c_s / most)` of `most` granules or
    less. They start in waves of `SLOTS` programs, each as long as its longest piece.
-2. The last wave, or a batch of one wave, is cut anew if it can end by the cap so: whole if
-   possible, else in pieces of the size that ends first. Half empty it is as fast as full: a
-   multiprocessor that has memory to itself reads 1.8 times its share.
+2. The last wave, or a batch of one wave, is cut anew if it can end by the cap so: in pieces of the
+   size of which it ends first, in one wave or two, or whole, which leaves nothing to combine. Half
+   empty a wave is as fast as full: a multiprocessor that has memory to itself reads 1.8 times its
+   share.
 3. Else the lengths differ too much for waves. Sequence `s` starts when the work before it is done,
 
        start_s = min(PROGRAMS * sum(cost before s) / SLOTS, waves before s * a wave)
@@ -32,7 +33,8 @@ import triton
 import triton.language as tl
 
 PIECE_COST = tl.constexpr(3)  # to start a program, and to write its part
-SLACK = tl.constexpr(12)  # to combine parts: where cutting gains less, nothing is cut
+COMBINE_COST = tl.constexpr(4)  # to combine parts
+SLACK = tl.constexpr(8)  # of the cap
 LEAST = tl.constexpr(24)  # of a piece of the tail
 SIZES = tl.constexpr(8)  # that are tried for the last wave
 SMALL = tl.constexpr(4)  # that share of the largest piece is
@@ -83,7 +85,8 @@ def in_pieces(
     if MAX_CUTS > 0:
         cost = tl.where(exists, granules * GRANULE_COST + PIECE_COST, 0)
         cap = capped(tl.sum(cost, 0), SLOTS, PROGRAMS)
-        pieces = tl.where(exists, parts(granules, most_granules(cap, GRANULE_COST)), 0)
+        most = most_granules(cap, GRANULE_COST)
+        pieces = tl.where(exists, parts(granules, most), 0)
         longest = tl.max(tl.cdiv(granules, tl.maximum(pieces, 1)), 0)
         work, begun = cost, pieces
         if SORTED:
@@ -99,28 +102,38 @@ def in_pieces(
         is_last = exists & (PROGRAMS * begun > full_waves * SLOTS)
 
         # The last wave: of which size do its pieces end first?
-        last = tl.where(is_last, granules, 0)
-        last_programs = PROGRAMS * tl.sum(tl.where(is_last, pieces, 0), 0)
-        early = last_programs - (programs - full_waves * SLOTS)  # they start a wave before
-        share = tl.cdiv(PROGRAMS * tl.sum(tl.where(is_last, cost, 0), 0), SLOTS)
+        last, in_last = tl.where(is_last, granules, 0), is_last
+        if SORTED:
+            # It is the end of the batch, and what fits in a wave.
+            MOST: tl.constexpr = min(NUM_SEQS, SLOTS // PROGRAMS + 2)
+            offs = NUM_SEQS - tl.sum(tl.where(is_last, 1, 0), 0)
+            offs += tl.arange(0, triton.next_power_of_2(MOST))
+            in_last = offs < NUM_SEQS
+            last = tl.gather(granules, tl.minimum(offs, NUM_SEQS - 1), 0)
+            last = tl.where(in_last, last, 0)
+        share = tl.sum(tl.where(in_last, last * GRANULE_COST + PIECE_COST, 0), 0)
+        share = tl.cdiv(PROGRAMS * share, SLOTS)
+        early = tl.sum(tl.where(in_last, parts(last, most), 0), 0) * PROGRAMS
+        early -= programs - full_waves * SLOTS  # they start a wave before
         tried = tl.arange(0, SIZES)
         most = most_granules(share * 6 // (3 + tried), GRANULE_COST)
-        most = tl.where(tried == SIZES - 1, tl.maximum(longest, 1), most)
-        each = tl.where(is_last[:, None], parts(last[:, None], most[None, :]), 0)
-        sizes = tl.cdiv(last[:, None], tl.maximum(each, 1))
-        largest = tl.max(sizes, 0)
+        most = tl.where(tried == 0, longest, most)
+        most = tl.where(tried == SIZES - 1, tl.max(last, 0), most)
+        most = tl.maximum(most, 1)
+        each = tl.where(in_last[:, None], parts(last[:, None], most[None, :]), 0)
+        largest = tl.max(tl.cdiv(last[:, None], tl.maximum(each, 1)), 0)
         # Small pieces fill what gaps there are.
-        counted = tl.sum(tl.where(sizes * SMALL > largest[None, :], each, 0), 0)
-        programs = tl.maximum(PROGRAMS * counted - early, 0)
-        is_whole = tl.sum(each, 0) == tl.sum(tl.where(is_last, 1, 0), 0)
+        counted = tl.sum(tl.where(last[:, None] * SMALL > most[None, :], each, 0), 0)
+        running = tl.maximum(PROGRAMS * counted - early, 0)
+        rest = running % SLOTS
+        is_whole = tried == SIZES - 1
         enough = tl.where(is_whole, SLOTS * 4 // 7, SLOTS * 3 // 4)
-        rest = programs % SLOTS
-        busy = programs - rest + tl.where(rest > 0, tl.maximum(rest, enough), 0)
+        busy = running - rest + tl.where(rest > 0, tl.maximum(rest, enough), 0)
         ends = tl.maximum((largest * GRANULE_COST + PIECE_COST) * busy, share * SLOTS)
         in_time = ends <= (cap - full_waves * wave) * SLOTS
-        ends = tl.where(in_time, tl.where(is_whole, 0, ends), FAR)
+        ends = tl.where(in_time, ends - tl.where(is_whole, COMBINE_COST * SLOTS, 0), FAR)
         first = tl.min(ends, 0)
-        most = tl.min(tl.where(ends == first, most, FAR), 0)
+        most = tl.max(tl.where(ends == first, most, 0), 0)
         in_waves = tl.where(is_last, parts(granules, most), pieces)
 
         # No waves: by the time that is left.
@@ -141,7 +154,7 @@ def in_pieces(
 def capped(total, SLOTS: tl.constexpr, PROGRAMS: tl.constexpr):
     """Return when all should be done, of work that costs `total`."""
     ideal = tl.cdiv(total * PROGRAMS, SLOTS)
-    return ideal + ideal // 24 + SLACK
+    return ideal + ideal // 20 + SLACK
 
 
 @triton.jit

@@ -95,7 +95,8 @@ def own_plan(
         own_windows=own_windows,
         slots=num_sms,
         programs_per_piece=programs,
-        granule_cost=max(1, width * 8 // 256),
+        # Of narrower heads a step takes as long. Not measured below 64.
+        granule_cost=max(4, width * 8 // 256),
     )
     # Kernels, which alone read a plan, want sizes that are static.
     if not (is_static(num_seqs) and is_static(capacity)):

@@ -84,15 +84,11 @@ def page_attention_plan_kernel(
     granules = tl.cdiv(length - first, GRANULE)
 
     # Loop over all sequences: in how many pieces are they, and whose come before mine?
-    pieces = tl.zeros([BLOCK_SEQS], tl.int32)
-    size = tl.zeros([BLOCK_SEQS], tl.int32)
+    size = tl.cdiv(granules, parts(granules, most))
     place = tl.zeros([BLOCK_SEQS], tl.int32)
     split = tl.zeros([BLOCK_SEQS], tl.int32)
     num_pieces = 0
     num_splits = 0
-    if not IS_TILE:
-        pieces = tl.where(seqs < NUM_SEQS, parts(granules, most), 0)
-        size = tl.cdiv(granules, tl.maximum(pieces, 1))
     for start in range(0, NUM_SEQS, BLOCK_OTHERS):
         others = start + tl.arange(0, BLOCK_OTHERS)
         other_first, other_length = _visible(
@@ -111,7 +107,6 @@ def page_attention_plan_kernel(
                 NUM_SEQS > FEW,
             )  # fmt: skip
             is_own = others[None, :] == seqs[:, None]  # [BLOCK_SEQS, BLOCK_OTHERS]
-            pieces = tl.sum(tl.where(is_own, other_pieces[None, :], 0), 1)
             size = tl.sum(tl.where(is_own, other_size[None, :], 0), 1)
         else:
             other_pieces = tl.where(others < NUM_SEQS, parts(other_granules, most), 0)
@@ -127,6 +122,7 @@ def page_attention_plan_kernel(
     if tl.program_id(0) == 0:
         tl.store(work_ptr, num_pieces)
         tl.store(work_ptr + 1, num_splits)
+    pieces = tl.where(seqs < NUM_SEQS, parts(granules, tl.maximum(size, 1)), 0)
     is_split = pieces > 1
     for piece in range(0, tl.max(pieces, 0)):
         row_ptrs = work_ptr + (1 + place + piece) * 4
