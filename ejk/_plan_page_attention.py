@@ -37,10 +37,11 @@ def plan_page_attention(
 ) -> PageAttentionPlan:
     """Deal out the work of `ejk.page_attention` over a batch of contexts, on the device.
 
-    The Triton kernels cut long contexts in pieces of about equal length, as few as keep the
-    machine busy, and start the longest first. Which pieces there are follows from the lengths: a
-    call without a plan makes its own. A model calls once a layer with the same lengths: make one
-    plan a step, one for each distinct window, and hand it to every layer's call.
+    The Triton kernels cut contexts in pieces, and start the longest first, so that the last
+    multiprocessor ends soon after the average one: contexts that fill the machine together stay
+    whole, and what would be left at the end is cut. Which pieces there are follows from the
+    lengths: a call without a plan makes its own. A model calls once a layer with the same lengths:
+    make one plan a step, one for each distinct window, and hand it to every layer's call.
 
     A plan is a hint. Other backends, and calls with `num_splits >= 1`, do without. A plan made for
     other lengths, or for another window that only the device knows, is slow, never wrong: calls
@@ -76,7 +77,9 @@ def plan_page_attention(
         (2, 4, 64)
 
     Source:
-        Work lists made once a step: FlashInfer (Ye et al., 2025, arXiv:2501.01005).
+        Work lists made once a step: FlashInfer (Ye et al., 2025, arXiv:2501.01005). Longest first:
+        Graham (1969). Pieces that shrink with the work that is left: guided self-scheduling
+        (Polychronopoulos and Kuck, 1987).
     """
 
     def size(name: str, value: Any, at_least: int = 1) -> Any:

@@ -1,4 +1,4 @@
-"""How both plans deal out contexts: their lengths, how long a piece may be, how many there are."""
+"""The lengths that plans read, and how a ragged one cuts contexts in equal pieces."""
 
 import typing
 

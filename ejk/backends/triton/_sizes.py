@@ -11,8 +11,8 @@ from ejk.backends.write_kv_cache import WriteKVCacheProblem
 MAX_CAPACITY = 2**31 - 2**20
 LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after the other
 GRANULE = 128  # tokens; planned pieces are whole multiples
-# Planned pieces a multiprocessor. Flat from 1 to 4 on an H100 for a batch of 256 ragged contexts:
-# enough that the last pieces to start are short.
+# Pieces a multiprocessor, of ragged batches. Flat from 1 to 4 on an H100 for 256 contexts: enough
+# that the last pieces to start are short.
 PIECES_PER_SM = 2.5
 # A multiprocessor's fair share of a batch and a tenth, in shares of a cut: 1.1 * `PIECES_PER_SM`.
 # Where no context has more, none is cut.
@@ -70,7 +70,7 @@ def programs_per_piece(num_kv_heads: int, group: int, value_head_dim: int) -> in
 
 
 def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:
-    """Return in how many pieces a planned batch is cut: as few as keep the machine busy.
+    """Return in how many pieces a ragged batch is cut: as few as keep the machine busy.
 
     0 leaves every context whole; the plan is then only an order.
     """
