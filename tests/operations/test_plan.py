@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import typing
 
 import hypothesis
 import jax
@@ -186,6 +187,7 @@ def test_of_more_sequences_than_fit_in_a_tile(planner):
 
 
 @triton.jit
+@typing.no_type_check
 def deal_kernel(
     granules_ptr, dealt_ptr, BLOCK: tl.constexpr, NUM_SEQS: tl.constexpr, MAX_CUTS: tl.constexpr,
     SLOTS: tl.constexpr, PROGRAMS: tl.constexpr, GRANULE_COST: tl.constexpr,
