@@ -6,8 +6,8 @@ import inspect
 
 import makespan
 import numpy as np
-import oracle
 import plan_cost
+import plan_oracle
 import pytest
 
 from ejk.backends.triton.page_attention.plan import own_plan
@@ -25,7 +25,7 @@ def count_pieces(granules, programs, slots):
         num_seqs=len(granules), capacity=2**20, longest=2**20, programs=programs, width=256,
         num_sms=slots, has_window=False,
     )  # fmt: skip
-    return oracle.count_pieces(
+    return plan_oracle.count_pieces(
         granules, max_cuts=plan.max_cuts, slots=slots, programs=programs, granule_cost=8
     )
 
@@ -111,10 +111,10 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_rule_is_caught(fault):
     old, new = FAULTS[fault]
-    source = inspect.getsource(oracle.count_pieces)
+    source = inspect.getsource(plan_oracle.count_pieces)
     assert source.count(old) == 1, f"{old!r} is not there once"
     namespace = {}
-    exec(source.replace(old, new), vars(oracle) | namespace, namespace)
+    exec(source.replace(old, new), vars(plan_oracle) | namespace, namespace)
 
     def faulty(granules, programs, slots):
         return namespace["count_pieces"](

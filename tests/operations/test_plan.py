@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_launch
-import oracle
+import plan_oracle
 import pytest
 import triton
 import triton.language as tl
@@ -80,7 +80,7 @@ def check(planner, lens, *, capacity, window, slots, programs=1, max_cuts=None, 
     work = PLANNERS[planner](problem, PlanOperands(np.asarray(lens, np.int32), traced))
     assert (work.shape, work.dtype) == (problem.results[0].shape, np.int32)
     pieces, splits = rows(work, problem)
-    expected = oracle.plan_page_attention(
+    expected = plan_oracle.plan_page_attention(
         lens, capacity=capacity, sliding_window=window, **machine_of(problem)
     )
     assert [tuple(row) for row in pieces] == expected[0]
@@ -218,7 +218,7 @@ def test_a_kernel_may_deal_out_few_sequences_itself(num_seqs):
             [dealt] = numpy_launch.call(
                 deal_kernel, {"granules_ptr": granules}, out, constants, grid=1
             )
-        expected, splits = oracle.plan_page_attention(
+        expected, splits = plan_oracle.plan_page_attention(
             lens, capacity=capacity, sliding_window=None, **machine_of(problem)
         )
         places = {seq: i for i, (seq, *_) in reversed(list(enumerate(expected)))}
@@ -248,7 +248,7 @@ def test_the_call_plans_for_the_backends_machine(machine, num_sms, dtype):
     plan = ejk.plan_page_attention(lens, **SIZE | {"head_dim": 128}, backend=backend)
     assert plan.problem.slots == num_sms and plan.problem.capacity == 1280
     clipped = [int(n) for n in np.clip(lens, 0, 1280)]
-    expected = oracle.plan_page_attention(
+    expected = plan_oracle.plan_page_attention(
         clipped, capacity=1280, sliding_window=None, **machine_of(plan.problem)
     )
     pieces, splits = rows(np.asarray(plan.work), plan.problem)
