@@ -9,7 +9,8 @@ from strategies import FEATURES, Configuration, build
 import ejk
 from ejk.backends.triton.interpreter.memory import Observer, observe
 
-MANY = Shape("many, odd pages", 2, 1, 16, page_size=48, max_blocks=12, num_pages=90, num_seqs=7)
+MANY = Shape("many, odd pages", 2, 1, 64, page_size=48, max_blocks=48, num_pages=350, num_seqs=7)
+LONGEST = MANY.capacity
 TRITON = Entry(
     "triton interpreted, planned", ejk.TritonPageAttention(interpret=True, num_sms=16), examples=24
 )
@@ -29,7 +30,7 @@ def plan_for(case, backend, context_lens=None, **changes):
 
 def long_case(seed=0, features=frozenset(FEATURES) - {"sliding_window"}, shape=MANY, **changes):
     """One long context among short ones: it is cut, the others are not."""
-    lens = np.array([576, 3, 0, 130, 1, 577, -4], np.int32)[: shape.num_seqs]
+    lens = np.array([LONGEST, 3, 0, 130, 1, LONGEST + 1, -4], np.int32)[: shape.num_seqs]
     config = Configuration(shape, np.dtype(np.float32), "NHD", features)
     return build(config, np.roll(lens, seed), seed=seed, invalid=0.1, as_jax=True, **changes)
 

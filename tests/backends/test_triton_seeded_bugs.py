@@ -16,6 +16,7 @@ from bits import assert_written
 from entries import RAGGED_TRITON, Entry, RaggedEntry, Writer
 from kernels import kernel_modules
 from memory_checker import RaceError, memory_checked
+from planned import long_case
 from ragged_strategies import EXTRAS, build_ragged
 from shapes import Shape
 from strategies import FEATURES, Configuration, build
@@ -53,6 +54,8 @@ def decode(bug, num_splits=1):
     case = build(config, LENS, window=300, invalid=0.2, as_jax=True)
     entry = Entry(bug, Mutant(interpret=True, num_sms=6, bug=bug), examples=0)
     assert_close(case, *entry(case))
+    alone = long_case().rows([0])  # in equal parts of every sixth block
+    assert_close(alone, *entry(alone))
 
 
 def combine(bug):
@@ -100,16 +103,25 @@ BUGS = {
             "offs_head = offs_group * NUM_KV_HEADS + kv_head",
         ),
         "values are read from the keys' half": ("value_ptr + stride_half + kv", "value_ptr + kv"),
+        "every part takes the first blocks": (
+            "(first_block + piece % NUM_SPLITS) * BLOCK_KV",
+            "(first_block + piece % NUM_SPLITS * 0) * BLOCK_KV",
+        ),
+        "parts take every block from their first on": (
+            "range(begin, end, STEP)", "range(begin, end, BLOCK_KV)",
+        ),
         "the group's first head has all slopes": (
             "alibi_slopes_ptr + offs_head", "alibi_slopes_ptr + offs_head * 0",
         ),
     },
     "page_attention_combine_kernel": {
         "the next head's parts": (
-            "rows = (first_part + parts) * NUM_HEADS + head",
-            "rows = (first_part + parts) * NUM_HEADS + (head + 1) % NUM_HEADS",
+            "row = (first_part + start + i) * NUM_HEADS + head",
+            "row = (first_part + start + i) * NUM_HEADS + (head + 1) % NUM_HEADS",
         ),
-        "the last part is dropped": ("mask = parts < num_parts", "mask = parts < num_parts - 1"),
+        "the last part is dropped": (
+            "exists = start + i < num_parts", "exists = start + i < num_parts - 1",
+        ),
     },
     "page_attention_plan_kernel": {
         "the shortest pieces come first": (

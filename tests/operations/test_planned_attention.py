@@ -11,17 +11,19 @@ from bits import bits_equal
 from entries import ENTRIES, each_case
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from planned import MANY, TRITON, launches, long_case, plan_for
+from planned import LONGEST, MANY, TRITON, launches, long_case, plan_for
 from shapes import BY_NAME, Shape
 from strategies import DTYPES, FEATURES, LAYOUTS, Configuration, build, cases
 from test_triton_memory import ANY_INT32, stored_once
 from tolerances import assert_close
 
 LATENT = Shape(
-    "latent, long", 5, 1, 24, page_size=3, max_blocks=150, num_pages=460, num_seqs=3,
+    "latent, long", 5, 1, 24, page_size=3, max_blocks=1000, num_pages=3050, num_seqs=3,
     value_head_dim=16, latent=True,
 )  # fmt: skip
-LONG = (LATENT, MANY, *(BY_NAME[n] for n in ("long", "long, short pages", "two blocks")))
+# Short enough for equal parts, whatever the lengths.
+SHORT = Shape("short", 4, 2, 128, page_size=16, max_blocks=32, num_pages=70, num_seqs=2)
+LONG = (LATENT, MANY, SHORT, *(BY_NAME[n] for n in ("long", "long, short pages", "two blocks")))
 EVERYTHING = frozenset(FEATURES)
 PLANNED = [
     Configuration(
@@ -68,13 +70,24 @@ def test_long_contexts_among_short_ones_are_cut(seed):
     case = long_case(seed)
     plan = plan_for(case, TRITON.backend)
     num_pieces, num_splits = map(int, plan.work[0, :2])
-    assert num_splits == 3 and num_pieces > 7 + 2 * num_splits - 1
+    assert num_splits == 2 and num_pieces > 7 + 2 * num_splits - 1
     result = stored_once(lambda: TRITON(case))
     assert_close(case, *result)
     bits_equal(result, stored_once(lambda: TRITON(case, plan=plan)))
     assert launches(lambda: TRITON(case)) == ["page_attention_plan", "page_attention",
                                               "combine_parts"]  # fmt: skip
     assert launches(lambda: TRITON(case, plan=plan)) == ["page_attention", "combine_parts"]
+
+
+def test_short_contexts_are_cut_evenly_without_a_plan():
+    case = build(Configuration(SHORT, np.dtype(np.float32), "NHD"), np.array([500, 3]), as_jax=True)
+    plan = plan_for(case, TRITON.backend)
+    for given in ({}, {"plan": plan}):
+        run = functools.partial(TRITON, case, **given)
+        assert launches(run) == ["page_attention", "combine_parts"]
+        assert_close(case, *stored_once(run))
+    few = build(Configuration(SHORT, np.dtype(np.float32), "NHD"), np.array([90, 3]), as_jax=True)
+    assert launches(lambda: TRITON(few, max_context_len=100)) == ["page_attention"]
 
 
 def test_drawn_cases_are_cut():
@@ -105,7 +118,7 @@ def test_sequences_that_see_nothing(shape):
 
 @hypothesis.seed(0)
 @hypothesis.settings(max_examples=25)
-@hypothesis.given(arrays(np.int32, 7, elements=ANY_INT32 | st.integers(0, 576)), st.booleans())
+@hypothesis.given(arrays(np.int32, 7, elements=ANY_INT32 | st.integers(0, LONGEST)), st.booleans())
 def test_a_plan_for_other_lengths_stays_in_bounds(lens, windowed):
     """And writes every row, once, the right one."""
     features = frozenset({"sinks", *(("sliding_window",) if windowed else ())})
@@ -117,7 +130,12 @@ def test_a_plan_for_other_lengths_stays_in_bounds(lens, windowed):
 
 
 PLAN = plan_for(long_case(), TRITON.backend)
-JUNK = st.sampled_from((-1, 0, 0, 1, 2, 3, 6, 7, 16, 128, 575, 576, 577, 2**31 - 129)) | ANY_INT32
+JUNK = (
+    st.sampled_from(
+        (-1, 0, 0, 1, 2, 3, 6, 7, 16, 128, LONGEST - 1, LONGEST, LONGEST + 1, 2**31 - 129)
+    )
+    | ANY_INT32
+)
 
 
 @hypothesis.seed(0)
@@ -131,7 +149,7 @@ def test_a_plan_of_junk_stays_in_bounds(work, counted):
         work[0, :2] = 2**31 - 1  # or few rows are looked at
     plan = dataclasses.replace(PLAN, work=jnp.asarray(work))
     out, _ = TRITON(long_case(), plan=plan)
-    assert out.shape == (7, 2, 16)
+    assert out.shape == (7, 2, 64)
 
 
 def test_a_batch_of_one_is_cut_evenly_without_a_plan():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from entries import ENTRIES, Entry, each_case
 from hypothesis import strategies as st
-from planned import MANY, long_case, plan_for
+from planned import LONGEST, MANY, long_case, plan_for
 from shapes import Shape
 from strategies import INT32_MAX, Configuration, cases, lengths
 from tolerances import assert_close
@@ -51,8 +51,8 @@ def test_any_plan_gives_the_right_numbers(entry, case):
 OTHERS = {
     "ones": [1] * 7,
     "nothing": [0] * 7,
-    "everything": [576] * 7,
-    "others are long": [3, 576, 576, 0, 300, 1, 128],
+    "everything": [LONGEST] * 7,
+    "others are long": [3, LONGEST, LONGEST, 0, 300, 1, 128],
 }
 
 

@@ -105,8 +105,8 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
                 sizes.combine_constants(problem),
                 in_place=in_place,
                 grid=sizes.combine_grid(problem),
-                num_warps=4,
-                num_stages=2,
+                num_warps=sizes.combine_warps,
+                num_stages=1,
             )
         return (out, lse) if problem.return_lse else (out,)
 

@@ -3,7 +3,7 @@
 Grid, one axis, fastest first: block of `BLOCK_DV` entries of the values, query head, sequence. In
 registers: the running maximum `m`, sum `l` and weighted values `acc` over the parts, which are
 weighed by their LSEs as tokens are by their logits. A part that saw nothing has LSE -inf and weighs
-nothing: blocks of such parts leave every bit as it is.
+nothing: it leaves every bit as it is.
 
 Source: splits after Flash-Decoding (Dao et al., 2023).
 """
@@ -37,7 +37,7 @@ def combine_parts_kernel(
     # features
     HAS_SINKS: tl.constexpr,
     # blocks
-    BLOCK_PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,  # parts whose loads do not wait for each other
     BLOCK_DV: tl.constexpr,
 ):
     # Which work is mine.
@@ -47,12 +47,13 @@ def combine_parts_kernel(
     head = pid % NUM_HEADS
     index = pid // NUM_HEADS
     if NUM_SPLITS == 0:
-        if index >= tl.load(work_ptr + 1):
-            return
+        # The row lies there whatever the count says, and is not waited for twice.
         row_ptr = work_ptr + (FIRST_SPLIT + index) * 4
         seq = tl.load(row_ptr).to(tl.int64)
         first_part = tl.load(row_ptr + 1).to(tl.int64)
         num_parts = tl.load(row_ptr + 2)
+        if index >= tl.load(work_ptr + 1):
+            return
         if (seq < 0) | (seq >= NUM_SEQS) | (first_part < 0) | (first_part + num_parts > NUM_PARTS):
             return
     else:
@@ -63,36 +64,37 @@ def combine_parts_kernel(
     # Load once: nothing, every part is read once.
     offs_dv = block_dv * BLOCK_DV + tl.arange(0, BLOCK_DV)
     mask_dv = offs_dv < VALUE_HEAD_DIM
-    m = tl.full([1], float("-inf"), tl.float32)
-    l = tl.zeros([1], tl.float32)
+    m = tl.full([], float("-inf"), tl.float32)
+    l = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([BLOCK_DV], tl.float32)
 
-    # Loop over the parts.
+    # Loop over the parts. A thread takes all parts of its entries, one after the other, so that no
+    # bit follows from the blocks.
     for start in range(0, num_parts, BLOCK_PARTS):
-        parts = start + tl.arange(0, BLOCK_PARTS)
-        rows = (first_part + parts) * NUM_HEADS + head
-        mask = parts < num_parts
-        lse = tl.load(part_lse_ptr + rows, mask=mask, other=float("-inf"))
-        out_ptrs = part_out_ptr + rows[:, None] * VALUE_HEAD_DIM + offs_dv
-        out = tl.load(out_ptrs, mask=mask[:, None] & mask_dv, other=0.0)
-        m_new = tl.maximum(m, tl.max(lse, 0))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(lse - m_safe)  # [BLOCK_PARTS]
-        alpha = tl.exp2(m - m_safe)
-        m = m_new
-        l = l * alpha + tl.sum(weight, 0)
-        acc = acc * alpha + tl.sum(weight[:, None] * out, 0)
+        for i in tl.static_range(BLOCK_PARTS):
+            exists = start + i < num_parts
+            row = (first_part + start + i) * NUM_HEADS + head
+            lse = tl.load(part_lse_ptr + row, mask=exists, other=float("-inf"))
+            out_ptrs = part_out_ptr + row * VALUE_HEAD_DIM + offs_dv
+            out = tl.load(out_ptrs, mask=offs_dv < tl.where(exists, VALUE_HEAD_DIM, 0), other=0.0)
+            m_new = tl.maximum(m, lse)
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            weight = tl.exp2(lse - m_safe)
+            alpha = tl.exp2(m - m_safe)
+            m = m_new
+            l = l * alpha + weight
+            acc = tl.fma(out, weight, acc * alpha)
 
     # Write.
     row = seq * NUM_HEADS + head
-    sink = tl.full([1], float("-inf"), tl.float32)
+    sink = tl.full([], float("-inf"), tl.float32)
     saw_nothing = l == 0
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head + tl.arange(0, 1))
+        sink = tl.load(sinks_ptr + head)
         m, l, alpha, saw_nothing = add_sink(m, l, sink)
         acc *= alpha
     if block_dv == 0:
         lse = tl.where(saw_nothing, sink, (m + tl.log2(l)) * LN2)
-        tl.store(lse_ptr + row + tl.arange(0, 1), lse)
+        tl.store(lse_ptr + row, lse)
     out = rounded(acc / tl.where(l == 0, 1.0, l), out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * VALUE_HEAD_DIM + offs_dv, out, mask_dv)

@@ -58,7 +58,7 @@ def page_attention_kernel(
     PAGE_SIZE: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,  # equal parts of each context; 0: pieces as planned
-    SPLIT_BLOCKS: tl.constexpr,  # the least blocks in one of them
+    SPLIT_BLOCKS: tl.constexpr,  # the least blocks in one of them; -1: every `NUM_SPLITS`-th block
     NUM_PARTS: tl.constexpr,
     # strides: constants, or no load is wider than one element
     stride_k_page: tl.constexpr,
@@ -85,6 +85,7 @@ def page_attention_kernel(
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
 ):
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    STEP: tl.constexpr = BLOCK_KV * NUM_SPLITS if SPLIT_BLOCKS < 0 else BLOCK_KV
     tl.static_assert(NUM_HEADS % NUM_KV_HEADS == 0)
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
@@ -124,10 +125,13 @@ def page_attention_kernel(
         first = tl.maximum(length - tl.maximum(window, 0), 0)
     if NUM_SPLITS > 1 or (NUM_SPLITS == 1 and HAS_WINDOW):
         first_block, last_block = first // BLOCK_KV, tl.cdiv(length, BLOCK_KV)
-        split_blocks = tl.maximum(tl.cdiv(last_block - first_block, NUM_SPLITS), SPLIT_BLOCKS)
-        block = tl.minimum(first_block + piece % NUM_SPLITS * split_blocks, last_block)
-        begin = block * BLOCK_KV
-        reach = tl.minimum(block + split_blocks, last_block) * BLOCK_KV
+        if SPLIT_BLOCKS < 0:
+            begin = (first_block + piece % NUM_SPLITS) * BLOCK_KV
+        else:
+            split_blocks = tl.maximum(tl.cdiv(last_block - first_block, NUM_SPLITS), SPLIT_BLOCKS)
+            block = tl.minimum(first_block + piece % NUM_SPLITS * split_blocks, last_block)
+            begin = block * BLOCK_KV
+            reach = tl.minimum(block + split_blocks, last_block) * BLOCK_KV
         part = piece
     end = tl.minimum(reach, length)
 
@@ -173,7 +177,7 @@ def page_attention_kernel(
 
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
-    for start in range(begin, end, BLOCK_KV):
+    for start in range(begin, end, STEP):
         positions = start + offs_kv
         visible = (pages >= 0) & (pages < NUM_PAGES) & (positions >= first)  # [BLOCK_KV]
         offs_page = pages.to(tl.int64)
@@ -182,7 +186,7 @@ def page_attention_kernel(
         k_ptrs += (offs_page * stride_k_page + offs_slot * stride_k_slot)[:, None]
         v_ptrs = value_ptr + stride_half + kv_head * stride_v_head
         v_ptrs += (offs_page * stride_v_page + offs_slot * stride_v_slot)[:, None]
-        ahead = positions + BLOCK_KV
+        ahead = positions + STEP
         pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
 
         # [BLOCK_GROUP, BLOCK_KV]

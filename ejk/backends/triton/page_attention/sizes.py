@@ -11,7 +11,6 @@ from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import (
     GRANULE,
-    combined_parts,
     feature_constants,
     power_of_two,
     programs_per_piece,
@@ -22,6 +21,22 @@ from ejk.backends.triton._sizes import (
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning, choose_blocks
 from ejk.backends.triton.page_attention.plan import own_plan
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
+
+STRIDED = -1  # part `p` of `n` equal ones takes blocks p, p + n, p + 2n, ...
+MAX_STRIDE = 1024  # blocks: positions past the last token are 32-bit, too
+
+# What 128 tokens of 512 bytes take on an H100, in us: a program that has memory to itself, and a
+# multiprocessor's share of what all read together; and what it takes to launch a combination: 1.4
+# of the device, and 3.2 of the host, which short kernels wait for.
+ALONE_US, SHARED_US, COMBINATION_US = 1.75, 2.8, 3.2
+# Contexts whose parts cannot be longer are cut evenly whatever their lengths are: a plan would save
+# less than it takes.
+SHORT_TOKENS = 512
+# Of a combination: the least entries of the values that a program takes, parts that it loads at a
+# time, programs a multiprocessor from where on each takes more entries. On an H100 with 32 entries
+# and with all: 3 unequal contexts with 256 entries 3.1 and 6.7 us, 256 contexts of which few are
+# cut 3.6 and 1.7.
+COMBINE_DV, COMBINE_PARTS, COMBINE_PER_SM = 64, 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +49,9 @@ class Sizes:
 
     blocks: DecodeBlocks
     num_splits: int = 1  # equal parts of each context; 0: as planned
-    split_blocks: int = 0
+    split_blocks: int = 0  # the least in one of them, or `STRIDED`
     plan: PlanProblem | None = None
+    combine_dv: int = COMBINE_DV  # entries of the values that one program combines
 
     @classmethod
     def of(
@@ -46,36 +62,18 @@ class Sizes:
         tuned: dict[Cell, Pipeline] = TUNED,
     ) -> "Sizes":
         is_invariant = bool(problem.num_splits or tuning.split_tokens)
-        longest = None if is_invariant else problem.visible_bound
+        # Programs that have a multiprocessor and a whole context each take a large call's blocks.
+        is_whole = _programs(problem) <= target.num_sms and not _is_worth_cutting(problem, target)
+        longest = None if is_invariant or is_whole else problem.visible_bound
         blocks = choose_blocks(problem, problem.group, longest, tuning, target, tuned)
-        most = max(2, -(-problem.capacity // blocks.block_kv))  # parts of a block or more
-        if problem.num_splits:
-            return cls(blocks, min(problem.num_splits, most))
-        if tuning.split_tokens:
-            split_blocks = -(-min(tuning.split_tokens, problem.capacity) // blocks.block_kv)
-            # Two or more, whatever the table's width: one is not rounded as parts are.
-            splits = max(2, -(-problem.capacity // (split_blocks * blocks.block_kv)))
-            return cls(blocks, splits, split_blocks)
-        if problem.visible_bound <= GRANULE:
-            return cls(blocks)
-        programs = _programs_per_piece(problem)
-        if problem.num_seqs > 1:
-            own = own_plan(
-                num_seqs=problem.num_seqs,
-                capacity=problem.capacity,
-                longest=problem.visible_bound,
-                programs=programs,
-                width=problem.head_dim + problem.value_head_dim,
-                num_sms=target.num_sms,
-                has_window=problem.has_window,
-                own_windows=problem.own_windows,
-            )
-            return cls(blocks, num_splits=0, plan=problem.plan or own)
-        # One program a multiprocessor: of 16, 24, 33 and 49 parts of one context of 131,072 tokens
-        # on an H100 (8 KV heads, 132 multiprocessors) 16 were done first, in 182.8 us; 24, a wave
-        # and a half, took 194.1.
-        splits = target.num_sms // programs
-        return cls(blocks, max(1, min(splits, -(-problem.visible_bound // blocks.block_kv))))
+        sizes = cls(blocks, **_cuts(problem, blocks, tuning, target))
+        # Few entries a program while programs are few: they find a processor each.
+        most = power_of_two(problem.value_head_dim)
+        while sizes.combine_dv < most and sizes.combine_grid(problem) > (
+            COMBINE_PER_SM * target.num_sms
+        ):
+            sizes = dataclasses.replace(sizes, combine_dv=2 * sizes.combine_dv)
+        return sizes
 
     def grid(self, problem: PageAttentionProblem) -> int:
         pieces = self.plan.max_pieces if self.plan else problem.num_seqs * self.num_splits
@@ -83,13 +81,11 @@ class Sizes:
 
     def combine_grid(self, problem: PageAttentionProblem) -> int:
         seqs = self.plan.max_splits if self.plan else problem.num_seqs
-        return seqs * problem.num_heads * -(-problem.value_head_dim // self._combine_dv(problem))
+        return seqs * problem.num_heads * -(-problem.value_head_dim // self.combine_dv)
 
-    def _combine_dv(self, problem: PageAttentionProblem) -> int:
-        """Entries of the values that one program combines."""
-        # With a plan nearly every program finds nothing to do, and the fewer the better: 5,248 took
-        # 4.3 us on an H100, 1,280 took 1.9. Without one there are few rows for many processors.
-        return power_of_two(problem.value_head_dim) if self.plan else 32
+    @property
+    def combine_warps(self) -> int:
+        return max(1, min(8, self.combine_dv // 128))
 
     def num_parts(self, problem: PageAttentionProblem) -> int:
         if self.plan:
@@ -131,10 +127,71 @@ class Sizes:
             "FIRST_SPLIT": 1 + self.plan.max_pieces if self.plan else 0,
             "VALUE_HEAD_DIM": problem.value_head_dim,
             "HAS_SINKS": problem.has_sinks,
-            "BLOCK_PARTS": combined_parts(self._combine_dv(problem)),
-            "BLOCK_DV": self._combine_dv(problem),
+            "BLOCK_PARTS": min(self.num_splits or COMBINE_PARTS, 2 * COMBINE_PARTS),
+            "BLOCK_DV": self.combine_dv,
         }
 
 
 def _programs_per_piece(problem: PageAttentionProblem) -> int:
     return programs_per_piece(problem.num_kv_heads, problem.group, problem.value_head_dim)
+
+
+def _programs(problem: PageAttentionProblem) -> int:
+    """Return the programs of a call that cuts no context."""
+    return problem.num_seqs * _programs_per_piece(problem)
+
+
+def _cuts(
+    problem: PageAttentionProblem, blocks: DecodeBlocks, tuning: Tuning, target: Target
+) -> dict[str, Any]:
+    """Return how contexts are cut: some of the fields of `Sizes`."""
+    most = max(2, -(-problem.capacity // blocks.block_kv))  # parts of a block or more
+    if problem.num_splits:
+        return {"num_splits": min(problem.num_splits, most)}
+    if tuning.split_tokens:
+        split_blocks = -(-min(tuning.split_tokens, problem.capacity) // blocks.block_kv)
+        # Two or more, whatever the table's width: one is not rounded as parts are.
+        splits = max(2, -(-problem.capacity // (split_blocks * blocks.block_kv)))
+        return {"num_splits": splits, "split_blocks": split_blocks}
+    if splits := _strided_parts(problem, blocks, target):
+        return {"num_splits": splits, "split_blocks": STRIDED}
+    own = own_plan(
+        num_seqs=problem.num_seqs,
+        capacity=problem.capacity,
+        longest=problem.visible_bound,
+        programs=_programs_per_piece(problem),
+        width=problem.head_dim + problem.value_head_dim,
+        num_sms=target.num_sms,
+        has_window=problem.has_window,
+        own_windows=problem.own_windows,
+    )
+    return {"num_splits": 0, "plan": problem.plan or own}
+
+
+def _strided_parts(problem: PageAttentionProblem, blocks: DecodeBlocks, target: Target) -> int:
+    """Return in how many equal parts every context is cut without a plan; 0: by a plan."""
+    programs = _programs(problem)
+    parts = 1
+    if _is_worth_cutting(problem, target):
+        # One program a multiprocessor: of 16, 24, 33 and 49 parts of one context of 131,072 tokens
+        # on an H100 (8 KV heads, 132 multiprocessors) 16 were done first, in 182.8 us; 24, a wave
+        # and a half, took 194.1. Two where they find room.
+        resident = 2 if 2 * blocks.shared_memory <= target.shared_memory else 1
+        in_all = -(-problem.visible_bound // blocks.block_kv)
+        parts = max(1, min(resident * target.num_sms // programs, in_all, MAX_STRIDE))
+        parts = -(-in_all // -(-in_all // parts))  # no more than make the longest one shorter
+    is_short = problem.visible_bound <= parts * SHORT_TOKENS
+    return parts if problem.num_seqs == 1 or is_short else 0
+
+
+def _is_worth_cutting(problem: PageAttentionProblem, target: Target) -> bool:
+    """Whether parts of its contexts would save a call more than their combination takes."""
+    if problem.visible_bound <= GRANULE:
+        return False
+    token_bytes = (problem.head_dim + problem.value_head_dim) * problem.cache_dtype.itemsize
+    granules = problem.visible_bound / 128 * token_bytes / 512
+    programs = _programs(problem)
+    bound_by_memory = SHARED_US * granules * programs / target.num_sms
+    most = max(1, target.num_sms // programs)
+    whole, cut = (max(ALONE_US * granules / n, bound_by_memory) for n in (1, most))
+    return whole - cut > COMBINATION_US
