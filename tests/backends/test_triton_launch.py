@@ -5,14 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import jax.numpy as jnp
 import pytest
+from hypothesis import strategies as st
 from test_triton_compile import LLAMA, gpu_of
 
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
-from ejk.backends.triton._sizes import widths
+from ejk.backends.triton._sizes import GRANULE, programs_per_piece, widths
 from ejk.backends.triton.page_attention.blocks import Tuning
-from ejk.backends.triton.page_attention.sizes import Sizes
+from ejk.backends.triton.page_attention.sizes import COMBINE_PER_SM, Sizes
 from ejk.backends.triton.page_attention.tuned import TUNED
 
 pytestmark = pytest.mark.fast
@@ -44,6 +46,44 @@ def test_every_head_dimension_and_group_fits_by_rule(target, dtype, num_seqs):
             blocks = Sizes.of(asked, Tuning(), target, tuned={}).blocks
             assert blocks.shared_memory <= target.shared_memory
             assert widths(asked)[0] >= head_dim and blocks.block_kv >= 16
+
+
+# Multiprocessors as their makers count them (NVIDIA's architecture papers).
+OTHER_GPUS = {
+    name: Target(capability, num_sms, SHARED_MEMORY[capability])
+    for name, capability, num_sms in (("A100", 80, 108), ("L40S", 89, 142), ("B200", 100, 148))
+}
+
+
+@pytest.mark.parametrize("gpu", OTHER_GPUS.values(), ids=OTHER_GPUS)
+@hypothesis.seed(0)
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(
+    head_dim=st.sampled_from((64, 80, 96, 128, 192, 256, 512)),
+    group=st.sampled_from((1, 3, 4, 8, 16, 71, 128)),
+    num_kv_heads=st.sampled_from((1, 2, 4, 8, 32)),
+    dtype=st.sampled_from(("bfloat16", "float16", "float32")),
+    num_seqs=st.integers(1, 512),
+    max_blocks=st.integers(1, 8192),
+)
+def test_a_gpu_that_nobody_tuned_for_is_filled_and_not_flooded(
+    gpu, head_dim, group, num_kv_heads, dtype, num_seqs, max_blocks
+):
+    asked = problem(
+        head_dim, group, dtype, num_seqs=num_seqs, max_blocks=max_blocks,
+        visible_bound=16 * max_blocks,
+    )  # fmt: skip
+    asked = dataclasses.replace(asked, num_kv_heads=num_kv_heads, num_heads=group * num_kv_heads)
+    sizes = Sizes.of(asked, Tuning(), gpu)
+    assert sizes.blocks.shared_memory <= gpu.shared_memory
+    each = programs_per_piece(num_kv_heads, group, head_dim)
+    assert sizes.grid(asked) >= num_seqs * each
+    # No more parts than make the longest shorter: if that is four blocks or more, 4 in 5.
+    if asked.visible_bound * num_seqs * each >= 8 * GRANULE * gpu.num_sms:
+        assert sizes.grid(asked) > 0.8 * (gpu.num_sms - each), "processors have nothing to do"
+    assert sizes.num_parts(asked) * each <= num_seqs * each + 4 * gpu.num_sms
+    if sizes.num_parts(asked) and sizes.combine_grid(asked) > COMBINE_PER_SM * gpu.num_sms:
+        assert sizes.combine_dv >= head_dim, "a program could take more of a row"
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256, 512])
