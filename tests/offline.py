@@ -59,6 +59,7 @@ class CudaProgram:
       shared_bytes: shared memory of a program.
       async_copies: number of `cp.async` instructions by width in bytes; 16 is the wide one.
       matrix_products: number of tensor core instructions.
+      warnings: numbers of what the assembler advises: C7510 and more, of products that wait.
       ptx: the program.
     """
 
@@ -68,6 +69,7 @@ class CudaProgram:
     shared_bytes: int
     async_copies: Mapping[int, int]
     matrix_products: int
+    warnings: frozenset[str]
     ptx: str
 
     @property
@@ -134,6 +136,7 @@ def compile_cuda(
         shared_bytes=compiled.metadata.shared,
         async_copies=copies,
         matrix_products=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+        warnings=frozenset(re.findall(r"\bC75\d\d\b", usage)),
         ptx=ptx,
     )
 

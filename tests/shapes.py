@@ -60,6 +60,7 @@ AWKWARD = (
     Shape("long, short pages", 4, 1, 64, page_size=1, max_blocks=300, num_pages=700, num_seqs=2),
     Shape("two blocks", 2, 1, 8, page_size=48, max_blocks=14, num_pages=30, num_seqs=2),
     Shape("latent, small", 5, 1, 24, page_size=3, max_blocks=6, value_head_dim=16, latent=True),
+    Shape("latent, group of 35", 70, 2, 24, page_size=16, value_head_dim=20, latent=True),
 )
 SHAPES = REAL + AWKWARD
 BY_NAME = {shape.name: shape for shape in SHAPES}

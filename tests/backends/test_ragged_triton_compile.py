@@ -46,6 +46,7 @@ UNUSUAL = {
     "head dimension 256": {"head_dim": 256, "value_head_dim": 256, "num_heads": 16},
     "head dimension 80": {"head_dim": 80, "value_head_dim": 80},
     "latent attention": LATENT,
+    "latent attention, 128 heads": LATENT | {"num_heads": 128},
     "float32": of_dtype("float32"),
     "tree of positions": EVERY_OPTION | {"tree_width": 8, "has_positions": True},
 }

@@ -1,5 +1,6 @@
 """The Triton kernels compiled for GPUs that are not here: shared memory, spills, wide copies."""
 
+import collections
 import dataclasses
 import re
 
@@ -84,6 +85,9 @@ WIDE = {
     "head dimension 256": {"head_dim": 256, "value_head_dim": 256, "num_heads": 16},
     "head dimension 80": {"head_dim": 80, "value_head_dim": 80},
     "latent attention": LATENT,
+    "latent attention, 32 heads": LATENT | {"num_heads": 32},
+    "latent attention, 128 heads": LATENT | {"num_heads": 128},
+    "latent attention, 128 heads, every option": LATENT | {"num_heads": 128} | EVERY_OPTION,
     "float32": of_dtype("float32"),
     "float32 latent attention": LATENT | of_dtype("float32"),
     "group of 71": {"num_heads": 71, "num_kv_heads": 1, "head_dim": 64, "value_head_dim": 64},
@@ -177,12 +181,24 @@ def test_wide_variants_fit(target, variant):
     assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
 
 
+def test_two_warpgroups_share_the_products_of_64_rows():
+    """Each has half of a block's tokens in the logits, and half of the values' entries."""
+    sizes, problem, program = compile_for("sm_90", WIDE["latent attention, 128 heads"])
+    tokens = sizes.blocks.block_kv
+    products = collections.Counter(re.findall(r"wgmma\.mma_async\S+\.m64(n\d+)k16", program.ptx))
+    assert products == {
+        f"n{tokens // 2}": problem.head_dim // 16,
+        f"n{problem.value_head_dim // 2}": tokens // 16,
+    }
+    assert program.spill_store_bytes == 0 and not program.warnings
+
+
 def test_the_compiler_keeps_chains_of_float32_products_apart(monkeypatch):
     """It makes one chain of a product and a plain sum; 576 = 9 * 64 leaves 8 sums to add."""
 
     def additions(longest_chain):
         monkeypatch.setattr(_sizes, "LONGEST_CHAIN", longest_chain)
-        *_, program = compile_for("sm_90", WIDE["float32 latent attention"])
+        *_, program = compile_for("sm_90", LATENT | of_dtype("float32") | {"latent": False})
         return len(re.findall(r"add(?:\.rn)?\.f32", program.ptx))
 
     assert additions(64) == additions(512) + 8, "a thread holds one logit"

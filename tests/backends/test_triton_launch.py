@@ -86,6 +86,22 @@ def test_a_gpu_that_nobody_tuned_for_is_filled_and_not_flooded(
         assert sizes.combine_dv >= head_dim, "a program could take more of a row"
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.compute_capability))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("num_seqs", [1, 64])
+def test_latent_attention_fits_by_rule(target, dtype, num_seqs):
+    for head_dim, width in ((576, 512), (576, 400), (576, 320), (288, 256), (192, 128), (24, 20)):
+        for group in (1, 16, 17, 32, 33, 128):
+            asked = problem(
+                head_dim, group, dtype, value_head_dim=width, latent=True, num_seqs=num_seqs
+            )
+            blocks = Sizes.of(asked, Tuning(), target, tuned={}).blocks
+            assert blocks.shared_memory <= target.shared_memory and blocks.block_kv >= 16
+            if head_dim == 576 and width > 320 and dtype == "bfloat16":
+                most = 16 if target.is_amd else 64 if target.compute_capability == 90 else 32
+                assert blocks.block_group == min(most, max(16, 1 << (group - 1).bit_length()))
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256, 512])
 def test_a_large_call_leaves_no_room_for_a_second_program(head_dim):
     asked = problem(head_dim)

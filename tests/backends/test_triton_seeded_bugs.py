@@ -28,6 +28,7 @@ import ejk
 
 F32 = np.dtype(np.float32)
 SHAPE = Shape("of seeded bugs", 4, 2, 16, page_size=32, max_blocks=12, num_pages=40)
+LATENT = Shape("latent", 33, 1, 20, 32, 12, 40, value_head_dim=17, latent=True)
 LENS = np.array([383, 40, 3])
 WRITE = WriteShape("of seeded bugs", 9, 2, 16, None, page_size=8)
 
@@ -50,10 +51,12 @@ class WriteMutant(ejk.TritonWriteKVCache):
 
 
 def decode(bug, num_splits=1):
-    config = Configuration(SHAPE, F32, "NHD", frozenset(FEATURES), num_splits, fused=True)
-    case = build(config, LENS, window=300, invalid=0.2, as_jax=True)
     entry = Entry(bug, Mutant(interpret=True, num_sms=6, bug=bug), examples=0)
-    assert_close(case, *entry(case))
+    for shape in (SHAPE, LATENT):
+        fused = shape.fusible
+        config = Configuration(shape, F32, "NHD", frozenset(FEATURES), num_splits, fused)
+        case = build(config, LENS, window=300, invalid=0.2, as_jax=True)
+        assert_close(case, *entry(case))
     alone = long_case().rows([0])  # in equal parts of every sixth block
     assert_close(alone, *entry(alone))
 
@@ -69,10 +72,15 @@ def plan(bug):
 
 def ragged(bug):
     fields = {f.name: getattr(RAGGED_TRITON, f.name) for f in dataclasses.fields(RAGGED_TRITON)}
-    entry = RaggedEntry(bug, RaggedMutant(**fields, bug=bug), examples=0)
-    config = Configuration(SHAPE, F32, "NHD", frozenset({"sinks", "sliding_window"}), fused=True)
+    few, many = (
+        RaggedMutant(**fields, bug=bug),
+        RaggedMutant(**fields | {"block_rows": 64}, bug=bug),
+    )
+    features = frozenset({"sinks", "sliding_window"})
     bounds = np.array([1, 2, 9, 12])
-    for extras in ((), EXTRAS):
+    for shape, extras, backend in ((SHAPE, (), few), (SHAPE, EXTRAS, few), (LATENT, (), many)):
+        entry = RaggedEntry(bug, backend, examples=0)
+        config = Configuration(shape, F32, "NHD", features, fused=shape.fusible)
         case = build_ragged(config, LENS, bounds, window=300, invalid=0.1, extras=extras)
         assert_close(case, *entry(case))
 
@@ -113,6 +121,10 @@ BUGS = {
         "the group's first head has all slopes": (
             "alibi_slopes_ptr + offs_head", "alibi_slopes_ptr + offs_head * 0",
         ),
+        "values are the keys' last entries": (
+            "k if SAME_TILE else v_ptrs", "v_ptrs + HEAD_DIM - VALUE_HEAD_DIM",
+        ),
+        "64 rows see what lies past the end": ("[None, :], start < end", "[None, :], start > end"),
     },
     "page_attention_combine_kernel": {
         "the next head's parts": (
@@ -144,6 +156,12 @@ BUGS = {
         "values are read from the keys' half": ("value_ptr + stride_half + kv", "value_ptr + kv"),
         "columns of the mask are off by one": (
             "column = (key - context)[None, :]", "column = (key - context + 1)[None, :]",
+        ),
+        "values are the keys' last entries": (
+            "k if SAME_TILE else v_ptrs", "v_ptrs + HEAD_DIM - VALUE_HEAD_DIM",
+        ),
+        "64 rows see what lies past the end": (
+            "visible, block < before + after", "visible, block > before + after",
         ),
     },
     "ragged_page_attention_combine_kernel": {

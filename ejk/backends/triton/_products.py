@@ -58,22 +58,26 @@ def load_queries(
 @typing.no_type_check
 def query_key_products(
     q, k_ptrs, exists, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr,
+    BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr, REST_APART: tl.constexpr,
 ):  # fmt: skip
-    """Return `[rows, tokens]`: sums of `CHAIN` products, and of `BLOCK_D_REST`, added up apart."""
+    """Return `[rows, tokens]`: sums of `CHAIN` products, and of `BLOCK_D_REST`, added up apart.
+
+    `BLOCK_D_REST` follows on a chain that is alone, unless `REST_APART`. The other result is the
+    keys' first `CHAIN` entries, `[tokens, CHAIN]`.
+    """
     PARTS: tl.constexpr = BLOCK_D // CHAIN
-    k = load_rows(k_ptrs, exists, 0, CHAIN, HEAD_DIM, MASKED)
-    s = tl.dot(q[0], tl.trans(k), input_precision="ieee")
+    first = load_rows(k_ptrs, exists, 0, CHAIN, HEAD_DIM, MASKED)
+    s = tl.dot(q[0], tl.trans(first), input_precision="ieee")
     for i in tl.static_range(1, PARTS):
         k = load_rows(k_ptrs, exists, i * CHAIN, CHAIN, HEAD_DIM, MASKED)
         s = _add(s, tl.dot(q[i], tl.trans(k), input_precision="ieee"))
     if BLOCK_D_REST > 0:
         k = load_rows(k_ptrs, exists, BLOCK_D, BLOCK_D_REST, HEAD_DIM, MASKED)
-        if PARTS > 1:
+        if PARTS > 1 or REST_APART:
             s = _add(s, tl.dot(q[PARTS], tl.trans(k), input_precision="ieee"))
         else:
             s = tl.dot(q[PARTS], tl.trans(k), s, input_precision="ieee")
-    return s
+    return s, first
 
 
 @triton.jit

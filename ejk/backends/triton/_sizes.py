@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
@@ -44,6 +45,12 @@ def widths(problem: PagedProblem) -> tuple[int, int]:
     return sum(two_parts(problem.head_dim)), sum(two_parts(problem.value_head_dim))
 
 
+def same_tile(problem: PagedProblem) -> bool:
+    """Say whether the values are the keys' first entries as they were loaded, padding and all."""
+    (block_d, _), block_dv = two_parts(problem.head_dim), two_parts(problem.value_head_dim)
+    return problem.latent and block_dv == (block_d, 0) and chain(problem) == block_d
+
+
 def chain(problem: PagedProblem) -> int:
     """Return how many products of a logit are added up apart from others: in 16 bits all.
 
@@ -54,19 +61,36 @@ def chain(problem: PagedProblem) -> int:
     return min(block_d, LONGEST_CHAIN) if problem.query_dtype == jnp.float32 else block_d
 
 
-def block_group(group: int, value_head_dim: int) -> int:
+def rows_of_one_tile(is_same_tile: bool, target: Target) -> int | None:
+    """Return the most rows of a program that loads keys and values as one tile; None for others.
+
+    Every program reads the whole cache, so the more rows the better. With one tile there is shared
+    memory for the queries of 64 rows and registers, on eight warps, for their values, if products
+    are those of warpgroups and leave the queries where they are. On AMD more than 16 spill.
+    """
+    if not is_same_tile:
+        return None
+    if target.is_amd:
+        return 16
+    return 64 if target.compute_capability in (90, None) else 32  # None: interpreted
+
+
+def block_group(group: int, value_head_dim: int, most_rows: int | None = None) -> int:
     """Return how many of a group's query heads one program takes.
 
     A row of the product costs registers for its weighted values: 16 rows of 512 floats are 64
     registers a thread on four warps. More than 64 rows spill whatever the width.
     """
-    most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(two_parts(value_head_dim)))))
+    if most_rows is None:
+        most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(two_parts(value_head_dim)))))
     return min(max(16, power_of_two(group)), most_rows)
 
 
-def programs_per_piece(num_kv_heads: int, group: int, value_head_dim: int) -> int:
+def programs_per_piece(
+    num_kv_heads: int, group: int, value_head_dim: int, most_rows: int | None = None
+) -> int:
     """Return how many programs attend to one piece of a context."""
-    return num_kv_heads * -(-group // block_group(group, value_head_dim))
+    return num_kv_heads * -(-group // block_group(group, value_head_dim, most_rows))
 
 
 def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:
@@ -138,15 +162,20 @@ def feature_constants(problem: PagedProblem) -> dict[str, Any]:
     }
 
 
-def width_constants(problem: PagedProblem) -> dict[str, int]:
-    """Return the entries of keys and values that a kernel takes at a time."""
+def width_constants(problem: PagedProblem, rows: int, block_kv: int) -> dict[str, int | bool]:
+    """Return how a kernel takes the entries of keys and values, by blocks of rows and tokens."""
     block_d, block_dv = two_parts(problem.head_dim), two_parts(problem.value_head_dim)
+    is_same_tile = same_tile(problem)
     return {
         "BLOCK_D": block_d[0],
         "BLOCK_D_REST": block_d[1],
         "CHAIN": chain(problem),
         "BLOCK_DV": block_dv[0],
         "BLOCK_DV_REST": block_dv[1],
+        "SAME_TILE": is_same_tile,
+        "SPLIT_LOGITS": is_same_tile and rows == 64,
+        # A window may begin anywhere in a page.
+        "ONE_PAGE": is_same_tile and problem.page_size % block_kv == 0 and not problem.has_window,
     }
 
 

@@ -28,6 +28,23 @@ def scaled(s, scale, SOFT_CAP: tl.constexpr):
 
 @triton.jit
 @typing.no_type_check
+def where_visible(s, visible, is_true, SPLIT: tl.constexpr):
+    """Return logits, -inf where a token is not visible.
+
+    With `SPLIT` two warpgroups compute the logits of half of the tokens each. Where the result of a
+    product enters another one, the compiler gives whole rows to every warp: 64 rows are one
+    warpgroup's, so both compute all logits, which makes half as many products more. It does not
+    look through a branch, here that of `is_true`. As that always is, the branch itself goes later.
+    """
+    if not SPLIT:
+        return tl.where(visible, s, float("-inf"))
+    if is_true:
+        s = tl.where(visible, s, float("-inf"))
+    return s
+
+
+@triton.jit
+@typing.no_type_check
 def add_block(
     s,  # [rows, tokens]: logits, -inf where a row does not see a token; products if `FOLDED`
     scale,
@@ -35,7 +52,7 @@ def add_block(
     l,  # [rows]
     acc,  # [rows, BLOCK_DV]
     acc_rest,  # [rows, BLOCK_DV_REST]
-    v_ptrs,  # [tokens, 1]
+    values,  # [tokens, BLOCK_DV], or where they are to be loaded from, [tokens, 1]
     exists,  # [tokens]: may be loaded
     VALUE_HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,  # or everything exists
@@ -54,13 +71,18 @@ def add_block(
         s = s * c
     p = tl.exp2(s - m_safe[:, None])
     alpha = tl.exp2(m - m_safe)
-    l = l * alpha + tl.sum(p, 1)
-    v = load_rows(v_ptrs, exists, 0, BLOCK_DV, VALUE_HEAD_DIM, MASKED)
-    p = p.to(v.dtype)
-    acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
+    IS_LOADED: tl.constexpr = not values.dtype.is_ptr()
+    v = values
+    if not IS_LOADED:
+        l = l * alpha + tl.sum(p, 1)
+        v = load_rows(values, exists, 0, BLOCK_DV, VALUE_HEAD_DIM, MASKED)
+    weights = p.to(v.dtype)
+    acc = tl.dot(weights, v, acc * alpha[:, None], input_precision="ieee")
     if BLOCK_DV_REST > 0:
-        v_rest = load_rows(v_ptrs, exists, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED)
-        acc_rest = tl.dot(p, v_rest, acc_rest * alpha[:, None], input_precision="ieee")
+        v_rest = load_rows(values, exists, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED)
+        acc_rest = tl.dot(weights, v_rest, acc_rest * alpha[:, None], input_precision="ieee")
+    if IS_LOADED:  # while the product runs
+        l = l * alpha + tl.sum(p, 1)
     return m_new, l, acc, acc_rest
 
 

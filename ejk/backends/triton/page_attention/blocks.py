@@ -7,12 +7,21 @@ import jax.numpy as jnp
 
 from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PagedProblem
-from ejk.backends.triton._sizes import block_group, programs_per_piece, widths
+from ejk.backends.triton._sizes import block_group, rows_of_one_tile, same_tile, widths
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
 # Tokens and pipeline stages, best first, of which the first is taken that leaves no room for a
 # second program on a multiprocessor.
 ALONE = ((128, 3), (128, 4), (256, 3), (128, 5), (64, 3), (64, 4), (32, 3), (32, 4))
+# Of one tile for keys of 576 and values of 512 entries, by rows, where a batch is large: they leave
+# no room for a second program. On an H100, 270,336 tokens in 16 bits, pages of 64, by tokens, warps
+# and stages; wall time, us:
+#     16 heads    64, 8, 3: 128    64, 4, 3: 127    32, 4, 5: 128    32, 8, 5: 144
+#     32 heads    64, 8, 3: 138    32, 8, 5: 210
+#     64 heads    32, 8, 3: 157    64, 8, 2: 159; with pages of fewer tokens 164 and 192
+#     128 heads   32, 8, 3: 274    64, 8, 2: 269
+# Four warps of 64 tokens spill where pages are smaller. Two tiles of 16 rows took 157 for 16 heads.
+ONE_TILE = {16: Pipeline(64, 8, 3), 32: Pipeline(64, 8, 3), 64: Pipeline(32, 8, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +49,12 @@ class DecodeBlocks(NamedTuple):
     shared_memory: int  # bytes of a program, at most
 
 
+def rows_of(problem: PagedProblem, group: int, target: Target) -> int:
+    """Return how many of `group` query rows a KV head a program takes."""
+    most_rows = rows_of_one_tile(same_tile(problem), target)
+    return block_group(group, problem.value_head_dim, most_rows)
+
+
 def choose_blocks(
     problem: PagedProblem,
     group: int,
@@ -53,8 +68,8 @@ def choose_blocks(
     With `longest=None` nothing follows from the batch, as the bits of a result may not: blocks are
     then those of a batch that fills the machine.
     """
-    rows = block_group(group, problem.value_head_dim)
-    each = programs_per_piece(problem.num_kv_heads, group, problem.value_head_dim)
+    rows = rows_of(problem, group, target)
+    each = problem.num_kv_heads * -(-group // rows)
     programs = problem.num_seqs * each  # where no context is cut
     # Short work is up to two blocks of 128 tokens a multiprocessor, or up to four waves of programs
     # that take up to four of them. Two programs of smaller blocks at a time then hide each other's
@@ -92,6 +107,8 @@ def _heuristic(problem: PagedProblem, rows: int, target: Target, is_large: bool)
     _, wide = widths(problem)
     # Taken on the ordinary cores, from registers.
     is_float32 = problem.query_dtype == jnp.float32
+    if same_tile(problem) and wide == 512 and is_large:
+        return ONE_TILE[rows]
     if not is_large:  # It is latency that counts, not bytes.
         num_warps = 8 if wide > (128 if is_float32 else 256) else 4
         return Pipeline(64 if rows == 16 else 32, num_warps, 3 if is_float32 else 2)
@@ -102,23 +119,28 @@ def _heuristic(problem: PagedProblem, rows: int, target: Target, is_large: bool)
     for block_kv, num_stages in ALONE:
         pipeline = Pipeline(block_kv, num_warps, num_stages)
         if _shared_memory(problem, rows, pipeline, target) <= target.shared_memory:
-            if 2 * _streamed(problem, pipeline) > target.shared_memory:
+            if 2 * _streamed(problem, pipeline, num_stages - 1) > target.shared_memory:
                 return pipeline
     return Pipeline(128, num_warps, 3)
 
 
 def _shared_memory(problem: PagedProblem, rows: int, pipeline: Pipeline, target: Target) -> int:
     """Bound the shared memory of a program, in bytes."""
-    # On AMD the product reads its queries from registers.
-    queries = 0 if target.is_amd else rows * widths(problem)[0]
-    weights = rows * pipeline.block_kv
-    held = problem.query_dtype.itemsize * (queries + weights) + 4 * weights
-    return _streamed(problem, pipeline) + held
+    buffers, weights = pipeline.num_stages - 1, rows * pipeline.block_kv
+    held = problem.query_dtype.itemsize * weights
+    if same_tile(problem) and rows == 64 and target.compute_capability == 90:
+        buffers += 1  # a product that is waited for later keeps its block
+    else:
+        held += 4 * weights
+    if not target.is_amd:  # there the product reads its queries from registers
+        held += problem.query_dtype.itemsize * rows * widths(problem)[0]
+    return _streamed(problem, pipeline, buffers) + held
 
 
-def _streamed(problem: PagedProblem, pipeline: Pipeline) -> int:
+def _streamed(problem: PagedProblem, pipeline: Pipeline, buffers: int) -> int:
     """Return the bytes of shared memory that keys and values stream through."""
     k_block, v_block = (pipeline.block_kv * width for width in widths(problem))
-    buffers = pipeline.num_stages - 1
+    if same_tile(problem):
+        v_block = 0
     elements = buffers * (k_block + v_block) if buffers else max(k_block, v_block)
     return problem.cache_dtype.itemsize * elements

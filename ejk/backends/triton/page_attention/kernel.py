@@ -15,6 +15,9 @@ piece writes a float32 part, which the kernel that combines parts merges.
 A head dimension above 128 that is no power of two may be taken in two parts, `BLOCK_D` and
 `BLOCK_D_REST` (576 as 512 + 64), so that little of a block is padding: see `two_parts`.
 
+Latent attention (DeepSeek-V2, arXiv:2405.04434) has its values in the keys. Where, padded, they are
+`BLOCK_D` wide, one tile serves both products: it is loaded once, and held once in shared memory.
+
 Source: online softmax (Milakov and Gimelshein, 2018, arXiv:1805.02867); FlashAttention (Dao et
 al., 2022, arXiv:2205.14135); splits after Flash-Decoding (Dao et al., 2023).
 """
@@ -25,7 +28,15 @@ import triton
 import triton.language as tl
 
 from ejk.backends.triton._products import load_queries, query_key_products
-from ejk.backends.triton._softmax import LN2, LOG2E, add_block, add_sink, rounded, scaled
+from ejk.backends.triton._softmax import (
+    LN2,
+    LOG2E,
+    add_block,
+    add_sink,
+    rounded,
+    scaled,
+    where_visible,
+)
 
 
 @triton.jit
@@ -83,6 +94,9 @@ def page_attention_kernel(
     CHAIN: tl.constexpr,  # products that are added up apart from others, of a logit
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
+    SAME_TILE: tl.constexpr,  # the values are the keys' first entries, loaded once for both
+    SPLIT_LOGITS: tl.constexpr,  # over two warpgroups: see `where_visible`
+    ONE_PAGE: tl.constexpr,  # a block's tokens lie in one page
 ):
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     STEP: tl.constexpr = BLOCK_KV * NUM_SPLITS if SPLIT_BLOCKS < 0 else BLOCK_KV
@@ -140,6 +154,10 @@ def page_attention_kernel(
     mask_group = offs_group < GROUP
     offs_head = kv_head * GROUP + offs_group
     offs_kv = tl.arange(0, BLOCK_KV)
+    # Tokens whose table entries are loaded: the first of a block alone if it lies in one page.
+    offs_entry = tl.arange(0, 1 if ONE_PAGE else BLOCK_KV)
+    if ONE_PAGE:
+        begin = begin // BLOCK_KV * BLOCK_KV  # where it is, unless the plan is wrong
     query_row_ptrs = query_ptr + (seq * NUM_HEADS + offs_head[:, None]) * HEAD_DIM
     q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -158,39 +176,42 @@ def page_attention_kernel(
     table_ptr = block_tables_ptr + seq * MAX_BLOCKS
     # These loads do not wait for the length: they go up to `reach`, not to `end`, and begin where
     # the plan's window began.
-    positions = begin + offs_kv
-    reachable = (positions < reach) & (positions < MAX_BLOCKS * PAGE_SIZE)
-    pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=reachable, other=-1)
-    pages = tl.where(positions < end, pages, -1)
+    tokens = begin + offs_entry
+    reachable = (tokens < reach) & (tokens < MAX_BLOCKS * PAGE_SIZE)
+    pages = tl.load(table_ptr + tokens // PAGE_SIZE, mask=reachable, other=-1)
+    pages = tl.where(tokens < end, pages, -1)
     distance_ptr = page_distances_ptr + seq * MAX_BLOCKS
     if HAS_DISTANCES:
-        distances = tl.load(distance_ptr + positions // PAGE_SIZE, mask=reachable, other=0)
+        distances = tl.load(distance_ptr + tokens // PAGE_SIZE, mask=reachable, other=0)
     if NUM_SPLITS == 0 and HAS_WINDOW:
         planned = begin
         begin = tl.maximum(tl.where(is_first, 0, planned), first)
         if begin != planned:  # a plan for other lengths, or another window
-            positions = begin + offs_kv
-            seen = positions < end
-            pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=seen, other=-1)
+            tokens = begin + offs_entry
+            seen = tokens < end
+            pages = tl.load(table_ptr + tokens // PAGE_SIZE, mask=seen, other=-1)
             if HAS_DISTANCES:
-                distances = tl.load(distance_ptr + positions // PAGE_SIZE, mask=seen, other=0)
+                distances = tl.load(distance_ptr + tokens // PAGE_SIZE, mask=seen, other=0)
 
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
     for start in range(begin, end, STEP):
         positions = start + offs_kv
-        visible = (pages >= 0) & (pages < NUM_PAGES) & (positions >= first)  # [BLOCK_KV]
+        visible = (pages >= 0) & (pages < NUM_PAGES)  # [BLOCK_KV]
+        visible = visible & (positions < end if ONE_PAGE else positions >= first)
         offs_page = pages.to(tl.int64)
         offs_slot = positions % PAGE_SIZE
         k_ptrs = key_ptr + kv_head * stride_k_head
         k_ptrs += (offs_page * stride_k_page + offs_slot * stride_k_slot)[:, None]
         v_ptrs = value_ptr + stride_half + kv_head * stride_v_head
         v_ptrs += (offs_page * stride_v_page + offs_slot * stride_v_slot)[:, None]
-        ahead = positions + STEP
+        ahead = start + offs_entry + STEP
         pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
 
         # [BLOCK_GROUP, BLOCK_KV]
-        s = query_key_products(q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN)
+        s, k = query_key_products(
+            q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS
+        )
         s = scaled(s, scale, SOFT_CAP)
         if HAS_ALIBI:
             behind = positions - (length - 1)
@@ -198,9 +219,10 @@ def page_attention_kernel(
                 behind = distances + offs_slot
                 distances = tl.load(distance_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=0)
             s += (slopes * LOG2E)[:, None] * behind.to(tl.float32)[None, :]
-        s = tl.where(visible[None, :], s, float("-inf"))
+        s = where_visible(s, visible[None, :], start < end, SPLIT_LOGITS)
+        values = k if SAME_TILE else v_ptrs
         m, l, acc, acc_rest = add_block(
-            s, scale, m, l, acc, acc_rest, v_ptrs, visible, VALUE_HEAD_DIM, True, False,
+            s, scale, m, l, acc, acc_rest, values, visible, VALUE_HEAD_DIM, True, False,
             BLOCK_DV, BLOCK_DV_REST,
         )  # fmt: skip
 

@@ -12,7 +12,12 @@ from ejk.backends.page_attention_plan import (
     PlanProblem,
 )
 from ejk.backends.triton._backend import Call, TritonBackend
-from ejk.backends.triton._sizes import GRANULE, power_of_two, programs_per_piece
+from ejk.backends.triton._sizes import (
+    GRANULE,
+    power_of_two,
+    programs_per_piece,
+    rows_of_one_tile,
+)
 
 # Sequences of a program and warps, up to so many sequences. Few to a program: its code has to be
 # fetched from memory once a step.
@@ -53,12 +58,17 @@ class TritonPlan(TritonBackend, PlanBackend):
 
     def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
         group = facts.num_heads // facts.num_kv_heads
+        target = self.target(self.platforms[0])
+        # Values of another width are mostly those of latent attention, in 16 bits.
+        is_latent = value_head_dim < facts.head_dim
+        most_rows = rows_of_one_tile(is_latent, target) if target else None
+        programs = programs_per_piece(facts.num_kv_heads, group, value_head_dim, most_rows)
         window, capacity = facts.sliding_window, facts.capacity
         return own_plan(
             num_seqs=facts.num_seqs,
             capacity=capacity,
             longest=least(capacity, window) if isinstance(window, int) else capacity,
-            programs=programs_per_piece(facts.num_kv_heads, group, value_head_dim),
+            programs=programs,
             width=facts.head_dim + value_head_dim,
             num_sms=self.num_sms or H100["num_sms"],
             has_window=window is not None,

@@ -13,12 +13,11 @@ from ejk.backends.triton._sizes import (
     GRANULE,
     feature_constants,
     power_of_two,
-    programs_per_piece,
     shape_constants,
     stride_constants,
     width_constants,
 )
-from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning, choose_blocks
+from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning, choose_blocks, rows_of
 from ejk.backends.triton.page_attention.plan import own_plan
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
@@ -60,12 +59,19 @@ class Sizes:
         tuning: Tuning,
         target: Target,
         tuned: dict[Cell, Pipeline] = TUNED,
+        blocks: DecodeBlocks | None = None,
     ) -> "Sizes":
+        """Cut a problem for blocks that are given, or those that are best for the kernel."""
         is_invariant = bool(problem.num_splits or tuning.split_tokens)
         # Programs that have a multiprocessor and a whole context each take a large call's blocks.
-        is_whole = _programs(problem) <= target.num_sms and not _is_worth_cutting(problem, target)
-        longest = None if is_invariant or is_whole else problem.visible_bound
-        blocks = choose_blocks(problem, problem.group, longest, tuning, target, tuned)
+        if blocks is None:
+            programs = problem.num_seqs * _each(problem, rows_of(problem, problem.group, target))
+            # Programs that have a multiprocessor and a whole context each take a large call's
+            # blocks.
+            is_whole = programs <= target.num_sms
+            is_whole = is_whole and not _is_worth_cutting(problem, programs, target)
+            longest = None if is_invariant or is_whole else problem.visible_bound
+            blocks = choose_blocks(problem, problem.group, longest, tuning, target, tuned)
         sizes = cls(blocks, **_cuts(problem, blocks, tuning, target))
         # Few entries a program while programs are few: they find a processor each.
         most = power_of_two(problem.value_head_dim)
@@ -77,7 +83,7 @@ class Sizes:
 
     def grid(self, problem: PageAttentionProblem) -> int:
         pieces = self.plan.max_pieces if self.plan else problem.num_seqs * self.num_splits
-        return pieces * _programs_per_piece(problem)
+        return pieces * _each(problem, self.blocks.block_group)
 
     def combine_grid(self, problem: PageAttentionProblem) -> int:
         seqs = self.plan.max_splits if self.plan else problem.num_seqs
@@ -115,7 +121,7 @@ class Sizes:
             "HAS_DISTANCES": problem.own_distances,
             "BLOCK_GROUP": self.blocks.block_group,
             "BLOCK_KV": self.blocks.block_kv,
-            **width_constants(problem),
+            **width_constants(problem, self.blocks.block_group, self.blocks.block_kv),
         }
 
     def combine_constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
@@ -132,13 +138,9 @@ class Sizes:
         }
 
 
-def _programs_per_piece(problem: PageAttentionProblem) -> int:
-    return programs_per_piece(problem.num_kv_heads, problem.group, problem.value_head_dim)
-
-
-def _programs(problem: PageAttentionProblem) -> int:
-    """Return the programs of a call that cuts no context."""
-    return problem.num_seqs * _programs_per_piece(problem)
+def _each(problem: PageAttentionProblem, rows: int) -> int:
+    """Return how many programs of so many query heads attend to one piece of a context."""
+    return problem.num_kv_heads * -(-problem.group // rows)
 
 
 def _cuts(
@@ -159,7 +161,7 @@ def _cuts(
         num_seqs=problem.num_seqs,
         capacity=problem.capacity,
         longest=problem.visible_bound,
-        programs=_programs_per_piece(problem),
+        programs=_each(problem, blocks.block_group),
         width=problem.head_dim + problem.value_head_dim,
         num_sms=target.num_sms,
         has_window=problem.has_window,
@@ -170,9 +172,9 @@ def _cuts(
 
 def _strided_parts(problem: PageAttentionProblem, blocks: DecodeBlocks, target: Target) -> int:
     """Return in how many equal parts every context is cut without a plan; 0: by a plan."""
-    programs = _programs(problem)
+    programs = problem.num_seqs * _each(problem, blocks.block_group)
     parts = 1
-    if _is_worth_cutting(problem, target):
+    if _is_worth_cutting(problem, programs, target):
         # One program a multiprocessor: of 16, 24, 33 and 49 parts of one context of 131,072 tokens
         # on an H100 (8 KV heads, 132 multiprocessors) 16 were done first, in 182.8 us; 24, a wave
         # and a half, took 194.1. Two where they find room.
@@ -184,13 +186,12 @@ def _strided_parts(problem: PageAttentionProblem, blocks: DecodeBlocks, target: 
     return parts if problem.num_seqs == 1 or is_short else 0
 
 
-def _is_worth_cutting(problem: PageAttentionProblem, target: Target) -> bool:
+def _is_worth_cutting(problem: PageAttentionProblem, programs: int, target: Target) -> bool:
     """Whether parts of its contexts would save a call more than their combination takes."""
     if problem.visible_bound <= GRANULE:
         return False
     token_bytes = (problem.head_dim + problem.value_head_dim) * problem.cache_dtype.itemsize
     granules = problem.visible_bound / 128 * token_bytes / 512
-    programs = _programs(problem)
     bound_by_memory = SHARED_US * granules * programs / target.num_sms
     most = max(1, target.num_sms // programs)
     whole, cut = (max(ALONE_US * granules / n, bound_by_memory) for n in (1, most))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ejk.backends.gpu import Target
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
-from ejk.backends.triton._sizes import widths
+from ejk.backends.triton._sizes import same_tile, widths
 from ejk.backends.triton.page_attention.blocks import Tuning, choose_blocks
 
 # Query rows that one narrow block may have: more are wide, or several narrow ones.
@@ -160,7 +160,7 @@ def _wide_shared_memory(
     size = problem.query_dtype.itemsize
     # A product that is waited for later keeps its block of values, and so a buffer.
     buffers = num_stages if _is_hopper(target) else num_stages - 1
-    entries = (d + dv) * buffers if buffers else max(d, dv)
+    entries = (d + (0 if same_tile(problem) else dv)) * buffers if buffers else max(d, dv)
     streamed = problem.cache_dtype.itemsize * block_kv * entries
     queries = size * rows * d
     weights = rows * block_kv * (4 if problem.tree_width else size) + SCRATCH

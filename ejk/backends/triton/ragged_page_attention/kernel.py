@@ -27,7 +27,15 @@ import triton
 import triton.language as tl
 
 from ejk.backends.triton._products import load_queries, query_key_products, token_ptrs
-from ejk.backends.triton._softmax import LN2, LOG2E, add_block, add_sink, scaled, write_rows
+from ejk.backends.triton._softmax import (
+    LN2,
+    LOG2E,
+    add_block,
+    add_sink,
+    scaled,
+    where_visible,
+    write_rows,
+)
 from ejk.backends.triton.ragged_page_attention.rows import clear_rows, rows_of_block
 
 SCANNED = tl.constexpr(512)  # table entries that are looked at together
@@ -96,6 +104,9 @@ def ragged_page_attention_kernel(
     CHAIN: tl.constexpr,  # products that are added up apart from others, of a logit
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
+    SAME_TILE: tl.constexpr,  # the values are the keys' first entries, loaded once for both
+    SPLIT_LOGITS: tl.constexpr,  # over two warpgroups: see `where_visible`
+    ONE_PAGE: tl.constexpr,  # a block's tokens lie in one page
     BLOCK_BOUNDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
@@ -183,6 +194,8 @@ def ragged_page_attention_kernel(
     k_head_ptr = key_ptr + kv_head * stride_k_head
     v_head_ptr = value_ptr + stride_half + kv_head * stride_v_head
     offs_kv = tl.arange(0, BLOCK_KV)
+    # Tokens whose table entries are loaded: the first of a block alone if it lies in one page.
+    offs_entry = tl.arange(0, 1 if ONE_PAGE else BLOCK_KV)
     bulk_begin = begin
     bulk_end = begin
     if PEEL:
@@ -190,8 +203,8 @@ def ragged_page_attention_kernel(
         masked = tl.minimum(tl.maximum(all_begin, begin), end) - begin
         bulk_begin = begin + tl.cdiv(masked, BLOCK_KV) * BLOCK_KV
         # Loaded while the table is scanned, and not used if it turns out that there is no bulk.
-        seen = bulk_begin + offs_kv
-        pages = tl.load(table_ptr + seen // PAGE_SIZE, mask=seen < end, other=0)
+        first = bulk_begin + offs_entry
+        pages = tl.load(table_ptr + first // PAGE_SIZE, mask=first < end, other=0)
         # A negative scale would make the largest product the smallest logit: see `FOLDED`.
         bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
         bulk_end = _first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
@@ -200,18 +213,21 @@ def ragged_page_attention_kernel(
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
     offs_edge = tl.arange(0, EDGE_KV)
+    offs_edge_entry = tl.arange(0, 1 if ONE_PAGE else EDGE_KV)
     before = (bulk_begin - begin) // EDGE_KV
     after = tl.cdiv(tl.maximum(end - bulk_end, 0), EDGE_KV)
-    key = tl.where(before > 0, begin, bulk_end) + offs_edge
-    edge_pages = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)
+    first = tl.where(before > 0, begin, bulk_end) + offs_edge_entry
+    edge_pages = tl.load(table_ptr + first // PAGE_SIZE, mask=first < end, other=-1)
     for block in range(0, before + after):
         key = tl.where(block < before, begin, bulk_end - before * EDGE_KV) + block * EDGE_KV
         key += offs_edge
         exists = (edge_pages >= 0) & (edge_pages < NUM_PAGES)  # [EDGE_KV]
+        if ONE_PAGE:
+            exists = exists & (key < end)
         k_ptrs = token_ptrs(k_head_ptr, edge_pages, key, PAGE_SIZE, stride_k_page, stride_k_slot)
         v_ptrs = token_ptrs(v_head_ptr, edge_pages, key, PAGE_SIZE, stride_v_page, stride_v_slot)
         ahead = tl.where(block + 1 < before, begin, bulk_end - before * EDGE_KV)
-        ahead += (block + 1) * EDGE_KV + offs_edge
+        ahead += (block + 1) * EDGE_KV + offs_edge_entry
         edge_pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
         key_position = key
         if HAS_POSITIONS:
@@ -234,13 +250,16 @@ def ragged_page_attention_kernel(
             # Not every token between those that are seen is: it may hold NaN.
             exists = tl.max(visible.to(tl.int32), 0) > 0
         # [BLOCK_ROWS, EDGE_KV]
-        s = query_key_products(q, k_ptrs, exists, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN)
+        s, k = query_key_products(
+            q, k_ptrs, exists, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS
+        )
         s = scaled(s, scale, SOFT_CAP)
         if HAS_ALIBI:
             s += _biases(slopes, key_position, position)
-        s = tl.where(visible, s, float("-inf"))
+        s = where_visible(s, visible, block < before + after, SPLIT_LOGITS)
+        values = k if SAME_TILE else v_ptrs
         m, l, acc, acc_rest = add_block(
-            s, scale, m, l, acc, acc_rest, v_ptrs, exists, VALUE_HEAD_DIM, True, False,
+            s, scale, m, l, acc, acc_rest, values, exists, VALUE_HEAD_DIM, True, False,
             BLOCK_DV, BLOCK_DV_REST,
         )  # fmt: skip
     if PEEL:
@@ -248,16 +267,21 @@ def ragged_page_attention_kernel(
             seen = start + offs_kv
             k_tokens = token_ptrs(k_head_ptr, pages, seen, PAGE_SIZE, stride_k_page, stride_k_slot)
             v_tokens = token_ptrs(v_head_ptr, pages, seen, PAGE_SIZE, stride_v_page, stride_v_slot)
-            later = seen + BLOCK_KV
+            later = start + offs_entry + BLOCK_KV
             pages = tl.load(table_ptr + later // PAGE_SIZE, mask=later < bulk_end, other=0)
             # [BLOCK_ROWS, BLOCK_KV]
-            s = query_key_products(q, k_tokens, seen, HEAD_DIM, False, BLOCK_D, BLOCK_D_REST, CHAIN)
+            s, k = query_key_products(
+                q, k_tokens, seen, HEAD_DIM, False, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS
+            )
+            if SPLIT_LOGITS:  # every token is visible: for the sake of the branch alone
+                s = where_visible(s, (seen < bulk_end)[None, :], start < bulk_end, True)
             if not FOLDED:
                 s = scaled(s, scale, SOFT_CAP)
             if HAS_ALIBI:
                 s += _biases(slopes, seen, position)
+            values = k if SAME_TILE else v_tokens
             m, l, acc, acc_rest = add_block(
-                s, scale, m, l, acc, acc_rest, v_tokens, seen, VALUE_HEAD_DIM, False, FOLDED,
+                s, scale, m, l, acc, acc_rest, values, seen, VALUE_HEAD_DIM, False, FOLDED,
                 BLOCK_DV, BLOCK_DV_REST,
             )  # fmt: skip
         # Loaded anew, or they would hold registers in the loop that needs them most; volatile, or

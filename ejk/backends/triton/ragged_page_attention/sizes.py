@@ -122,7 +122,7 @@ class RaggedSizes:
             "BLOCK_ROWS": rows.rows,
             "BLOCK_KV": rows.block_kv,
             "EDGE_KV": rows.edge_kv,
-            **width_constants(problem),
+            **width_constants(problem, rows.rows, rows.block_kv),
             "BLOCK_BOUNDS": _block_others(problem),
             "BLOCK_TOKENS": BLOCK_TOKENS,
         }
