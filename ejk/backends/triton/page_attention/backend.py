@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+
 from ejk.backends.gpu import H100, MAX_GRID, Target
 from ejk.backends.page_attention import (
     AXIS,
@@ -72,7 +74,6 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         operands: PageAttentionOperands,
         call: Call,
     ) -> tuple[Any, ...]:
-        from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
         from ejk.backends.triton.page_attention.kernel import page_attention_kernel
 
         sizes = Sizes.of(problem, self, target)
@@ -91,23 +92,8 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
             num_stages=sizes.blocks.num_stages,
         )
         if part_out is not None:
-            # With a plan, contexts in one piece are written already: the rest goes between them.
-            in_place = {"out_ptr": out, "lse_ptr": lse} if sizes.plan else {}
-            out, lse = call(
-                combine_parts_kernel,
-                {
-                    "part_out_ptr": part_out,
-                    "part_lse_ptr": part_lse,
-                    "sinks_ptr": operands.sinks,
-                    "work_ptr": work,
-                },
-                {} if sizes.plan else {"out_ptr": out_type, "lse_ptr": lse_type},
-                sizes.combine_constants(problem),
-                in_place=in_place,
-                grid=sizes.combine_grid(problem),
-                num_warps=sizes.combine_warps,
-                num_stages=1,
-            )
+            sinks = operands.sinks
+            out, lse = combine(sizes, problem, part_out, part_lse, sinks, work, out, lse, call)
         return (out, lse) if problem.return_lse else (out,)
 
     @property
@@ -115,3 +101,37 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         target = self.target(self.platforms[0])
         num_sms = H100["num_sms"] if target is None else target.num_sms
         return TritonPlan(self.compute_capability, num_sms, self.interpret)
+
+
+def combine(
+    sizes: Sizes,
+    problem: PageAttentionProblem,
+    part_out: Any,
+    part_lse: Any,
+    sinks: Any,
+    work: Any,
+    out: Any,
+    lse: Any,
+    call: Call,
+) -> tuple[Any, ...]:
+    """Launch the kernel that merges the parts of contexts; returns the output and the LSE."""
+    from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
+
+    # With a plan, contexts in one piece are written already: the rest goes between them.
+    in_place = {"out_ptr": out, "lse_ptr": lse} if sizes.plan else {}
+    out_type, lse_type = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (out, lse))
+    return call(
+        combine_parts_kernel,
+        {
+            "part_out_ptr": part_out,
+            "part_lse_ptr": part_lse,
+            "sinks_ptr": sinks,
+            "work_ptr": work,
+        },
+        {} if sizes.plan else {"out_ptr": out_type, "lse_ptr": lse_type},
+        sizes.combine_constants(problem),
+        in_place=in_place,
+        grid=sizes.combine_grid(problem),
+        num_warps=sizes.combine_warps,
+        num_stages=1,
+    )

@@ -69,7 +69,7 @@ class TritonPlan(TritonBackend, PlanBackend):
             capacity=capacity,
             longest=least(capacity, window) if isinstance(window, int) else capacity,
             programs=programs,
-            width=facts.head_dim + value_head_dim,
+            width=facts.head_dim + (0 if is_latent else value_head_dim),
             num_sms=self.num_sms or H100["num_sms"],
             has_window=window is not None,
         )

@@ -13,6 +13,7 @@ from ejk.backends.triton._sizes import (
     GRANULE,
     feature_constants,
     power_of_two,
+    same_tile,
     shape_constants,
     stride_constants,
     width_constants,
@@ -63,7 +64,6 @@ class Sizes:
     ) -> "Sizes":
         """Cut a problem for blocks that are given, or those that are best for the kernel."""
         is_invariant = bool(problem.num_splits or tuning.split_tokens)
-        # Programs that have a multiprocessor and a whole context each take a large call's blocks.
         if blocks is None:
             programs = problem.num_seqs * _each(problem, rows_of(problem, problem.group, target))
             # Programs that have a multiprocessor and a whole context each take a large call's
@@ -143,6 +143,11 @@ def _each(problem: PageAttentionProblem, rows: int) -> int:
     return problem.num_kv_heads * -(-problem.group // rows)
 
 
+def _width(problem: PageAttentionProblem) -> int:
+    """Return the entries that are loaded of a token and KV head."""
+    return problem.head_dim + (0 if same_tile(problem) else problem.value_head_dim)
+
+
 def _cuts(
     problem: PageAttentionProblem, blocks: DecodeBlocks, tuning: Tuning, target: Target
 ) -> dict[str, Any]:
@@ -162,7 +167,7 @@ def _cuts(
         capacity=problem.capacity,
         longest=problem.visible_bound,
         programs=_each(problem, blocks.block_group),
-        width=problem.head_dim + problem.value_head_dim,
+        width=_width(problem),
         num_sms=target.num_sms,
         has_window=problem.has_window,
         own_windows=problem.own_windows,
@@ -190,7 +195,7 @@ def _is_worth_cutting(problem: PageAttentionProblem, programs: int, target: Targ
     """Whether parts of its contexts would save a call more than their combination takes."""
     if problem.visible_bound <= GRANULE:
         return False
-    token_bytes = (problem.head_dim + problem.value_head_dim) * problem.cache_dtype.itemsize
+    token_bytes = _width(problem) * problem.cache_dtype.itemsize
     granules = problem.visible_bound / 128 * token_bytes / 512
     bound_by_memory = SHARED_US * granules * programs / target.num_sms
     most = max(1, target.num_sms // programs)
