@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 from jax._src import dispatch
+from jax._src.lib import cuda_versions
 from jax.core import ShapedArray
+from jax.experimental import io_callback
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import Sharding
@@ -176,6 +178,22 @@ class HostCallbacks:
                 f"not {len(self.functions)}: use jax.shard_map"
             )
         return results
+
+
+@functools.cache
+def callback_effects() -> frozenset[Any]:
+    """Return the effects of calling back to Python in order, as the interpreters of Pallas do."""
+
+    def call_back() -> None:
+        io_callback(lambda: None, None)
+        io_callback(lambda: None, None, ordered=True)
+
+    return frozenset(jax.make_jaxpr(call_back)().effects)
+
+
+def cuda_version() -> int | None:
+    """Return the CUDA that JAX's plugin was built with, 12080 for 12.8.0; None without a plugin."""
+    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
 
 
 def drop_dead_code_rule(primitive: Primitive) -> None:

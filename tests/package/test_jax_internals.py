@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 from jax.experimental.buffer_callback import buffer_callback
 from jax.interpreters import mlir, partial_eval
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -209,6 +210,15 @@ def drop_dead_code_rule():
     _jax.drop_dead_code_rule(theirs)
 
 
+def callback_effects():
+    calls_back = jax.make_jaxpr(lambda x: io_callback(np.sin, x, x, ordered=True))(X)
+    assert calls_back.effects < _jax.callback_effects()
+
+
+def cuda_version():
+    assert _jax.cuda_version() is None or 12000 <= _jax.cuda_version() < 20000
+
+
 USES = {
     "primitive": (primitive, batched_along),
     "varying": (varying,),
@@ -222,6 +232,8 @@ USES = {
     "is_exported": (is_exported,),
     "HostCallbacks": (host_callbacks,),
     "drop_dead_code_rule": (drop_dead_code_rule,),
+    "callback_effects": (callback_effects,),
+    "cuda_version": (cuda_version,),
 }
 
 

@@ -1,15 +1,14 @@
 """What the Pallas backends have alike: where they run, what they refuse first, how they compile."""
 
 import abc
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 
+from ejk import _jax
 from ejk._backend import Backend
 from ejk.backends.pallas._chip import TOO_OLD, chip, chip_version
 
@@ -28,7 +27,7 @@ class PallasBackend(Backend):
     @property
     def effects(self) -> frozenset[Any]:
         """The interpreter's callbacks run in order."""
-        return _callback_effects() if self.interpret else frozenset()
+        return _jax.callback_effects() if self.interpret else frozenset()
 
     @property
     def vmem_limit(self) -> int:
@@ -68,12 +67,3 @@ class PallasBackend(Backend):
     @abc.abstractmethod
     def launch(self, problem: Any, operands: Any) -> Sequence[jax.Array]:
         """Run the problem, with integers of 32 bits."""
-
-
-@functools.cache
-def _callback_effects() -> frozenset[Any]:
-    def call_back():
-        io_callback(lambda: None, None)
-        io_callback(lambda: None, None, ordered=True)
-
-    return frozenset(jax.make_jaxpr(call_back)().effects)
