@@ -66,6 +66,14 @@ TARGETS = (
     triton("`triton`, sm_120", 120, 170),
     Target("`pallas`", ejk.PallasPageAttention(), "tpu"),
 )
+HOPPER = (
+    triton("`triton`, sm_90", 90, 132),
+    Target(
+        "`mosaic_gpu`, sm_90",
+        ejk.MosaicGpuPageAttention(compute_capability=90, num_sms=132),
+        "cuda",
+    ),
+)
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS: tuple[CacheLayout, ...] = ("HND", "NHD", "KV_HEADS_FIRST")
 HEAD_DIMS = (1, 8, 16, 33, 64, 80, 96, 128, 192, 256, 512)
@@ -106,6 +114,9 @@ def problem(
     return found
 
 
+latent = functools.partial(problem, head_dim=576, value_head_dim=512, num_kv_heads=1, group=64)
+
+
 class Page:
     """The page as it grows, and the numbered reasons that its tables refer to."""
 
@@ -129,13 +140,18 @@ class Page:
             numbers.append(str(self._reasons.index(reason) + 1))
         return f"no ({', '.join(numbers)})" if numbers else "yes"
 
-    def probes(self, corner: str, problems: dict[str, ejk.PageAttentionProblem]) -> None:
+    def probes(
+        self,
+        corner: str,
+        problems: dict[str, ejk.PageAttentionProblem],
+        targets: Sequence[Target] = TARGETS,
+    ) -> None:
         """Ask every target about every problem."""
-        cells = {name: tuple(self.cell(t, of) for t in TARGETS) for name, of in problems.items()}
+        cells = {name: tuple(self.cell(t, of) for t in targets) for name, of in problems.items()}
         # Neighbours that are answered alike share a row.
         runs = itertools.groupby(cells, cells.__getitem__)
         rows = [["; ".join(names), *answers] for answers, names in runs]
-        self.table(corner, [target.title for target in TARGETS], rows)
+        self.table(corner, [target.title for target in targets], rows)
 
     def reasons(self) -> None:
         """List what the numbers mean, and forget it: each section counts from 1."""
@@ -215,11 +231,21 @@ def add_sizes(page: Page) -> None:
     for dtype in ("bfloat16", "float32"):
         page.add(f"### head_dim, {dtype}\n\nPages of 16 tokens. Latent: one KV head.")
         problems = {str(d): problem(dtype=dtype, head_dim=d) for d in HEAD_DIMS}
-        problems["576, latent, values 512"] = problem(
-            dtype=dtype, head_dim=576, value_head_dim=512, num_kv_heads=1, group=16
-        )
+        problems["576, latent, values 512"] = latent(dtype=dtype, group=16)
         page.probes("head_dim", problems)
         page.reasons()
+    page.add(
+        "### Query heads of a latent cache\n\n"
+        "bfloat16, one KV head, head_dim 576, values 512, pages of 16 tokens."
+    )
+    page.probes("heads", {str(heads): latent(group=heads) for heads in (16, 32, 64, 128)}, HOPPER)
+    page.add("float16, 64 query heads.")
+    page.probes(
+        "page_size",
+        {str(size): latent(dtype="float16", page_size=size) for size in PAGE_SIZES},
+        HOPPER,
+    )
+    page.reasons()
     page.add("### page_size\n\nbfloat16, head_dim 128.")
     page.probes("page_size", {str(size): problem(page_size=size) for size in PAGE_SIZES})
     page.reasons()

@@ -1,4 +1,4 @@
-"""Attention over paged key-value caches for JAX: one call, three backends that agree."""
+"""Attention over paged key-value caches for JAX: one call, backends that agree."""
 
 import typing
 
@@ -24,6 +24,9 @@ from ejk._plan_page_attention import plan_page_attention as plan_page_attention
 from ejk._ragged_page_attention import ragged_page_attention as ragged_page_attention
 from ejk._version import __version__ as __version__
 from ejk._write_kv_cache import write_kv_cache as write_kv_cache
+from ejk.backends.mosaic_gpu.page_attention.backend import (
+    MosaicGpuPageAttention as MosaicGpuPageAttention,
+)
 from ejk.backends.page_attention import PageAttentionBackend as PageAttentionBackend
 from ejk.backends.page_attention import PageAttentionOperands as PageAttentionOperands
 from ejk.backends.page_attention import PageAttentionProblem as PageAttentionProblem

@@ -2,14 +2,16 @@
 
 import jax
 
+from ejk.backends import mosaic_gpu
 from ejk.backends.triton import _launch
 
 
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
     """Return what `jax.export.export(..., disabled_checks=...)` needs to accept the kernels.
 
-    JAX promises compatibility over time for the custom calls that it knows; jax-triton's is not
-    one of them. An exported CUDA kernel serves the compute capability that it was made for.
+    JAX promises compatibility over time for the custom calls that it knows; those of jax-triton
+    and of Pallas Mosaic GPU are none of them. An exported CUDA kernel serves the compute capability
+    that it was made for.
 
     Examples:
         >>> import jax, jax.numpy as jnp, ejk
@@ -22,4 +24,5 @@ def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
         >>> exported.platforms
         ('cpu', 'tpu')
     """
-    return [jax.export.DisabledSafetyCheck.custom_call(_launch.CUSTOM_CALL_TARGET)]
+    targets = (_launch.CUSTOM_CALL_TARGET, mosaic_gpu.CUSTOM_CALL_TARGET)
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]

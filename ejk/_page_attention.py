@@ -24,6 +24,7 @@ from ejk._typing import (
     Tables,
     typed,
 )
+from ejk.backends.mosaic_gpu.page_attention.backend import MosaicGpuPageAttention
 from ejk.backends.page_attention import (
     CacheLayout,
     PageAttentionOperands,
@@ -36,8 +37,10 @@ from ejk.backends.triton.page_attention.backend import TritonPageAttention
 from ejk.backends.xla._softmax import finish, nothing_seen
 from ejk.backends.xla.page_attention import XlaPageAttention
 
-BACKENDS = (TritonPageAttention(), PallasPageAttention(), XlaPageAttention())
-"""Best first: each platform's own kernel, then XLA, which runs everything."""
+BACKENDS = (
+    MosaicGpuPageAttention(), TritonPageAttention(), PallasPageAttention(), XlaPageAttention(),
+)  # fmt: skip
+"""Best first: each platform's own kernels, then XLA, which runs everything."""
 
 
 @overload
@@ -184,11 +187,9 @@ def page_attention(
             `[num_kv_heads, num_pages, page_size, head_dim]`; of fused pools `[num_pages, 2, ...]`
             and `[num_kv_heads, num_pages, 2, ...]`. Read in place, never transposed.
         sliding_window: only the last so many positions are visible, the current one included. At
-            least 1. May be traced: one that exceeds every length is no window, one below 1 shows
-            nothing.
+            least 1. May be traced: above every length it is no window, below 1 it shows nothing.
         attn_logits_soft_cap: above 0.
-        sinks: float32, one more logit a head in the denominator, neither scaled nor capped; -inf
-            is none.
+        sinks: float32, one more logit a head in the denominator, not scaled or capped; -inf: none.
         alibi_slopes: float32, a slope a head.
         value_head_dim: for latent attention only.
         plan: from `ejk.plan_page_attention` for the same lengths: how to deal out the work. Saves
@@ -202,7 +203,7 @@ def page_attention(
             traced; at least 0.
         return_lse: also return the natural-log LSE, float32 `[num_seqs, num_heads]`.
         backend: None for the best backend of the platform that the computation is lowered for;
-            `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.
+            `"triton"` or another name, or a backend object, to run that one or be refused.
 
     Returns:
         `[num_seqs, num_heads, value_head_dim]` in the query's dtype; with `return_lse`, a pair.

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
 LONG_FUNCTION, LONG_MODULE = 60, 300
+# A backend that hands part of its work to another's kernels.
+BUILDS_ON = {"ejk.backends.mosaic_gpu": "ejk.backends.triton"}
 # What each backend may use, and what uses all of them.
 SHARED, REVERSE_MODE = "ejk.backends", "ejk.backends.reverse_mode"
 
@@ -93,13 +95,15 @@ class Package:
         )
 
     def turning_back(self) -> list[str]:
-        """Imports of a floor above, or of another backend."""
+        """Imports of a floor above, or of another backend that it does not build on."""
         floors = {module: self.floor(module) for module in self.trees}
         found = []
         for use in self.imports:
             above = floors[use.module] > floors[use.importer]
             backends = self.backend(use.importer), self.backend(use.module)
-            if above or (all(backends) and backends[0] != backends[1]):
+            if above or (
+                all(backends) and backends[1] not in (backends[0], BUILDS_ON.get(backends[0]))
+            ):
                 found.append(str(use))
         return found
 

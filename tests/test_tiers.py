@@ -52,11 +52,12 @@ def test_every_page(fast):
     assert pages and not missing - {*fast["test_docs"]}
 
 
-# Of Pallas and XLA, the file that puts bugs into each kernel or program.
+# But for Triton, the file that puts bugs into each kernel or program.
 MUTATED = {
     "pallas/page_attention_kernel": "test_pallas_faults",
     "pallas/ragged_page_attention_kernel": "test_ragged_pallas_interpret",
     "pallas/write_kv_cache_kernel": "test_write_pallas_interpret",
+    "mosaic_gpu/page_attention_kernel": "test_mosaic_gpu_faults",
     "xla/page_attention": "test_seeded_bugs",
     "reverse_mode/page_attention": "test_seeded_bugs",
     "xla/ragged_page_attention": "test_ragged_seeded_bugs",
@@ -64,7 +65,9 @@ MUTATED = {
     "reverse_mode/write_kv_cache": "test_write_seeded_bugs",
 }
 KERNELS = {
-    f"{backend}/{name}" for backend in ("triton", "pallas") for name in kernel_modules(backend)
+    f"{backend}/{name}"
+    for backend in ("triton", "pallas", "mosaic_gpu")
+    for name in kernel_modules(backend)
 }
 
 

@@ -39,7 +39,8 @@ def test_every_choice_is_a_line(log):
     lower("cpu")
     [line] = [record for record in log.records if record.name == "ejk"]
     assert line.levelno == logging.DEBUG
-    assert line.getMessage().startswith("page_attention on cpu: xla; not triton: runs on cuda")
+    assert line.getMessage().startswith("page_attention on cpu: xla; not mosaic_gpu: runs on cuda")
+    assert "not triton: runs on cuda" in line.getMessage()
     assert "not pallas: runs on tpu" in line.getMessage()
 
 

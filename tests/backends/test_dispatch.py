@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ejk
-from ejk import _backend
+from ejk import _backend, _page_attention
 
 pytestmark = pytest.mark.fast
 
@@ -166,7 +166,7 @@ def test_a_third_party_is_told_the_problem_and_the_platform():
 
 def test_a_registered_third_party_is_the_first_choice(restored_registry):
     with pytest.raises(
-        ValueError, match="backend='sevens' must be one of 'triton', 'pallas', 'xla'"
+        ValueError, match="backend='sevens' must be one of 'mosaic_gpu', 'triton', 'pallas', 'xla'"
     ):
         ejk.page_attention(*ARGS, backend="sevens")
     ejk.register_backend(Sevens())
@@ -197,7 +197,9 @@ def test_gradients_of_a_third_party_are_those_of_its_results():
 def test_the_report_takes_shapes_for_arrays_and_raises_as_the_call_does():
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ARGS]
     report = ejk.backend_report(*shapes, platform="cpu")
-    assert report.chosen == "xla" and set(report.refusals) == {"triton", "pallas", "xla"}
+    assert report.chosen == "xla" and set(report.refusals) == {
+        backend.name for backend in _page_attention.BACKENDS
+    }
     assert "xla" in str(report) and "triton: runs on cuda and rocm, not on cpu" in str(report)
     with pytest.raises(ValueError, match="num_splits=-1 must be at least 0"):
         ejk.backend_report(*shapes, num_splits=-1)

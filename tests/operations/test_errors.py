@@ -178,7 +178,8 @@ MISFIT_AND_RANGE = {
     "less than no tokens": ({"max_context_len": -1}, "max_context_len=-1 must be at least 0"),
     "an unknown backend": (
         {"backend": "cuda"},
-        "backend='cuda' must be one of 'triton', 'pallas', 'xla', a backend object or None",
+        "backend='cuda' must be one of 'mosaic_gpu', 'triton', 'pallas', 'xla', a backend object "
+        "or None",
     ),
     "positions of 64 bits": (
         # An array of one element, seen 2**27 times: the check is on shapes alone.

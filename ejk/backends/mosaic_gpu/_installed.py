@@ -1,0 +1,21 @@
+"""Which JAX and which CUDA kernels of Pallas Mosaic GPU take."""
+
+import jax
+
+from ejk import _jax
+
+# `plgpu.kernel` as this package calls it; and an interpreter that knows the products.
+OLDEST_JAX, OLDEST_INTERPRETER = (0, 11, 2), (0, 12, 0)
+# ptxas compiles masks of JAX's own attention wrongly, which JAX refuses.
+WRONG_CUDA = range(12080, 12091)
+
+
+def missing(interpret: bool) -> str | None:
+    """Say what does not fit; None if all does."""
+    oldest = OLDEST_INTERPRETER if interpret else OLDEST_JAX
+    if jax.__version_info__ < oldest:
+        what = "interpreter" if interpret else "kernels"
+        return f"jax {jax.__version__}: its {what} want {'.'.join(map(str, oldest))} or later"
+    if not interpret and (version := _jax.cuda_version()) in WRONG_CUDA:
+        return f"CUDA {version} compiles masks wrongly: 12.9.1 and later do not"
+    return None

@@ -1,0 +1,1 @@
+"""`ejk.page_attention` of latent caches by a Pallas Mosaic GPU kernel."""

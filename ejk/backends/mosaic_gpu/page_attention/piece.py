@@ -1,0 +1,101 @@
+"""Which piece of which context is a program's."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from ejk.backends.mosaic_gpu.page_attention.memory import Inputs
+from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, LatentSizes
+
+
+class Piece(NamedTuple):
+    """A program's share of the work."""
+
+    seq: Any
+    head: Any  # the first
+    low: Any  # positions in [low, high) are visible
+    high: Any
+    part: Any  # the part that is written, or -1: the result itself
+    first_block: Any
+    blocks: Any  # at least one, of which nothing may be visible
+
+
+def my_piece(inputs: Inputs, sizes: LatentSizes) -> tuple[Any, Piece]:
+    """Return which piece of which context is this program's, and whether there is one."""
+    problem, cut = sizes.problem, sizes.cut
+    # Programs of one piece follow each other: what one reads the next finds in the cache.
+    program, groups = lax.axis_index("program"), problem.num_heads // ROWS
+    piece, head = lax.div(program, groups), lax.rem(program, groups) * ROWS
+    split, is_mine, part = jnp.int32(0), jnp.bool(True), jnp.int32(-1)
+    begin, reach = jnp.int32(0), jnp.int32(0)
+    if cut.plan:
+        seq, begin, reach, part = (inputs.work[1 + piece, i] for i in range(4))
+        # Whatever the plan says, nothing outside is touched.
+        is_mine = (piece < inputs.work[0, 0]) & (seq >= 0) & (seq < problem.num_seqs)
+        is_mine &= part < sizes.num_parts
+        # The first piece of a window begins at -1 - first: the window itself will say.
+        begin = jnp.clip(begin, 0, problem.capacity)
+    else:
+        seq, split = lax.div(piece, cut.num_splits), lax.rem(piece, cut.num_splits)
+    seq = jnp.clip(seq, 0, problem.num_seqs - 1)
+    length = jnp.clip(inputs.context_lens[seq], 0, problem.capacity)
+    first = jnp.int32(0)
+    if inputs.sliding_window is not None:
+        window = inputs.sliding_window[seq if problem.own_windows else 0]
+        first = jnp.maximum(length - jnp.maximum(window, 0), 0)
+    if not cut.plan:
+        first_block, last_block = lax.div(first, BLOCK_KV), blocks_of(length)
+        each = divide_up(last_block - first_block, cut.num_splits)
+        block = jnp.minimum(first_block + split * each, last_block)
+        begin, reach = block * BLOCK_KV, jnp.minimum(block + each, last_block) * BLOCK_KV
+        part = piece if sizes.num_parts else part
+    low, high = jnp.maximum(begin, first), jnp.minimum(reach, length)
+    first_block = lax.div(low, BLOCK_KV)
+    blocks = jnp.maximum(blocks_of(high) - first_block, 1)
+    return is_mine, Piece(seq, head, low, high, part, first_block, blocks)
+
+
+def divide_up(x: Any, by: int) -> Any:
+    return lax.div(x + (by - 1), jnp.int32(by))
+
+
+def blocks_of(tokens: Any) -> Any:
+    return divide_up(tokens, BLOCK_KV)
+
+
+def pages_of(j: Any, piece: Piece, inputs: Inputs, sizes: LatentSizes) -> tuple[Any, ...]:
+    """Return the ids of a block's pages, or the last of the table where it ends."""
+    first = lax.div((piece.first_block + j) * BLOCK_KV, sizes.problem.page_size)
+    places = (jnp.minimum(first + i, sizes.problem.max_blocks - 1) for i in range(sizes.copies))
+    return tuple(inputs.block_tables[piece.seq, place] for place in places)
+
+
+def exists(page: Any, sizes: LatentSizes) -> Any:
+    """Say whether an id names a page."""
+    return (page >= 0) & (page < sizes.problem.num_pages)
+
+
+def are_whole(blocks: tuple[Any, ...], piece: Piece, inputs: Inputs, sizes: LatentSizes) -> Any:
+    """Say whether everything in consecutive blocks is visible."""
+    first, last = ((piece.first_block + j) * BLOCK_KV for j in (blocks[0], blocks[-1]))
+    pages = (page for j in blocks for page in pages_of(j, piece, inputs, sizes))
+    whole = (first >= piece.low) & (last + BLOCK_KV <= piece.high)
+    for page in pages:
+        whole &= exists(page, sizes)
+    return whole
+
+
+def is_partial(j: Any, exist: Any, piece: Piece, sizes: LatentSizes) -> Any:
+    """Say whether not all of a block is visible; `exist` has a bit for each of its pages."""
+    first = (piece.first_block + j) * BLOCK_KV
+    some = (first < piece.low) | (first + BLOCK_KV > piece.high)
+    return some | (exist != (1 << sizes.copies) - 1)
+
+
+def visible(token: Any, j: Any, exist: Any, piece: Piece, sizes: LatentSizes) -> Any:
+    """Say which tokens of a block are visible, counted from its first."""
+    position = token + (piece.first_block + j) * BLOCK_KV
+    page = lax.shift_right_logical(token, jnp.full_like(token, sizes.copied_rows.bit_length() - 1))
+    there = lax.shift_right_logical(lax.broadcast(exist, token.shape), page) & 1
+    return (position >= piece.low) & (position < piece.high) & (there == 1)

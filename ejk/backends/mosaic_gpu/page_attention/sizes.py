@@ -1,0 +1,64 @@
+"""How one problem is cut for the latent kernel: pure functions of problem and target."""
+
+import dataclasses
+
+from ejk.backends.gpu import Target
+from ejk.backends.page_attention import PageAttentionProblem
+from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning
+from ejk.backends.triton.page_attention.sizes import Sizes
+
+ROWS = 64  # query heads of a program: the rows of a product of the tensor cores
+BLOCK_KV = 64  # tokens: two blocks of 72 KB are what fits beside as many queries
+SWIZZLED = 64  # elements of 16 bits in a row of swizzled shared memory
+HEAD_DIM, VALUE_HEAD_DIM = 576, 512
+SHARED_MEMORY = 2 * (ROWS + 2 * BLOCK_KV) * HEAD_DIM + 2048  # bytes; the last of maxima and sums
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSizes:
+    """How one problem is cut and run: the pieces and parts are those of Triton's kernels."""
+
+    problem: PageAttentionProblem
+    cut: Sizes
+    interpret: bool
+
+    @classmethod
+    def of(cls, problem: PageAttentionProblem, target: Target, interpret: bool) -> "LatentSizes":
+        heads = -(-problem.num_heads // ROWS) * ROWS
+        problem = dataclasses.replace(problem, num_heads=heads)
+        blocks = DecodeBlocks(
+            ROWS, BLOCK_KV, num_warps=12, num_stages=2, shared_memory=SHARED_MEMORY
+        )
+        return cls(problem, Sizes.of(problem, Tuning(), target, blocks=blocks), interpret)
+
+    @property
+    def grid(self) -> int:
+        return self.cut.grid(self.problem)
+
+    @property
+    def half(self) -> int:
+        """Entries of the values that one warpgroup weighs."""
+        return self.problem.value_head_dim // 2
+
+    @property
+    def rest(self) -> int:
+        """Entries of the keys that are not values."""
+        return self.problem.head_dim - self.problem.value_head_dim
+
+    def third(self, index: int) -> slice:
+        """Return which entries are copied together: a half of the values, or the rest."""
+        begin = index * self.half
+        return slice(begin, begin + (self.half if index < 2 else self.rest))
+
+    @property
+    def copies(self) -> int:
+        """Copies of a third of a block: one a page, or of a part of one."""
+        return BLOCK_KV // self.copied_rows
+
+    @property
+    def copied_rows(self) -> int:
+        return min(self.problem.page_size, BLOCK_KV)
+
+    @property
+    def num_parts(self) -> int:
+        return self.cut.num_parts(self.problem)

@@ -1,0 +1,68 @@
+"""The latent kernel for Hopper, lowered and compiled on a machine without a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import mosaic_offline
+import pytest
+
+import ejk
+
+HOPPER = {"compute_capability": 90, "num_sms": 132}
+MOSAIC, TRITON = ejk.MosaicGpuPageAttention(**HOPPER), ejk.TritonPageAttention(**HOPPER)
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason="its Pallas Mosaic GPU is older"
+)
+
+
+def shapes(heads, dtype=jnp.bfloat16):
+    shape = jax.ShapeDtypeStruct
+    return (
+        shape((8, heads, 576), dtype), shape((512, 1, 16, 576), dtype), None,
+        shape((8,), jnp.int32), shape((8, 64), jnp.int32),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def hopper():
+    """Calls are lowered as on a machine with such a GPU."""
+    for backend in (TRITON, MOSAIC):
+        ejk.register_backend(backend)
+    yield
+    for backend in (TRITON, MOSAIC):
+        ejk.unregister_backend(backend)
+
+
+CHOICES = {
+    "33 heads": (33, {}, "mosaic_gpu"),
+    "64 heads": (64, {}, "mosaic_gpu"),
+    "128 heads and a window": (128, {"sliding_window": 100}, "mosaic_gpu"),
+    "32 heads": (32, {}, "triton"),
+    "a soft cap": (64, {"attn_logits_soft_cap": 50.0}, "triton"),
+}
+
+
+@pytest.mark.parametrize("heads, options, chosen", CHOICES.values(), ids=CHOICES)
+def test_automatic_choice_on_hopper(heads, options, chosen, hopper, jax_triton):
+    report = ejk.backend_report(*shapes(heads), value_head_dim=512, platform="cuda", **options)
+    assert report.chosen == chosen, str(report)
+
+
+def test_a_call_is_exported(jax_triton):
+    call = functools.partial(ejk.page_attention, value_head_dim=512, backend=MOSAIC)
+    exported = jax.export.export(
+        jax.jit(call), platforms=["cuda"], disabled_checks=ejk.export_disabled_checks()
+    )(*shapes(64))
+    assert "mosaic_gpu_v2" in exported.mlir_module()
+
+
+@pytest.mark.skipif(bool(mosaic_offline.missing()), reason=str(mosaic_offline.missing()))
+@pytest.mark.parametrize("heads, page_size", [(64, 64), (128, 16), (128, 256)])
+def test_products_overlap_and_hardly_a_register_spills(heads, page_size, jax_triton):
+    program = mosaic_offline.compile_latent(heads, page_size)
+    assert not program.serialised
+    assert program.registers == 168  # an even share of all of the three warpgroups
+    assert program.spilled <= 512  # most of it where blocks are masked: once a piece
+    assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in program.ptx
+    assert "cp.async.bulk.tensor" in program.ptx

@@ -1,0 +1,132 @@
+"""Faults put into the source of the latent kernel one at a time: the interpreter, poison or the
+oracle catch each.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import types
+
+import gpu_interpreter
+import numpy as np
+import pytest
+import strategies
+import tolerances
+from strategies import Configuration
+from test_mosaic_gpu_interpret import BF16, SHAPE, WINDOW
+
+import ejk
+from ejk.backends.mosaic_gpu.page_attention import call
+
+pytestmark = gpu_interpreter.marks
+FOLDER = "ejk.backends.mosaic_gpu.page_attention"
+
+FAULTS = {
+    "no wait for the keys": (
+        "kernel", "            plgpu.barrier_wait(shared.third_there.at[3 * slot + third])\n", "",
+    ),
+    "no wait for the weights": (
+        "kernel", "        plgpu.barrier_wait(self.shared.weights_there.at[slot])\n", "",
+    ),
+    "no wait for the other's sum": (
+        "kernel", "        plgpu.barrier_wait(shared.sums_there)\n", "",
+    ),
+    "no wait for room": (
+        "copying", "plgpu.barrier_wait(shared.half_free.at[2 * slot + third])", "pass",
+    ),
+    "wrong arrivals": ("memory", "arrivals=sizes.copies", "arrivals=1"),
+    "an id is not checked": (
+        "piece", "(page >= 0) & (page < sizes.problem.num_pages)", "page == page",
+    ),
+    "values that are not visible stay": (
+        "kernel", "jnp.where(seen, values, jnp.zeros_like(values))", "values",
+    ),
+    "one token too many": ("piece", "position < piece.high", "position <= piece.high"),
+    "the window is one too short": (
+        "piece", "position >= piece.low", "position > piece.low",
+    ),
+    "hidden pages are taken for whole blocks": ("piece", "whole &= exists(", "exists("),
+    "the last block is taken for a whole one": (
+        "piece", "last + BLOCK_KV <= piece.high", "last < piece.high",
+    ),
+    "what came before is not scaled": (
+        "kernel", "state.l * alpha + p.sum(axis=1)", "state.l + p.sum(axis=1)",
+    ),
+    "the maximum of own blocks alone": (
+        "kernel", "return State(state.acc, m, state.l * alpha), alpha",
+        "return State(state.acc, state.m, state.l * alpha), alpha",
+    ),
+    "the halves change places": (
+        "kernel", "pl.ds(half * sizes.half,", "pl.ds((1 - half) * sizes.half,",
+    ),
+    "the next heads": ("piece", "lax.rem(program, groups) * ROWS", "0 * ROWS"),
+    "a piece begins at its end": (
+        "piece", "low, high = jnp.maximum(begin, first)", "low, high = jnp.maximum(reach, first)",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant(ejk.MosaicGpuPageAttention):
+    """A backend of its own to JAX: no compiled program of the sound one is reused."""
+
+    bug: str = ""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_interpreter():
+    yield
+    gpu_interpreter.reset()
+
+
+def check(bug):
+    """Two programs a piece, a window and hidden pages; then blocks that are visible altogether."""
+    shape = dataclasses.replace(SHAPE, num_heads=128)
+    windowed = Configuration(shape, BF16, "HND", WINDOW)
+    case = strategies.build(
+        windowed, np.array([210, 150]), window=np.int32(180), invalid=0.15, seed=2
+    )
+    ids = case.block_tables[case.needed]
+    assert ((ids < 0) | (ids >= shape.num_pages)).any()
+    plain = Configuration(SHAPE, BF16, "HND", num_splits=1)
+    whole = strategies.build(plain, np.array([210, 224]))
+    tables = whole.block_tables.copy()
+    tables[1, 9] = SHAPE.num_pages  # in the third of four blocks
+    whole = dataclasses.replace(whole, block_tables=tables)
+    backend = Mutant(num_sms=5, interpret=True, bug=bug)
+    for each in (case, whole):
+        tolerances.assert_close(each, *gpu_interpreter.run(each, backend))
+
+
+def mutated(file, old, new):
+    """Execute a module, one place of it changed; then those that use it, down to the kernel."""
+    made = {}
+    for name in ("memory", "piece", "copying", "kernel"):
+        module = importlib.import_module(f"{FOLDER}.{name}")
+        source = inspect.getsource(module)
+        if name == file:
+            assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
+            source = source.replace(old, new)
+        made[name] = types.ModuleType(name)
+        made[name].__dict__["__name__"] = module.__name__
+        exec(compile(source, module.__file__, "exec"), made[name].__dict__)
+        for other in made.values():
+            for key in {*vars(other)} & {*vars(made[name])}:
+                if getattr(vars(other)[key], "__module__", None) == other.__name__:
+                    setattr(made[name], key, vars(other)[key])
+    return made
+
+
+def test_the_sound_kernel_is_not_accused():
+    check("")
+
+
+@pytest.mark.fast(5)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught(name, monkeypatch):
+    made = mutated(*FAULTS[name])
+    monkeypatch.setattr(call, "latent_attention_kernel", made["kernel"].latent_attention_kernel)
+    monkeypatch.setattr(call, "shared_types", made["memory"].shared_types)
+    with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
+        check(name)
