@@ -49,11 +49,13 @@ def test_automatic_choice_on_hopper(heads, options, chosen, hopper, jax_triton):
     assert report.chosen == chosen, str(report)
 
 
-def test_a_call_is_exported(jax_triton):
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_call_is_exported(x64, jax_triton):
     call = functools.partial(ejk.page_attention, value_head_dim=512, backend=MOSAIC)
-    exported = jax.export.export(
-        jax.jit(call), platforms=["cuda"], disabled_checks=ejk.export_disabled_checks()
-    )(*shapes(64))
+    with jax.enable_x64(x64):
+        exported = jax.export.export(
+            jax.jit(call), platforms=["cuda"], disabled_checks=ejk.export_disabled_checks()
+        )(*shapes(64))
     assert "mosaic_gpu_v2" in exported.mlir_module()
 
 

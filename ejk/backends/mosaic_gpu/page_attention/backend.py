@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ejk import _jax
@@ -94,7 +95,8 @@ class MosaicGpuPageAttention(TritonBackend, PageAttentionBackend):
         if plan and work is None:
             lens = PlanOperands(operands.context_lens, operands.sliding_window)
             [work] = run_plan(plan, lens, call)
-        written = attend(sizes, operands, work if plan else None)
+        with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
+            written = attend(sizes, operands, work if plan else None)
         out, lse = written.out, written.lse
         if written.part_out is not None:
             out, lse = combine(
