@@ -15,9 +15,7 @@ from ejk.backends.triton.page_attention.backend import TritonPageAttention
 from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
 from ejk.backends.triton.page_attention.kernel import page_attention_kernel
 from ejk.backends.triton.page_attention.plan import (
-    BLOCKS_OF_FEW,
-    BLOCKS_OF_MANY,
-    FEW_SEQS,
+    plan_blocks,
     plan_constants,
 )
 from ejk.backends.triton.page_attention.plan_kernel import page_attention_plan_kernel
@@ -209,7 +207,7 @@ def test_the_compiler_keeps_chains_of_float32_products_apart(monkeypatch):
 def test_planning_does_not_spill(target, num_seqs):
     sizes, *_ = compile_for(target, {"num_seqs": num_seqs})
     assert sizes.plan is not None
-    block_seqs, num_warps = BLOCKS_OF_FEW if num_seqs <= FEW_SEQS else BLOCKS_OF_MANY
+    block_seqs, num_warps = plan_blocks(num_seqs)
     program = offline.compile_cuda(
         page_attention_plan_kernel,
         {"context_lens_ptr": "int32", "sliding_window_ptr": "int32", "work_ptr": "int32"},
