@@ -13,7 +13,7 @@ import pytest
 import strategies
 import tolerances
 from strategies import Configuration
-from test_mosaic_gpu_interpret import BF16, SHAPE, WINDOW
+from test_mosaic_gpu import BF16, SHAPE, WINDOW
 
 import ejk
 from ejk.backends.mosaic_gpu.page_attention import call

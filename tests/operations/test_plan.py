@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-import typing
 
 import hypothesis
 import jax
@@ -12,8 +11,6 @@ import numpy as np
 import numpy_launch
 import plan_oracle
 import pytest
-import triton
-import triton.language as tl
 from compilations import CompilationCounter
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -23,9 +20,8 @@ from test_triton_memory import ANY_INT32
 
 import ejk
 from ejk.backends.page_attention_plan import PlanOperands
-from ejk.backends.triton._sizes import MAX_CAPACITY, power_of_two
-from ejk.backends.triton.page_attention.dealing import deal
-from ejk.backends.triton.page_attention.plan import dealing_constants, own_plan, run_plan
+from ejk.backends.triton._sizes import MAX_CAPACITY
+from ejk.backends.triton.page_attention.plan import own_plan, run_plan
 from ejk.backends.xla.page_attention_plan import XlaPlan
 
 
@@ -184,53 +180,6 @@ def test_of_more_sequences_than_fit_in_a_tile(planner):
         assert len(check(planner, lens, capacity=2**16, window=None, slots=slots)) == 3
     assert not check(planner, lens, capacity=2**16, window=None, slots=132, programs=8)
     check(planner, lens, capacity=2**16, window=None, slots=480, max_cuts=1)
-
-
-@triton.jit
-@typing.no_type_check
-def deal_kernel(
-    granules_ptr, dealt_ptr, BLOCK: tl.constexpr, NUM_SEQS: tl.constexpr, MAX_CUTS: tl.constexpr,
-    SLOTS: tl.constexpr, PROGRAMS: tl.constexpr, GRANULE_COST: tl.constexpr,
-):  # fmt: skip
-    seqs = tl.arange(0, BLOCK)
-    granules = tl.load(granules_ptr + seqs, mask=seqs < NUM_SEQS, other=0)
-    dealt = deal(granules, seqs, NUM_SEQS, MAX_CUTS, SLOTS, PROGRAMS, GRANULE_COST)
-    for i in tl.static_range(4):
-        tl.store(dealt_ptr + i * NUM_SEQS + seqs, dealt[i], mask=seqs < NUM_SEQS)
-
-
-@pytest.mark.parametrize("num_seqs", [1, 3, 16, 47, 64])
-def test_a_kernel_may_deal_out_few_sequences_itself(num_seqs):
-    rng = np.random.default_rng(num_seqs)
-    capacity, cut = 2**17, 0
-    for alike in (False, True):
-        lens = np.full(num_seqs, 2**13) if alike else rng.integers(0, capacity, num_seqs)
-        problem = own_plan(
-            num_seqs=num_seqs, capacity=capacity, longest=capacity, programs=8, width=256,
-            num_sms=132, has_window=False,
-        )  # fmt: skip
-        constants = dealing_constants(problem)
-        granule = constants.pop("GRANULE")
-        constants |= {"NUM_SEQS": num_seqs, "BLOCK": power_of_two(num_seqs)}
-        granules = -(-lens.astype(np.int32) // granule)
-        out = {"dealt_ptr": jax.ShapeDtypeStruct((4, num_seqs), np.int32)}
-        with memory_checked():
-            [dealt] = numpy_launch.call(
-                deal_kernel, {"granules_ptr": granules}, out, constants, grid=1
-            )
-        expected, splits = plan_oracle.plan_page_attention(
-            lens, capacity=capacity, sliding_window=None, **machine_of(problem)
-        )
-        places = {seq: i for i, (seq, *_) in reversed(list(enumerate(expected)))}
-        pieces, size, place, split = dealt.tolist()
-        assert pieces == [sum(seq == s for s, *_ in expected) for seq in range(num_seqs)]
-        assert size == [-(-count // parts) for count, parts in zip(granules.tolist(), pieces)]
-        assert place == [places[seq] for seq in range(num_seqs)]
-        assert [seq for seq, *_ in splits] == sorted(
-            (seq for seq in range(num_seqs) if pieces[seq] > 1), key=split.__getitem__
-        )
-        cut += len(splits)
-    assert cut
 
 
 SIZE = dict(num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, max_blocks=80)

@@ -43,30 +43,6 @@ FAR = tl.constexpr(2**31 - 1)
 
 @triton.jit
 @typing.no_type_check
-def deal(
-    granules,  # int32 [BLOCK]: all sequences of the batch, 0 past the last
-    seqs,  # int32 [BLOCK]
-    NUM_SEQS: tl.constexpr,
-    MAX_CUTS: tl.constexpr,  # 0: every context is whole
-    SLOTS: tl.constexpr,  # programs that run at a time
-    PROGRAMS: tl.constexpr,  # of a piece
-    GRANULE_COST: tl.constexpr,
-):
-    """Return each sequence's pieces, their size, the first one's place, and its place of those cut.
-
-    `[BLOCK, BLOCK]` comparisons: for few sequences.
-    """
-    pieces, size = in_pieces(
-        granules, seqs, NUM_SEQS, MAX_CUTS, SLOTS, PROGRAMS, GRANULE_COST, False
-    )
-    ahead = is_ahead(size, seqs, size, seqs)
-    place = tl.sum(tl.where(ahead, pieces[None, :], 0), 1)
-    split = tl.sum(tl.where(ahead & (pieces > 1)[None, :], 1, 0), 1)
-    return pieces, size, place, split
-
-
-@triton.jit
-@typing.no_type_check
 def is_ahead(size, seqs, other_size, others):
     """Say who starts before whom, `[seqs, others]`: the larger, of equals the first."""
     is_same = other_size[None, :] == size[:, None]

@@ -1,6 +1,7 @@
-"""The latent kernel for Hopper, interpreted: no race, no stray read, no barrier out of step.
+"""The latent kernel for Hopper: interpreted, or on the GPU with `--gpu`.
 
-Every slot that no visible token owns is poisoned, and so is shared memory.
+The interpreter sees races, stray reads and barriers out of step. Every slot that no visible token
+owns is poisoned, and so is its shared memory.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 INT32 = np.iinfo(np.int32)
 # Three blocks and a half of 64 tokens.
 SHAPE = Shape("deepseek-v3, a half", 64, 1, 576, 16, 14, 50, value_head_dim=512, latent=True)
-BACKEND = ejk.MosaicGpuPageAttention(num_sms=5, interpret=True)
+BACKEND = ejk.MosaicGpuPageAttention(num_sms=5, interpret=not gpu_interpreter.ON_GPU)
 WINDOW = frozenset({"sliding_window"})
 
 LENGTHS = {
