@@ -253,10 +253,10 @@ def test_splits_beyond_one_a_block_are_not_launched(on_numpy):
 
 
 def test_more_programs_to_combine_than_a_grid_holds_are_refused(on_numpy):
-    """Rows of heads of parts: 2**26 of them with 64 blocks of values each."""
-    query = np.broadcast_to(np.zeros((), F16), (2**15, 2**11, 1))
+    """Rows of heads: of 2**31 heads there is one program each, of 64 one that attends."""
+    query = np.broadcast_to(np.zeros((), F16), (2**16, 2**15, 1))
     keys, values = sparse((1, 1, 16, 1)), sparse((1, 1, 16, 1024))
-    lens, tables = np.zeros(2**15, I32), np.zeros((2**15, 1), I32)
+    lens, tables = np.zeros(2**16, I32), np.zeros((2**16, 1), I32)
     with pytest.raises(ejk.UnsupportedError, match=f"{2**31} programs to combine exceed"):
         attend(query, keys, values, lens, tables, num_splits=2)
 
