@@ -90,6 +90,19 @@ def test_short_contexts_are_cut_evenly_without_a_plan():
     assert launches(lambda: TRITON(few, max_context_len=100)) == ["page_attention"]
 
 
+def test_pieces_may_begin_within_a_block_and_a_page():
+    """Of keys that are their own values blocks are larger than a granule, and pages as large."""
+    shape = Shape(
+        "wide pages", 4, 1, 128, page_size=256, max_blocks=12, num_pages=40, num_seqs=3,
+        value_head_dim=128, latent=True,
+    )  # fmt: skip
+    lens = np.array([2700, 1100, 5], np.int32)
+    case = build(Configuration(shape, np.dtype(jnp.bfloat16), "HND"), lens, as_jax=True)
+    work = plan_for(case, TRITON.backend, value_head_dim=128).work
+    assert any(begin % 256 for begin in work[1 : 1 + int(work[0, 0]), 1])
+    assert_close(case, *TRITON(case))
+
+
 def test_drawn_cases_are_cut():
     """A third are. No seed says which: Hypothesis draws constants of the loaded modules, too."""
     cut = []

@@ -174,8 +174,11 @@ def width_constants(problem: PagedProblem, rows: int, block_kv: int) -> dict[str
         "BLOCK_DV_REST": block_dv[1],
         "SAME_TILE": is_same_tile,
         "SPLIT_LOGITS": is_same_tile and rows == 64,
-        # A window may begin anywhere in a page.
-        "ONE_PAGE": is_same_tile and problem.page_size % block_kv == 0 and not problem.has_window,
+        # A window may begin anywhere in a page, a piece of a plan at any granule.
+        "ONE_PAGE": is_same_tile
+        and not problem.has_window
+        and problem.page_size % block_kv == 0
+        and GRANULE % block_kv == 0,
     }
 
 
