@@ -20,7 +20,7 @@ from test_triton_memory import ANY_INT32
 
 import ejk
 from ejk.backends.page_attention_plan import PlanOperands
-from ejk.backends.triton._sizes import MAX_CAPACITY
+from ejk.backends.triton._sizes import GRANULE, MAX_CAPACITY
 from ejk.backends.triton.page_attention.plan import own_plan, run_plan
 from ejk.backends.xla.page_attention_plan import XlaPlan
 
@@ -167,6 +167,15 @@ def test_the_longest_contexts_there_are(planner, num_seqs):
     check(
         planner, [2**31 - 1] * num_seqs, capacity=MAX_CAPACITY, window=None, slots=480, programs=32
     )
+
+
+@pytest.mark.parametrize("num_seqs", [2**24, 2**27, 2**31])
+def test_more_sequences_than_costs_of_32_bits_can_be_counted_of_are_left_whole(num_seqs):
+    problem = own_plan(
+        num_seqs=num_seqs, capacity=MAX_CAPACITY, longest=MAX_CAPACITY, programs=32, width=256,
+        num_sms=132, has_window=False,
+    )  # fmt: skip
+    assert (problem.max_cuts, problem.granule) == (0, GRANULE)
 
 
 @pytest.mark.slow

@@ -118,6 +118,8 @@ def own_plan(
     granule = GRANULE
     most = max(num_sms, num_seqs * programs * 2 // min(2, num_sms))
     while -(-capacity // granule) * problem.granule_cost * most > VAST:
+        if granule >= capacity:
+            return problem  # among so many sequences none outweighs the rest
         granule *= 2
     cuts = min(-(-CUTS_PER_SLOT * num_sms // programs), num_seqs * (-(-longest // granule) - 1))
     return dataclasses.replace(problem, granule=granule, max_cuts=max(0, cuts))
