@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from shapes import BY_NAME, Shape
 from strategies import DTYPES, FEATURES, LAYOUTS, Configuration, build, cases
 from test_triton_memory import ANY_INT32, stored_once
 from tolerances import assert_close
+
+import ejk
 
 LATENT = Shape(
     "latent, long", 5, 1, 24, page_size=3, max_blocks=1000, num_pages=3050, num_seqs=3,
@@ -86,6 +89,17 @@ def test_short_contexts_are_cut_evenly_without_a_plan():
         run = functools.partial(TRITON, case, **given)
         assert launches(run) == ["page_attention", "combine_parts"]
         assert_close(case, *stored_once(run))
+
+    @jax.jit
+    def step(query, keys, values, lens, tables):
+        plan = plan_for(case, TRITON.backend, context_lens=lens)
+        return ejk.page_attention(
+            query, keys, values, lens, tables, cache_layout="NHD", plan=plan,
+            backend=TRITON.backend,
+        )  # fmt: skip
+
+    arrays = [jnp.asarray(x) for x in case.operands()]
+    assert launches(lambda: step(*arrays)) == ["page_attention", "combine_parts"]  # nor makes one
     few = build(Configuration(SHORT, np.dtype(np.float32), "NHD"), np.array([90, 3]), as_jax=True)
     assert launches(lambda: TRITON(few, max_context_len=100)) == ["page_attention"]
 

@@ -77,7 +77,7 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         from ejk.backends.triton.page_attention.kernel import page_attention_kernel
 
         sizes = Sizes.of(problem, self, target)
-        work = operands.plan
+        work = operands.plan if sizes.plan else None  # XLA drops a plan that nobody reads
         if sizes.plan and work is None:
             lens = PlanOperands(operands.context_lens, operands.sliding_window)
             [work] = run_plan(sizes.plan, lens, call)
