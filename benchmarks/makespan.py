@@ -1,4 +1,4 @@
-"""A model of how long a planned batch takes, whose constants `plan_cost.py` fits.
+"""A model of how long a planned batch takes.
 
 Programs start in order, as slots of the machine get free, and share its memory's bandwidth: of `n`
 that run, each gets `min(SPEED, slots / n)` of what it gets on a full machine. One time is what a
@@ -11,7 +11,8 @@ import heapq
 import math
 from collections.abc import Sequence
 
-# NVIDIA H100 80GB HBM3, head dimension 128 in bfloat16: `benchmarks/results/plan_cost_*.jsonl`.
+# From timing plans made by hand on one NVIDIA H100 80GB HBM3 on 2026-11-28, head dimension 128 in
+# bfloat16. The times are not kept here; `plan_cost.py` takes such times and fits these constants.
 SPEED = 1.85  # of a program whose neighbours are idle
 START = 0.4  # to start a piece, and to write its part
 COMBINE = 0.45  # to combine parts, beyond a combination that finds nothing to do

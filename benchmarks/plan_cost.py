@@ -4,9 +4,10 @@
     python benchmarks/plan_cost.py --fit     fit what is in results/plan_cost_<device>.jsonl alone
 
 A plan cuts each context in equal pieces, the longest first, as the planner's do. Each batch is
-timed whole, in equal parts, with its last contexts cut, and as `ejk.plan_page_attention` deals it
-out; what each plan returns is compared with the first one's. Times are those of the attention
-kernel and of the combination apart, means over eight chained calls.
+timed whole and, where the call takes a plan, as `ejk.plan_page_attention` deals it out; those of
+`CUT` in equal parts and with their last contexts cut, too. What each plan returns is compared with
+the first one's. Times are those of the attention kernel and of the combination apart, means over
+eight chained calls.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import workloads
 
 import ejk
 from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts, PlanProblem
+from ejk.backends.triton.page_attention.sizes import SHORT_TOKENS
 
 CALLS = 8
 GRANULE = 128
@@ -124,7 +126,8 @@ def measure(workload: workloads.Workload) -> Iterator[dict]:
         return query
 
     each = [(name, planned(workload, pieces), pieces) for name, pieces in plans(workload)]
-    each.append(("planner's", *own_plan(workload, arrays.context_lens)))
+    if max(workload.context_lens) > SHORT_TOKENS:  # or the call is whole, whatever its plan
+        each.append(("planner's", *own_plan(workload, arrays.context_lens)))
     expected = None
     for name, plan, pieces in each:
         given = arrays.query, (arrays.key_cache, arrays.value_cache), tables, plan

@@ -12,8 +12,9 @@ from ejk.backends.write_kv_cache import WriteKVCacheProblem
 MAX_CAPACITY = 2**31 - 2**20
 LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after the other
 GRANULE = 128  # tokens; planned pieces are whole multiples
-# Pieces a multiprocessor, of ragged batches. Flat from 1 to 4 on an H100 for 256 contexts: enough
-# that the last pieces to start are short.
+# How ragged batches are cut. The measurements are of decode on an H100: one query token a sequence.
+# Pieces a multiprocessor. Flat from 1 to 4 for 256 unequal contexts: enough that the last pieces to
+# start are short.
 PIECES_PER_SM = 2.5
 # A multiprocessor's fair share of a batch and a tenth, in shares of a cut: 1.1 * `PIECES_PER_SM`.
 # Where no context has more, none is cut.
