@@ -43,9 +43,10 @@ def plan_page_attention(
     lengths: a call without a plan makes its own. A model calls once a layer with the same lengths:
     make one plan a step, one for each distinct window, and hand it to every layer's call.
 
-    A plan is a hint. Other backends, and calls with `num_splits >= 1`, do without. A plan made for
-    other lengths, or for another window that only the device knows, is slow, never wrong: calls
-    attend to what their own lengths and window show.
+    A plan is a hint. Other backends do without, as do calls with `num_splits >= 1`, with
+    `split_tokens`, of one sequence, or of short contexts. A plan made for other lengths, another
+    GPU, or another window that only the device knows, is slow, never wrong: calls attend to what
+    their own lengths and window show.
 
     Args:
         context_lens: those of the calls.

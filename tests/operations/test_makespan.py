@@ -35,7 +35,7 @@ def time_of(granules, pieces, programs, slots):
     return makespan.cut_batch(granules, pieces, programs, slots) + combine
 
 
-def todays(granules, programs, slots):
+def in_shares(granules, programs, slots):
     """Two and a half pieces a slot, or none where no context has more than 2.75 shares."""
     cuts, total, longest = max(1, int(2.5 * slots / programs)), sum(granules), max(granules)
     if 4 * longest * cuts <= 11 * total:
@@ -82,11 +82,11 @@ def test_no_multiprocessor_ends_long_after_the_average():
     hold(shares(count_pieces))
 
 
-@pytest.mark.parametrize("rule", ["whole", "todays", "the longest are cut"])
+@pytest.mark.parametrize("rule", ["whole", "in shares", "the longest are cut"])
 def test_other_rules_leave_multiprocessors_idle(rule):
     rules = {
         "whole": lambda granules, *_: [1] * len(granules),
-        "todays": todays,
+        "in shares": in_shares,
         "the longest are cut": lambda granules, programs, slots: [
             -(-count * slots // max(1, sum(granules) * programs)) for count in granules
         ],
