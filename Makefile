@@ -94,6 +94,10 @@ $(VENV)/.test: pyproject.toml $(VENV)/.created
 	@# Lowering for CUDA needs this plugin alone, and not the 3 GB of libraries that it would run on.
 	@case `uname -s` in Linux) $(PIP) install --no-deps "jax-$(CUDA)-plugin==`$(PY) -c \
 		'import importlib.metadata as m; print(m.version("jax"))'`";; esac
+	@# What compiles Mosaic's kernels without a GPU: apart, or JAX would take it for a platform.
+	@case "`uname -s` $(CUDA)" in "Linux cuda13") $(PIP) install --no-deps --upgrade \
+		--target $(VENV)/jax-cuda13-pjrt "jax-cuda13-pjrt==`$(PY) -c \
+		'import importlib.metadata as m; print(m.version("jax"))'`";; esac
 	@touch $@
 
 # What `make smoke` needs; SMOKE=smoke,triton brings jax-triton too, PIP_CONSTRAINT other versions.

@@ -5,6 +5,9 @@
 lowers one call, and hands Mosaic's module to the entry point that JAX's CUDA plugin has for it.
 That wants a CUDA driver, for which a few lines of C stand in: an H100 that runs nothing. ptxas is
 the one that Triton brings. Nothing here is public: what is missing skips the test.
+
+`make test` installs what has that entry point in a folder of its own. In the environment itself JAX
+would take it for a platform in every test.
 """
 
 import ctypes
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 
+PJRT = pathlib.Path(sys.prefix) / "jax-cuda13-pjrt"
 DRIVER = """
 int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
@@ -53,18 +57,16 @@ class Program:
 def missing() -> str | None:
     """Say what is not here to compile with."""
     found = importlib.util.find_spec("jax_plugins")
-    folders = found.submodule_search_locations if found else None
-    if not any((pathlib.Path(folder) / "xla_cuda13").exists() for folder in folders or ()):
+    folders = [*(found.submodule_search_locations or ())] if found else []
+    if not any(pathlib.Path(x, "xla_cuda13").exists() for x in (*folders, PJRT / "jax_plugins")):
         return "JAX's plugin for CUDA 13 is not installed"
     return None if shutil.which("gcc") else "there is no gcc"
 
 
 def compile_latent(heads: int, page_size: int) -> Program:
     """Compile the latent kernel in a process of its own."""
-    import jax_cuda13_plugin
     import triton
 
-    runtime = pathlib.Path(jax_cuda13_plugin.__file__).with_name("libmosaic_gpu_runtime.so")
     tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia"
     with tempfile.TemporaryDirectory() as folder:
         source = pathlib.Path(folder) / "driver.c"
@@ -75,9 +77,8 @@ def compile_latent(heads: int, page_size: int) -> Program:
             "JAX_PLATFORMS": "cpu",
             "LD_LIBRARY_PATH": folder,
             "PATH": f"{tools / 'bin'}:{os.environ['PATH']}",
-            "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
-            "MOSAIC_GPU_CUDA_ROOT": str(tools),
-            "MOSAIC_GPU_RUNTIME_LIB_PATH": str(runtime),
+            "PYTHONPATH": f"{pathlib.Path(__file__).parents[1]}:{PJRT}",
+            "CUDA_ROOT": str(tools),
             "MOSAIC_GPU_DUMP_PTX": "1",  # to standard output, with what ptxas says
             "MOSAIC_GPU_DUMP_PTXAS": "1",
         }
