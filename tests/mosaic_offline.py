@@ -3,8 +3,8 @@
     python tests/mosaic_offline.py HEADS PAGE_SIZE
 
 lowers one call, and hands Mosaic's module to the entry point that JAX's CUDA plugin has for it.
-That wants a CUDA driver, for which a few lines of C stand in: an H100 that runs nothing. ptxas is
-the one that Triton brings. Nothing here is public: what is missing skips the test.
+That wants a CUDA driver, for which a few lines of C stand in: an H100 that runs nothing. ptxas and
+libdevice are those that Triton brings. Nothing here is public: what is missing skips the test.
 
 `make test` installs what has that entry point in a folder of its own. In the environment itself JAX
 would take it for a platform in every test.
@@ -73,17 +73,22 @@ def compile_latent(heads: int, page_size: int) -> Program:
         source.write_text(DRIVER)
         library = source.with_name("libcuda.so.1")
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+        cuda = source.with_name("cuda_sdk_lib")  # where it looks first, in the working directory
+        (cuda / "nvvm").mkdir(parents=True)
+        (cuda / "bin").symlink_to(tools / "bin")
+        (cuda / "nvvm" / "libdevice").symlink_to(tools / "lib")
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "LD_LIBRARY_PATH": folder,
             "PATH": f"{tools / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": f"{pathlib.Path(__file__).parents[1]}:{PJRT}",
-            "CUDA_ROOT": str(tools),
             "MOSAIC_GPU_DUMP_PTX": "1",  # to standard output, with what ptxas says
             "MOSAIC_GPU_DUMP_PTXAS": "1",
         }
-        command = [sys.executable, __file__, str(heads), str(page_size)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        command = [sys.executable, os.path.abspath(__file__), str(heads), str(page_size)]
+        run = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=True
+        )
     said = run.stdout + run.stderr
     return Program(
         registers=int(re.search(r"Used (\d+) registers", said)[1]),
