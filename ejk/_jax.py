@@ -192,8 +192,16 @@ def callback_effects() -> frozenset[Any]:
 
 
 def cuda_version() -> int | None:
-    """Return the CUDA that JAX's plugin was built with, 12080 for 12.8.0; None without a plugin."""
-    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    """Return which CUDA is installed, 12080 for 12.8.0; None without JAX's plugin.
+
+    Where the plugin is installed without CUDA, to lower alone, the one that it was built with.
+    """
+    if cuda_versions is None:
+        return None
+    try:
+        return cuda_versions.cuda_runtime_get_version()
+    except RuntimeError:
+        return cuda_versions.cuda_runtime_build_version()
 
 
 def drop_dead_code_rule(primitive: Primitive) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import re
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +220,15 @@ def cuda_version():
     assert _jax.cuda_version() is None or 12000 <= _jax.cuda_version() < 20000
 
 
+def cuda_version_without_cuda():
+    def not_there():
+        raise RuntimeError("Error loading CUDA libraries")
+
+    if _jax.cuda_versions is not None:
+        with mock.patch.object(_jax.cuda_versions, "cuda_runtime_get_version", not_there):
+            assert 12000 <= _jax.cuda_version() < 20000
+
+
 USES = {
     "primitive": (primitive, batched_along),
     "varying": (varying,),
@@ -233,7 +243,7 @@ USES = {
     "HostCallbacks": (host_callbacks,),
     "drop_dead_code_rule": (drop_dead_code_rule,),
     "callback_effects": (callback_effects,),
-    "cuda_version": (cuda_version,),
+    "cuda_version": (cuda_version, cuda_version_without_cuda),
 }
 
 
