@@ -123,7 +123,7 @@ def unfit(problem: PageAttentionProblem) -> list[str]:
     page_size, dtype = problem.page_size, problem.query_dtype
     reasons: list[str] = []
     if not problem.latent:
-        return ["keys and values have caches of their own: it takes value_cache=None"]
+        return ["it takes latent caches: value_cache=None with value_head_dim"]
     if problem.num_kv_heads != 1:
         reasons.append(f"num_kv_heads={problem.num_kv_heads} must be 1")
     if (problem.head_dim, problem.value_head_dim) != (HEAD_DIM, VALUE_HEAD_DIM):
