@@ -91,12 +91,13 @@ class MosaicGpuPageAttention(TritonBackend, PageAttentionBackend):
         from ejk.backends.mosaic_gpu.page_attention.call import attend
 
         sizes = LatentSizes.of(problem, target, self.interpret)
-        plan, work = sizes.cut.plan, operands.plan
+        plan = sizes.cut.plan
+        work = operands.plan if plan else None
         if plan and work is None:
             lens = PlanOperands(operands.context_lens, operands.sliding_window)
             [work] = run_plan(plan, lens, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
-            written = attend(sizes, operands, work if plan else None)
+            written = attend(sizes, operands, work)
         out, lse = written.out, written.lse
         if written.part_out is not None:
             out, lse = combine(
