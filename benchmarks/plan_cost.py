@@ -11,10 +11,9 @@ eight chained calls.
 """
 
 import argparse
-import datetime
+import functools
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import makespan
 import numpy as np
+import ragged
 import scipy.optimize
 import timing
 import workloads
@@ -204,27 +204,14 @@ def main():
     parser.add_argument("--workload", nargs="+", help="names")
     parser.add_argument("--output", type=Path, help="instead of results/plan_cost_<device>.jsonl")
     args = parser.parse_args()
-    device = jax.devices()[0].device_kind
-    path = args.output or decode.RESULTS / f"plan_cost_{device.replace(' ', '_')}.jsonl"
-    facts = {
-        "device": device,
-        "date": datetime.date.today().isoformat(),
-        "versions": decode.versions(),
-        "command": "python benchmarks/plan_cost.py " + " ".join(sys.argv[1:]),
-    }
+    device = jax.devices()[0].device_kind.replace(" ", "_")
+    path = args.output or decode.RESULTS / f"plan_cost_{device}.jsonl"
+    append = functools.partial(ragged.append, path, script="plan_cost.py")
     if not args.fit:
-        with path.open("a") as file:
-            for workload in (*UNIFORM, *CUT):
-                if args.workload and workload.name not in args.workload:
-                    continue
-                for line in measure(workload):
-                    print(workload.name, line["plan"], line["attention_us"], line["combine_us"])
-                    file.write(json.dumps(line | facts) + "\n")
+        chosen = [w for w in (*UNIFORM, *CUT) if not args.workload or w.name in args.workload]
+        append(itertools.chain.from_iterable(map(measure, chosen)))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    found = fit([line for line in lines if "attention_us" in line])
-    print(json.dumps(found))
-    with path.open("a") as file:
-        file.write(json.dumps(found | facts) + "\n")
+    append([fit([line for line in lines if "attention_us" in line])])
 
 
 if __name__ == "__main__":

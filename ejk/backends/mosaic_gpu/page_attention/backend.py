@@ -23,11 +23,10 @@ from ejk.backends.page_attention import (
     PageAttentionOperands,
     PageAttentionProblem,
 )
-from ejk.backends.page_attention_plan import PlanOperands
 from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.page_attention.backend import TritonPageAttention, combine
-from ejk.backends.triton.page_attention.plan import TritonPlan, run_plan
+from ejk.backends.triton.page_attention.plan import TritonPlan, work_of
 
 FEWEST_HEADS = ROWS // 2 + 1  # fewer are faster on Triton's kernel
 COMPUTE_CAPABILITY = 90
@@ -91,11 +90,7 @@ class MosaicGpuPageAttention(TritonBackend, PageAttentionBackend):
         from ejk.backends.mosaic_gpu.page_attention.call import attend
 
         sizes = LatentSizes.of(problem, target, self.interpret)
-        plan = sizes.cut.plan
-        work = operands.plan if plan else None
-        if plan and work is None:
-            lens = PlanOperands(operands.context_lens, operands.sliding_window)
-            [work] = run_plan(plan, lens, call)
+        work = work_of(sizes.cut.plan, operands, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
             written = attend(sizes, operands, work)
         out, lse = written.out, written.lse

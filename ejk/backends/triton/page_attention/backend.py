@@ -13,11 +13,10 @@ from ejk.backends.page_attention import (
     PageAttentionOperands,
     PageAttentionProblem,
 )
-from ejk.backends.page_attention_plan import PlanOperands
 from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
 from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.page_attention.blocks import Tuning
-from ejk.backends.triton.page_attention.plan import TritonPlan, run_plan
+from ejk.backends.triton.page_attention.plan import TritonPlan, work_of
 from ejk.backends.triton.page_attention.sizes import Sizes
 
 INPUTS = (
@@ -77,10 +76,7 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         from ejk.backends.triton.page_attention.kernel import page_attention_kernel
 
         sizes = Sizes.of(problem, self, target)
-        work = operands.plan if sizes.plan else None  # XLA drops a plan that nobody reads
-        if sizes.plan and work is None:
-            lens = PlanOperands(operands.context_lens, operands.sliding_window)
-            [work] = run_plan(sizes.plan, lens, call)
+        work = work_of(sizes.plan, operands, call)
         out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
         part_out, part_lse, out, lse = call(
             page_attention_kernel,

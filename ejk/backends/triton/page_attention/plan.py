@@ -5,6 +5,7 @@ from typing import Any
 
 from ejk._indices import Size, is_static, least
 from ejk.backends.gpu import H100, Target
+from ejk.backends.page_attention import PageAttentionOperands
 from ejk.backends.page_attention_plan import (
     PlanBackend,
     PlanFacts,
@@ -125,6 +126,16 @@ def own_plan(
     return dataclasses.replace(problem, granule=granule, max_cuts=max(0, cuts))
 
 
+def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Call) -> Any:
+    """Return the pieces of a call: those it was given, or dealt out now; None without a plan."""
+    if plan is None:
+        return None  # XLA drops a plan that nobody reads
+    if operands.plan is not None:
+        return operands.plan
+    [work] = run_plan(plan, PlanOperands(operands.context_lens, operands.sliding_window), call)
+    return work
+
+
 def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[Any, ...]:
     """Launch the kernel."""
     from ejk.backends.triton.page_attention.plan_kernel import page_attention_plan_kernel
@@ -159,18 +170,11 @@ def plan_constants(problem: PlanProblem, block_seqs: int) -> dict[str, Any]:
         "CAPACITY": problem.capacity,
         "stride_window_seq": int(problem.own_windows),
         "HAS_WINDOW": problem.has_window,
-        **dealing_constants(problem),
+        "MAX_CUTS": problem.max_cuts,
+        "SLOTS": problem.slots,
+        "PROGRAMS": problem.programs_per_piece,
+        "GRANULE_COST": problem.granule_cost,
+        "GRANULE": problem.granule,
         "BLOCK_SEQS": block_seqs,
         "BLOCK_OTHERS": min(MOST_SEQS, power_of_two(max(2, problem.num_seqs))),
-    }
-
-
-def dealing_constants(plan: PlanProblem) -> dict[str, Any]:
-    """Return how a batch is dealt out, as every kernel takes it that does so."""
-    return {
-        "MAX_CUTS": plan.max_cuts,
-        "SLOTS": plan.slots,
-        "PROGRAMS": plan.programs_per_piece,
-        "GRANULE_COST": plan.granule_cost,
-        "GRANULE": plan.granule,
     }
