@@ -1,8 +1,12 @@
 """A model of how long a planned batch takes.
 
-Programs start in order, as slots of the machine get free, and share its memory's bandwidth: of `n`
-that run, each gets `min(SPEED, slots / n)` of what it gets on a full machine. One time is what a
-granule, 128 tokens, takes there.
+Programs start in order, as slots of the machine get free, and share its memory's bandwidth. Of `n`
+that run, each gets of what it gets on a full machine
+
+    rate(n) = SPEED / (1 + (SPEED * n / slots)^4)^(1/4)
+
+which is SPEED of few, and `slots / n` of many. Programs that memory does not bound have a rate
+of 1. One time is what a granule, 128 tokens, takes on a full machine.
 
 Source: processor sharing (Kleinrock, 1967); list scheduling (Graham, 1969).
 """
@@ -11,15 +15,25 @@ import heapq
 import math
 from collections.abc import Sequence
 
-# From timing plans made by hand on one NVIDIA H100 80GB HBM3 on 2026-11-28, head dimension 128 in
-# bfloat16. The times are not kept here; `plan_cost.py` takes such times and fits these constants.
-SPEED = 1.85  # of a program whose neighbours are idle
-START = 0.4  # to start a piece, and to write its part
-COMBINE = 0.45  # to combine parts, beyond a combination that finds nothing to do
+# As `plan_cost.py` fits them to its times, results/plan_cost_NVIDIA_H100_80GB_HBM3.jsonl: head
+# dimension 128 in bfloat16. They predict the times of contexts of 1,024 tokens or more to 1.0 % in
+# the median; the worst, 66 x 1,024, to 6.8 %.
+SPEED = 2.33  # of a program whose neighbours are idle
+START = 0.25  # to start a piece, and to write its part
+COMBINE = 0.5  # to combine parts, beyond a combination that finds nothing to do
+
+
+def rate(share: float, speed: float | None) -> float:
+    """Return how fast a program is if that share of the slots is busy; of no `speed`, always 1."""
+    return speed / (1 + (speed * share) ** 4) ** 0.25 if speed else 1.0
 
 
 def makespan(
-    sizes: Sequence[int], programs: int, slots: int, start: float = START, speed: float = SPEED
+    sizes: Sequence[int],
+    programs: int,
+    slots: int,
+    start: float = START,
+    speed: float | None = SPEED,
 ) -> float:
     """Return when the last program ends, of pieces of so many granules in order of their start."""
     waiting, left = iter(sizes), 0
@@ -39,7 +53,7 @@ def makespan(
         if not running:
             return now
         end, ended = heapq.heappop(running)
-        now += (end - virtual) / min(speed, slots / count)
+        now += (end - virtual) / rate(count / slots, speed)
         virtual, count = end, count - ended
 
 
@@ -49,7 +63,7 @@ def cut_batch(
     programs: int,
     slots: int,
     start: float = START,
-    speed: float = SPEED,
+    speed: float | None = SPEED,
 ) -> float:
     """Return how long a batch takes of which each context is cut in so many equal pieces."""
     cut = [equal_pieces(*context) for context in zip(granules, pieces, strict=True)]
@@ -66,6 +80,6 @@ def equal_pieces(granules: int, pieces: int) -> list[int]:
     return [size] * full + [rest] * (rest > 0)
 
 
-def ideal(granules: Sequence[int], programs: int, slots: int) -> float:
+def ideal(granules: Sequence[int], programs: int, slots: int, start: float = START) -> float:
     """Return how long it takes if nothing is cut and no slot is ever idle."""
-    return sum(count + START for count in granules) * programs / slots
+    return sum(count + start for count in granules) * programs / slots

@@ -1,13 +1,15 @@
 """Times batches under plans made by hand, and fits the model of `makespan.py` to these times.
 
-    python benchmarks/plan_cost.py           time every batch under every plan, then fit
+    python benchmarks/plan_cost.py           time every batch under every plan, then fit: 5 minutes
+    python benchmarks/plan_cost.py --workload "17 x 8192" "4 x 8192"      some batches
     python benchmarks/plan_cost.py --fit     fit what is in results/plan_cost_<device>.jsonl alone
 
 A plan cuts each context in equal pieces, the longest first, as the planner's do. Each batch is
 timed whole and, where the call takes a plan, as `ejk.plan_page_attention` deals it out; those of
 `CUT` in equal parts and with their last contexts cut, too. What each plan returns is compared with
 the first one's. Times are those of the attention kernel and of the combination apart, means over
-eight chained calls.
+eight chained calls. What is fitted are contexts of 1,024 tokens or more: shorter ones have smaller
+blocks, several on a multiprocessor.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from ejk.backends.triton.page_attention.sizes import SHORT_TOKENS
 
 CALLS = 8
 GRANULE = 128
+FITTED = 8  # granules of the longest context, or more
 SLOTS = 132
 TOLERANCE = 2e-2  # of the largest value, in bfloat16: parts round otherwise than wholes
 
@@ -168,7 +171,8 @@ def fit(lines: Sequence[dict]) -> dict:
     cases = []
     for line in lines:
         granules, pieces = (_written_out(line[key]) for key in ("granules", "pieces"))
-        cases.append((granules, pieces, line["programs"], line["attention_us"]))
+        if max(granules) >= FITTED:
+            cases.append((granules, pieces, line["programs"], line["attention_us"]))
     measured = np.log([case[-1] for case in cases])
 
     def errors(constants):
@@ -179,7 +183,9 @@ def fit(lines: Sequence[dict]) -> dict:
     def squares(constants):
         return float(np.sum(errors(constants) ** 2))
 
-    best = scipy.optimize.minimize(squares, (2.8, 5.0, 0.4, 1.85), method="Nelder-Mead")
+    best = scipy.optimize.minimize(
+        squares, (2.8, 5.0, makespan.START, makespan.SPEED), method="Nelder-Mead"
+    )
     off = np.abs(errors(best.x))
     names = ("granule_us", "launch_us", "start", "speed")
     cut = [line["combine_us"] for line in lines if max(_written_out(line["pieces"])) > 1]

@@ -39,11 +39,12 @@ def plan_page_attention(context_lens, *, capacity, sliding_window, granule, **ma
     return pieces, splits
 
 
-def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
+def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8, memory_bound=True):
     """Return in how many equal pieces each context of so many granules is cut.
 
     A piece is `programs` programs, of which the machine runs `slots` at a time. A cost is a time of
-    a machine whose slots are all busy.
+    a machine whose slots are all busy. If memory bounds the programs, those whose neighbours are
+    done are faster.
     """
     if not max_cuts:
         return [1] * len(granules)
@@ -60,7 +61,7 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
 
     total = sum(map(cost_of, granules))
     ideal = ceil_div(total * programs, slots)
-    cap = ideal + ideal // 20 + 8
+    cap = ideal + ideal // 20 + max(8, granule_cost)
     if len(granules) > 1024:
         least = max(1, (cap - 3) // granule_cost, ceil_div(total, max_cuts * granule_cost))
         return [max(1, ceil_div(count, least)) for count in granules]
@@ -90,7 +91,8 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
         running = max(0, large * programs - early)
         rest = running % slots
         is_whole = i == len(tried) - 1
-        enough = slots * 4 // 7 if is_whole else slots * 3 // 4
+        enough = slots * 5 // 8 if is_whole else slots * 4 // 5
+        enough = enough if memory_bound else slots
         busy = running - rest + (max(rest, enough) if rest else 0)
         end = max(cost_of(size) * busy, share * slots)
         if end <= (cap - full_waves * wave) * slots:
@@ -101,8 +103,12 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8):
             pieces[seq] = max(1, ceil_div(granules[seq], most))
     else:
         for seq, count in enumerate(granules):
-            waves = (until[seq] - 1) // slots * wave
-            left = cap - min(ceil_div(work[seq] * programs, slots), waves)
+            start, waves = ceil_div(work[seq] * programs, slots), (until[seq] - 1) // slots
+            if memory_bound:
+                start = min(start, waves * wave)
+            elif not waves:
+                start = 0
+            left = cap - start
             least = max(1, min(cap, 24) // granule_cost)
             limit = max(least * granule_cost + 3, left)
             pieces[seq] = 1 if cost_of(count) <= left else parts(count, limit)

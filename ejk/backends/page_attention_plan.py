@@ -39,8 +39,9 @@ class PlanProblem(Problem):
     the plan's window shows: where to look first, while the call's own window is not known yet.
 
     How contexts are cut is said in `ejk/backends/triton/page_attention/dealing.py`. It follows from
-    the lengths and from what is known of the machine: `slots`, `programs_per_piece` and
-    `granule_cost`. With `max_cuts=0` no context is cut, and the plan is an order.
+    the lengths and from what is known of the machine: `slots`, `programs_per_piece`,
+    `granule_cost` and `memory_bound`. With `max_cuts=0` no context is cut, and the plan is an
+    order.
     """
 
     operation: ClassVar[str] = "plan_page_attention"
@@ -58,6 +59,8 @@ class PlanProblem(Problem):
     programs_per_piece: int = 1
     granule_cost: int = 8
     """What a granule takes, in eighths of 128 tokens of head dimension 128 in 16 bits."""
+    memory_bound: bool = True
+    """A program is faster when others are done; if not, products bound it."""
 
     @property
     def max_pieces(self) -> Size:

@@ -60,15 +60,20 @@ def machine_of(problem):
         "slots": problem.slots,
         "programs": problem.programs_per_piece,
         "granule_cost": problem.granule_cost,
+        "memory_bound": problem.memory_bound,
     }
 
 
-def check(planner, lens, *, capacity, window, slots, programs=1, max_cuts=None, width=256):
+def check(
+    planner, lens, *, capacity, window, slots, programs=1, max_cuts=None, width=256,
+    memory_bound=True,
+):  # fmt: skip
     """Compare a plan with the oracle's; check what holds of every plan. Return its splits."""
     own_windows = np.ndim(window) > 0
     problem = own_plan(
         num_seqs=len(lens), capacity=capacity, longest=capacity, programs=programs, width=width,
-        num_sms=slots, has_window=window is not None, own_windows=own_windows,
+        num_sms=slots, memory_bound=memory_bound, has_window=window is not None,
+        own_windows=own_windows,
     )  # fmt: skip
     if max_cuts is not None:
         problem = dataclasses.replace(problem, max_cuts=max_cuts)
@@ -127,6 +132,7 @@ def batches(draw):
         "window": draw(st.none() | ANY_INT32 | st.integers(1, capacity)),
         "slots": draw(st.sampled_from((132, 480, 80, 6, 1))),
         "programs": draw(st.sampled_from((1, 2, 8, 32))),
+        "memory_bound": draw(st.booleans()),
         "max_cuts": draw(st.sampled_from((None, None, None, 0, 1, 10))),
         "width": draw(st.sampled_from((32, 128, 256, 1088))),
     }

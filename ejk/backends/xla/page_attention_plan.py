@@ -62,7 +62,7 @@ def in_pieces(problem: PlanProblem, granules: jax.Array) -> tuple[jax.Array, jax
     if problem.max_cuts:
         cost = granules * problem.granule_cost + PIECE_COST
         ideal = _ceil_div(_sum(cost) * problem.programs_per_piece, problem.slots)
-        cap = ideal + ideal // 20 + SLACK
+        cap = ideal + ideal // 20 + max(SLACK, problem.granule_cost)
         if problem.num_seqs > MOST_SEQS:
             fewest = _ceil_div(_sum(cost), problem.max_cuts * problem.granule_cost)
             pieces = _parts(granules, jnp.maximum(_most_granules(problem, cap), fewest))
@@ -106,7 +106,9 @@ def _dealt_out(
     counted = jnp.where(last * SMALL > most[None, :], each, 0)
     running = jnp.maximum(programs * jnp.sum(counted, 0, dtype=jnp.int32) - early, 0)
     is_whole = tried == SIZES - 1
-    enough = jnp.where(is_whole, slots * 4 // 7, slots * 3 // 4)
+    enough = slots
+    if problem.memory_bound:
+        enough = jnp.where(is_whole, slots * 5 // 8, slots * 4 // 5)
     rest = running % slots
     busy = running - rest + jnp.where(rest > 0, jnp.maximum(rest, enough), 0)
     ends = (largest * problem.granule_cost + PIECE_COST) * busy
@@ -118,7 +120,11 @@ def _dealt_out(
     in_waves = jnp.where(is_last, _parts(granules, most), pieces)
 
     # No waves: by the time that is left.
-    start = jnp.minimum(_ceil_div(work * programs, slots), (until - 1) // slots * wave)
+    start, waves = _ceil_div(work * programs, slots), (until - 1) // slots
+    if problem.memory_bound:
+        start = jnp.minimum(start, waves * wave)
+    else:
+        start = jnp.where(waves > 0, start, 0)
     least = jnp.maximum(jnp.minimum(cap, LEAST) // problem.granule_cost, 1)
     most = jnp.maximum(_most_granules(problem, cap - start), least)
     by_time = jnp.where(start + cost <= cap, 1, _parts(granules, most))

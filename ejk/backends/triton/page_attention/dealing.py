@@ -5,20 +5,23 @@ dimension 128 in 16 bits take (0.35 us on an H100). With `c_s` the granules that
 and the longest first:
 
     cost_s = GRANULE_COST * c_s + PIECE_COST
-    ideal = PROGRAMS * sum(cost) / SLOTS;  cap = ideal + ideal / 20 + SLACK
+    ideal = PROGRAMS * sum(cost) / SLOTS;  cap = ideal + ideal / 20 + max(SLACK, GRANULE_COST)
 
 1. No piece may outlast the cap, which takes `pieces_s = ceil(c_s / most)` of `most` granules or
    less. They start in waves of `SLOTS` programs, each as long as its longest piece.
 2. The last wave, or a batch of one wave, is cut anew if it can end by the cap so: in pieces of the
-   size of which it ends first, in one wave or two, or whole, which leaves nothing to combine. Half
-   empty a wave is as fast as full: a multiprocessor that has memory to itself reads 1.8 times its
-   share.
-3. Else the lengths differ too much for waves. Sequence `s` starts when the work before it is done,
+   size of which it ends first, in one wave or two, or whole, which leaves nothing to combine. If
+   memory bounds the programs, a wave that is part empty is as fast as a full one: a multiprocessor
+   that has memory to itself reads 2.3 times its share.
+3. Else no waves fit. Sequence `s` starts when the work before it is done,
 
        start_s = min(PROGRAMS * sum(cost before s) / SLOTS, waves before s * a wave)
 
    and stays whole if it ends by the cap; if not, it is cut in equal pieces that would. So what
-   starts late is cut finely, down to `LEAST`.
+   starts late is cut finely, down to `LEAST`. Programs that memory does not bound end together only
+   if their costs are equal. So waves say nothing but that the first starts at once:
+
+       start_s = 0 in the first wave, else PROGRAMS * sum(cost before s) / SLOTS
 
 Then the pieces start with the longest. Each division is that of whole numbers, rounded as the code
 shows, since every backend of the plan must agree.
@@ -34,7 +37,7 @@ import triton.language as tl
 
 PIECE_COST = tl.constexpr(3)  # to start a program, and to write its part
 COMBINE_COST = tl.constexpr(4)  # to combine parts
-SLACK = tl.constexpr(8)  # of the cap
+SLACK = tl.constexpr(8)  # of the cap, at least
 LEAST = tl.constexpr(24)  # of a piece of the tail
 SIZES = tl.constexpr(8)  # that are tried for the last wave
 SMALL = tl.constexpr(4)  # that share of the largest piece is
@@ -53,14 +56,15 @@ def is_ahead(size, seqs, other_size, others):
 @typing.no_type_check
 def in_pieces(
     granules, seqs, NUM_SEQS: tl.constexpr, MAX_CUTS: tl.constexpr, SLOTS: tl.constexpr,
-    PROGRAMS: tl.constexpr, GRANULE_COST: tl.constexpr, SORTED: tl.constexpr,
+    PROGRAMS: tl.constexpr, GRANULE_COST: tl.constexpr, MEMORY_BOUND: tl.constexpr,
+    SORTED: tl.constexpr,
 ):  # fmt: skip
     """Return in how many pieces each sequence is cut, and the granules of all but its last."""
     exists = seqs < NUM_SEQS
     pieces = tl.where(exists, 1, 0)
     if MAX_CUTS > 0:
         cost = tl.where(exists, granules * GRANULE_COST + PIECE_COST, 0)
-        cap = capped(tl.sum(cost, 0), SLOTS, PROGRAMS)
+        cap = capped(tl.sum(cost, 0), SLOTS, PROGRAMS, GRANULE_COST)
         most = most_granules(cap, GRANULE_COST)
         pieces = tl.where(exists, parts(granules, most), 0)
         longest = tl.max(tl.cdiv(granules, tl.maximum(pieces, 1)), 0)
@@ -103,7 +107,9 @@ def in_pieces(
         running = tl.maximum(PROGRAMS * counted - early, 0)
         rest = running % SLOTS
         is_whole = tried == SIZES - 1
-        enough = tl.where(is_whole, SLOTS * 4 // 7, SLOTS * 3 // 4)
+        enough = SLOTS
+        if MEMORY_BOUND:
+            enough = tl.where(is_whole, SLOTS * 5 // 8, SLOTS * 4 // 5)
         busy = running - rest + tl.where(rest > 0, tl.maximum(rest, enough), 0)
         ends = tl.maximum((largest * GRANULE_COST + PIECE_COST) * busy, share * SLOTS)
         in_time = ends <= (cap - full_waves * wave) * SLOTS
@@ -113,7 +119,10 @@ def in_pieces(
         in_waves = tl.where(is_last, parts(granules, most), pieces)
 
         # No waves: by the time that is left.
-        start = tl.minimum(tl.cdiv(work * PROGRAMS, SLOTS), (PROGRAMS * begun - 1) // SLOTS * wave)
+        start = tl.cdiv(work * PROGRAMS, SLOTS)
+        waves = (PROGRAMS * begun - 1) // SLOTS
+        by_wave = tl.minimum(start, waves * wave)
+        start = by_wave if MEMORY_BOUND else tl.where(waves > 0, start, 0)
         least = tl.maximum(tl.minimum(cap, LEAST) // GRANULE_COST, 1)
         most = tl.maximum(most_granules(cap - start, GRANULE_COST), least)
         in_time = tl.where(start + cost <= cap, 1, parts(granules, most))
@@ -127,10 +136,10 @@ def in_pieces(
 
 @triton.jit
 @typing.no_type_check
-def capped(total, SLOTS: tl.constexpr, PROGRAMS: tl.constexpr):
+def capped(total, SLOTS: tl.constexpr, PROGRAMS: tl.constexpr, GRANULE_COST: tl.constexpr):
     """Return when all should be done, of work that costs `total`."""
     ideal = tl.cdiv(total * PROGRAMS, SLOTS)
-    return ideal + ideal // 20 + SLACK
+    return ideal + ideal // 20 + max(SLACK, GRANULE_COST)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from ejk.backends.page_attention_plan import (
 from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton._sizes import (
     GRANULE,
+    bound_by_memory,
     power_of_two,
     programs_per_piece,
     rows_of_one_tile,
@@ -23,8 +24,9 @@ from ejk.backends.triton._sizes import (
 # Sequences that are dealt out with each other in mind. Of more, which make many waves, only those
 # are cut that outlast the rest.
 MOST_SEQS = 1024
-# Cuts of a batch, in those that would fill the machine once. The rule takes up to 1.9.
-CUTS_PER_SLOT = 2
+# Cuts of a batch, in those that would fill the machine once. The rule takes up to 1.9 where memory
+# bounds the programs, else 3.
+CUTS_PER_SLOT, CUTS_PER_BUSY_SLOT = 2, 3
 # Costs of a batch are below it, so that their products stay in 32 bits.
 VAST = 2**29
 
@@ -67,6 +69,7 @@ class TritonPlan(TritonBackend, PlanBackend):
             programs=programs,
             width=facts.head_dim + (0 if is_latent else value_head_dim),
             num_sms=self.num_sms or H100["num_sms"],
+            memory_bound=bound_by_memory(is_latent, group),
             has_window=window is not None,
         )
 
@@ -85,6 +88,7 @@ def own_plan(
     width: int,
     num_sms: int,
     has_window: bool,
+    memory_bound: bool = True,
     own_windows: bool = False,
 ) -> PlanProblem:
     """Return the plan of a batch whose contexts show up to `longest` tokens of `width` elements.
@@ -103,6 +107,7 @@ def own_plan(
         programs_per_piece=programs,
         # Of narrower heads a step takes as long. Not measured below 64.
         granule_cost=max(4, width * 8 // 256),
+        memory_bound=memory_bound,
     )
     # Kernels, which alone read a plan, want sizes that are static.
     if not (is_static(num_seqs) and is_static(capacity)):
@@ -122,7 +127,8 @@ def own_plan(
         if granule >= capacity:
             return problem  # among so many sequences none outweighs the rest
         granule *= 2
-    cuts = min(-(-CUTS_PER_SLOT * num_sms // programs), num_seqs * (-(-longest // granule) - 1))
+    each = CUTS_PER_SLOT if memory_bound else CUTS_PER_BUSY_SLOT
+    cuts = min(-(-each * num_sms // programs), num_seqs * (-(-longest // granule) - 1))
     return dataclasses.replace(problem, granule=granule, max_cuts=max(0, cuts))
 
 
@@ -174,6 +180,7 @@ def plan_constants(problem: PlanProblem, block_seqs: int) -> dict[str, Any]:
         "SLOTS": problem.slots,
         "PROGRAMS": problem.programs_per_piece,
         "GRANULE_COST": problem.granule_cost,
+        "MEMORY_BOUND": problem.memory_bound,
         "GRANULE": problem.granule,
         "BLOCK_SEQS": block_seqs,
         "BLOCK_OTHERS": min(MOST_SEQS, power_of_two(max(2, problem.num_seqs))),

@@ -48,6 +48,7 @@ def page_attention_plan_kernel(
     SLOTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     GRANULE_COST: tl.constexpr,
+    MEMORY_BOUND: tl.constexpr,
     # strides
     stride_window_seq: tl.constexpr,  # 0 for one window
     # features
@@ -76,7 +77,7 @@ def page_attention_plan_kernel(
             )  # fmt: skip
             total += tl.sum(tl.cdiv(length - first, GRANULE), 0) * GRANULE_COST
         total += NUM_SEQS * PIECE_COST
-        most = most_granules(capped(total, SLOTS, PROGRAMS), GRANULE_COST)
+        most = most_granules(capped(total, SLOTS, PROGRAMS, GRANULE_COST), GRANULE_COST)
         most = tl.maximum(most, tl.cdiv(total, MAX_CUTS * GRANULE_COST))
     first, length = _visible(
         context_lens_ptr, sliding_window_ptr, seqs, window, NUM_SEQS, CAPACITY, stride_window_seq
@@ -104,7 +105,7 @@ def page_attention_plan_kernel(
                 others = BLOCK_OTHERS - 1 - keys % BLOCK_OTHERS
             other_pieces, other_size = in_pieces(
                 other_granules, others, NUM_SEQS, MAX_CUTS, SLOTS, PROGRAMS, GRANULE_COST,
-                NUM_SEQS > FEW,
+                MEMORY_BOUND, NUM_SEQS > FEW,
             )  # fmt: skip
             is_own = others[None, :] == seqs[:, None]  # [BLOCK_SEQS, BLOCK_OTHERS]
             size = tl.sum(tl.where(is_own, other_size[None, :], 0), 1)

@@ -11,6 +11,7 @@ from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import (
     GRANULE,
+    bound_by_memory,
     feature_constants,
     power_of_two,
     same_tile,
@@ -169,6 +170,7 @@ def _cuts(
         programs=_each(problem, blocks.block_group),
         width=_width(problem),
         num_sms=target.num_sms,
+        memory_bound=bound_by_memory(same_tile(problem), problem.group),
         has_window=problem.has_window,
         own_windows=problem.own_windows,
     )
