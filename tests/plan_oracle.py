@@ -95,7 +95,8 @@ def count_pieces(granules, *, max_cuts, slots=1, programs=1, granule_cost=8, mem
         enough = enough if memory_bound else slots
         busy = running - rest + (max(rest, enough) if rest else 0)
         end = max(cost_of(size) * busy, share * slots)
-        if end <= (cap - full_waves * wave) * slots:
+        late = 0 if memory_bound or running > slots else 2 * granule_cost  # there is but one start
+        if end <= (cap + late - full_waves * wave) * slots:
             found.append((4 * slots * is_whole - end, most))
     if found:
         _, most = max(found)

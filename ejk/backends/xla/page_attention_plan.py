@@ -10,7 +10,8 @@ from ejk.backends.page_attention_plan import PlanBackend, PlanFacts, PlanOperand
 from ejk.backends.xla._backend import XlaBackend
 
 # As in `ejk/backends/triton/page_attention/dealing.py`, which says what is computed here.
-PIECE_COST, COMBINE_COST, SLACK, LEAST, SIZES, SMALL, MOST_SEQS = 3, 4, 8, 24, 8, 4, 1024
+PIECE_COST, COMBINE_COST, SLACK, LATE, LEAST, SIZES, SMALL = 3, 4, 8, 2, 24, 8, 4
+MOST_SEQS = 1024
 FAR = 2**31 - 1
 
 
@@ -106,14 +107,15 @@ def _dealt_out(
     counted = jnp.where(last * SMALL > most[None, :], each, 0)
     running = jnp.maximum(programs * jnp.sum(counted, 0, dtype=jnp.int32) - early, 0)
     is_whole = tried == SIZES - 1
-    enough = slots
+    enough, late = slots, jnp.where(running > slots, 0, LATE * problem.granule_cost)
     if problem.memory_bound:
+        late = 0
         enough = jnp.where(is_whole, slots * 5 // 8, slots * 4 // 5)
     rest = running % slots
     busy = running - rest + jnp.where(rest > 0, jnp.maximum(rest, enough), 0)
     ends = (largest * problem.granule_cost + PIECE_COST) * busy
     ends = jnp.maximum(ends, share * slots)
-    in_time = ends <= (cap - full_waves * wave) * slots
+    in_time = ends <= (cap + late - full_waves * wave) * slots
     ends = jnp.where(in_time, ends - jnp.where(is_whole, COMBINE_COST * slots, 0), FAR)
     first = ends.min()
     most = jnp.where(ends == first, most, 0).max()
