@@ -83,6 +83,7 @@ WIDE = {
     "head dimension 256": {"head_dim": 256, "value_head_dim": 256, "num_heads": 16},
     "head dimension 80": {"head_dim": 80, "value_head_dim": 80},
     "latent attention": LATENT,
+    "latent attention, pages of 16": LATENT | {"page_size": 16},
     "latent attention, 32 heads": LATENT | {"num_heads": 32},
     "latent attention, 128 heads": LATENT | {"num_heads": 128},
     "latent attention, 128 heads, every option": LATENT | {"num_heads": 128} | EVERY_OPTION,
@@ -177,6 +178,16 @@ def test_wide_variants_fit(target, variant):
     sizes, _, program = compile_for(target, WIDE[variant])
     assert program.shared_bytes <= sizes.blocks.shared_memory
     assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
+
+
+def test_a_page_is_looked_up_once_for_all_its_tokens(monkeypatch):
+    def loads(page_size):
+        return compile_for("sm_90", LATENT | {"page_size": page_size})[2].ptx.count("ld.global")
+
+    found = {page_size: loads(page_size) for page_size in (64, 32, 16, 4)}
+    monkeypatch.setattr(_sizes, "SMALLEST_PAGE", 128)
+    assert max(found[32], found[16]) < found[4] == loads(16)
+    assert found[64] == loads(64) < found[32]
 
 
 def test_two_warpgroups_share_the_products_of_64_rows():

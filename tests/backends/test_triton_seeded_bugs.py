@@ -29,6 +29,7 @@ import ejk
 F32 = np.dtype(np.float32)
 SHAPE = Shape("of seeded bugs", 4, 2, 16, page_size=32, max_blocks=12, num_pages=40)
 LATENT = Shape("latent", 33, 1, 20, 32, 12, 40, value_head_dim=17, latent=True)
+PAGED = dataclasses.replace(LATENT, page_size=8, max_blocks=48, num_pages=160)
 LENS = np.array([383, 40, 3])
 WRITE = WriteShape("of seeded bugs", 9, 2, 16, None, page_size=8)
 
@@ -52,9 +53,10 @@ class WriteMutant(ejk.TritonWriteKVCache):
 
 def decode(bug, num_splits=1):
     entry = Entry(bug, Mutant(interpret=True, num_sms=6, bug=bug), examples=0)
-    for shape in (SHAPE, LATENT):
+    every = frozenset(FEATURES)
+    for shape, features in ((SHAPE, every), (LATENT, every), (PAGED, every - {"sliding_window"})):
         fused = shape.fusible
-        config = Configuration(shape, F32, "NHD", frozenset(FEATURES), num_splits, fused)
+        config = Configuration(shape, F32, "NHD", features, num_splits, fused)
         case = build(config, LENS, window=300, invalid=0.2, as_jax=True)
         assert_close(case, *entry(case))
     alone = long_case().rows([0])  # in equal parts of every sixth block
@@ -125,6 +127,10 @@ BUGS = {
             "k if SAME_TILE else v_ptrs", "v_ptrs + HEAD_DIM - VALUE_HEAD_DIM",
         ),
         "64 rows see what lies past the end": ("[None, :], start < end", "[None, :], start > end"),
+        "the pages of a block take turns": (
+            "tl.broadcast_to(entries[:, None], [PAGES, PAGE_SIZE])",
+            "tl.broadcast_to(entries[None, :], [PAGE_SIZE, PAGES])",
+        ),
     },
     "page_attention_combine_kernel": {
         "the next head's parts": (

@@ -10,6 +10,7 @@ from ejk.backends.page_attention import PagedProblem
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
 MAX_CAPACITY = 2**31 - 2**20
+SMALLEST_PAGE = 8  # tokens; whose id is loaded once for all of them
 LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after the other
 GRANULE = 128  # tokens; planned pieces are whole multiples
 # How ragged batches are cut. The measurements are of decode on an H100: one query token a sequence.
@@ -173,8 +174,8 @@ def feature_constants(problem: PagedProblem) -> dict[str, Any]:
     }
 
 
-def width_constants(problem: PagedProblem, rows: int, block_kv: int) -> dict[str, int | bool]:
-    """Return how a kernel takes the entries of keys and values, by blocks of rows and tokens."""
+def width_constants(problem: PagedProblem, rows: int) -> dict[str, int | bool]:
+    """Return how a kernel takes the entries of keys and values, by blocks of rows."""
     block_d, block_dv = two_parts(problem.head_dim), two_parts(problem.value_head_dim)
     is_same_tile = same_tile(problem)
     return {
@@ -185,12 +186,21 @@ def width_constants(problem: PagedProblem, rows: int, block_kv: int) -> dict[str
         "BLOCK_DV_REST": block_dv[1],
         "SAME_TILE": is_same_tile,
         "SPLIT_LOGITS": is_same_tile and rows == 64,
-        # A window may begin anywhere in a page, a piece of a plan at any granule.
-        "ONE_PAGE": is_same_tile
-        and not problem.has_window
-        and problem.page_size % block_kv == 0
-        and GRANULE % block_kv == 0,
     }
+
+
+def pages_of_block(problem: PagedProblem, block_kv: int) -> int:
+    """Return in how many pages a block lies, or which it is altogether; 0 if that is not known.
+
+    A window may begin anywhere in a page, a piece of a plan at any granule. Of small pages a thread
+    would load more ids than it takes tokens.
+    """
+    if not same_tile(problem) or problem.has_window or GRANULE % block_kv:
+        return 0
+    if problem.page_size % block_kv == 0:
+        return 1
+    pages, rest = divmod(block_kv, problem.page_size)
+    return 0 if rest or problem.page_size < SMALLEST_PAGE else pages
 
 
 def size_refusals(problem: PagedProblem) -> list[str]:

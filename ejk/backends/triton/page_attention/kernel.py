@@ -96,7 +96,7 @@ def page_attention_kernel(
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
     SAME_TILE: tl.constexpr,  # the values are the keys' first entries, loaded once for both
     SPLIT_LOGITS: tl.constexpr,  # over two warpgroups: see `where_visible`
-    ONE_PAGE: tl.constexpr,  # a block's tokens lie in one page
+    PAGES: tl.constexpr,  # that a block's tokens are or lie in; 0: not known
 ):
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     STEP: tl.constexpr = BLOCK_KV * NUM_SPLITS if SPLIT_BLOCKS < 0 else BLOCK_KV
@@ -154,9 +154,12 @@ def page_attention_kernel(
     mask_group = offs_group < GROUP
     offs_head = kv_head * GROUP + offs_group
     offs_kv = tl.arange(0, BLOCK_KV)
-    # Tokens whose table entries are loaded: the first of a block alone if it lies in one page.
-    offs_entry = tl.arange(0, 1 if ONE_PAGE else BLOCK_KV)
-    if ONE_PAGE:
+    # Tokens whose table entries are loaded: the first of each page, if so much is known.
+    BY_PAGE: tl.constexpr = PAGES > 0
+    offs_entry = tl.arange(0, PAGES if BY_PAGE else BLOCK_KV)
+    if PAGES > 1:
+        offs_entry *= PAGE_SIZE
+    if BY_PAGE:
         begin = begin // BLOCK_KV * BLOCK_KV  # where it is, unless the plan is wrong
     query_row_ptrs = query_ptr + (seq * NUM_HEADS + offs_head[:, None]) * HEAD_DIM
     q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN)
@@ -197,9 +200,10 @@ def page_attention_kernel(
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
     for start in range(begin, end, STEP):
         positions = start + offs_kv
-        visible = (pages >= 0) & (pages < NUM_PAGES)  # [BLOCK_KV]
-        visible = visible & (positions < end if ONE_PAGE else positions >= first)
-        offs_page = pages.to(tl.int64)
+        page = _of_tokens(pages, PAGES, PAGE_SIZE)  # [BLOCK_KV], or [1]
+        visible = (page >= 0) & (page < NUM_PAGES)  # [BLOCK_KV]
+        visible = visible & (positions < end if BY_PAGE else positions >= first)
+        offs_page = page.to(tl.int64)
         offs_slot = positions % PAGE_SIZE
         k_ptrs = key_ptr + kv_head * stride_k_head
         k_ptrs += (offs_page * stride_k_page + offs_slot * stride_k_slot)[:, None]
@@ -216,7 +220,7 @@ def page_attention_kernel(
         if HAS_ALIBI:
             behind = positions - (length - 1)
             if HAS_DISTANCES:
-                behind = distances + offs_slot
+                behind = _of_tokens(distances, PAGES, PAGE_SIZE) + offs_slot
                 distances = tl.load(distance_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=0)
             s += (slopes * LOG2E)[:, None] * behind.to(tl.float32)[None, :]
         s = where_visible(s, visible[None, :], start < end, SPLIT_LOGITS)
@@ -261,3 +265,13 @@ def page_attention_kernel(
     if BLOCK_DV_REST > 0:
         out = rounded(acc_rest / l[:, None], out_ptr.dtype.element_ty)
         tl.store(out_row_ptrs + offs_dv_rest, out, mask=mask_group[:, None] & mask_dv_rest)
+
+
+@triton.jit
+@typing.no_type_check
+def _of_tokens(entries, PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Repeat what a block's pages have once for each of their tokens."""
+    if PAGES > 1:
+        entries = tl.broadcast_to(entries[:, None], [PAGES, PAGE_SIZE])
+        entries = tl.reshape(entries, [PAGES * PAGE_SIZE])
+    return entries

@@ -13,6 +13,7 @@ from ejk.backends.triton._sizes import (
     GRANULE,
     bound_by_memory,
     feature_constants,
+    pages_of_block,
     power_of_two,
     same_tile,
     shape_constants,
@@ -122,7 +123,8 @@ class Sizes:
             "HAS_DISTANCES": problem.own_distances,
             "BLOCK_GROUP": self.blocks.block_group,
             "BLOCK_KV": self.blocks.block_kv,
-            **width_constants(problem, self.blocks.block_group, self.blocks.block_kv),
+            **width_constants(problem, self.blocks.block_group),
+            "PAGES": pages_of_block(problem, self.blocks.block_kv),
         }
 
     def combine_constants(self, problem: PageAttentionProblem) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ejk.backends.triton._sizes import (
     choose_cuts,
     combined_parts,
     feature_constants,
+    pages_of_block,
     power_of_two,
     shape_constants,
     stride_constants,
@@ -122,7 +123,8 @@ class RaggedSizes:
             "BLOCK_ROWS": rows.rows,
             "BLOCK_KV": rows.block_kv,
             "EDGE_KV": rows.edge_kv,
-            **width_constants(problem, rows.rows, rows.block_kv),
+            **width_constants(problem, rows.rows),
+            "ONE_PAGE": pages_of_block(problem, rows.block_kv) == 1,
             "BLOCK_BOUNDS": _block_others(problem),
             "BLOCK_TOKENS": BLOCK_TOKENS,
         }
