@@ -60,7 +60,8 @@ class PlanProblem(Problem):
     granule_cost: int = 8
     """What a granule takes, in eighths of 128 tokens of head dimension 128 in 16 bits."""
     memory_bound: bool = True
-    """A program is faster when others are done; if not, products bound it."""
+    """A program is faster when others are done. Products bound latent attention's: on an H100
+    programs took as long on 77 % of the multiprocessors as on all."""
 
     @property
     def max_pieces(self) -> Size:

@@ -180,6 +180,16 @@ def test_wide_variants_fit(target, variant):
     assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
 
 
+@pytest.mark.parametrize("variant", ["group of 71", "latent attention, 32 heads"])
+def test_two_programs_fit_on_a_multiprocessor_that_runs_two(variant):
+    sizes, problem, program = compile_for("sm_90", WIDE[variant])
+    blocks = sizes.blocks
+    assert _sizes.programs_per_sm(problem.latent, blocks.block_group, gpu_of("sm_90")) == 2
+    assert sizes.plan is not None and sizes.plan.slots == 2 * 132
+    assert 2 * (program.shared_bytes + 1024) <= 228 * 1024
+    assert 2 * program.registers * 32 * blocks.num_warps <= 2**16
+
+
 def test_a_page_is_looked_up_once_for_all_its_tokens(monkeypatch):
     def loads(page_size):
         return compile_for("sm_90", LATENT | {"page_size": page_size})[2].ptx.count("ld.global")

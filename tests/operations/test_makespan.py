@@ -37,7 +37,7 @@ class Machine(NamedTuple):
     def count_pieces(self, granules, programs, slots, rule=plan_oracle.count_pieces):
         plan = own_plan(
             num_seqs=len(granules), capacity=2**20, longest=2**20, programs=programs,
-            width=self.width, num_sms=slots, memory_bound=self.memory_bound, has_window=False,
+            width=self.width, slots=slots, memory_bound=self.memory_bound, has_window=False,
         )  # fmt: skip
         return rule(
             granules, max_cuts=plan.max_cuts, slots=slots, programs=programs,

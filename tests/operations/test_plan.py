@@ -72,7 +72,7 @@ def check(
     own_windows = np.ndim(window) > 0
     problem = own_plan(
         num_seqs=len(lens), capacity=capacity, longest=capacity, programs=programs, width=width,
-        num_sms=slots, memory_bound=memory_bound, has_window=window is not None,
+        slots=slots, memory_bound=memory_bound, has_window=window is not None,
         own_windows=own_windows,
     )  # fmt: skip
     if max_cuts is not None:
@@ -179,7 +179,7 @@ def test_the_longest_contexts_there_are(planner, num_seqs):
 def test_more_sequences_than_costs_of_32_bits_can_be_counted_of_are_left_whole(num_seqs):
     problem = own_plan(
         num_seqs=num_seqs, capacity=MAX_CAPACITY, longest=MAX_CAPACITY, programs=32, width=256,
-        num_sms=132, has_window=False,
+        slots=132, has_window=False,
     )  # fmt: skip
     assert (problem.max_cuts, problem.granule) == (0, GRANULE)
 

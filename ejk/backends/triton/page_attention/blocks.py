@@ -7,12 +7,20 @@ import jax.numpy as jnp
 
 from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PagedProblem
-from ejk.backends.triton._sizes import block_group, rows_of_one_tile, same_tile, widths
+from ejk.backends.triton._sizes import (
+    block_group,
+    programs_per_sm,
+    rows_of_one_tile,
+    same_tile,
+    widths,
+)
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
 # Tokens and pipeline stages, best first, of which the first is taken that leaves no room for a
 # second program on a multiprocessor.
 ALONE = ((128, 3), (128, 4), (256, 3), (128, 5), (64, 3), (64, 4), (32, 3), (32, 4))
+# The same for programs of which two fit, see `programs_per_sm`.
+TOGETHER = ((128, 3), (64, 3), (32, 3), (64, 2), (32, 2))
 # Of one tile for keys of 576 and values of 512 entries, by rows, where a batch is large: they leave
 # no room for a second program. On an H100, 270,336 tokens in 16 bits, pages of 64, by tokens, warps
 # and stages; wall time, us:
@@ -22,6 +30,9 @@ ALONE = ((128, 3), (128, 4), (256, 3), (128, 5), (64, 3), (64, 4), (32, 3), (32,
 #     128 heads   32, 8, 3: 274    64, 8, 2: 269
 # Four warps of 64 tokens spill where pages are smaller. Two tiles of 16 rows took 157 for 16 heads.
 ONE_TILE = {16: Pipeline(64, 8, 3), 32: Pipeline(64, 8, 3), 64: Pipeline(32, 8, 3)}
+# Of one query a sequence, where ids are loaded page by page, four warps spill nothing: of 16 heads
+# and pages of 16, 65 contexts of 8,000 tokens took 217.1 us for 233.6.
+ONE_QUERY = ONE_TILE | {16: Pipeline(64, 4, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +73,11 @@ def choose_blocks(
     tuning: Tuning,
     target: Target,
     tuned: dict[Cell, Pipeline] = TUNED,
+    one_query: bool = False,
 ) -> DecodeBlocks:
     """Choose the blocks for `group` query rows a KV head, of contexts of up to `longest` tokens.
+
+    With `one_query` a sequence these are decode's, whose plan knows `programs_per_sm`.
 
     With `longest=None` nothing follows from the batch, as the bits of a result may not: blocks are
     then those of a batch that fills the machine.
@@ -84,7 +98,7 @@ def choose_blocks(
     if problem.head_dim == problem.value_head_dim and cell in tuned:
         pipeline = tuned[cell]
     else:
-        pipeline = _heuristic(problem, rows, target, is_large)
+        pipeline = _heuristic(problem, rows, target, is_large, one_query)
     # Where programs are short and many, several at once are better than each with many buffers. On
     # an H100, with 3 stages and with 2: 1,024 contexts of 128 tokens 255.9 and 190.3 us, of 256
     # 412.6 and 367.4, of 512 743.7 and 717.0; 256 of 1,024 tokens 363.8 and 358.5; but 16 of them,
@@ -102,13 +116,20 @@ def choose_blocks(
     return DecodeBlocks(rows, *pipeline, shared)
 
 
-def _heuristic(problem: PagedProblem, rows: int, target: Target, is_large: bool) -> Pipeline:
+def _heuristic(
+    problem: PagedProblem, rows: int, target: Target, is_large: bool, one_query: bool
+) -> Pipeline:
     """Return what was best nearly wherever we measured: shared memory may yet shrink it."""
     _, wide = widths(problem)
     # Taken on the ordinary cores, from registers.
     is_float32 = problem.query_dtype == jnp.float32
+    if is_large and one_query and programs_per_sm(same_tile(problem), rows, target) > 1:
+        for block_kv, num_stages in TOGETHER:
+            pipeline = Pipeline(block_kv, 8 if is_float32 else 4, num_stages)
+            if 3 * _streamed(problem, pipeline, num_stages - 1) <= target.shared_memory:
+                return pipeline
     if same_tile(problem) and wide == 512 and is_large:
-        return ONE_TILE[rows]
+        return (ONE_QUERY if one_query else ONE_TILE)[rows]
     if not is_large:  # It is latency that counts, not bytes.
         num_warps = 8 if wide > (128 if is_float32 else 256) else 4
         return Pipeline(64 if rows == 16 else 32, num_warps, 3 if is_float32 else 2)

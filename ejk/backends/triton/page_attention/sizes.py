@@ -11,10 +11,10 @@ from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import (
     GRANULE,
-    bound_by_memory,
     feature_constants,
     pages_of_block,
     power_of_two,
+    programs_per_sm,
     same_tile,
     shape_constants,
     stride_constants,
@@ -73,7 +73,9 @@ class Sizes:
             is_whole = programs <= target.num_sms
             is_whole = is_whole and not _is_worth_cutting(problem, programs, target)
             longest = None if is_invariant or is_whole else problem.visible_bound
-            blocks = choose_blocks(problem, problem.group, longest, tuning, target, tuned)
+            blocks = choose_blocks(
+                problem, problem.group, longest, tuning, target, tuned, one_query=True
+            )
         sizes = cls(blocks, **_cuts(problem, blocks, tuning, target))
         # Few entries a program while programs are few: they find a processor each.
         most = power_of_two(problem.value_head_dim)
@@ -171,8 +173,8 @@ def _cuts(
         longest=problem.visible_bound,
         programs=_each(problem, blocks.block_group),
         width=_width(problem),
-        num_sms=target.num_sms,
-        memory_bound=bound_by_memory(same_tile(problem), problem.group),
+        slots=target.num_sms * programs_per_sm(same_tile(problem), blocks.block_group, target),
+        memory_bound=not same_tile(problem),
         has_window=problem.has_window,
         own_windows=problem.own_windows,
     )
@@ -201,7 +203,7 @@ def _is_worth_cutting(problem: PageAttentionProblem, programs: int, target: Targ
         return False
     token_bytes = _width(problem) * problem.cache_dtype.itemsize
     granules = problem.visible_bound / 128 * token_bytes / 512
-    bound_by_memory = SHARED_US * granules * programs / target.num_sms
+    together = SHARED_US * granules * programs / target.num_sms
     most = max(1, target.num_sms // programs)
-    whole, cut = (max(ALONE_US * granules / n, bound_by_memory) for n in (1, most))
+    whole, cut = (max(ALONE_US * granules / n, together) for n in (1, most))
     return whole - cut > COMBINATION_US

@@ -27,8 +27,6 @@ class Cell(NamedTuple):
 
 
 TUNED: dict[Cell, Pipeline] = {
-    # NVIDIA H100 80GB HBM3: 319.4 for 321.2 us; NVIDIA H200: 278.6 for 288.0 us
-    Cell(90, 2, 64, 64, True): Pipeline(128, 4, 4),
     # NVIDIA H100 80GB HBM3: 5.5 for 5.5 us; NVIDIA H200: 5.3 for 5.3 us
     Cell(90, 2, 128, 16, False): Pipeline(64, 4, 3),
     # NVIDIA H100 80GB HBM3: 7.0 for 7.1 us; NVIDIA H200: 6.7 for 6.8 us
