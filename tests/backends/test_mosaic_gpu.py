@@ -68,6 +68,14 @@ def test_windows(window, num_splits):
     check(config, (221, 60, 130), window=np.int32(window), invalid=0.1)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_maxima_that_rise(dtype):
+    """Sums are rescaled where a maximum rises by more than the slack, block after block."""
+    case = strategies.build(Configuration(SHAPE, dtype, "HND"), np.array([224, 130, 60]))
+    case = dataclasses.replace(case, query=(case.query * 16).astype(dtype))
+    tolerances.assert_close(case, *gpu_interpreter.run(case, BACKEND))
+
+
 def test_float16_and_a_scale():
     features = frozenset({"attn_scale"})
     check(Configuration(SHAPE, F16, "HND", features, num_splits=2), (200, 64, 3))

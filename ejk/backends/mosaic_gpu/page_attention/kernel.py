@@ -11,7 +11,8 @@ two slots for blocks, even ones and odd ones.
   the odd ones. Both weigh the values of all blocks, each its half of their entries, for the state
   of 64 heads does not fit in the registers of one. With `s_j` the logits of block `j`, in log2:
 
-    m_j = max(m_(j-1), max(s_j));  p_j = 2^(s_j - m_j);  alpha_j = 2^(m_(j-1) - m_j)
+    m_j = max(s_j) if that exceeds m_(j-1) by `SLACK`, else m_(j-1)
+    p_j = 2^(s_j - m_j);  alpha_j = 2^(m_(j-1) - m_j)
     acc = alpha_j * acc + p_j . v_j;  l = alpha_j * l + sum(p_j), own blocks only
 
   The maxima are a chain over both; `p_j` goes through shared memory, in the place of the entries of
@@ -33,6 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ejk.backends.mosaic_gpu._private import ROW, TILE, rescaled
 from ejk.backends.mosaic_gpu.page_attention.copying import Copying
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, Shared, accumulator
 from ejk.backends.mosaic_gpu.page_attention.piece import (
@@ -46,9 +48,9 @@ from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, SWIZZLE
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 COPY = 2  # the warpgroup that does not compute
-TILE = plgpu.Layout.WGMMA
-ROW = TILE.reduce(1)  # of what a row of such a tile has once
 REGISTERS = 240  # of a thread; with `copying.REGISTERS` all there are
+# By so much, in log2, a logit may exceed what stands for the maximum before sums are rescaled.
+SLACK = 8.0
 
 
 class State(NamedTuple):
@@ -151,7 +153,7 @@ class Attending:
             self._issue_logits(s_ref, slot)
             after, alpha = self._weights_of_other(1 - slot, state)
             self._clear(j - 1, 1 - slot, half)
-            acc = after.acc * spread(alpha, self.sizes.half)
+            acc = rescaled(self.sizes.interpret, after.acc, alpha)
             self._issue_weighing(acc_ref, acc, 1 - slot, half)
             if self.sizes.interpret:
                 s = s_ref[...]
@@ -168,7 +170,7 @@ class Attending:
     def _weigh(self, j: Any, slot: Any, half: int, alpha: Any, state: State) -> State:
         """Add a block's weighted values; its place is then free."""
         self._clear(j, slot, half)
-        acc = state.acc * spread(alpha, self.sizes.half)
+        acc = rescaled(self.sizes.interpret, state.acc, alpha)
 
         def run(acc_ref: Any) -> Any:
             self._issue_weighing(acc_ref, acc, slot, half)
@@ -208,7 +210,8 @@ class Attending:
         s = s * self.scale
         if self.masked:
             s = jnp.where(self._visible(j, slot, s.shape, 1), s, -jnp.inf)
-        m = jnp.maximum(state.m, s.max(axis=1))
+        top = s.max(axis=1)
+        m = jnp.where(top > state.m + SLACK, top, state.m)
         finite = jnp.where(m == -jnp.inf, 0.0, m)
         p, alpha = jnp.exp2(s - spread(finite, BLOCK_KV)), jnp.exp2(state.m - finite)
         shared.maxima.at[slot][...] = m

@@ -1,0 +1,271 @@
+"""What Pallas has no public operation for, or only a slower one: each beside its public form.
+
+Each function takes `plain`: the public form, which is what the interpreter knows. The others write
+instructions of Hopper with what JAX keeps to itself; all such uses are here. What each brought is
+of the prefill kernel.
+"""
+
+# The types that come with MLIR's bindings are stricter than they are.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
+from jaxlib.mlir.dialects import math as math_dialect
+
+TILE = plgpu.Layout.WGMMA
+ROW = TILE.reduce(1)  # of what a row of such a tile has once
+SCALAR = plgpu.Layout.WG_SPLAT(())
+FIRST_BARRIER = 8  # of the hardware's named ones; Mosaic uses 0 and one a warpgroup
+THREADS = 128  # of a warpgroup
+TILED = (8, 64)  # elements of 16 bits that lie together in swizzled shared memory
+TILED_BYTES = 1024
+SERIES_END = 0.5
+WGMMA_DEPTH = 16  # elements that one instruction multiplies and adds up
+
+
+def issue_logits(plain: bool, s_ref: Any, q: Any, k: Any) -> Any:
+    """Start the product of queries and keys: `logits` waits for it.
+
+    The public one adds to an accumulator that has to be cleared, while the other warpgroup waits.
+    """
+    if not plain:
+        return _products(q, k)
+    for chunk in range(q.shape[0]):
+        columns = slice(chunk * TILED[1], (chunk + 1) * TILED[1])
+        plgpu.wgmma(s_ref, q.at[chunk], k.at[:, columns].T)
+    return None
+
+
+def logits(plain: bool, s_ref: Any, issued: Any, under_way: int) -> Any:
+    """Wait for a product that was started, but not for the last ones under way."""
+    if plain:
+        issued = plgpu.wgmma_accumulator_load(s_ref, wait_n=under_way)
+    else:
+        plgpu.wgmma_wait(under_way)
+    return lax.optimization_barrier(issued)
+
+
+def _products(q: Any, k: Any) -> Any:
+    """Issue q . k' of `[chunks, 64, 64]` and `[block_kv, 64 * chunks]`."""
+    (chunks, rows, _), (block_kv, _) = q.shape, k.shape
+    kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(q.dtype).name]
+    tiling = plgpu.TilingTransform(TILED)  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    tiles = (tiling, swizzle)
+    result = plgpu.ShapeDtypeStruct((rows, block_kv), jnp.float32, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiles),) * 2, return_type=result)
+    def products(ctx: Any, q: Any, k: Any) -> Any:
+        del ctx
+        count = block_kv // 2  # registers of a thread
+        field = ir.VectorType.get((1,), ir.F32Type.get())
+        q_base, k_base = _descriptor(q, TILED_BYTES), _descriptor(k, TILED_BYTES * chunks)
+        # Unknown to the compiler, or it would keep the descriptors of all steps in registers.
+        i64 = ir.IntegerType.get_signless(64)
+        q_base = llvm.inline_asm(i64, [q_base], "mov.b64 $0, $1;", "=l,l", has_side_effects=True)
+        _run("wgmma.fence.sync.aligned;", "")
+        registers: list[Any] = []
+        for step in range(chunks * TILED[1] // WGMMA_DEPTH):
+            chunk, within = divmod(step * WGMMA_DEPTH, TILED[1])
+            operands = [
+                _moved(q_base, chunk * rows // TILED[0] * TILED_BYTES + within * 2),
+                _moved(k_base, chunk * TILED_BYTES + within * 2),
+            ]
+            tied = len(registers)  # the first product of all adds to nothing
+            out = llvm.inline_asm(
+                llvm.StructType.get_literal([field] * count),
+                [*registers, *operands],
+                f"{{ .reg .pred p; setp.ne.b32 p, {int(step > 0)}, 0;"
+                f" wgmma.mma_async.sync.aligned.m64n{block_kv}k16.f32.{kind}.{kind}"
+                f" {{{', '.join(f'${i}' for i in range(count))}}},"
+                f" ${count + tied}, ${count + tied + 1}, p, 1, 1, 0, 0; }}",
+                ",".join(["=f"] * count + [str(i) for i in range(tied)] + ["l", "l"]),
+                has_side_effects=True,
+            )
+            registers = [llvm.extractvalue(field, out, [i]) for i in range(count)]
+        _run("wgmma.commit_group.sync.aligned;", "")
+        return _accumulated(registers, (rows, block_kv))
+
+    return products(q, k)
+
+
+def _descriptor(ref: Any, stride: int) -> Any:
+    """Describe rows of 128 swizzled bytes: where they are, and bytes from 8 of them to the next."""
+    i64 = ir.IntegerType.get_signless(64)
+    pointer = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
+    address = arith.andi(pointer, arith.constant(i64, 0x3FFFF))
+    address = arith.shrui(address, arith.constant(i64, 4))
+    return arith.ori(address, arith.constant(i64, stride >> 4 << 32 | 1 << 62))
+
+
+def _moved(descriptor: Any, number_of_bytes: int) -> Any:
+    if not number_of_bytes:
+        return descriptor
+    i64 = ir.IntegerType.get_signless(64)
+    return arith.addi(descriptor, arith.constant(i64, number_of_bytes >> 4))
+
+
+def hold(plain: bool, x: Any) -> None:
+    """Have ptxas compute a tile's `x` before whatever is waited for next.
+
+    It would else move the softmax behind the wait for the product that is under way. To each
+    register belongs a store that never happens.
+    """
+    if not plain:
+        plgpu.inline_mgpu(arg_types=(TILE,))(_hold)(x)
+
+
+def _hold(ctx: Any, x: Any) -> None:
+    del ctx
+    for register in x.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat:
+        _run(
+            "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $0, 0f00000000;"
+            " @p st.volatile.shared.f32 [a], $0; }",
+            "f",
+            _scalar(register),
+        )
+
+
+def take_turn(barriers: Any, warpgroup: Any) -> None:
+    """Wait until the warpgroup before this one has passed the turn.
+
+    The public barriers, None without `plain`, are in shared memory: a wait polls there.
+    """
+    if barriers is not None:
+        plgpu.barrier_wait(barriers.at[warpgroup])
+    else:
+        _barrier("bar.sync", warpgroup)
+
+
+def pass_turn(barriers: Any, warpgroup: Any) -> None:
+    """Let `warpgroup` go on."""
+    if barriers is not None:
+        plgpu.barrier_arrive(barriers.at[warpgroup])
+    else:
+        _barrier("bar.arrive", warpgroup)
+
+
+def _barrier(instruction: str, warpgroup: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(SCALAR,))
+    def barrier(ctx: Any, warpgroup: Any) -> None:
+        del ctx
+        first = arith.constant(ir.IntegerType.get_signless(32), FIRST_BARRIER)
+        name = arith.addi(warpgroup.registers.item(), first)
+        _run(f"{instruction} $0, {2 * THREADS};", "r", name)
+
+    barrier(warpgroup)
+
+
+def rescaled(plain: bool, acc: Any, alpha: Any) -> Any:
+    """Multiply rows by `alpha`; a warp does nothing where it is 1 for all of its rows."""
+    if plain:
+        return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+    result = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, ROW), return_type=result)
+    def rescale(ctx: Any, acc: Any, alpha: Any) -> Any:
+        del ctx
+        one, changed = arith.constant(ir.F32Type.get(), 1.0), None
+        for register in alpha.registers.flat:
+            this = arith.cmpf(arith.CmpFPredicate.UNE, _scalar(register), one)
+            changed = this if changed is None else arith.ori(changed, this)
+        types = [x.type for x in acc.registers.flat]
+        branch = scf.IfOp(_any_in_warp(changed), types, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scaled = acc * alpha.broadcast_minor(acc.shape[1])
+            scf.yield_(list(scaled.registers.flat))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(list(acc.registers.flat))
+        registers = np.empty(len(types), object)
+        registers[:] = list(branch.results)
+        registers = registers.reshape(acc.registers.shape)
+        return fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+
+    return rescale(acc, alpha)
+
+
+def tanh(plain: bool, x: Any) -> Any:
+    """Return tanh to a few float32 ulp: below 1/2 a series, beyond it by exponentials.
+
+    A warp computes these, on the unit whose rate limits the softmax, only if it has such elements.
+    """
+    x2 = x * x
+    series = x2 * (-0.053052936 + x2 * 0.017256962)  # to 1.4e-8
+    series = x * (1 + x2 * (-0.3333315 + x2 * (0.13325988 + series)))
+    if plain:
+        far = 1 - 2 / (jnp.exp2(x * (2 * math.log2(math.e))) + 1)
+        return jnp.where(jnp.abs(x) < SERIES_END, series, far)
+    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, TILE), return_type=result)
+    def beyond(ctx: Any, x: Any, series: Any) -> Any:
+        del ctx
+        f32, layout = ir.F32Type.get(), fa.WGMMA_LAYOUT_ACC_32BIT
+        one, limit, factor = (
+            arith.constant(f32, value) for value in (1.0, SERIES_END, 2 * math.log2(math.e))
+        )
+        own = [_scalar(register) for register in x.to_layout(layout).registers.flat]
+        inside = [_scalar(register) for register in series.to_layout(layout).registers.flat]
+        sizes = [math_dialect.absf(value) for value in own]
+        within = [arith.cmpf(arith.CmpFPredicate.OLT, size, limit) for size in sizes]
+        largest = functools.reduce(arith.maximumf, sizes)
+        exceeds = arith.cmpf(arith.CmpFPredicate.UGE, largest, limit)
+        branch = scf.IfOp(_any_in_warp(exceeds), [f32] * len(own), has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            found = []
+            for value, is_within, result in zip(own, within, inside):
+                power = _asm("ex2.approx.ftz.f32", arith.mulf(value, factor))
+                inverse = _asm("rcp.approx.ftz.f32", arith.addf(power, one))
+                rest = arith.subf(arith.subf(one, inverse), inverse)
+                found.append(arith.select(is_within, result, rest))
+            scf.yield_(found)
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(inside)
+        return _accumulated(list(branch.results), x.shape)
+
+    return beyond(x, series)
+
+
+def _run(text: str, constraints: str, *operands: Any) -> None:
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, list(operands), text, constraints, has_side_effects=True)
+
+
+def _scalar(register: Any) -> Any:
+    if not isinstance(register.type, ir.VectorType):
+        return register
+    return llvm.extractelement(register, arith.constant(ir.IntegerType.get_signless(32), 0))
+
+
+def _any_in_warp(condition: Any) -> Any:
+    everyone = arith.constant(ir.IntegerType.get_signless(32), -1)
+    return nvvm.vote_sync(everyone, condition, "any")
+
+
+def _asm(instruction: str, x: Any) -> Any:
+    return llvm.inline_asm(ir.F32Type.get(), [x], f"{instruction} $0, $1;", "=f,f")
+
+
+def _accumulated(registers: list[Any], shape: tuple[int, ...]) -> Any:
+    """Return a thread's float32 registers, as a product leaves them, as an array."""
+    layout = fa.WGMMA_LAYOUT_ACC_32BIT
+    array = np.empty(len(registers), object)
+    array[:] = [x if isinstance(x.type, ir.VectorType) else _vector(x) for x in registers]
+    array = array.reshape(layout.registers_shape(shape))
+    array = fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=None)
+    return array.to_layout(fa.WGMMA_LAYOUT)
+
+
+def _vector(x: Any) -> Any:
+    empty = llvm.mlir_undef(ir.VectorType.get((1,), x.type))
+    return llvm.insertelement(empty, x, arith.constant(ir.IntegerType.get_signless(32), 0))
