@@ -182,10 +182,9 @@ def test_wide_variants_fit(target, variant):
 
 @pytest.mark.parametrize("variant", ["group of 71", "latent attention, 32 heads"])
 def test_two_programs_fit_on_a_multiprocessor_that_runs_two(variant):
-    sizes, problem, program = compile_for("sm_90", WIDE[variant])
+    sizes, _, program = compile_for("sm_90", WIDE[variant])
     blocks = sizes.blocks
-    assert _sizes.programs_per_sm(problem.latent, blocks.block_group, gpu_of("sm_90")) == 2
-    assert sizes.plan is not None and sizes.plan.slots == 2 * 132
+    assert blocks.per_sm == 2 and sizes.plan is not None and sizes.plan.slots == 2 * 132
     assert 2 * (program.shared_bytes + 1024) <= 228 * 1024
     assert 2 * program.registers * 32 * blocks.num_warps <= 2**16
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ejk._indices import Size, is_static
 from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
 MAX_CAPACITY = 2**31 - 2**20
 SMALLEST_PAGE = 8  # tokens; whose id is loaded once for all of them
+LONG = 1536  # tokens of a multiprocessor whose parts cost less than two programs save
 LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after the other
 GRANULE = 128  # tokens; planned pieces are whole multiples
 # How ragged batches are cut. The measurements are of decode on an H100: one query token a sequence.
@@ -95,18 +97,25 @@ def programs_per_piece(
     return num_kv_heads * -(-group // block_group(group, value_head_dim, most_rows))
 
 
-def programs_per_sm(is_latent: bool, rows: int, target: Target | None) -> int:
+def programs_per_sm(
+    is_latent: bool, rows: int, value_head_dim: int, tokens: Size, target: Target | None
+) -> int:
     """Return how many programs of so many query heads a multiprocessor runs at a time.
+
+    Its share of the batch is `tokens`, at most.
 
     One that waits for memory fills it with the blocks that are under way. Of two with 64 rows one
     exponentiates while the other multiplies: on an H100, 33 contexts of 32,000 tokens, 71 heads of
-    dimension 64 on a KV head, took 165.9 us with one at a time and 124.0 with two; 64 latent
-    contexts of 4,096 tokens, 32 heads, 127.9 and 119.5, but 16 heads 114.0 and 121.9.
+    dimension 64 on a KV head, took 165.9 us with one at a time and 124.0 with two, but 20 of 4,000
+    with 64 heads of dimension 128 on each of 8 KV heads 128.9 and 137.2. 64 latent contexts of
+    4,096 tokens, 32 heads, took 127.9 and 119.5, but 2 of 32,000 47.5 and 55.4, for twice as many
+    pieces have twice as many parts; 64 of 4,096 with 16 heads 114.0 and 121.9.
     """
     if is_latent:
         is_hopper = target is None or target.compute_capability in (90, None)
-        return 2 if rows == 32 and is_hopper else 1
-    return 2 if rows == 64 else 1
+        is_long = is_static(tokens) and tokens >= LONG
+        return 2 if rows == 32 and is_hopper and is_long else 1
+    return 2 if rows == 64 and value_head_dim <= 64 else 1
 
 
 def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:

@@ -58,6 +58,7 @@ class DecodeBlocks(NamedTuple):
     num_warps: int
     num_stages: int
     shared_memory: int  # bytes of a program, at most
+    per_sm: int = 1  # programs that a multiprocessor runs at a time
 
 
 def rows_of(problem: PagedProblem, group: int, target: Target) -> int:
@@ -73,11 +74,11 @@ def choose_blocks(
     tuning: Tuning,
     target: Target,
     tuned: dict[Cell, Pipeline] = TUNED,
-    one_query: bool = False,
+    tokens: int = 0,
 ) -> DecodeBlocks:
     """Choose the blocks for `group` query rows a KV head, of contexts of up to `longest` tokens.
 
-    With `one_query` a sequence these are decode's, whose plan knows `programs_per_sm`.
+    With `tokens` of a multiprocessor these are decode's, of which it may run two programs.
 
     With `longest=None` nothing follows from the batch, as the bits of a result may not: blocks are
     then those of a batch that fills the machine.
@@ -98,7 +99,7 @@ def choose_blocks(
     if problem.head_dim == problem.value_head_dim and cell in tuned:
         pipeline = tuned[cell]
     else:
-        pipeline = _heuristic(problem, rows, target, is_large, one_query)
+        pipeline = _heuristic(problem, rows, target, is_large, tokens)
     # Where programs are short and many, several at once are better than each with many buffers. On
     # an H100, with 3 stages and with 2: 1,024 contexts of 128 tokens 255.9 and 190.3 us, of 256
     # 412.6 and 367.4, of 512 743.7 and 717.0; 256 of 1,024 tokens 363.8 and 358.5; but 16 of them,
@@ -113,23 +114,24 @@ def choose_blocks(
             pipeline = pipeline._replace(num_stages=pipeline.num_stages - 1)
         else:
             break  # what was asked for does not fit: `limits` says so
-    return DecodeBlocks(rows, *pipeline, shared)
+    per_sm = _per_sm(problem, rows, target, tokens) if is_large else 1
+    return DecodeBlocks(rows, *pipeline, shared, per_sm)
 
 
 def _heuristic(
-    problem: PagedProblem, rows: int, target: Target, is_large: bool, one_query: bool
+    problem: PagedProblem, rows: int, target: Target, is_large: bool, tokens: int
 ) -> Pipeline:
     """Return what was best nearly wherever we measured: shared memory may yet shrink it."""
     _, wide = widths(problem)
     # Taken on the ordinary cores, from registers.
     is_float32 = problem.query_dtype == jnp.float32
-    if is_large and one_query and programs_per_sm(same_tile(problem), rows, target) > 1:
+    if is_large and _per_sm(problem, rows, target, tokens) > 1:
         for block_kv, num_stages in TOGETHER:
             pipeline = Pipeline(block_kv, 8 if is_float32 else 4, num_stages)
             if 3 * _streamed(problem, pipeline, num_stages - 1) <= target.shared_memory:
                 return pipeline
     if same_tile(problem) and wide == 512 and is_large:
-        return (ONE_QUERY if one_query else ONE_TILE)[rows]
+        return (ONE_QUERY if tokens else ONE_TILE)[rows]
     if not is_large:  # It is latency that counts, not bytes.
         num_warps = 8 if wide > (128 if is_float32 else 256) else 4
         return Pipeline(64 if rows == 16 else 32, num_warps, 3 if is_float32 else 2)
@@ -143,6 +145,11 @@ def _heuristic(
             if 2 * _streamed(problem, pipeline, num_stages - 1) > target.shared_memory:
                 return pipeline
     return Pipeline(128, num_warps, 3)
+
+
+def _per_sm(problem: PagedProblem, rows: int, target: Target, tokens: int) -> int:
+    is_latent, width = same_tile(problem), problem.value_head_dim
+    return programs_per_sm(is_latent, rows, width, tokens, target) if tokens else 1
 
 
 def _shared_memory(problem: PagedProblem, rows: int, pipeline: Pipeline, target: Target) -> int:

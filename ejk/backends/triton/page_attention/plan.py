@@ -62,13 +62,16 @@ class TritonPlan(TritonBackend, PlanBackend):
         most_rows = rows_of_one_tile(is_latent, target) if target else None
         rows = block_group(group, value_head_dim, most_rows)
         window, capacity = facts.sliding_window, facts.capacity
+        longest = least(capacity, window) if isinstance(window, int) else capacity
+        num_sms = self.num_sms or H100["num_sms"]
+        tokens = facts.num_seqs * longest // num_sms
         return own_plan(
             num_seqs=facts.num_seqs,
             capacity=capacity,
-            longest=least(capacity, window) if isinstance(window, int) else capacity,
+            longest=longest,
             programs=facts.num_kv_heads * -(-group // rows),
             width=facts.head_dim + (0 if is_latent else value_head_dim),
-            slots=(self.num_sms or H100["num_sms"]) * programs_per_sm(is_latent, rows, target),
+            slots=num_sms * programs_per_sm(is_latent, rows, value_head_dim, tokens, target),
             memory_bound=not is_latent,
             has_window=window is not None,
         )

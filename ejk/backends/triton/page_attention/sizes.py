@@ -14,7 +14,6 @@ from ejk.backends.triton._sizes import (
     feature_constants,
     pages_of_block,
     power_of_two,
-    programs_per_sm,
     same_tile,
     shape_constants,
     stride_constants,
@@ -73,8 +72,10 @@ class Sizes:
             is_whole = programs <= target.num_sms
             is_whole = is_whole and not _is_worth_cutting(problem, programs, target)
             longest = None if is_invariant or is_whole else problem.visible_bound
+            tokens = 0 if is_invariant else problem.num_seqs * problem.visible_bound
+            tokens //= target.num_sms
             blocks = choose_blocks(
-                problem, problem.group, longest, tuning, target, tuned, one_query=True
+                problem, problem.group, longest, tuning, target, tuned, max(1, tokens)
             )
         sizes = cls(blocks, **_cuts(problem, blocks, tuning, target))
         # Few entries a program while programs are few: they find a processor each.
@@ -173,7 +174,7 @@ def _cuts(
         longest=problem.visible_bound,
         programs=_each(problem, blocks.block_group),
         width=_width(problem),
-        slots=target.num_sms * programs_per_sm(same_tile(problem), blocks.block_group, target),
+        slots=target.num_sms * blocks.per_sm,
         memory_bound=not same_tile(problem),
         has_window=problem.has_window,
         own_windows=problem.own_windows,

@@ -78,7 +78,7 @@ def narrow_rows(
 ) -> RaggedBlocks:
     """Take the blocks of decode for as many heads a group as there are rows, in any batch."""
     own = Tuning(tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
-    blocks = choose_blocks(problem, rows, None, own, target)
+    *blocks, _ = choose_blocks(problem, rows, None, own, target)
     return RaggedBlocks(*blocks, max_registers=None, peel=False)
 
 
