@@ -13,7 +13,7 @@ from ejk.backends.ragged_page_attention import (
 from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
 from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.ragged_page_attention.blocks import RaggedTuning
-from ejk.backends.triton.ragged_page_attention.sizes import RaggedSizes
+from ejk.backends.triton.ragged_page_attention.sizes import RaggedCut, RaggedSizes
 
 INPUTS = (
     "query", "cu_q_lens", "key", "value", "block_tables", "attn_scale", "sliding_window", "sinks",
@@ -80,7 +80,7 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         call: Call,
     ) -> tuple[Any, ...]:
         sizes = RaggedSizes.of(problem, self, target)
-        steps = RaggedSteps(problem, operands, sizes, call)
+        steps = TritonSteps(problem, operands, sizes, call)
         work, memory = steps.list_work(), {}
         for kind in range(len(sizes.kinds)):
             memory = steps.attend(kind, work, memory)
@@ -91,15 +91,15 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
 
 @dataclasses.dataclass(frozen=True)
 class RaggedSteps:
-    """The steps of a run: each kind of block attends to its items and combines its pieces.
+    """The steps of a run before and after its items are attended to, by whatever kernel.
 
-    Another backend for GPUs may take its own kernel for the items of one kind: `work` says what
-    they are, see `RaggedPlan`, and `memory` is what all kinds write to, None where there is none.
+    `work` says what the items are, see `RaggedPlan`, and `memory` is what they are written to, None
+    where there is none.
     """
 
     problem: RaggedPageAttentionProblem
     operands: RaggedPageAttentionOperands
-    sizes: RaggedSizes
+    sizes: RaggedCut
     call: Call
 
     def list_work(self) -> Any:
@@ -122,27 +122,6 @@ class RaggedSteps:
             num_stages=1,
         )
         return work
-
-    def attend(self, kind: int, work: Any, memory: Memory) -> Memory:
-        """Attend to the items of a kind; return the memory, which the first kind makes."""
-        from ejk.backends.triton.ragged_page_attention.kernel import ragged_page_attention_kernel
-
-        rows = self.sizes.kinds[kind]
-        absent = {name: None for name, x in memory.items() if x is None}
-        outputs = {} if memory else self.sizes.types(self.problem)
-        in_place = {name: x for name, x in memory.items() if x is not None}
-        written = self.call(
-            ragged_page_attention_kernel,
-            kernel_inputs(self.operands, INPUTS, work) | absent,
-            outputs,
-            self.sizes.constants(self.problem, kind),
-            in_place=in_place,
-            grid=self.sizes.grid(self.problem, kind),
-            num_warps=rows.num_warps,
-            num_stages=rows.num_stages,
-            max_registers=rows.max_registers,
-        )
-        return absent | dict(zip(outputs or in_place, written))
 
     def combine(self, kind: int, work: Any, memory: Memory) -> Memory:
         """Combine those items of a kind that are pieces of one block."""
@@ -167,3 +146,31 @@ class RaggedSteps:
             num_stages=2,
         )
         return memory | dict(zip(results, written))
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonSteps(RaggedSteps):
+    """All steps of a run: each kind of block attends to its items and combines its pieces."""
+
+    sizes: RaggedSizes
+
+    def attend(self, kind: int, work: Any, memory: Memory) -> Memory:
+        """Attend to the items of a kind; return the memory, which the first kind makes."""
+        from ejk.backends.triton.ragged_page_attention.kernel import ragged_page_attention_kernel
+
+        rows = self.sizes.kinds[kind]
+        absent = {name: None for name, x in memory.items() if x is None}
+        outputs = {} if memory else self.sizes.types(self.problem)
+        in_place = {name: x for name, x in memory.items() if x is not None}
+        written = self.call(
+            ragged_page_attention_kernel,
+            kernel_inputs(self.operands, INPUTS, work) | absent,
+            outputs,
+            self.sizes.constants(self.problem, kind),
+            in_place=in_place,
+            grid=self.sizes.grid(self.problem, kind),
+            num_warps=rows.num_warps,
+            num_stages=rows.num_stages,
+            max_registers=rows.max_registers,
+        )
+        return absent | dict(zip(outputs or in_place, written))

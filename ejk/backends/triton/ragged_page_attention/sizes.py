@@ -1,6 +1,7 @@
 """How one `ejk.ragged_page_attention` problem is cut for a GPU: pure functions of both."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -35,28 +36,10 @@ BLOCK_SEQS, MOST_OTHERS, BLOCK_ITEMS, BLOCK_TOKENS = 4, 1024, 64, 16
 
 
 @dataclasses.dataclass(frozen=True)
-class RaggedSizes:
-    """How one problem is cut and run: `kinds` has the blocks of each kind of the plan."""
+class RaggedCut:
+    """How one problem is cut, whatever kernel attends to the items of the plan."""
 
-    kinds: tuple[RaggedBlocks, ...]
     plan: RaggedPlan
-
-    @classmethod
-    def of(
-        cls, problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target
-    ) -> "RaggedSizes":
-        wanted = min(problem.q_len_bound * problem.group, 2**30)
-        most_narrow = min(MOST_NARROW_ROWS, tuning.block_rows or MOST_NARROW_ROWS)
-        has_wide = wanted > most_narrow
-        at_once = min(problem.group if has_wide else wanted, most_narrow)
-        narrow = narrow_rows(problem, tuning, target, at_once)
-        wide = wide_rows(problem, tuning, target) if has_wide else None
-        most = min(problem.num_seqs, problem.total_tokens)
-        cuts = choose_cuts(target.num_sms, most, problem.num_kv_heads, problem.visible_bound)
-        if problem.visible_bound <= GRANULE:
-            cuts = 0
-        plan = RaggedPlan.of(problem, narrow.rows, wide and wide.rows, cuts, GRANULE)
-        return cls((narrow, wide) if wide else (narrow,), plan)
 
     def types(self, problem: RaggedPageAttentionProblem) -> dict[str, jax.ShapeDtypeStruct | None]:
         """Return the memory for parts, and the results."""
@@ -98,6 +81,54 @@ class RaggedSizes:
             "BLOCK_ITEMS": BLOCK_ITEMS,
         }
 
+    def combine_rows(self, kind: int) -> int:
+        """Rows that a program combines: all parts of one, or a few parts of several."""
+        return 1 if kind == 0 else math.gcd(self.plan.kinds[kind].rows, 8)
+
+    def combine_grid(self, problem: RaggedPageAttentionProblem, kind: int) -> int:
+        items = self.plan.kinds[kind]
+        return items.max_splits * items.rows // self.combine_rows(kind) * problem.num_kv_heads
+
+    def combine_constants(self, problem: RaggedPageAttentionProblem, kind: int) -> dict[str, Any]:
+        block_dv, rows = power_of_two(problem.value_head_dim), self.combine_rows(kind)
+        return {
+            "ITEM": ITEM,
+            "NUM_HEADS": problem.num_heads,
+            "NUM_KV_HEADS": problem.num_kv_heads,
+            "VALUE_HEAD_DIM": problem.value_head_dim,
+            "COUNT": 2 * kind + 1,
+            "FIRST_SPLIT": self.plan.first_rows[2 + kind],
+            "PART_ROWS": self.plan.kinds[kind].rows,
+            "HAS_SINKS": problem.has_sinks,
+            "BLOCK_PARTS": combined_parts(block_dv * rows),
+            "BLOCK_ROWS": rows,
+            "BLOCK_DV": block_dv,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedSizes(RaggedCut):
+    """How one problem is cut and run: `kinds` has the blocks of each kind of the plan."""
+
+    kinds: tuple[RaggedBlocks, ...]
+
+    @classmethod
+    def of(
+        cls, problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target
+    ) -> "RaggedSizes":
+        wanted = min(problem.q_len_bound * problem.group, 2**30)
+        most_narrow = min(MOST_NARROW_ROWS, tuning.block_rows or MOST_NARROW_ROWS)
+        has_wide = wanted > most_narrow
+        at_once = min(problem.group if has_wide else wanted, most_narrow)
+        narrow = narrow_rows(problem, tuning, target, at_once)
+        wide = wide_rows(problem, tuning, target) if has_wide else None
+        most = min(problem.num_seqs, problem.total_tokens)
+        cuts = choose_cuts(target.num_sms, most, problem.num_kv_heads, problem.visible_bound)
+        if problem.visible_bound <= GRANULE:
+            cuts = 0
+        plan = RaggedPlan.of(problem, narrow.rows, wide and wide.rows, cuts, GRANULE)
+        return cls(plan, (narrow, wide) if wide else (narrow,))
+
     def grid(self, problem: RaggedPageAttentionProblem, kind: int) -> int:
         clearing = -(-problem.total_tokens // BLOCK_TOKENS) if kind == 0 else 0
         return self.plan.kinds[kind].max_items * problem.num_kv_heads + clearing
@@ -127,30 +158,6 @@ class RaggedSizes:
             "ONE_PAGE": pages_of_block(problem, rows.block_kv) == 1,
             "BLOCK_BOUNDS": _block_others(problem),
             "BLOCK_TOKENS": BLOCK_TOKENS,
-        }
-
-    def combine_rows(self, kind: int) -> int:
-        """Rows that a program combines: all parts of one, or a few parts of several."""
-        return 1 if kind == 0 else 8
-
-    def combine_grid(self, problem: RaggedPageAttentionProblem, kind: int) -> int:
-        items = self.plan.kinds[kind]
-        return items.max_splits * items.rows // self.combine_rows(kind) * problem.num_kv_heads
-
-    def combine_constants(self, problem: RaggedPageAttentionProblem, kind: int) -> dict[str, Any]:
-        block_dv, rows = power_of_two(problem.value_head_dim), self.combine_rows(kind)
-        return {
-            "ITEM": ITEM,
-            "NUM_HEADS": problem.num_heads,
-            "NUM_KV_HEADS": problem.num_kv_heads,
-            "VALUE_HEAD_DIM": problem.value_head_dim,
-            "COUNT": 2 * kind + 1,
-            "FIRST_SPLIT": self.plan.first_rows[2 + kind],
-            "PART_ROWS": self.plan.kinds[kind].rows,
-            "HAS_SINKS": problem.has_sinks,
-            "BLOCK_PARTS": combined_parts(block_dv * rows),
-            "BLOCK_ROWS": rows,
-            "BLOCK_DV": block_dv,
         }
 
 
