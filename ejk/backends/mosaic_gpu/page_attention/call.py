@@ -1,11 +1,12 @@
 """The launch of the latent kernel: operands, results and shared memory by name."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ejk.backends.mosaic_gpu._call import Memory, launch
 from ejk.backends.mosaic_gpu.page_attention.kernel import latent_attention_kernel
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, shared_types
 from ejk.backends.mosaic_gpu.page_attention.sizes import LatentSizes
@@ -37,28 +38,11 @@ def attend(sizes: LatentSizes, operands: PageAttentionOperands, work: Any) -> Ou
         out=jax.ShapeDtypeStruct((*rows, problem.value_head_dim), problem.out_dtype),
         lse=jax.ShapeDtypeStruct(rows, jnp.float32),
     )
-    shared = shared_types(sizes, query.dtype)
-    named = (inputs, outputs, shared)
-    by_name = jax.tree.structure(named)  # in which what is None is absent
-    arrays, results, scratch = map(jax.tree.leaves, named)
-
-    def ejk_latent_attention(*refs: Any) -> None:
-        latent_attention_kernel(*jax.tree.unflatten(by_name, refs), sizes=sizes)
-
-    launch = plgpu.kernel(
-        ejk_latent_attention,
-        out_type=results,
-        scratch_types=scratch,
-        grid=(sizes.grid,),
-        grid_names=("program",),
-        num_threads=WARPGROUPS,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=interpreter(sizes.interpret),
+    return launch(
+        functools.partial(latent_attention_kernel, sizes=sizes),
+        Memory(inputs, outputs, shared_types(sizes, query.dtype)),
+        name="ejk_latent_attention",
+        grid=sizes.grid,
+        warpgroups=WARPGROUPS,
+        interpret=sizes.interpret,
     )
-    return jax.tree.unflatten(jax.tree.structure(outputs), launch(*arrays))
-
-
-def interpreter(interpret: bool) -> Any:
-    """Return what `plgpu.kernel` takes for `interpret`."""
-    return plgpu.InterpretGPUParams(detect_races=True) if interpret else False
