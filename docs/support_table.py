@@ -11,7 +11,7 @@ import inspect
 import itertools
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Target:
     """A column of the tables of sizes: a backend on the machine it is asked about."""
 
     title: str
-    backend: ejk.PageAttentionBackend
+    backend: ejk.Backend
     platform: str
 
 
@@ -71,6 +71,18 @@ HOPPER = (
     Target(
         "`mosaic_gpu`, sm_90",
         ejk.MosaicGpuPageAttention(compute_capability=90, num_sms=132),
+        "cuda",
+    ),
+)
+RAGGED_HOPPER = (
+    Target(
+        "`triton`, sm_90",
+        ejk.TritonRaggedPageAttention(compute_capability=90, num_sms=132),
+        "cuda",
+    ),
+    Target(
+        "`mosaic_gpu`, sm_90",
+        ejk.MosaicGpuRaggedPageAttention(compute_capability=90, num_sms=132),
         "cuda",
     ),
 )
@@ -114,6 +126,18 @@ def problem(
     return found
 
 
+def ragged(dtype: str = "bfloat16", head_dim: int = 128, page_size: int = 16) -> _backend.Problem:
+    """Make the problem of a call on 4,096 new tokens of 8 sequences, in groups of 4."""
+    array = jax.ShapeDtypeStruct
+    pool = array((1024, 8, page_size, head_dim), dtype)
+    integers = (array(shape, jnp.int32) for shape in ((8,), (8, 128), (9,)))
+    jaxpr = jax.make_jaxpr(ejk.ragged_page_attention)(
+        array((4096, 32, head_dim), dtype), pool, pool, *integers
+    )
+    ((found, _),) = _dispatch.calls(jaxpr.jaxpr)
+    return found
+
+
 latent = functools.partial(problem, head_dim=576, value_head_dim=512, num_kv_heads=1, group=64)
 
 
@@ -131,7 +155,7 @@ class Page:
         lines = [[corner, *columns], ["---"] * (1 + len(columns)), *rows]
         self.add("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
-    def cell(self, target: Target, of: ejk.PageAttentionProblem) -> str:
+    def cell(self, target: Target, of: _backend.Problem) -> str:
         """Say yes, or no with the numbers of the reasons."""
         numbers = []
         for reason in target.backend.refusals(of, target.platform):
@@ -143,7 +167,7 @@ class Page:
     def probes(
         self,
         corner: str,
-        problems: dict[str, ejk.PageAttentionProblem],
+        problems: Mapping[str, _backend.Problem],
         targets: Sequence[Target] = TARGETS,
     ) -> None:
         """Ask every target about every problem."""
@@ -244,6 +268,15 @@ def add_sizes(page: Page) -> None:
         "page_size",
         {str(size): latent(dtype="float16", page_size=size) for size in PAGE_SIZES},
         HOPPER,
+    )
+    page.reasons()
+    page.add("### Ragged batches on Hopper\n\nbfloat16, pages of 16 tokens.")
+    page.probes("head_dim", {str(d): ragged(head_dim=d) for d in HEAD_DIMS}, RAGGED_HOPPER)
+    page.add("float16, head_dim 128.")
+    page.probes(
+        "page_size",
+        {str(size): ragged(dtype="float16", page_size=size) for size in PAGE_SIZES},
+        RAGGED_HOPPER,
     )
     page.reasons()
     page.add("### page_size\n\nbfloat16, head_dim 128.")

@@ -27,6 +27,9 @@ from ejk._write_kv_cache import write_kv_cache as write_kv_cache
 from ejk.backends.mosaic_gpu.page_attention.backend import (
     MosaicGpuPageAttention as MosaicGpuPageAttention,
 )
+from ejk.backends.mosaic_gpu.ragged_page_attention.backend import (
+    MosaicGpuRaggedPageAttention as MosaicGpuRaggedPageAttention,
+)
 from ejk.backends.page_attention import PageAttentionBackend as PageAttentionBackend
 from ejk.backends.page_attention import PageAttentionOperands as PageAttentionOperands
 from ejk.backends.page_attention import PageAttentionProblem as PageAttentionProblem

@@ -1,7 +1,6 @@
 """What runs an operation: the contract that the author of a backend reads, and the choice.
 
-A `Problem` is one call's static facts, a `Backend` a way to run it. Nothing here knows an
-operation, nor how JAX is told of one.
+A `Problem` is one call's static facts, a `Backend` a way to run it. No operation is known here.
 """
 
 import abc
@@ -135,6 +134,12 @@ class Backend(abc.ABC):
         """The platforms for which automatic choice passes this object over: nobody has run it."""
         return ()
 
+    def passed_over(self, problem: Any, platform: str) -> str | None:
+        """Say why automatic choice takes another, faster one for what this one can run, too."""
+        if platform not in self.only_if_asked:
+            return None
+        return f"on {platform} has to be asked for by name: nobody has run it there"
+
     @property
     def has_target(self) -> bool:
         """Its fields say for which device it compiles, as only someone who means it does.
@@ -170,9 +175,8 @@ class Backend(abc.ABC):
         if self.is_opaque and problem.symbolic_sizes:
             sizes = ", ".join(problem.symbolic_sizes)
             return (f"compiles for sizes that are static, and {sizes} is symbolic",)
-        missing = sorted(problem.features - self.features)
-        return (*(f"does not support {feature}" for feature in missing),
-                *self.limits(problem, platform))  # fmt: skip
+        missing = [f"does not support {x}" for x in sorted(problem.features - self.features)]
+        return (*missing, *self.limits(problem, platform))
 
 
 _registered: list[Backend] = []
@@ -239,11 +243,8 @@ class Choice:
         for backend in self.backends:
             for target in (platform,) if platform else backend.platforms:
                 refusals = self.refusals(backend, problem, target)
-                if (
-                    self.automatic
-                    and backend.has_target
-                    and any(isinstance(r, Mendable) for r in refusals)
-                ):
+                mendable = any(isinstance(refusal, Mendable) for refusal in refusals)
+                if self.automatic and backend.has_target and mendable:
                     raise unsupported(problem, [(backend, refusal) for refusal in refusals])
                 if obstacle and backend.is_opaque and not refusals:
                     refusals = (obstacle,)
@@ -268,9 +269,9 @@ class Choice:
 
     def refusals(self, backend: Backend, problem: Problem, platform: str) -> tuple[str, ...]:
         refusals = backend.refusals(problem, platform)
-        if self.automatic and not refusals and platform in backend.only_if_asked:
-            return (f"on {platform} has to be asked for by name: nobody has run it there",)
-        return refusals
+        if refusals or not self.automatic or not (reason := backend.passed_over(problem, platform)):
+            return refusals
+        return (reason,)
 
 
 def choose(

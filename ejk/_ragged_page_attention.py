@@ -29,6 +29,7 @@ from ejk._typing import (
     TreeMask,
     typed,
 )
+from ejk.backends.mosaic_gpu.ragged_page_attention.backend import MosaicGpuRaggedPageAttention
 from ejk.backends.page_attention import CacheLayout
 from ejk.backends.pallas.ragged_page_attention.backend import PallasRaggedPageAttention
 from ejk.backends.ragged_page_attention import (
@@ -41,7 +42,10 @@ from ejk.backends.xla._softmax import finish, nothing_seen
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
 
 FEW_TOKENS = 8  # new tokens of a decode step or a draft: rounded up they could ask for wide blocks
-BACKENDS = (TritonRaggedPageAttention(), PallasRaggedPageAttention(), XlaRaggedPageAttention())
+BACKENDS = (
+    MosaicGpuRaggedPageAttention(), TritonRaggedPageAttention(), PallasRaggedPageAttention(),
+    XlaRaggedPageAttention(),
+)  # fmt: skip
 
 
 @overload
@@ -209,7 +213,7 @@ def ragged_page_attention(
         page_offset: as in `ejk.page_attention`.
         return_lse: also return the natural-log LSE, float32 `[total_tokens, num_heads]`.
         backend: None for the best backend of the platform that the computation is lowered for;
-            `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.
+            `"triton"` or another name, or a backend object, to run that one or be refused.
 
     Returns:
         `[total_tokens, num_heads, value_head_dim]` in the query's dtype; with `return_lse`, a pair.

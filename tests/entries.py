@@ -6,15 +6,20 @@ import functools
 import os
 import re
 import zlib
+from collections.abc import Callable, Sequence
 
+import gpu_interpreter
 import hypothesis
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tally
-from strategies import THOROUGH, few_configurations
+from strategies import THOROUGH, Configuration, few_configurations
 
 import ejk
+
+F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
 class Refusal(Exception):  # noqa: N818
@@ -31,6 +36,10 @@ class Entry:
         examples: drawn for a property that asks for its full share.
         invariant: for `num_splits >= 1` a sequence's bits depend on that sequence alone.
         may_refuse: regular expressions of the only reasons this backend may give for refusing.
+        suits: says which configurations it is given, where some of them do.
+        dtype: of the edges.
+        marks: of its tests.
+        slow: it runs one in four of the edges, and of properties those that have their share.
     """
 
     name: str
@@ -38,6 +47,10 @@ class Entry:
     examples: int
     invariant: bool = True
     may_refuse: tuple[str, ...] = ()
+    suits: Callable[[Configuration], bool] | None = None
+    dtype: np.dtype = F32
+    marks: Sequence[pytest.MarkDecorator] = ()
+    slow: bool = False
 
     def __call__(self, case, **overrides):
         """Run a case; return the output and the LSE as NumPy arrays."""
@@ -112,6 +125,37 @@ RAGGED_TRITON = ejk.TritonRaggedPageAttention(
 RAGGED_PALLAS = ejk.PallasRaggedPageAttention(block_q=3, pages_per_block=2, interpret=True)
 NO_FLOAT16 = (r"float16: the (matrix unit|chip) takes float32 and bfloat16",)
 
+
+def suits_mosaic(config: Configuration) -> bool:
+    """Say whether the prefill kernel for Hopper takes a configuration."""
+    shape = config.shape
+    pages = 64 if shape.head_dim == 256 else 128
+    return (
+        not shape.latent
+        and config.dtype.itemsize == 2
+        and shape.head_dim == shape.width in (64, 128, 256)
+        and shape.page_size % 8 == 0
+        and (pages % shape.page_size == 0 or shape.page_size % pages == 0)
+    )
+
+
+def ragged_mosaic(name: str, examples: int, **fields) -> RaggedEntry:
+    """Return the entry of the prefill kernel."""
+    return RaggedEntry(
+        name,
+        ejk.MosaicGpuRaggedPageAttention(**fields),
+        examples,
+        may_refuse=(
+            "head_dim=.* must be ", "at most 64", "dtype=.*: it takes bfloat16 and float16",
+            "page_size=.* must be ", "does not support (positions|tree_mask|value_head_dim)",
+        ),
+        suits=suits_mosaic,
+        dtype=BF16,
+        marks=gpu_interpreter.marks,
+        slow=fields.get("interpret", False),
+    )  # fmt: skip
+
+
 if os.environ.get("EJK_TEST_GPU"):
     assert jax.default_backend() == "gpu", "the GPU tests were asked for, but there is no GPU"
     ENTRIES = [
@@ -134,6 +178,8 @@ if os.environ.get("EJK_TEST_GPU"):
             8,
             may_refuse=(r"blocks of 256 query rows .* shared memory", "no rocm device is here"),
         ),
+        ragged_mosaic("ragged mosaic_gpu on gpu", 12),  # each configuration compiles for 8 s
+        ragged_mosaic("ragged mosaic_gpu on a small gpu", 8, num_sms=3),
     ]
     WRITERS = [
         Writer("xla on gpu, writing", ejk.XlaWriteKVCache(), 20),
@@ -160,6 +206,7 @@ else:
             decode=ejk.TritonPageAttention(block_kv=16, num_sms=6, interpret=True),
         ),
         RaggedEntry("ragged pallas interpreted", RAGGED_PALLAS, 4, may_refuse=NO_FLOAT16),
+        ragged_mosaic("ragged mosaic_gpu interpreted", 2, num_sms=2, interpret=True),
     ]
     WRITERS = [
         Writer("xla, writing", ejk.XlaWriteKVCache(), 20),
@@ -171,9 +218,13 @@ else:
     ]  # fmt: skip
 
 
-def each_of(entries):
-    """Run a test of `entry` on each of these."""
-    return pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
+def each_of(entries, of_slow=()):
+    """Run a test of `entry` on each of these; a slow one's has the marks `of_slow`, too."""
+    cases = [
+        pytest.param(entry, marks=[*entry.marks, *(of_slow if entry.slow else ())], id=entry.name)
+        for entry in entries
+    ]
+    return pytest.mark.parametrize("entry", cases)
 
 
 def counted(body):
@@ -198,7 +249,7 @@ def edge(body):
 
 def ragged_edge(body):
     """The same on every backend of ragged batches."""
-    return each_of(RAGGED)(counted(body))
+    return each_of(RAGGED, [pytest.mark.one_in(4)])(counted(body))
 
 
 def writer_edge(body):
@@ -216,7 +267,7 @@ def each_case(strategy, share: float = 1.0, entries=ENTRIES):
     """
 
     def decorate(body):
-        @each_of(entries)
+        @each_of(entries, [pytest.mark.thorough] if share < 0.5 else ())
         def test(entry):
             run = counted(body)
 
@@ -228,7 +279,7 @@ def each_case(strategy, share: float = 1.0, entries=ENTRIES):
             seed = zlib.crc32(f"{body.__name__} {entry.name}".encode())
             if not THOROUGH:
                 prop = hypothesis.seed(seed)(prop)
-            with few_configurations(seed, count=1 + examples // 3):
+            with few_configurations(seed, 1 + examples // 3, entry.suits):
                 prop()
 
         test.__name__, test.__doc__ = body.__name__, body.__doc__

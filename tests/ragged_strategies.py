@@ -15,6 +15,7 @@ from strategies import (
     INTEGERS,
     Case,
     Configuration,
+    are_few,
     draw_options,
     draw_pools,
     draw_tables,
@@ -111,6 +112,7 @@ def ragged_cases(draw, configurations=CONFIGURATIONS, extras=EXTRAS) -> RaggedCa
     lens_dtype = draw(st.sampled_from(INTEGERS))
     lens = [draw(lengths(shape, lens_dtype)) for _ in range(shape.num_seqs)]
     number = configurations.index(config)
+    extras = () if are_few() else extras
     some = [frozenset(few) for n in range(len(extras) + 1) for few in combinations(extras, n)]
     return build_ragged(
         config,

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import os
 import random
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -194,24 +195,28 @@ class Case:
 
 
 _drawn: tuple[int, int] | None = None
+_suits: Callable[[Configuration], bool] | None = None
 
 
 @contextlib.contextmanager
-def few_configurations(seed: int, count: int):
+def few_configurations(seed: int, count: int, suits: Callable[[Configuration], bool] | None = None):
     """Let what is drawn have `count` configurations alone, by `seed`: each is a program or two.
 
-    The properties and the backends have different ones, and many calls of each.
+    The properties and the backends have different ones, and many calls of each. A backend that
+    takes few of them has one that `suits` it, where there is one.
     """
-    global _drawn
-    _drawn = None if THOROUGH else (seed, count)
+    global _drawn, _suits
+    _drawn, _suits = None if THOROUGH else (seed, count), suits
     try:
         yield
     finally:
-        _drawn = None
+        _drawn = _suits = None
 
 
 def one_of(configurations):
     """Draw one of `configurations`, or one of the few of them that `few_configurations` let be."""
+    if _suits is not None:
+        configurations = [c for c in configurations if _suits(c)] or configurations
     if _drawn is None:
         return st.sampled_from(configurations)
     seed, count = _drawn
@@ -220,6 +225,11 @@ def one_of(configurations):
     first = rng.choice([c for c in configurations if c.dtype != np.float16])
     others = [c for c in configurations if c != first]
     return st.sampled_from([first, *rng.sample(others, min(count - 1, len(others)))])
+
+
+def are_few() -> bool:
+    """Say whether what is drawn is for a backend that takes few configurations, and no extras."""
+    return _suits is not None
 
 
 def fixed(draw, options, of: int):

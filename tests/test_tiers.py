@@ -58,6 +58,7 @@ MUTATED = {
     "pallas/ragged_page_attention_kernel": "test_ragged_pallas_interpret",
     "pallas/write_kv_cache_kernel": "test_write_pallas_interpret",
     "mosaic_gpu/page_attention_kernel": "test_mosaic_gpu_faults",
+    "mosaic_gpu/ragged_page_attention_kernel": "test_mosaic_gpu_ragged_faults",
     "xla/page_attention": "test_seeded_bugs",
     "reverse_mode/page_attention": "test_seeded_bugs",
     "xla/ragged_page_attention": "test_ragged_seeded_bugs",

@@ -2,8 +2,9 @@
 
 The query rows of a sequence and a KV head are its new tokens times the heads of the group. They are
 cut in blocks: narrow ones where one holds them all, wide ones else. An item is one piece of what a
-block sees. The list is made on the device, once for all layers; each kind of block has launches of
-its own, whose programs take the items of that kind and combine those that are pieces of one block.
+block sees. The list is made on the device, once for all layers. Each kind of block has launches of
+its own, whose programs take the items of that kind and combine those that are pieces of one block;
+or the programs of one launch take the items of both.
 """
 
 import dataclasses
@@ -24,11 +25,12 @@ class Kind:
     rows: int  # query rows of a block
     max_blocks: Size
     cuts: int  # pieces to cut contexts in, about; 0: none is cut
+    whole_chunks: int = 2  # blocks that see no more of these are not cut
 
     @property
     def max_parts(self) -> int:
-        """Pieces of blocks that are cut: they have more than two chunks, and pieces of one."""
-        return self.cuts * 3 // 2
+        """Pieces of blocks that are cut: they have more than so many chunks, and pieces of one."""
+        return self.cuts * (self.whole_chunks + 1) // self.whole_chunks
 
     @property
     def max_items(self) -> Size:
@@ -36,8 +38,8 @@ class Kind:
 
     @property
     def max_splits(self) -> Size:
-        """Blocks in several pieces: only what is above two cuts' share is."""
-        return min(self.max_blocks, self.cuts // 2)
+        """Blocks in several pieces: only what is above so many cuts' share is."""
+        return min(self.max_blocks, self.cuts // self.whole_chunks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ class RaggedPlan:
 
     It is one array, `[num_rows, ITEM]` of int32:
 
-    - row 0: items and splits of narrow blocks, then of wide ones;
+    - row 0: items and splits of narrow blocks, then of wide ones; where the first sequence's rows
+      begin, and where the last one's end;
     - the narrow items, then the wide ones: sequence, its first token and how many it has, block of
       rows, piece, pieces, part or -1, and the sequence's length;
     - the narrow splits, then the wide ones: first token, tokens, block, first part, parts.
@@ -58,6 +61,8 @@ class RaggedPlan:
     narrow: Kind
     wide: Kind | None
     granule: int
+    slots: int = 0
+    """Programs that run at a time and take items of both kinds; 0: each kind has its own."""
 
     @classmethod
     def of(
@@ -67,15 +72,19 @@ class RaggedPlan:
         wide_rows: int | None,
         cuts: int,
         granule: int,
+        slots: int = 0,
     ) -> "RaggedPlan":
         """Return the list for blocks of so many rows; without wide ones narrow ones take all."""
         rows = problem.total_tokens * problem.group
         seqs = min(problem.num_seqs, problem.total_tokens)  # that have new tokens
+        whole_chunks = 1 if slots else 2
         if wide_rows is None:
-            return cls(Kind(narrow_rows, seqs + rows // narrow_rows, cuts), None, granule)
+            blocks = seqs + rows // narrow_rows
+            narrow = Kind(narrow_rows, blocks, cuts, whole_chunks)
+            return cls(narrow, None, granule, slots)
         max_wide = rows // wide_rows + min(seqs, rows // (narrow_rows + 1))
-        wide = Kind(wide_rows, max(max_wide, 1), cuts)
-        return cls(Kind(narrow_rows, seqs, cuts), wide, granule)
+        wide = Kind(wide_rows, max(max_wide, 1), cuts, whole_chunks)
+        return cls(Kind(narrow_rows, seqs, cuts, whole_chunks), wide, granule, slots)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -90,6 +99,21 @@ class RaggedPlan:
         splits = items + wide.max_items
         wide_splits = splits + self.narrow.max_splits
         return 1, items, splits, wide_splits, wide_splits + wide.max_splits
+
+    @property
+    def first_wide_part(self) -> int:
+        """The first wide part: where one launch takes both kinds, narrow ones come before it."""
+        if self.wide is None or not self.slots:
+            return 0
+        return -(-self.narrow.max_parts * self.narrow.rows // self.wide.rows)
+
+    @property
+    def part_rows(self) -> int:
+        """Query rows of all parts that are there at a time."""
+        rows = self.narrow.max_parts * self.narrow.rows
+        if self.wide is not None:
+            rows = max(rows, (self.first_wide_part + self.wide.max_parts) * self.wide.rows)
+        return rows
 
     @property
     def type(self) -> jax.ShapeDtypeStruct:

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def shapes(heads, dtype=jnp.bfloat16):
-    shape = jax.ShapeDtypeStruct
+def shapes(heads, page_size=16):
+    shape, dtype = jax.ShapeDtypeStruct, jnp.bfloat16
     return (
-        shape((8, heads, 576), dtype), shape((512, 1, 16, 576), dtype), None,
-        shape((8,), jnp.int32), shape((8, 64), jnp.int32),
+        shape((8, heads, 576), dtype), shape((512, 1, page_size, 576), dtype), None,
+        shape((8,), jnp.int32), shape((8, 1024 // page_size), jnp.int32),
     )  # fmt: skip
 
 
@@ -62,9 +62,13 @@ def test_a_call_is_exported(x64, jax_triton):
 @pytest.mark.skipif(bool(mosaic_offline.missing()), reason=str(mosaic_offline.missing()))
 @pytest.mark.parametrize("heads, page_size", [(64, 64), (128, 16), (128, 256)])
 def test_products_overlap_and_hardly_a_register_spills(heads, page_size, jax_triton):
-    program = mosaic_offline.compile_latent(heads, page_size)
+    program = mosaic_offline.compile_call(
+        "page_attention", *shapes(heads, page_size), value_head_dim=512, backend=MOSAIC
+    )
     assert not program.serialised
     assert program.registers == 168  # an even share of all of the three warpgroups
     assert program.spilled <= 512  # most of it where blocks are masked: once a piece
     assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in program.ptx
     assert "cp.async.bulk.tensor" in program.ptx
+    assert 223_232 < program.shared_memory <= 227 * 1024
+    assert len(program.loops) == 4  # whole blocks and others, of each half of the values

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import gpu_interpreter
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +11,14 @@ from bits import bits_equal
 from edges import LENS, SMALL, config
 from entries import RAGGED, each_case, ragged_edge
 from hypothesis import strategies as st
-from ragged_strategies import RaggedCase, build_ragged, narrow, ragged_cases
+from ragged_strategies import EXTRAS, RaggedCase, build_ragged, narrow, ragged_cases
 from strategies import CONFIGURATIONS, cases
 from tolerances import assert_close
 
 import ejk
 from ejk.backends.triton._sizes import GRANULE
 
+F32, BF16 = np.dtype(np.float32), np.dtype(jnp.bfloat16)
 FUSED = [config for config in CONFIGURATIONS if config.fused]
 
 
@@ -196,7 +198,8 @@ def test_asking_for_the_lse_changes_no_bit_of_the_output(entry, case):
 )
 @pytest.mark.parametrize("features", [(), ("sliding_window", "sinks", "alibi_slopes")])
 def test_bounds(entry, bounds, features):
-    case = build_ragged(config(features=frozenset(features)), LENS, np.array(bounds), window=17)
+    drawn = config(features=frozenset(features), dtype=entry.dtype)
+    case = build_ragged(drawn, LENS, np.array(bounds), window=17)
     assert_close(case, *entry(case))
 
 
@@ -206,26 +209,36 @@ def test_bounds_are_checked_in_their_own_dtype(entry, dtype):
     limits = np.iinfo(dtype)
     wanted = [limits.min, 2, 3, limits.max, 5, 2**32 + 5, 13, 2**31, 0, 13]
     bounds = np.array([min(max(c, limits.min), limits.max) for c in wanted], dtype)
-    case = build_ragged(config(), LENS, bounds)
+    case = build_ragged(config(dtype=entry.dtype), LENS, bounds)
     assert_close(case, *entry(case))
 
 
-@ragged_edge
-def test_a_long_prefill(entry):
-    """Several blocks of queries and of keys, causal, windowed and as a tree.
+# So many new tokens of a context of so many, and their window: a GPU's blocks are large.
+NEW, LENGTH, WINDOW = (80, 301, 139) if gpu_interpreter.ON_GPU else (14, 75, 37)
+LONG = dataclasses.replace(SMALL, num_heads=8, max_blocks=20, num_pages=60, num_seqs=3)
+PREFILLS = {
+    "16 bits": (BF16, (), ()),
+    "16 bits, windowed": (BF16, ("sliding_window", "alibi_slopes"), ()),
+    "windowed": (F32, ("sliding_window", "alibi_slopes"), ()),
+    "as a tree": (F32, ("sliding_window", "alibi_slopes"), EXTRAS),
+}
 
-    The first, on an H100 said to be small, is taken in the blocks of a large batch.
+
+@ragged_edge
+@pytest.mark.parametrize("dtype, features, extras", PREFILLS.values(), ids=PREFILLS)
+def test_a_long_prefill(entry, dtype, features, extras):
+    """Several blocks of queries and of keys, of which some are seen altogether.
+
+    Those of 16 bits are refused by none. On an H100 said to be small they are taken in the blocks
+    of a large batch.
     """
-    large = {"dtype": np.dtype(jnp.bfloat16), "shape": dataclasses.replace(SMALL, num_heads=8)}
-    featured = {"features": frozenset({"sliding_window", "alibi_slopes"})}
-    bounds = np.array([0, 3, 43, 43, 44, 47, 47, 47, 48, 50])
-    for changes, extras in ((large, ()), (featured, ()), (featured, ("positions", "tree_mask"))):
-        drawn = config(**changes)
-        case = build_ragged(
-            drawn, np.roll(LENS, 1), bounds, total=53, window=19, extras=frozenset(extras)
-        )
-        assert_close(case, *entry(case))
-        bits_equal(entry(case), entry(case.with_other_junk(seed=3)))
+    if dtype == BF16:
+        entry = dataclasses.replace(entry, may_refuse=())
+    drawn = config(shape=LONG, dtype=dtype, features=frozenset(features))
+    lens, bounds = np.array([17, LENGTH, LENGTH // 2]), np.array([1, 4, 4 + NEW, 5 + NEW])
+    case = build_ragged(drawn, lens, bounds, total=7 + NEW, window=WINDOW, extras=frozenset(extras))
+    assert_close(case, *entry(case))
+    bits_equal(entry(case), entry(case.with_other_junk(seed=3)))
 
 
 @ragged_edge

@@ -22,9 +22,14 @@ def launch(
     name: str,
     grid: int,
     warpgroups: int,
+    by_lanes: bool = False,
     interpret: bool,
 ) -> Any:
-    """Launch `kernel(inputs, outputs, shared)` once; returns the outputs."""
+    """Launch `kernel(inputs, outputs, shared)` once; returns the outputs.
+
+    With `by_lanes`, Pallas lowers operations one by one to those of threads. It infers no layouts
+    then, which takes seconds of a large kernel.
+    """
     by_name = jax.tree.structure(memory)  # in which what is None is absent
     arrays, results, scratch = map(jax.tree.leaves, memory)
 
@@ -32,6 +37,8 @@ def launch(
         kernel(*jax.tree.unflatten(by_name, refs))
 
     body.__name__ = name
+    levels = plgpu.LoweringSemantics
+    semantics = levels.Lane if by_lanes else levels.Warpgroup
     launch = plgpu.kernel(
         body,
         out_type=results,
@@ -40,7 +47,9 @@ def launch(
         grid_names=("program",),
         num_threads=warpgroups,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=semantics
+        ),
         interpret=interpreter(interpret),
     )
     return jax.tree.unflatten(jax.tree.structure(memory.outputs), launch(*arrays))

@@ -1,8 +1,9 @@
 """What Pallas has no public operation for, or only a slower one: each beside its public form.
 
 Each function takes `plain`: the public form, which is what the interpreter knows. The others write
-instructions of Hopper with what JAX keeps to itself; all such uses are here. What each brought is
-of the prefill kernel.
+instructions of Hopper with what JAX keeps to itself; all such uses are here, but for the registers
+of `_registers.py`. What each brought was measured with the prefill kernel, 8 x 4,096 tokens, pages
+of 16: logits by hand, turns by the hardware's barriers and rescaling by need 4 % together.
 """
 
 # The types that come with MLIR's bindings are stricter than they are.
@@ -13,14 +14,22 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
+from jaxlib.mlir.dialects import arith, llvm, scf
 from jaxlib.mlir.dialects import math as math_dialect
+
+from ejk.backends.mosaic_gpu._registers import (
+    accumulated,
+    any_in_warp,
+    array_of,
+    one_operand,
+    run,
+    scalar_of,
+)
 
 TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)  # of what a row of such a tile has once
@@ -73,7 +82,7 @@ def _products(q: Any, k: Any) -> Any:
         # Unknown to the compiler, or it would keep the descriptors of all steps in registers.
         i64 = ir.IntegerType.get_signless(64)
         q_base = llvm.inline_asm(i64, [q_base], "mov.b64 $0, $1;", "=l,l", has_side_effects=True)
-        _run("wgmma.fence.sync.aligned;", "")
+        run("wgmma.fence.sync.aligned;", "")
         registers: list[Any] = []
         for step in range(chunks * TILED[1] // WGMMA_DEPTH):
             chunk, within = divmod(step * WGMMA_DEPTH, TILED[1])
@@ -93,8 +102,8 @@ def _products(q: Any, k: Any) -> Any:
                 has_side_effects=True,
             )
             registers = [llvm.extractvalue(field, out, [i]) for i in range(count)]
-        _run("wgmma.commit_group.sync.aligned;", "")
-        return _accumulated(registers, (rows, block_kv))
+        run("wgmma.commit_group.sync.aligned;", "")
+        return accumulated(registers, (rows, block_kv))
 
     return products(q, k)
 
@@ -116,7 +125,7 @@ def _moved(descriptor: Any, number_of_bytes: int) -> Any:
 
 
 def hold(plain: bool, x: Any) -> None:
-    """Have ptxas compute a tile's `x` before whatever is waited for next.
+    """Have ptxas compute a tile's `x` before whatever is waited for next: 1 %.
 
     It would else move the softmax behind the wait for the product that is under way. To each
     register belongs a store that never happens.
@@ -128,11 +137,11 @@ def hold(plain: bool, x: Any) -> None:
 def _hold(ctx: Any, x: Any) -> None:
     del ctx
     for register in x.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat:
-        _run(
+        run(
             "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $0, 0f00000000;"
             " @p st.volatile.shared.f32 [a], $0; }",
             "f",
-            _scalar(register),
+            scalar_of(register),
         )
 
 
@@ -161,13 +170,62 @@ def _barrier(instruction: str, warpgroup: Any) -> None:
         del ctx
         first = arith.constant(ir.IntegerType.get_signless(32), FIRST_BARRIER)
         name = arith.addi(warpgroup.registers.item(), first)
-        _run(f"{instruction} $0, {2 * THREADS};", "r", name)
+        run(f"{instruction} $0, {2 * THREADS};", "r", name)
 
     barrier(warpgroup)
 
 
+def raised(plain: bool, m: Any, s: Any, scale: Any, slack: float) -> tuple[Any, Any]:
+    """Raise those maxima `m` that `scale * s` exceeds by more than `slack`.
+
+    Also returns what sums up to now are to be scaled by, 1 for other rows. A warp none of whose
+    rows does so neither exchanges what its threads have found nor computes these: 0.7 %. ptxas
+    moves nothing over its branch: keys are released before the softmax, not after it.
+    """
+    if plain:
+        top = s.max(axis=1) * scale
+        new = jnp.where(top > m + slack, top, m)
+        return new, jnp.where(top > m + slack, jnp.exp2(m - new), 1.0)
+    row = plgpu.ShapeDtypeStruct(m.shape, jnp.float32, layout=ROW)
+
+    @plgpu.inline_mgpu(arg_types=(ROW, TILE, SCALAR), return_type=(row, row))
+    def raise_maxima(ctx: Any, m: Any, s: Any, scale: Any) -> Any:
+        del ctx
+        f32 = ir.F32Type.get()
+        old, scale = [scalar_of(x) for x in m.registers.flat], scale.registers.item()
+        own = [scalar_of(x) for x in s.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
+        tops, limits, exceeded = [], [], None
+        for row, maximum in enumerate(old):  # in registers, two of each row take turns
+            in_row = [x for i, x in enumerate(own) if i // 2 % 2 == row]
+            while len(in_row) > 1:
+                in_row = [arith.maximumf(*in_row[i : i + 2]) for i in range(0, len(in_row), 2)]
+            tops.append(arith.mulf(in_row[0], scale))
+            limits.append(arith.addf(maximum, arith.constant(f32, slack)))
+            this = arith.cmpf(arith.CmpFPredicate.OGT, tops[-1], limits[-1])
+            exceeded = this if exceeded is None else arith.ori(exceeded, this)
+        one = arith.constant(f32, 1.0)
+        branch = scf.IfOp(any_in_warp(exceeded), [f32] * 4, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            new, alpha = [], []
+            for maximum, top, limit in zip(old, tops, limits):
+                for distance in (1, 2):  # four threads share a row
+                    top = arith.maximumf(top, mgpu_utils.shfl_bfly(top, distance))
+                is_above = arith.cmpf(arith.CmpFPredicate.OGT, top, limit)
+                new.append(arith.select(is_above, top, maximum))
+                power = one_operand("ex2.approx.ftz.f32", arith.subf(maximum, new[-1]))
+                alpha.append(arith.select(is_above, power, one))
+            scf.yield_([*new, *alpha])
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_([*old, one, one])
+        results = list(branch.results)
+        pairs = results[:2], results[2:]
+        return tuple(array_of(pair, m.registers.shape, m.layout) for pair in pairs)
+
+    return raise_maxima(m, s, scale)
+
+
 def rescaled(plain: bool, acc: Any, alpha: Any) -> Any:
-    """Multiply rows by `alpha`; a warp does nothing where it is 1 for all of its rows."""
+    """Multiply rows by `alpha`; a warp does nothing where it is 1 for all of its rows: 1.7 %."""
     if plain:
         return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
     result = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=TILE)
@@ -177,19 +235,16 @@ def rescaled(plain: bool, acc: Any, alpha: Any) -> Any:
         del ctx
         one, changed = arith.constant(ir.F32Type.get(), 1.0), None
         for register in alpha.registers.flat:
-            this = arith.cmpf(arith.CmpFPredicate.UNE, _scalar(register), one)
+            this = arith.cmpf(arith.CmpFPredicate.UNE, scalar_of(register), one)
             changed = this if changed is None else arith.ori(changed, this)
         types = [x.type for x in acc.registers.flat]
-        branch = scf.IfOp(_any_in_warp(changed), types, has_else=True)
+        branch = scf.IfOp(any_in_warp(changed), types, has_else=True)
         with ir.InsertionPoint(branch.then_block):
             scaled = acc * alpha.broadcast_minor(acc.shape[1])
             scf.yield_(list(scaled.registers.flat))
         with ir.InsertionPoint(branch.else_block):
             scf.yield_(list(acc.registers.flat))
-        registers = np.empty(len(types), object)
-        registers[:] = list(branch.results)
-        registers = registers.reshape(acc.registers.shape)
-        return fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+        return array_of(list(branch.results), acc.registers.shape, acc.layout)
 
     return rescale(acc, alpha)
 
@@ -214,58 +269,23 @@ def tanh(plain: bool, x: Any) -> Any:
         one, limit, factor = (
             arith.constant(f32, value) for value in (1.0, SERIES_END, 2 * math.log2(math.e))
         )
-        own = [_scalar(register) for register in x.to_layout(layout).registers.flat]
-        inside = [_scalar(register) for register in series.to_layout(layout).registers.flat]
+        own = [scalar_of(register) for register in x.to_layout(layout).registers.flat]
+        inside = [scalar_of(register) for register in series.to_layout(layout).registers.flat]
         sizes = [math_dialect.absf(value) for value in own]
         within = [arith.cmpf(arith.CmpFPredicate.OLT, size, limit) for size in sizes]
         largest = functools.reduce(arith.maximumf, sizes)
         exceeds = arith.cmpf(arith.CmpFPredicate.UGE, largest, limit)
-        branch = scf.IfOp(_any_in_warp(exceeds), [f32] * len(own), has_else=True)
+        branch = scf.IfOp(any_in_warp(exceeds), [f32] * len(own), has_else=True)
         with ir.InsertionPoint(branch.then_block):
             found = []
             for value, is_within, result in zip(own, within, inside):
-                power = _asm("ex2.approx.ftz.f32", arith.mulf(value, factor))
-                inverse = _asm("rcp.approx.ftz.f32", arith.addf(power, one))
+                power = one_operand("ex2.approx.ftz.f32", arith.mulf(value, factor))
+                inverse = one_operand("rcp.approx.ftz.f32", arith.addf(power, one))
                 rest = arith.subf(arith.subf(one, inverse), inverse)
                 found.append(arith.select(is_within, result, rest))
             scf.yield_(found)
         with ir.InsertionPoint(branch.else_block):
             scf.yield_(inside)
-        return _accumulated(list(branch.results), x.shape)
+        return accumulated(list(branch.results), x.shape)
 
     return beyond(x, series)
-
-
-def _run(text: str, constraints: str, *operands: Any) -> None:
-    void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(void, list(operands), text, constraints, has_side_effects=True)
-
-
-def _scalar(register: Any) -> Any:
-    if not isinstance(register.type, ir.VectorType):
-        return register
-    return llvm.extractelement(register, arith.constant(ir.IntegerType.get_signless(32), 0))
-
-
-def _any_in_warp(condition: Any) -> Any:
-    everyone = arith.constant(ir.IntegerType.get_signless(32), -1)
-    return nvvm.vote_sync(everyone, condition, "any")
-
-
-def _asm(instruction: str, x: Any) -> Any:
-    return llvm.inline_asm(ir.F32Type.get(), [x], f"{instruction} $0, $1;", "=f,f")
-
-
-def _accumulated(registers: list[Any], shape: tuple[int, ...]) -> Any:
-    """Return a thread's float32 registers, as a product leaves them, as an array."""
-    layout = fa.WGMMA_LAYOUT_ACC_32BIT
-    array = np.empty(len(registers), object)
-    array[:] = [x if isinstance(x.type, ir.VectorType) else _vector(x) for x in registers]
-    array = array.reshape(layout.registers_shape(shape))
-    array = fa.FragmentedArray(_registers=array, _layout=layout, _is_signed=None)
-    return array.to_layout(fa.WGMMA_LAYOUT)
-
-
-def _vector(x: Any) -> Any:
-    empty = llvm.mlir_undef(ir.VectorType.get((1,), x.type))
-    return llvm.insertelement(empty, x, arith.constant(ir.IntegerType.get_signless(32), 0))

@@ -28,11 +28,11 @@ def longest_piece(
 
 @triton.jit
 @typing.no_type_check
-def cut(granules, chunk):
+def cut(granules, chunk, WHOLE_CHUNKS: tl.constexpr):
     """Cut contexts in the fewest equal pieces of at most `chunk` granules; an empty one in one.
 
-    One of up to two chunks is left whole: begun early, it is done before the others are.
+    One of up to `WHOLE_CHUNKS` is left whole: begun early, it is done before the others are.
     """
-    pieces = tl.where(granules > 2 * chunk, tl.cdiv(granules, chunk), 1)
+    pieces = tl.where(granules > WHOLE_CHUNKS * chunk, tl.cdiv(granules, chunk), 1)
     size = tl.cdiv(granules, pieces)
     return tl.maximum(tl.cdiv(granules, tl.maximum(size, 1)), 1), size

@@ -12,6 +12,8 @@ sequence `s` and `c_s` the granules that its last block sees:
 
 Largest pieces first, of a sequence its last blocks, which see most.
 
+With `SLOTS` both kinds are dealt out to the programs of one launch, see `balanced_chunks`.
+
 Source: FlashInfer (Ye et al., 2025, arXiv:2501.01005), whose lists are made on the host.
 """
 
@@ -20,10 +22,15 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._planning import context_length, cut, longest_piece
+from ejk.backends.triton._planning import context_length, longest_piece
+from ejk.backends.triton.ragged_page_attention.balance import balanced_chunks
 from ejk.backends.triton.ragged_page_attention.rows import clipped_bounds
-
-MOST_GRANULES = tl.constexpr(2**30)  # of a piece, so that twice as many are an int32
+from ejk.backends.triton.ragged_page_attention.work import (
+    MOST_GRANULES,
+    bounds_of,
+    cut_blocks,
+    work_of,
+)
 
 
 @triton.jit
@@ -44,10 +51,13 @@ def ragged_plan_kernel(
     NARROW_CUTS: tl.constexpr,
     WIDE_CUTS: tl.constexpr,
     FIRST_WIDE: tl.constexpr,  # rows of `work`
+    FIRST_WIDE_PART: tl.constexpr,
     FIRST_NARROW_SPLIT: tl.constexpr,
     FIRST_WIDE_SPLIT: tl.constexpr,
     EVEN_NUMERATOR: tl.constexpr,
     EVEN_DENOMINATOR: tl.constexpr,
+    SLOTS: tl.constexpr,  # programs that take items of both kinds; 0: each kind has its own
+    PROGRAMS: tl.constexpr,  # of these that an item takes
     # features
     HAS_WINDOW: tl.constexpr,
     # blocks
@@ -74,10 +84,10 @@ def ragged_plan_kernel(
     carry = 0
     for start in range(0, NUM_SEQS, BLOCK_OTHERS):
         others = start + tl.arange(0, BLOCK_OTHERS)
-        first, last, carry = _bounds(cu_q_lens_ptr, others, carry, NUM_SEQS, TOTAL_TOKENS)
+        first, last, carry = bounds_of(cu_q_lens_ptr, others, carry, NUM_SEQS, TOTAL_TOKENS)
         own = seqs[:, None] == others[None, :]  # [BLOCK_SEQS, BLOCK_OTHERS]
         begin += tl.sum(tl.where(own, first[None, :], 0), 1)
-        is_wide, blocks, granules = _work(
+        is_wide, blocks, granules = work_of(
             context_lens_ptr, others, last - first, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
             NARROW_ROWS, WIDE_ROWS, GRANULE,
         )  # fmt: skip
@@ -92,30 +102,39 @@ def ragged_plan_kernel(
     chunk_wide = longest_piece(
         total_wide, longest_wide, WIDE_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR, MOST_GRANULES
     )
+    if SLOTS > 0 and NARROW_CUTS > 0:
+        chunk_narrow, chunk_wide = balanced_chunks(
+            cu_q_lens_ptr, context_lens_ptr, window, total_narrow, total_wide, longest_narrow,
+            longest_wide, NUM_SEQS, TOTAL_TOKENS, GROUP, CAPACITY, NARROW_CUTS, SLOTS, PROGRAMS,
+            HAS_WINDOW, NARROW_ROWS, WIDE_ROWS, GRANULE, BLOCK_OTHERS,
+        )  # fmt: skip
     ends = clipped_bounds(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS)
     q_len = tl.maximum(ends - begin, 0)
-    is_wide, blocks, granules = _work(
+    is_wide, blocks, granules = work_of(
         context_lens_ptr, seqs, q_len, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
         NARROW_ROWS, WIDE_ROWS, GRANULE,
     )  # fmt: skip
-    pieces, size = _cut(blocks, granules, tl.where(is_wide, chunk_wide, chunk_narrow))
+    WHOLE_CHUNKS: tl.constexpr = 1 if SLOTS > 0 else 2
+    chunk = tl.where(is_wide, chunk_wide, chunk_narrow)
+    pieces, size = cut_blocks(blocks, granules, chunk, WHOLE_CHUNKS)
 
     # Loop over all sequences: whose items come before mine?
     place = tl.zeros([BLOCK_SEQS], tl.int32)
     split = tl.zeros([BLOCK_SEQS], tl.int32)
-    part = tl.zeros([BLOCK_SEQS], tl.int32)
+    part = tl.where(is_wide, FIRST_WIDE_PART, 0)
     counts = tl.zeros([4], tl.int32)  # narrow items and splits, wide items and splits
     offs_count = tl.arange(0, 4)
     carry = 0
     for start in range(0, NUM_SEQS, BLOCK_OTHERS):
         others = start + tl.arange(0, BLOCK_OTHERS)
-        first, last, carry = _bounds(cu_q_lens_ptr, others, carry, NUM_SEQS, TOTAL_TOKENS)
-        wide, other_blocks, other_granules = _work(
+        first, last, carry = bounds_of(cu_q_lens_ptr, others, carry, NUM_SEQS, TOTAL_TOKENS)
+        wide, other_blocks, other_granules = work_of(
             context_lens_ptr, others, last - first, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
             NARROW_ROWS, WIDE_ROWS, GRANULE,
         )  # fmt: skip
-        other_pieces, other_size = _cut(
-            other_blocks, other_granules, tl.where(wide, chunk_wide, chunk_narrow)
+        other_chunk = tl.where(wide, chunk_wide, chunk_narrow)
+        other_pieces, other_size = cut_blocks(
+            other_blocks, other_granules, other_chunk, WHOLE_CHUNKS
         )
         before = (other_size[None, :] > size[:, None]) | (
             (other_size[None, :] == size[:, None]) & (others[None, :] < seqs[:, None])
@@ -135,6 +154,8 @@ def ragged_plan_kernel(
     # Write: the counts, my sequences' items, and which of their blocks have parts to combine.
     if pid == 0:
         tl.store(work_ptr + offs_count, counts)
+        tl.store(work_ptr + 4, clipped_bounds(cu_q_lens_ptr, 0, NUM_SEQS, TOTAL_TOKENS))
+        tl.store(work_ptr + 5, carry)
     offs_item = tl.arange(0, BLOCK_ITEMS)[None, :]
     wide_row = tl.where(is_wide, FIRST_WIDE, 1) + place
     split_row = tl.where(is_wide, FIRST_WIDE_SPLIT, FIRST_NARROW_SPLIT) + split
@@ -160,56 +181,3 @@ def ragged_plan_kernel(
         tl.store(ptrs + 2, (blocks - 1)[:, None] - nth, mask=mask)
         tl.store(ptrs + 3, part[:, None] + item, mask=mask)
         tl.store(ptrs + 4, one, mask=mask)
-
-
-@triton.jit
-@typing.no_type_check
-def _larger(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-@typing.no_type_check
-def _bounds(cu_q_lens_ptr, seqs, carry, NUM_SEQS: tl.constexpr, TOTAL_TOKENS: tl.constexpr):
-    """Return where a block of sequences begin and end, and the largest bound so far."""
-    first = clipped_bounds(cu_q_lens_ptr, seqs, NUM_SEQS, TOTAL_TOKENS)
-    first = tl.maximum(tl.associative_scan(first, 0, _larger), carry)
-    last = tl.maximum(first, clipped_bounds(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS))
-    last = tl.where(seqs < NUM_SEQS, last, first)
-    return first, last, tl.max(last, 0)
-
-
-@triton.jit
-@typing.no_type_check
-def _work(
-    context_lens_ptr,
-    seqs,
-    q_len,
-    window,
-    NUM_SEQS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    NARROW_ROWS: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
-    GRANULE: tl.constexpr,
-):
-    """Return each sequence's kind, its blocks of rows, and the granules that the last one sees."""
-    rows = tl.where(seqs < NUM_SEQS, q_len * GROUP, 0)
-    is_wide = (rows > NARROW_ROWS) & (WIDE_ROWS > 0)
-    block_rows = tl.where(is_wide, WIDE_ROWS, NARROW_ROWS)
-    blocks = tl.cdiv(rows, block_rows)
-    length = context_length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
-    seen = length
-    if HAS_WINDOW:
-        nearest = length - q_len + (blocks - 1) * block_rows // GROUP
-        seen = length - tl.maximum(tl.maximum(nearest, 0) - (window - 1), 0)
-    return is_wide, blocks, tl.where(blocks > 0, tl.cdiv(tl.maximum(seen, 0), GRANULE), 0)
-
-
-@triton.jit
-@typing.no_type_check
-def _cut(blocks, granules, chunk):
-    """Cut what each block of a sequence sees in the fewest equal pieces of at most a chunk."""
-    pieces, size = cut(granules, chunk)
-    return tl.where(blocks > 0, pieces, 0), size

@@ -1,0 +1,1 @@
+"""`ejk.ragged_page_attention` by a Pallas Mosaic GPU kernel."""

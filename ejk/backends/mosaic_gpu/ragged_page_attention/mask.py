@@ -1,0 +1,100 @@
+"""Which tokens of a block each row sees, and which blocks need no mask."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ejk.backends.mosaic_gpu._private import ROW, TILE
+from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs
+from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, PrefillSizes
+from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import (
+    Tile,
+    divide_up,
+    exists,
+    window_of,
+)
+
+
+def positions(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
+    """Return the position of each row of a warpgroup, `[ROWS]`."""
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+    token = lax.div(row, jnp.full_like(row, sizes.group)) if sizes.group > 1 else row
+    return token + (tile.position + warpgroup * sizes.own_tokens)
+
+
+def unmasked(tile: Tile, warpgroup: Any, inputs: Inputs, sizes: PrefillSizes) -> tuple[Any, Any]:
+    """Return which blocks, `[start, stop)`, all rows of a warpgroup see altogether.
+
+    Nor has the block before them values to clear, which takes all warpgroups: see `is_partial`.
+    """
+    first, blocks = tile.first_block(sizes), tile.blocks(sizes)
+    nearest = tile.position + warpgroup * sizes.own_tokens
+    reach = jnp.minimum(jnp.minimum(nearest + 1, tile.end), tile.whole)
+    stop = jnp.clip(lax.div(reach, sizes.block_kv) - first, 0, blocks)
+    # A negative scale would make the largest product the smallest logit: see `softmax.weigh`.
+    stop = jnp.where(inputs.attn_scale[0] >= 0, stop, 0)
+    if inputs.sliding_window is None:
+        return jnp.int32(0), stop
+    farthest = jnp.maximum(nearest + (sizes.own_tokens - 1), 0)
+    start = divide_up(jnp.maximum(farthest - (window_of(inputs) - 1), 0), sizes.block_kv) - first
+    start = jnp.where(tile.begin > first * sizes.block_kv, jnp.maximum(start, 2), start)
+    return jnp.minimum(start, stop), stop
+
+
+def existing(tile: Tile, j: Any, inputs: Inputs, sizes: PrefillSizes) -> Any:
+    """Return a bit for each page of block `j` that there is."""
+    problem = sizes.problem
+    first = (tile.first_block(sizes) + j) * sizes.block_kv
+    everything = jnp.int32((1 << sizes.copies) - 1)
+
+    def look() -> Any:
+        place = lax.div(first, problem.page_size)
+        places = (jnp.minimum(place + i, problem.max_blocks - 1) for i in range(sizes.copies))
+        pages = (inputs.block_tables[tile.seq, place] for place in places)
+        bits = (exists(page, sizes).astype(jnp.int32) << i for i, page in enumerate(pages))
+        return functools.reduce(jnp.bitwise_or, bits)
+
+    is_whole = jnp.minimum(first + sizes.block_kv, tile.end) <= tile.whole
+    return lax.cond(is_whole, lambda: everything, look)
+
+
+def is_partial(tile: Tile, j: Any, exist: Any, sizes: PrefillSizes) -> Any:
+    """Say whether some tokens of block `j` are visible to no row of the tile."""
+    first = (tile.first_block(sizes) + j) * sizes.block_kv
+    some = (first < tile.begin) | (first + sizes.block_kv > tile.end)
+    return some | (exist != (1 << sizes.copies) - 1)
+
+
+def visible(
+    tile: Tile, j: Any, exist: Any, position: Any, inputs: Inputs, sizes: PrefillSizes
+) -> Any:
+    """Say which tokens of block `j` the rows at `position` see, `[ROWS, block_kv]`."""
+    shape = (ROWS, sizes.block_kv)
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+    seen = _exists(key, exist, sizes)
+    key = key + (tile.first_block(sizes) + j) * sizes.block_kv
+    ends = jnp.minimum(position + 1, tile.end)
+    seen &= key < lax.broadcast_in_dim(ends, shape, [0])
+    if inputs.sliding_window is not None:
+        begins = jnp.maximum(position - (window_of(inputs) - 1), tile.begin)
+        seen &= key >= lax.broadcast_in_dim(begins, shape, [0])
+    return seen
+
+
+def visible_to_some(
+    tile: Tile, j: Any, exist: Any, first: Any, shape: tuple[int, ...], sizes: PrefillSizes
+) -> Any:
+    """Say which tokens of block `j`, from its `first` on, are visible to a row, along axis 0."""
+    token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE) + first
+    key = token + (tile.first_block(sizes) + j) * sizes.block_kv
+    return _exists(token, exist, sizes) & (key >= tile.begin) & (key < tile.end)
+
+
+def _exists(token: Any, exist: Any, sizes: PrefillSizes) -> Any:
+    """Say which tokens of a block lie in pages that there are."""
+    shift = jnp.full_like(token, sizes.copied_rows.bit_length() - 1)
+    page = lax.shift_right_logical(token, shift)
+    return lax.shift_right_logical(lax.broadcast(exist, token.shape), page) & 1 == 1

@@ -1,0 +1,122 @@
+"""How one problem is cut for the prefill kernel: pure functions of problem and target."""
+
+import dataclasses
+
+from ejk.backends.gpu import Target
+from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
+from ejk.backends.ragged_page_attention_plan import RaggedPlan
+from ejk.backends.triton._sizes import GRANULE, choose_cuts
+from ejk.backends.triton.ragged_page_attention.sizes import RaggedCut
+
+ROWS = 64  # query rows of a warpgroup: those of a product of the tensor cores
+SWIZZLED = 64  # elements of 16 bits in a row of swizzled shared memory
+# By head dimension: warpgroups that compute, which take turns; tokens of a block of keys; blocks
+# and tiles' queries in shared memory.
+WARPGROUPS = {64: 3, 128: 2, 256: 2}
+BLOCK_KV = {64: 128, 128: 128, 256: 64}
+STAGES = {64: 4, 128: 2, 256: 2}
+Q_SLOTS = {64: 2, 128: 2, 256: 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillSizes(RaggedCut):
+    """How one problem is cut and run.
+
+    A tile is a block of query rows and what it sees, or a piece of that. Its rows are those of
+    `tokens` new tokens times the heads of a group, `own_tokens` for each warpgroup: row `r` of a
+    warpgroup is head `r % group` of its token `r // group`, and there may be rows of nobody beyond.
+    """
+
+    problem: RaggedPageAttentionProblem
+    block_rows: int  # of all warpgroups
+    block_kv: int
+    warpgroups: int  # that compute; one more copies
+    stages: int
+    q_slots: int
+    num_programs: int
+    interpret: bool
+    plain: bool  # public operations alone
+
+    @classmethod
+    def of(
+        cls, problem: RaggedPageAttentionProblem, target: Target, *, interpret: bool, plain: bool
+    ) -> "PrefillSizes":
+        plan = plan_of(problem, target)
+        most = sum(kind.max_items for kind in plan.kinds) * problem.num_kv_heads
+        return cls(
+            plan=plan,
+            problem=problem,
+            block_rows=WARPGROUPS[problem.head_dim] * ROWS,
+            block_kv=BLOCK_KV[problem.head_dim],
+            warpgroups=WARPGROUPS[problem.head_dim],
+            stages=STAGES[problem.head_dim],
+            q_slots=Q_SLOTS[problem.head_dim],
+            num_programs=min(target.num_sms, most),
+            interpret=interpret,
+            plain=plain or interpret,
+        )
+
+    @property
+    def group(self) -> int:
+        return self.problem.group
+
+    @property
+    def own_tokens(self) -> int:
+        """New tokens of a warpgroup's rows."""
+        return ROWS // self.group
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of a tile."""
+        return self.warpgroups * self.own_tokens
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of a warpgroup that are somebody's."""
+        return self.own_tokens * self.group
+
+    @property
+    def chunks(self) -> int:
+        """Rows of swizzled shared memory that a head takes."""
+        return self.problem.head_dim // SWIZZLED
+
+    @property
+    def in_one_box(self) -> bool:
+        """One copy takes the rows of all tokens of a warpgroup: they fill it."""
+        return self.own_rows == ROWS and not self.interpret  # which cannot unfold an axis
+
+    @property
+    def query_copies(self) -> int:
+        """Copies of a tile's queries."""
+        each = 1 if self.in_one_box else self.own_tokens
+        return self.warpgroups * self.chunks * each
+
+    @property
+    def copied_rows(self) -> int:
+        """Tokens that one copy takes: a page, or a block of a longer one."""
+        return min(self.problem.page_size, self.block_kv)
+
+    @property
+    def copies(self) -> int:
+        """Copies of a block of keys."""
+        return self.block_kv // self.copied_rows
+
+    @property
+    def has_parts(self) -> bool:
+        return any(kind.max_parts > 0 for kind in self.plan.kinds)
+
+
+def plan_of(problem: RaggedPageAttentionProblem, target: Target) -> RaggedPlan:
+    """Return the work list: sequences whose rows fit one warpgroup are narrow, others wide.
+
+    Where no sequence is expected to have more, narrow blocks take all.
+    """
+    own_tokens = ROWS // problem.group
+    bound = min(problem.q_len_bound, 2**30)
+    wide = WARPGROUPS[problem.head_dim] * own_tokens * problem.group if bound > own_tokens else None
+    narrow = min(own_tokens, bound) * problem.group
+    most = min(problem.num_seqs, problem.total_tokens)
+    cuts = choose_cuts(target.num_sms, most, problem.num_kv_heads, problem.visible_bound)
+    if problem.visible_bound <= GRANULE:
+        cuts = 0
+    return RaggedPlan.of(problem, narrow, wide, cuts, GRANULE, slots=target.num_sms)

@@ -1,0 +1,255 @@
+"""Faults put into the source of the prefill kernel one at a time: the interpreter, poison or the
+oracle catch each.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import sys
+import types
+
+import gpu_interpreter
+import numpy as np
+import pytest
+from entries import RaggedEntry
+from strategies import FEATURES, Configuration
+from test_mosaic_gpu_ragged import (
+    BF16,
+    F16,
+    LONG,
+    SHAPE,
+    build,
+    build_cut,
+    build_empty_piece,
+    changed,
+)
+from tolerances import assert_close
+
+import ejk
+from ejk.backends.mosaic_gpu.ragged_page_attention import call
+
+pytestmark = gpu_interpreter.marks
+FOLDER = "ejk.backends.mosaic_gpu.ragged_page_attention"
+# Each imports of those before it.
+MODULES = (
+    "memory", "tiles", "mask", "softmax", "copying", "writing", "rows", "kernel", "call",
+)  # fmt: skip
+
+FAULTS = {
+    "no wait for the queries": (
+        "kernel", "plgpu.barrier_wait(self.shared.query_there.at[slot])", "pass", "hidden",
+    ),
+    "no wait for the keys": (
+        "rows", "        plgpu.barrier_wait(shared.keys_there.at[slot])\n", "", "hidden",
+    ),
+    "no wait for the values": (
+        "rows", "plgpu.barrier_wait(shared.values_there.at[before])", "pass", "hidden",
+    ),
+    "no wait for the last values": (
+        "rows", "plgpu.barrier_wait(shared.values_there.at[slot])", "pass", "hidden",
+    ),
+    "no wait for room": (
+        "copying", "        plgpu.barrier_wait(self._free(half).at[slot])\n        for",
+        "        for", "hidden",
+    ),
+    "no wait for room for queries": (
+        "copying", "        plgpu.barrier_wait(shared.query_free.at[slot])\n        for",
+        "        for", "hidden",
+    ),
+    "no wait for the other's clearing": (
+        "rows", "plgpu.barrier_wait(self.shared.cleared)", "pass", "hidden",
+    ),
+    "room is free at once": (
+        "rows", "plgpu.barrier_wait(shared.keys_there.at[slot])\n        plgpu.barrier_wait(",
+        "plgpu.barrier_wait(shared.keys_there.at[slot])\n        plgpu.barrier_arrive(shared."
+        "keys_free.at[slot])\n        plgpu.barrier_wait(", "hidden",
+    ),
+    "wrong arrivals": (
+        "memory", "keys_there=barriers(sizes.stages, sizes.copies)",
+        "keys_there=barriers(sizes.stages, 1)", "hidden",
+    ),
+    "an id is not checked": (
+        "tiles", "(page >= 0) & (page < sizes.problem.num_pages)", "page == page", "hidden",
+    ),
+    "hidden pages are taken for whole blocks": (
+        "mask", "tile.end), tile.whole)", "tile.end), tile.end)", "hidden",
+    ),
+    "values that are not visible stay": (
+        "rows", "jnp.where(seen, values, jnp.zeros_like(values))", "values", "hidden",
+    ),
+    "values of the last block alone are cleared": (
+        "rows", "self._clear(j - 1, before)", "pass", "hidden",
+    ),
+    "tokens see the one after them": (
+        "mask", "minimum(position + 1,", "minimum(position + 2,", "hidden",
+    ),
+    "tokens do not see themselves": (
+        "mask", "minimum(position + 1,", "minimum(position,", "hidden",
+    ),
+    "what the last row sees is taken for whole": (
+        "mask", "minimum(nearest + 1,", "minimum(nearest + sizes.own_tokens,", "edge",
+    ),
+    "the window is one too long": (
+        "mask", "position - (window_of(inputs) - 1), tile", "position - window_of(inputs), tile",
+        "features",
+    ),
+    "the window's first values are not cleared": (
+        "mask", "sizes.block_kv, jnp.maximum(start, 2), start)", "0, start, start)", "features",
+    ),
+    "tokens and heads change places": (
+        "mask", "lax.div(row, jnp.full_like(row, sizes.group))",
+        "lax.rem(row, jnp.full_like(row, sizes.group))", "hidden",
+    ),
+    "sinks lie by token": (
+        "memory", "jnp.tile(by_group, (1, -(-ROWS // problem.group)))",
+        "jnp.repeat(by_group, -(-ROWS // problem.group), axis=1)", "features",
+    ),
+    "sinks weigh nothing": ("softmax", "l = l + jnp.exp2(in_log2 - finite)", "pass", "features"),
+    "ALiBi counts from the next token": (
+        "rows", "lax.broadcast_in_dim(position, shape",
+        "lax.broadcast_in_dim(position + 1, shape", "features",
+    ),
+    "the cap is natural": ("rows", "jnp.float32(cap * LOG2E)", "jnp.float32(cap)", "features"),
+    "a negative scale is folded in": (
+        "mask", "jnp.where(inputs.attn_scale[0] >= 0, stop, 0)", "stop", "negative",
+    ),
+    "whole blocks are not scaled": ("rows", "factor = scale * LOG2E", "factor = scale", "hidden"),
+    "what came before is not scaled": (
+        "softmax", "state.l * spread(alpha, SUMS) + sums", "state.l + sums", "hidden",
+    ),
+    "nor are its values": (
+        "rows", "acc = private.rescaled(sizes.plain, acc, alpha)", "pass", "hidden",
+    ),
+    "another KV head": (
+        "memory", "index[layout.kv_heads] = kv_head", "index[layout.kv_heads] = 0 * kv_head",
+        "hidden",
+    ),
+    "keys for values": ("memory", "2 * page + half if", "2 * page if", "fused"),
+    "the first part of a long page": (
+        "copying", "lax.rem(first, sizes.problem.page_size) if", "0 if", "fused",
+    ),
+    "parts of both warpgroups in one place": (
+        "writing", "row = tile.part + first * group", "row = tile.part", "cut",
+    ),
+    "an empty piece begins where it ends": (
+        "tiles", "begin, end = (jnp.where(begin < end, x, 0) for x in (begin, end))", "pass",
+        "empty_piece",
+    ),
+    "pieces begin together": ("tiles", "begin + item.piece * size, end)", "begin, end)", "cut"),
+    "LSE of parts is natural": (
+        "kernel", "writing.write_part(tile, slot, out, lse)",
+        "writing.write_part(tile, slot, out, lse * LN2)", "cut",
+    ),
+    "the last tiles are nobody's": (
+        "tiles", "sizes) < rest).astype", "sizes) < 0).astype", "hidden",
+    ),
+    "rows of nobody at the end stay": (
+        "writing", "jnp.where(i < first, i, last + i - first)", "jnp.minimum(i, first)", "hidden",
+    ),
+    "rows of the next sequence are written": (
+        "writing", "jnp.clip(tile.count - first, 0, self", "jnp.clip(tile.count, 0, self", "hidden",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant(ejk.MosaicGpuRaggedPageAttention):
+    """A backend of its own to JAX: no compiled program of the sound one is reused."""
+
+    bug: str = ""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_interpreter():
+    yield
+    gpu_interpreter.reset()
+
+
+def hidden():
+    """Blocks of all kinds, hidden pages, logits far apart; a wide tile and two narrow ones."""
+    case = build(
+        Configuration(SHAPE, BF16, "NHD"), (429, 60, 0, 7), (1, 18, 19, 19, 21), total=23,
+        magnitudes=(4.0, 1.0),
+    )  # fmt: skip
+    tables = case.block_tables.copy()
+    tables[0, 18] = case.shape.num_pages
+    tables[1, 1] = -1
+    return case.replace(block_tables=tables)
+
+
+def edge():
+    """Two warpgroups whose first tokens see less of the second block than their last ones."""
+    return build(lens=(264, 0, 0, 0), bounds=(0, 20, 20, 20, 20), total=20)
+
+
+def features():
+    config = Configuration(SHAPE, BF16, "HND", frozenset(FEATURES))
+    return build(config, **LONG, window=np.int32(320), junk=False)
+
+
+def negative():
+    """Logits far apart, in blocks that every row sees."""
+    case = build(
+        Configuration(SHAPE, F16, "HND"), (301, 0, 0, 0), (0, 17, 17, 17, 17), total=17,
+    )  # fmt: skip
+    return case.replace(options={"attn_scale": -4.0})
+
+
+def fused():
+    shape = changed(page_size=256, max_blocks=2, num_pages=10)
+    config = Configuration(shape, BF16, "KV_HEADS_FIRST", fused=True)
+    return build(config, (301, 60, 0, 7), (1, 18, 19, 19, 21), total=23)
+
+
+def cut():
+    """A context that many programs share."""
+    return build_cut(20, ("sliding_window",))
+
+
+def empty_piece():
+    return build_empty_piece()
+
+
+CASES = {x.__name__: x for x in (hidden, edge, features, negative, fused, cut, empty_piece)}
+
+
+def check(case, bug):
+    num_sms = {"cut": 24, "empty_piece": 60}.get(case, 3)
+    attend = RaggedEntry("", Mutant(num_sms=num_sms, interpret=True, bug=bug), examples=0)
+    case = CASES[case]()
+    assert_close(case, *attend(case))
+
+
+def mutated(monkeypatch, file, old, new):
+    """Execute the modules of the kernel anew, one place of them changed."""
+    package = types.ModuleType("mutant")
+    monkeypatch.setitem(sys.modules, "mutant", package)
+    for name in MODULES:
+        sound = importlib.import_module(f"{FOLDER}.{name}")
+        source = inspect.getsource(sound)
+        if name == file:
+            assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
+            source = source.replace(old, new)
+        source = source.replace(f"from {FOLDER} import", "from mutant import")
+        for other in MODULES:
+            source = source.replace(f"from {FOLDER}.{other} import", f"from mutant.{other} import")
+        module = types.ModuleType(f"mutant.{name}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(source, sound.__file__, "exec"), vars(module))
+        setattr(package, name, module)
+    monkeypatch.setattr(call, "attend", package.call.attend)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_sound_kernel_is_not_accused(case):
+    check(case, "")
+
+
+@pytest.mark.fast(20)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught(name, monkeypatch):
+    *fault, case = FAULTS[name]
+    mutated(monkeypatch, *fault)
+    with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
+        check(case, name)

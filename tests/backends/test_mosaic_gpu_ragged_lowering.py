@@ -1,0 +1,177 @@
+"""The prefill kernel lowered for an H100 that is not here: when it is chosen, what is refused."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from edges import LENS, config
+from entries import BF16
+from ragged_strategies import build_ragged
+from test_write_programs import struct
+from tolerances import assert_close
+
+import ejk
+from ejk import _jax
+from ejk.backends import mosaic_gpu
+from ejk.backends.mosaic_gpu.ragged_page_attention.backend import FEW_ROWS
+from ejk.backends.triton._launch import CUSTOM_CALL_TARGET
+
+pytestmark = pytest.mark.usefixtures("jax_triton")
+
+H100 = {"compute_capability": 90, "num_sms": 132}
+MOSAIC, TRITON = mosaic_gpu.CUSTOM_CALL_TARGET, CUSTOM_CALL_TARGET
+BACKEND = ejk.MosaicGpuRaggedPageAttention(**H100)
+
+
+@pytest.fixture(autouse=True)
+def _for_an_h100(restored_registry):
+    ejk.register_backend(ejk.TritonRaggedPageAttention(**H100))
+    ejk.register_backend(BACKEND)  # the later one is asked first
+
+
+def arguments(
+    total_tokens=512, heads=32, kv_heads=8, head_dim=128, page_size=16, dtype=jnp.bfloat16
+):
+    """Return the arguments of a call of 4 sequences."""
+    pool = struct(1024, kv_heads, page_size, head_dim, dtype=dtype)
+    return (
+        struct(total_tokens, heads, head_dim, dtype=dtype),
+        pool,
+        pool,
+        struct(4, dtype=jnp.int32),
+        struct(4, 256, dtype=jnp.int32),
+        struct(5, dtype=jnp.int32),
+    )
+
+
+def report(*args, **options):
+    return ejk.backend_report(
+        *args, operation=ejk.ragged_page_attention, platform="cuda", **options
+    )
+
+
+def lower(args, platform="cuda", **options):
+    call = jax.jit(functools.partial(ejk.ragged_page_attention, **options))
+    return call.trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def targets(text):
+    """Return the custom calls of a module, in their order."""
+    return re.findall(rf"@({MOSAIC}|{TRITON})\b", text)
+
+
+@pytest.mark.fast
+def test_one_launch_between_the_plan_and_the_combinations():
+    assert targets(lower(arguments())) == [TRITON, MOSAIC, TRITON, TRITON]
+    few = lower(arguments(), max_q_len=8)
+    assert targets(few) == [TRITON, MOSAIC, TRITON], "no sequence fills a block of many rows"
+    short = lower(arguments(), max_context_len=64)
+    assert targets(short) == [TRITON, MOSAIC], "nothing is cut"
+
+
+@pytest.mark.parametrize("group, kv_heads", [(1, 8), (4, 8), (8, 1)])
+def test_few_rows_are_left_to_triton(group, kv_heads):
+    args = arguments(heads=group * kv_heads, kv_heads=kv_heads)
+    few, more = FEW_ROWS // group, FEW_ROWS // group + 1
+    assert report(*args, max_q_len=more).chosen == "mosaic_gpu"
+    found = report(*args, max_q_len=few)
+    assert found.chosen == "triton"
+    assert "triton is as fast" in found.refusals["mosaic_gpu"][0]
+    assert report(*args, max_q_len=few, backend="mosaic_gpu").chosen == "mosaic_gpu"
+    assert MOSAIC in targets(lower(args, max_q_len=few, backend="mosaic_gpu"))
+
+
+REFUSALS = {
+    "width": (arguments(head_dim=96), {}, "head_dim=96 must be 64, 128 or 256"),
+    "float32": (arguments(dtype=jnp.float32), {}, "dtype=float32: it takes bfloat16 and float16"),
+    "group": (arguments(heads=130, kv_heads=2), {}, "num_heads // num_kv_heads=65 must be at most"),
+    "pages of 12": (arguments(page_size=12), {}, "page_size=12 must be 8, 16, 32, 64 or a mult"),
+    "pages of 64 and a half": (arguments(page_size=96), {}, "or a multiple of 128"),
+    "wide pages": (arguments(head_dim=256, page_size=160), {}, "8, 16, 32 or a multiple of 64"),
+    "tree": (arguments(), {"tree_mask": jnp.ones((512, 4), bool)}, "does not support tree_mask"),
+    "positions": (
+        arguments(), {"positions": jnp.zeros(512, jnp.int32), "sliding_window": 5},
+        "does not support positions",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("args, options, reason", REFUSALS.values(), ids=REFUSALS)
+def test_what_is_refused_is_refused_by_name(args, options, reason):
+    with pytest.raises(ejk.UnsupportedError, match=rf"\n  mosaic_gpu: .*{reason}"):
+        lower(args, backend=BACKEND, **options)
+    assert report(*args, **options).chosen == "triton"
+
+
+def test_values_of_another_width_are_refused():
+    query, keys, _, *integers = arguments()
+    values = struct(1024, 8, 16, 64, dtype=jnp.bfloat16)
+    reason = "value_head_dim=64 must be head_dim=128"
+    assert report(query, keys, values, *integers).refusals["mosaic_gpu"] == (reason,)
+    latent = report(query, keys, None, *integers, value_head_dim=64)
+    assert latent.refusals["mosaic_gpu"] == ("does not support value_head_dim", reason)
+
+
+def test_another_generation_is_refused():
+    other = ejk.MosaicGpuRaggedPageAttention(compute_capability=100, num_sms=148)
+    found = report(*arguments(), backend=other)
+    assert found.refusals["mosaic_gpu"] == ("compute_capability=100 must be 90, Hopper's",)
+
+
+@pytest.mark.parametrize("version, is_wrong", [(12080, True), (12090, True), (12091, False)])
+def test_versions_of_cuda_that_compile_masks_wrongly(version, is_wrong, monkeypatch):
+    monkeypatch.setattr(_jax, "cuda_version", lambda: version)
+    found = report(*arguments())
+    assert found.chosen == ("triton" if is_wrong else "mosaic_gpu")
+    assert is_wrong == any("compiles masks wrongly" in x for x in found.refusals["mosaic_gpu"])
+
+
+@pytest.mark.parametrize(
+    "head_dim, layout, fused", [(64, "HND", True), (128, "NHD", False), (256, "NHD", True)]
+)
+def test_every_option_lowers(head_dim, layout, fused):
+    heads = jnp.zeros(32, jnp.float32)
+    query, _, _, *integers = arguments(head_dim=head_dim)
+    slots = (8, 16) if layout == "HND" else (16, 8)
+    pool = struct(1024, *((2,) if fused else ()), *slots, head_dim, dtype=jnp.bfloat16)
+    text = lower(
+        (query, pool, None if fused else pool, *integers), backend=BACKEND, cache_layout=layout,
+        sliding_window=100, attn_logits_soft_cap=30.0, sinks=heads, alibi_slopes=heads,
+        return_lse=True,
+    )  # fmt: skip
+    assert MOSAIC in targets(text)
+
+
+def test_in_64_bits():
+    with jax.enable_x64(True):
+        assert MOSAIC in targets(lower(arguments(), backend=BACKEND))
+
+
+def test_layers_share_what_they_have_in_common():
+    """Each has its own launch; of the plan and of what the kernel asks of tables XLA makes one."""
+    query, pool, _, *integers = arguments()
+
+    def step(query, pool, lens, tables, bounds):
+        for _ in range(2):
+            query = ejk.ragged_page_attention(query, pool, pool, lens, tables, bounds)
+        return query
+
+    text = jax.jit(step).trace(query, pool, *integers).lower(lowering_platforms=("cuda",)).as_text()
+    assert targets(text).count(MOSAIC) == 2
+
+
+def test_one_export_holds_the_kernel_and_the_cpu_program():
+    bounds = np.array([0, 40, 40, 44, 45, 46, 47, 48, 48, 48])
+    case = build_ragged(config(dtype=BF16), LENS, bounds, total=48)
+    exported = jax.export.export(
+        jax.jit(functools.partial(ejk.ragged_page_attention, return_lse=True)),
+        platforms=("cpu", "cuda"),
+        disabled_checks=ejk.export_disabled_checks(),
+    )(*case.operands())
+    assert MOSAIC in targets(exported.mlir_module())
+    again = jax.export.deserialize(exported.serialize())
+    if jax.default_backend() == "cpu":
+        assert_close(case, *map(np.asarray, again.call(*case.operands())))
