@@ -27,6 +27,8 @@ from typing import Any
 import contenders
 import programs
 import ragged
+import ragged_batches
+import ragged_programs
 import timing
 import workloads
 
@@ -57,20 +59,25 @@ def timers(tiny: bool) -> dict[str, dict[str, Callable[[], Timer]]]:
         return lambda: timing.wall_time(step, repeats=50, rounds=3) / programs.LAYERS
 
     def of_ragged(batch):
-        _, run = ragged.prepare(batch, OWN, ragged.contenders(batch, tiny)[OWN])
-        return lambda: timing.device_time(ragged.CALLS, run)[0]
+        tools = ragged_programs.compile_tools(batch)
+        program = ragged_programs.compile_program(batch, ragged_programs.own_choice(batch, tiny))
+        ready = ragged_programs.prepare(program, tools, tools.draw())
+        return lambda: timing.device_time(batch.calls, ready.run)[0]
 
     def each(way, chosen, suffix=""):
         return {w.name + suffix: functools.partial(way, w) for w in chosen}
 
     if tiny:
-        return {"map": each(of_calls, workloads.TINY_MAP), "ragged": each(of_ragged, ragged.TINY)}
+        return {
+            "map": each(of_calls, workloads.TINY_MAP),
+            "ragged": each(of_ragged, ragged_batches.each(ragged_batches.TINY)),
+        }
     ways = {"map": of_calls, "latent": of_calls}
     found = {
         suite: each(ways.get(suite, of_chain), chosen) for suite, chosen in workloads.SUITES.items()
     }
     found["small"] |= each(of_wall, workloads.SMALL, ", wall a layer")
-    return found | {"ragged": each(of_ragged, ragged.BATCHES)}
+    return found | {"ragged": each(of_ragged, ragged_batches.BATCHES)}
 
 
 def flat(known: dict[str, dict[str, Callable[[], Timer]]]) -> dict[str, Callable[[], Timer]]:

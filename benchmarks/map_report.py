@@ -35,8 +35,11 @@ def places(lines) -> list[Place]:
     ]
 
 
-def worst_table(lines) -> str:
-    """Write the batches of the map that read much and fall short of what they should reach."""
+def worst_table(lines, most: int | None = None) -> str:
+    """Write the batches of the map that read much and fall short of what they should reach.
+
+    Of these, at most so many: the worst.
+    """
     large = [place for place in places(lines) if place.workload.kv_bytes > LARGE]
     if not large:
         return ""
@@ -48,8 +51,9 @@ def worst_table(lines) -> str:
     )
     if not worst:
         return text + ".\n"
-    text += ":\n\n| heads/KV heads/dim, contexts | device, us | GB/s | share |\n|---|---|---|---|\n"
-    for workload, share in worst:
+    text += (f". The {most} worst" if most and len(worst) > most else "") + ":\n\n"
+    text += "| heads/KV heads/dim, contexts | device, us | GB/s | share |\n|---|---|---|---|\n"
+    for workload, share in worst[:most]:
         line = lines[workload.name, "ejk"]
         text += f"| {workload.name.removeprefix('map ')} | {line['device_us']:.1f} |"
         text += f" {line['gb_per_s']:,.0f} | {share:.1%} |\n"
@@ -65,7 +69,7 @@ def section(device: str, lines) -> str:
     if not places(lines):
         return ""
     title = f"Share of the read ceiling over the map on one {device}"
-    return f"\n![{title}]({file_name(device)})\n" + worst_table(lines)
+    return f"\n![{title}]({file_name(device)})\n" + worst_table(lines, most=12)
 
 
 def plot(plt, device: str, lines):

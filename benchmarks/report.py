@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import map_report
+import ragged_report
 import workloads
 
 ROOT = Path(__file__).parent.parent
@@ -50,16 +51,21 @@ def page(device: str, lines: dict) -> str:
     first, last = (of(line["date"] for line in lines.values()) for of in (min, max))
     when = f"on {last}" if first == last else f"from {first} to {last}, the newest"
     text = f"### {device}\n\nMeasured {when} with {versions}.\n"
-    if ours:
-        text += named_table(lines) + losses(lines)
-    text += own_table(lines, "shapes", "Shapes that nobody tunes for")
-    text += own_table(lines, "options", "Options")
-    text += own_table(lines, "order", "Random order of pages, and their size")
-    text += own_table(lines, "waves", "Few more programs than multiprocessors, and unequal lengths")
-    text += small_table(lines) + latent_table(lines) + map_report.section(device, lines)
-    text += loop_table(lines)
-    text += ragged_table(lines) + against_parts_table(lines) + write_table(lines)
-    text += scaling_table(lines)
+    for title, tables in {
+        "Decode": (named_table(lines) + losses(lines)) * bool(ours)
+        + own_table(lines, "shapes", "Shapes that nobody tunes for")
+        + own_table(lines, "options", "Options")
+        + own_table(lines, "order", "Random order of pages, and their size")
+        + own_table(lines, "waves", "Few more programs than multiprocessors, and unequal lengths")
+        + small_table(lines),
+        "Decode over the map": map_report.section(device, lines),
+        "Latent attention": latent_table(lines),
+        "Prefills, chunks, mixed batches and drafts": ragged_report.section(lines),
+        "Writes": write_table(lines),
+        "The loop over layers": loop_table(lines),
+        "Several GPUs": scaling_table(lines),
+    }.items():
+        text += f"\n#### {title}\n{tables}" if tables else ""
     return text
 
 
@@ -170,61 +176,6 @@ def loop_table(lines) -> str:
         cells = (f"{lines[name, way]['wall_us_per_layer']:.1f}" for name in batches)
         text += f"| {way} | " + " | ".join(cells) + " |\n"
     return text
-
-
-def ragged_table(lines) -> str:
-    """Write what prefills and chunks reach of a large product, and of dense attention."""
-    found = [w for w, c in lines if c == "ejk" and w.startswith(("prefill", "8 chunks"))]
-    found = [w for w in found if "device_us" in lines[w, "ejk"]]
-    if not found:
-        return ""
-    rate = lines[found[0], "ejk"]["matmul_tflops"]
-    text = (
-        "\nMany new tokens a sequence, 32/8/128, causal, bfloat16. A product of two matrices of "
-        f"8,192 x 8,192 ran at {rate:.0f} TFLOP/s:\n\n"
-        "| | device, us | TFLOP/s | of the product | of cuDNN's dense attention |\n"
-        "|---|---|---|---|---|\n"
-    )
-    for name in found:
-        line, dense = lines[name, "ejk"], lines.get((name, "cuDNN dense, contiguous"), {})
-        share = f"{dense['device_us'] / line['device_us']:.1%}" if "device_us" in dense else "-"
-        text += f"| {name} | {line['device_us']:,.1f} | {line['tflops']:.0f} |"
-        text += f" {line['of_matmul']:.1%} | {share} |\n"
-    return text
-
-
-def against_parts_table(lines) -> str:
-    """Write what one call costs against its parts, or a draft against its decode, alone."""
-
-    def best(name):
-        return min(
-            (line["device_us"] for (w, _), line in lines.items() if w == name and "tflops" in line),
-            default=None,
-        )
-
-    rows = ""
-    for name, parts in {
-        "mixed": ("mixed: its chunks", "mixed: its decodes"),
-        "verification of 8 on 8,192": ("verification: its decode",),
-    }.items():
-        for page in ("page 16", "page 64"):
-            alone = [best(f"{part}, {page}") for part in parts]
-            ours = lines.get((f"{name}, {page}", "ejk"), {}).get("device_us")
-            if ours and all(alone):
-                rows += f"| {name}, {page} | {ours:,.1f} |"
-                rows += f" {' + '.join(f'{us:,.1f}' for us in alone)} | {ours / sum(alone):.2f} |\n"
-    for own in workloads.LATENT:
-        name = f"{own.name}: verification of 4"
-        ours, alone = best(name), best(own.name)
-        if ours and alone:
-            rows += f"| {name} | {ours:,.1f} | {alone:,.1f} | {ours / alone:.2f} |\n"
-    head = (
-        "\nFour chunks of 512 tokens on 4,096 and 60 decodes at 4,096 in one call, against each "
-        "part in the best call for it; 8 drafted tokens of 32 sequences on 8,192 against the "
-        "decode of one; and, in latent attention, 4 of 64 sequences on 4,096:\n\n"
-        "| | device, us | alone, us | ratio |\n|---|---|---|---|\n"
-    )
-    return head + rows if rows else ""
 
 
 def write_table(lines) -> str:

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ragged
+import ragged_batches
+import ragged_programs
 import timing
+from ragged_batches import Arrays, Batch
 
 import ejk
 
@@ -59,11 +61,11 @@ def trials(name: str, tiny: bool) -> Iterator[dict[str, int]]:
         yield dict(zip(fields, trial))
 
 
-def measure(batch: ragged.Batch, given: ragged.Arrays, expected, fields, tiny: bool):
+def measure(batch: Batch, given: Arrays, expected, fields, tiny: bool):
     """Return the output of a trial and its device time in microseconds."""
     where = {"interpret": True, "num_sms": 6} if tiny else {}
     backend = ejk.TritonRaggedPageAttention(**fields, **where)
-    call = jax.jit(functools.partial(ragged.attend, backend, batch))
+    call = jax.jit(functools.partial(ragged_programs.attend, backend, batch))
     out = call(given)
     if expected is not None:
         error = float(jnp.abs(out.astype(jnp.float32) - expected.astype(jnp.float32)).max())
@@ -79,10 +81,10 @@ def main():
     args = parser.parse_args()
     tuned_for = (FOR_WIDE[0], FOR_NARROW[1]) if args.tiny else (*FOR_WIDE, *FOR_NARROW)
     best = {}
-    for batch in ragged.TINY if args.tiny else ragged.BATCHES:
+    for batch in ragged_batches.each(ragged_batches.TINY if args.tiny else ragged_batches.SUITES):
         if batch.name not in [f"{prefix}, page 16" for prefix in tuned_for]:
             continue
-        given, expected = ragged.arrays(batch), None
+        given, expected = ragged_batches.arrays(batch), None
         for fields in trials(batch.name, args.tiny):
             start = time.perf_counter()
             try:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from ejk.backends.mosaic_gpu._installed import missing
+
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
@@ -22,16 +24,31 @@ def lines_of(path: pathlib.Path) -> list[dict]:
 def test_ragged_batches_are_checked_and_timed(tmp_path):
     path = tmp_path / "ragged.jsonl"
     batches = [f"{name}, page 16" for name in ("mixed", "mixed: its decodes", "prefill 8 x 4,096")]
-    batches.append("latent: verification of 4")
+    batches += [f"{batches[2]}, soft cap", "latent: verification of 4"]
     run("ragged.py", "--output", str(path), "--batch", *batches)
-    found = {(line["workload"], line["contender"]) for line in lines_of(path)}
-    assert found == {
-        *((batch, "ejk") for batch in batches),
+    lines = {(line["workload"], line["contender"]): line for line in lines_of(path)}
+    dense = batches[2], "cuDNN dense, contiguous"
+    assert set(lines) == {
+        *((batch, "ejk triton") for batch in batches),
+        *((f"{batch}: layers", "ejk triton") for batch in batches[2:3]),
         (batches[1], "ejk page_attention"),
-        (batches[2], "cuDNN dense, contiguous"),
+        dense,
     }
-    for line in lines_of(path):
+    assert lines.pop((f"{batches[2]}: layers", "ejk triton"))["wall_us_per_layer"] > 0
+    for line in lines.values():
         assert line["device_us"] > 0 and line["error"] < 1e-2
+    ours = lines[batches[2], "ejk triton"]
+    assert ours["of_cudnn"] == round(lines[dense]["device_us"] / ours["device_us"], 4)
+    assert lines[batches[3], "ejk triton"]["base_us"] == ours["device_us"]
+
+
+@pytest.mark.skipif(missing(interpret=True) is not None, reason="its interpreter is not here")
+def test_the_kernel_of_hopper_is_checked_and_timed(tmp_path):
+    path = tmp_path / "ragged.jsonl"
+    run("ragged.py", "--output", str(path), "--batch", "Hopper, page 16")
+    [line] = lines_of(path)
+    assert line["contender"] == "ejk mosaic_gpu"
+    assert line["device_us"] > 0 and line["error"] < 1e-2
 
 
 def test_writes_are_checked_and_timed(tmp_path):
@@ -94,9 +111,9 @@ def test_latent_batches_are_compared_in_turn(tmp_path):
 
 def test_a_first_call_is_timed():
     command = [sys.executable, str(FOLDER / "first_call.py")]
-    command += ["--lower", "--operation", "write_kv_cache"]
+    command += ["--lower", "--call", "write_kv_cache"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    seconds, imported_torch = printed.split()[-2:]
+    seconds, _, imported_torch = printed.split()[-3:]
     assert float(seconds) > 0 and imported_torch == "False"
 
 
@@ -243,30 +260,63 @@ def test_tables_of_small_and_latent_batches(report):
     assert "| 17 x 8,192 | 120.0 | 2,500 | 80.0% |" in report.own_table(lines, "waves", "Waves")
 
 
+def test_tables_of_prefills():
+    import ragged_report
+
+    def line(us, of_cudnn=None, **more):
+        return {
+            "device_us": us,
+            "tflops": 400.0,
+            "matmul_tflops": 777.0,
+            "of_cudnn": of_cudnn,
+            **more,
+        }
+
+    plain, small = "prefill 8 x 4,096, page 16", "prefill 8 x 4,096, 32/8/64, page 16"
+    far, window = f"{plain}, window far away", "prefill 1 x 32,768, page 16, window of 1,024"
+    lines = {
+        (plain, "ejk mosaic_gpu"): line(2000.0, 0.976),
+        (plain, "ejk triton"): line(2500.0, 0.7),
+        (plain, "cuDNN dense, contiguous"): line(1950.0, 1.0),
+        (small, "ejk mosaic_gpu"): line(1000.0, 1.01),
+        ("24 unequal prompts, page 16", "ejk mosaic_gpu"): line(1200.0, base_us=2000.0),
+        (far, "ejk mosaic_gpu"): line(2020.0, base_us=2000.0),
+        (window, "ejk triton"): line(1320.0, base_us=17400.0),
+        (f"{plain}: layers", "ejk mosaic_gpu"): {"wall_us_per_layer": 2010.5},
+    }
+    text = ragged_report.section(lines)
+    assert "up to 777 TFLOP/s" in text
+    assert "| 8 x 4,096, page 16 | 32/8/128 | 2,000 | 400 | 0.976 | 400 | 0.700 | 400 |" in text
+    assert "| 8 x 4,096, page 16 | 32/8/64 | 1,000 | 400 | 1.010 | - | - | - |" in text
+    assert "behind cuDNN:\n\n- 8 x 4,096, page 16: 97.6% of cuDNN's rate.\n\n" in text
+    assert "| 24 unequal prompts, page 16 | 1,200 | 400 | - | - | 0.93 |" in text
+    assert "| 8 x 4,096, page 16, window far away | 1.000 | 2,020 | 1.010 | - | - |" in text
+    assert "window of 1,024 | 0.069 | - | - | 1,320 | 1.100 |" in text
+    assert f"| {plain} | 2,000.0 | 2,010.5 | 2,500.0 | - |" in text
+    lines[plain, "ejk mosaic_gpu"]["of_cudnn"] = 1.02
+    assert "nowhere in this table" in ragged_report.behind(lines)
+
+
 def test_tables_of_ragged_batches_and_writes(report):
+    import ragged_report
+
     def line(us, **more):
-        return {"device_us": us, "tflops": 400.0, "of_matmul": 0.5, "matmul_tflops": 777.0, **more}
+        return {"device_us": us, **more}
 
     lines = {
-        ("prefill 8 x 4,096, page 16", "ejk"): line(2000.0),
-        ("prefill 8 x 4,096, page 16", "cuDNN dense, contiguous"): line(1800.0),
-        ("mixed, page 16", "ejk"): line(630.0),
-        ("mixed: its chunks, page 16", "ejk"): line(300.0),
-        ("mixed: its decodes, page 16", "ejk"): line(420.0),
+        ("mixed, page 16", "ejk mosaic_gpu"): line(540.0),
+        ("mixed, page 16", "ejk triton"): line(630.0),
+        ("mixed: its chunks, page 16", "ejk triton"): line(300.0),
+        ("mixed: its decodes, page 16", "ejk triton"): line(420.0),
         ("mixed: its decodes, page 16", "ejk page_attention"): line(400.0),
         ("latent, 16 heads", "ejk"): line(100.0),
-        ("latent, 16 heads: verification of 4", "ejk"): line(120.0),
+        ("latent, 16 heads: verification of 4", "ejk triton"): line(120.0),
         ("write 64, HND", "ejk"): {"device_us": 3.5, "gb_per_s": 100.0, "of_ceiling": 0.25},
     }
-    assert "777 TFLOP/s" in report.ragged_table(lines)
-    assert "| prefill 8 x 4,096, page 16 | 2,000.0 | 400 | 50.0% | 90.0% |" in (
-        report.ragged_table(lines)
-    )
-    assert "| mixed, page 16 | 630.0 | 300.0 + 400.0 | 0.90 |" in report.against_parts_table(lines)
-    assert "| latent, 16 heads: verification of 4 | 120.0 | 100.0 | 1.20 |" in (
-        report.against_parts_table(lines)
-    )
-    assert "verification of 8" not in report.against_parts_table(lines).split("|---")[-1]
+    table = ragged_report.against_parts_table(lines)
+    assert "| mixed, page 16 | 540.0 | 630.0 | 300.0 + 400.0 | 0.77 |" in table
+    assert "| latent, 16 heads: verification of 4 | - | 120.0 | 100.0 | 1.20 |" in table
+    assert "verification of 8" not in table.split("|---")[-1]
     assert "| write 64, HND | 3.50 | 100 | 25.0% |" in report.write_table(lines)
 
 
@@ -292,7 +342,9 @@ def test_table_of_splits(report):
 
 
 def test_what_was_not_measured_has_no_table(report):
-    assert report.ragged_table({}) == report.against_parts_table({}) == report.write_table({}) == ""
+    import ragged_report
+
+    assert ragged_report.section({}) == report.write_table({}) == ""
     assert report.scaling_table({}) == report.small_table({}) == report.latent_table({}) == ""
 
 
