@@ -264,8 +264,8 @@ def test_more_programs_to_combine_than_a_grid_holds_are_refused(on_numpy):
 @pytest.mark.parametrize(
     ("name", "wide", "call"),
     [
-        ("key_ptr", "pages.to(tl.int64)", functools.partial(large_call, *LARGE["HND"])),
-        ("key_ptr", "pages.to(tl.int64)", functools.partial(large_call, *LARGE["NHD"])),
+        ("key_ptr", "page.to(tl.int64)", functools.partial(large_call, *LARGE["HND"])),
+        ("key_ptr", "page.to(tl.int64)", functools.partial(large_call, *LARGE["NHD"])),
         (
             "key_ptr",
             "(pid % NUM_KV_HEADS).to(tl.int64)",
