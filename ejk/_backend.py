@@ -134,11 +134,12 @@ class Backend(abc.ABC):
         """The platforms for which automatic choice passes this object over: nobody has run it."""
         return ()
 
-    def passed_over(self, problem: Any, platform: str) -> str | None:
-        """Say why automatic choice takes another, faster one for what this one can run, too."""
-        if platform not in self.only_if_asked:
-            return None
-        return f"on {platform} has to be asked for by name: nobody has run it there"
+    def passed_over(self, problem: Any, platform: str) -> tuple[str, str] | None:
+        """Name the backend that automatic choice prefers to this one, and say why.
+
+        Where that one cannot run the call, this one is chosen all the same.
+        """
+        return None
 
     @property
     def has_target(self) -> bool:
@@ -269,9 +270,15 @@ class Choice:
 
     def refusals(self, backend: Backend, problem: Problem, platform: str) -> tuple[str, ...]:
         refusals = backend.refusals(problem, platform)
-        if refusals or not self.automatic or not (reason := backend.passed_over(problem, platform)):
+        if refusals or not self.automatic:
             return refusals
-        return (reason,)
+        if platform in backend.only_if_asked:
+            return (f"on {platform} has to be asked for by name: nobody has run it there",)
+        preferred, reason = backend.passed_over(problem, platform) or (None, "")
+        others = (other for other in self.backends if other.name == preferred)
+        if any(not other.refusals(problem, platform) for other in others):
+            return (reason,)
+        return ()
 
 
 def choose(

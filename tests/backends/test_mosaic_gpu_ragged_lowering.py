@@ -84,6 +84,16 @@ def test_few_rows_are_left_to_triton(group, kv_heads):
     assert MOSAIC in targets(lower(args, max_q_len=few, backend="mosaic_gpu"))
 
 
+def test_few_rows_are_not_left_to_xla():
+    """A Triton object without a GPU to compile for is not preferred: it cannot run the call."""
+    ejk.unregister_backend(ejk.TritonRaggedPageAttention())
+    if jax.default_backend() == "gpu":
+        ejk.register_backend(ejk.TritonRaggedPageAttention(interpret=True))
+    found = report(*arguments(), max_q_len=1)
+    assert found.chosen == "mosaic_gpu" and not found.refusals["mosaic_gpu"]
+    assert MOSAIC in targets(lower(arguments(), max_q_len=1))
+
+
 REFUSALS = {
     "width": (arguments(head_dim=96), {}, "head_dim=96 must be 64, 128 or 256"),
     "float32": (arguments(dtype=jnp.float32), {}, "dtype=float32: it takes bfloat16 and float16"),

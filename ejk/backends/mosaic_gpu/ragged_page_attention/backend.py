@@ -64,11 +64,13 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
             reasons.append(f"num_heads // num_kv_heads={problem.group} must be at most {ROWS}")
         return reasons + unfit_cache(problem, BLOCK_KV.get(head_dim, max(BLOCK_KV.values())))
 
-    def passed_over(self, problem: RaggedPageAttentionProblem, platform: str) -> str | None:
+    def passed_over(
+        self, problem: RaggedPageAttentionProblem, platform: str
+    ) -> tuple[str, str] | None:
         rows = problem.q_len_bound * problem.group
         if self.interpret or rows > FEW_ROWS:
             return None
-        return (
+        return "triton", (
             f"for max_q_len={problem.q_len_bound} and {problem.group} query heads a KV head, up to "
             f"{FEW_ROWS} rows, triton is as fast and compiled sooner"
         )
