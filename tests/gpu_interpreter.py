@@ -19,7 +19,7 @@ marks = [
         not ON_GPU and jax.__version_info__ < (0, 12), reason="its interpreter has no wgmma"
     ),
     # Of what is masked afterwards: slots that nobody sees are poisoned.
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in matmul"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in (matmul|add)"),
 ]
 
 
