@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import offline
@@ -10,7 +11,9 @@ import pytest
 from test_ragged_triton_compile import MIXED
 
 from ejk.backends.gpu import H100, Target
+from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
+from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import my_tile, my_tiles
 from ejk.backends.ragged_page_attention import RaggedPageAttentionOperands
 from ejk.backends.triton import _launch
 from ejk.backends.triton.ragged_page_attention.backend import RaggedSteps
@@ -87,6 +90,76 @@ def test_every_piece_of_every_block_is_listed_once(name):
     assert {x[:2] for x in found} == rows
     pieces = {x[:2]: x[3] for x in found}
     assert len(found) == sum(pieces.values())
+
+
+def tiles_of(sizes, work, window=None):
+    """Return the tiles of all programs, by field."""
+    inputs = Inputs(*[None] * len(Inputs._fields))._replace(
+        work=jnp.asarray(work),
+        sliding_window=None if window is None else jnp.full(1, window, jnp.int32),
+        whole=jnp.zeros(sizes.problem.num_seqs, jnp.int32),
+    )
+    on_programs = functools.partial(
+        jax.vmap, axis_name="program", axis_size=sizes.num_programs, in_axes=None
+    )
+    counts = np.asarray(on_programs(lambda _: my_tiles(inputs, sizes))(0))
+    turns = np.arange(counts.max())
+    found = jax.jit(on_programs(jax.vmap(lambda r: my_tile(r, inputs, sizes))))(turns)
+    return type(found)(*(np.asarray(x)[turns[None] < counts[:, None]] for x in found))
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_every_tile_is_some_programs(name):
+    """Of each token and KV head there is one for each piece of what they see, without gaps."""
+    q_lens, context_lens, _, num_kv_heads = BATCHES[name]
+    tiles = tiles_of(*dealt(name))
+    seen = {}
+    for tile in zip(*(x.tolist() for x in tiles)):
+        tile = type(tiles)(*tile)
+        seen.setdefault((tile.token, tile.count, tile.kv_head), []).append(tile)
+    first = np.cumsum([0, *q_lens])
+    found = np.zeros((num_kv_heads, first[-1]), int)
+    for (token, count, kv_head), own in seen.items():
+        found[kv_head, token : token + count] += 1
+        seq, before = own[0].seq, 0
+        for begin, end in sorted((x.begin, x.end) for x in own if x.begin < x.end):
+            assert begin == before
+            before = end
+        last = context_lens[seq] - q_lens[seq] + token - first[seq] + count
+        assert before == max(last, 0)
+        assert len({x.part for x in own}) == len(own) and (len(own) > 1) == (own[0].part >= 0)
+    assert (found == 1).all()
+
+
+def test_so_many_narrow_tiles_that_their_products_are_no_int32():
+    num_seqs = 50_001  # one of them has a wide tile
+    problem = dataclasses.replace(
+        MIXED, num_seqs=num_seqs, num_heads=4, num_kv_heads=1, total_tokens=num_seqs + 31,
+        q_len_bound=32, visible_bound=16, max_blocks=1,
+    )  # fmt: skip
+    target = dataclasses.replace(TARGET, num_sms=1)
+    sizes = PrefillSizes.of(problem, target, interpret=False, plain=False)
+    work = np.zeros(sizes.plan.type.shape, np.int32)
+    work[0, [0, 2]] = num_seqs - 1, 1
+    first, first_wide, *_ = sizes.plan.first_rows
+    narrow = work[first : first + num_seqs - 1]
+    narrow[:] = 0, 0, 1, 0, 0, 1, -1, 1
+    narrow[:, :2] = np.arange(num_seqs - 1)[:, None]
+    work[first_wide] = num_seqs - 1, num_seqs - 1, 32, 0, 0, 1, -1, 16
+    assert sorted(tiles_of(sizes, work).seq) == list(range(num_seqs))
+
+
+def test_a_window_may_reach_farther_than_half_of_all_integers():
+    problem = dataclasses.replace(
+        MIXED, num_seqs=1, total_tokens=1, q_len_bound=1, page_size=1024, max_blocks=2**20 + 2**18,
+        visible_bound=1, has_window=True,
+    )  # fmt: skip
+    sizes = PrefillSizes.of(problem, TARGET, interpret=False, plain=False)
+    work = np.zeros(sizes.plan.type.shape, np.int32)
+    work[0, 0], work[1] = 1, (0, 0, 1, 0, 0, 1, -1, problem.capacity)
+    for window in (2**30 + 5, 2**31 - 1):
+        [begin, *_] = tiles_of(sizes, work, window).begin
+        assert begin == max(problem.capacity - window, 0)
 
 
 @pytest.mark.parametrize("name", WHOLE)

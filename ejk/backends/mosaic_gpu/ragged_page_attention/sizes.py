@@ -102,6 +102,13 @@ class PrefillSizes(RaggedCut):
         return self.block_kv // self.copied_rows
 
     @property
+    def alternates(self) -> bool:
+        """A program takes narrow tiles between its wide ones: their products are 32-bit."""
+        tiles = (kind.max_items * self.problem.num_kv_heads for kind in self.plan.kinds)
+        narrow, *wide = (-(-x // self.num_programs) for x in tiles)
+        return narrow * (self.num_programs + narrow + sum(wide)) < 2**31
+
+    @property
     def has_parts(self) -> bool:
         return any(kind.max_parts > 0 for kind in self.plan.kinds)
 

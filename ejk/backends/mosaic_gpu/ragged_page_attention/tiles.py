@@ -95,18 +95,21 @@ def _my_item(r: Any, inputs: Inputs, sizes: PrefillSizes) -> tuple[Item, Any, An
 
     The programs share out each kind, there and back, as the largest are first. A program takes its
     narrow tiles, which take memory's time, evenly between its wide ones, which take that of the
-    tensor cores, and its neighbour does so out of step: so they run side by side.
+    tensor cores, and its neighbour does so out of step: so they run side by side. Where there are
+    too many for that, see `PrefillSizes.alternates`, the narrow ones come first.
     """
     problem, plan = sizes.problem, sizes.plan
     is_wide, nth = jnp.bool(False), r
     first, first_wide, *_ = plan.first_rows
     if plan.wide is not None:
         narrow, wide = _shares(inputs, sizes)
-        program = lax.axis_index("program")
-        skipped, before, after = (
-            lax.div(i * narrow, jnp.maximum(narrow + wide, 1))
-            for i in (program, program + r, program + r + 1)
-        )
+        skipped, before, after = jnp.int32(0), jnp.minimum(r, narrow), jnp.minimum(r + 1, narrow)
+        if sizes.alternates:
+            program = lax.axis_index("program")
+            skipped, before, after = (
+                lax.div(i * narrow, jnp.maximum(narrow + wide, 1))
+                for i in (program, program + r, program + r + 1)
+            )
         is_wide = before == after
         nth = jnp.where(is_wide, r - (before - skipped), before - skipped)
     index = nth * sizes.num_programs + _place(nth + is_wide.astype(jnp.int32), sizes)
@@ -147,8 +150,8 @@ def _by_heads(item: Item, kv_head: Any, tokens: Any, sizes: PrefillSizes) -> tup
 
 
 def window_of(inputs: Inputs) -> Any:
-    """Return how many positions a row sees at most; no position reaches the limit."""
-    return jnp.clip(inputs.sliding_window[0], 0, 2**30)
+    """Return how many positions a row sees at most."""
+    return jnp.maximum(inputs.sliding_window[0], 0)
 
 
 def exists(page: Any, sizes: PrefillSizes) -> Any:
