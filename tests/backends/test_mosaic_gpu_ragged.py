@@ -20,6 +20,7 @@ from strategies import FEATURES, LAYOUTS, Configuration
 from tolerances import assert_close
 
 import ejk
+from ejk.backends.mosaic_gpu import _installed
 
 pytestmark = gpu_interpreter.marks
 
@@ -296,6 +297,14 @@ def test_another_generation_is_refused():
     backend = ejk.MosaicGpuRaggedPageAttention(compute_capability=100, num_sms=148)
     with pytest.raises(ejk.UnsupportedError, match="compute_capability=100 must be 90"):
         RaggedEntry("mosaic_gpu", backend, examples=0)(build())
+
+
+@pytest.mark.cpu
+def test_an_interpreter_with_too_few_threads_is_refused(monkeypatch):
+    """Its warpgroups would wait for each other forever."""
+    monkeypatch.setattr(_installed, "interpreter_threads", lambda: 2)
+    reason = _installed.missing(interpret=True)
+    assert reason == "its interpreter wants 4 threads, and XLA has 2: set JAX_NUM_CPU_DEVICES=4"
 
 
 @pytest.mark.gpu
