@@ -4,8 +4,6 @@ import typing
 
 from ejk import _foreign_names
 from ejk._backend import Backend as Backend
-from ejk._backend import register_backend as register_backend
-from ejk._backend import unregister_backend as unregister_backend
 from ejk._backend_report import backend_report as backend_report
 from ejk._check_page_attention_inputs import (
     check_page_attention_inputs as check_page_attention_inputs,
@@ -22,6 +20,8 @@ from ejk._merge_attention_states import merge_attention_states as merge_attentio
 from ejk._page_attention import page_attention as page_attention
 from ejk._plan_page_attention import plan_page_attention as plan_page_attention
 from ejk._ragged_page_attention import ragged_page_attention as ragged_page_attention
+from ejk._registry import register_backend as register_backend
+from ejk._registry import unregister_backend as unregister_backend
 from ejk._version import __version__ as __version__
 from ejk._write_kv_cache import write_kv_cache as write_kv_cache
 from ejk.backends.mosaic_gpu.page_attention.backend import (

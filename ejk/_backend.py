@@ -1,6 +1,7 @@
 """What runs an operation: the contract that the author of a backend reads, and the choice.
 
-A `Problem` is one call's static facts, a `Backend` a way to run it. No operation is known here.
+A `Problem` is one call's static facts, a `Backend` a way to run it. Nothing here knows an
+operation, nor how JAX is told of one.
 """
 
 import abc
@@ -14,7 +15,6 @@ import jax
 from ejk._errors import Mendable, UnsupportedError
 from ejk._nearest import did_you_mean
 from ejk._shards import Axes, Shards
-from ejk._typing import typed
 
 CPU_INSTEAD = (
     ": call it under jax.default_device(jax.devices('cpu')[0]), or set JAX_PLATFORMS=cpu, or leave "
@@ -180,34 +180,6 @@ class Backend(abc.ABC):
         return (*missing, *self.limits(problem, platform))
 
 
-_registered: list[Backend] = []
-
-
-@typed
-def register_backend(backend: Backend) -> None:
-    """Offer `backend` for automatic choice, ahead of all others of its operation.
-
-    A backend of the same name and operation is replaced: registering
-    `ejk.TritonPageAttention(compute_capability=90, num_sms=132)` is how a machine without a GPU
-    lowers for one. Calls that were already traced keep their choice. `unregister_backend` undoes
-    it.
-
-    Raises:
-        TypeError: `backend` is not an object of a subclass of `ejk.Backend`.
-    """
-    _registered[:] = [backend, *(other for other in _registered if not _same(other, backend))]
-
-
-@typed
-def unregister_backend(backend: Backend) -> None:
-    """Take back what `register_backend` did with a backend of this name and operation."""
-    _registered[:] = [other for other in _registered if not _same(other, backend)]
-
-
-def _same(a: Backend, b: Backend) -> bool:
-    return (a.name, a.problem_type) == (b.name, b.problem_type)
-
-
 Refusals = list[tuple[Backend, str]]
 """What several backends said of one call, each with one reason."""
 
@@ -279,29 +251,3 @@ class Choice:
         if any(not other.refusals(problem, platform) for other in others):
             return (reason,)
         return ()
-
-
-def choose(
-    choice: str | Backend | None, problem_type: type[Problem], own: Sequence[Backend]
-) -> Choice:
-    """Return the backends that may run a call.
-
-    Args:
-        choice: what the caller passed as `backend=`.
-        problem_type: the operation's.
-        own: the operation's own backends, best first.
-    """
-    if isinstance(choice, Backend):
-        return Choice((choice,), automatic=False)
-    registered = [b for b in _registered if issubclass(problem_type, b.problem_type)]
-    backends = (*registered, *(b for b in own if not any(_same(b, other) for other in registered)))
-    if choice in (None, "auto"):
-        return Choice(backends, automatic=True)
-    named = tuple(backend for backend in backends if backend.name == choice)
-    if not named:
-        names = list(dict.fromkeys(backend.name for backend in backends))
-        raise ValueError(
-            f"backend={choice!r} must be one of {', '.join(map(repr, names))}, a backend object or "
-            f"None{did_you_mean(choice, names)}"
-        )
-    return Choice(named, automatic=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ejk import _backend, _dispatch
+from ejk import _backend, _dispatch, _registry
 from ejk._backend import Backend
 from ejk._describe import describe
 from ejk._errors import UnsupportedError
@@ -86,7 +86,7 @@ def backend_report(
     jaxpr = jax.make_jaxpr(functools.partial(_call, operation, args, kwargs))(_arrays(args, kwargs))
     for problem, choice in _dispatch.calls(jaxpr.jaxpr):
         if backend is not None:
-            choice = _backend.choose(backend, type(problem), choice.backends)
+            choice = _registry.choose(backend, type(problem), choice.backends)
         refusals = {b.name: choice.refusals(b, problem, platform) for b in choice.backends}
         try:
             chosen = choice.select(problem, platform).name

@@ -5,7 +5,7 @@ from typing import Literal, overload
 
 import jax
 
-from ejk import _backend, _dispatch
+from ejk import _dispatch, _registry
 from ejk._arguments import Arguments, facts_of, shared_operands, visible_bound
 from ejk._backend import Backend, Choice
 from ejk._context_parallel import all_pages, check_axis, merged, own_part
@@ -244,7 +244,7 @@ def page_attention(
     )
     check_axis(axis_name, page_offset, given)
     problem = problem_of(given, num_splits, plan)
-    choice = _backend.choose(backend, PageAttentionProblem, BACKENDS)
+    choice = _registry.choose(backend, PageAttentionProblem, BACKENDS)
     num_pages = all_pages(axis_name, problem.num_pages)
     operands = PageAttentionOperands(
         **shared_operands(given, problem, num_pages), plan=None if plan is None else plan.work

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ejk import _backend, _dispatch
+from ejk import _dispatch, _registry
 from ejk._arguments import check_window
 from ejk._backend import Backend, Choice
 from ejk._indices import as_int32, exceeds, is_static, static_int
@@ -104,7 +104,7 @@ def plan_page_attention(
     if exceeds(facts.capacity, 2**31 - 1):
         raise ValueError(f"max_blocks * page_size={facts.capacity} must be below 2**31")
 
-    candidates = _backend.choose(backend, PageAttentionProblem, BACKENDS).backends
+    candidates = _registry.choose(backend, PageAttentionProblem, BACKENDS).backends
     own = (b.planner for b in candidates if isinstance(b, PageAttentionBackend))
     planners = (*filter(None, own), XlaPlan())
     problem = planners[0].plan_problem(facts, width)
@@ -114,7 +114,7 @@ def plan_page_attention(
         context_lens=as_int32(context_lens, facts.capacity),
         sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
     )
-    [work] = _dealt_out(problem, _backend.choose(None, PlanProblem, planners), operands)
+    [work] = _dealt_out(problem, _registry.choose(None, PlanProblem, planners), operands)
     return PageAttentionPlan(work, problem, facts)
 
 

@@ -6,7 +6,7 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 
-from ejk import _backend, _dispatch
+from ejk import _dispatch, _registry
 from ejk._arguments import Arguments, check_sizes, facts_of, shared_operands, visible_bound
 from ejk._backend import Backend, Choice
 from ejk._context_parallel import all_pages, check_axis, merged, own_ragged_part
@@ -254,7 +254,7 @@ def ragged_page_attention(
     )
     check_axis(axis_name, page_offset, given, cu_q_lens=cu_q_lens)
     problem = problem_of(given, cu_q_lens, max_q_len, positions, tree_mask)
-    choice = _backend.choose(backend, RaggedPageAttentionProblem, BACKENDS)
+    choice = _registry.choose(backend, RaggedPageAttentionProblem, BACKENDS)
     operands = RaggedPageAttentionOperands(
         **shared_operands(given, problem, all_pages(axis_name, problem.num_pages)),
         cu_q_lens=as_int32(cu_q_lens, problem.total_tokens),

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ejk import _backend, _dispatch
+from ejk import _dispatch, _registry
 from ejk._arguments import DTYPES, check_pool, check_sizes, convert
 from ejk._backend import Backend
 from ejk._indices import as_int32, exceeds
@@ -79,7 +79,7 @@ def write_kv_cache(
         vLLM's `reshape_and_cache` (Kwon et al., 2023, arXiv:2309.06180), and its slot mapping.
     """
     problem = _problem_of(key, value, key_cache, value_cache, slot_mapping, cache_layout)
-    choice = _backend.choose(backend, WriteKVCacheProblem, BACKENDS)
+    choice = _registry.choose(backend, WriteKVCacheProblem, BACKENDS)
     operands = WriteKVCacheOperands(
         key=key,
         value=value,

@@ -126,11 +126,11 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture
 def restored_registry():
     """What a test registers is forgotten after it."""
-    from ejk import _backend  # not earlier: the import hook comes first
+    from ejk import _registry  # not earlier: the import hook comes first
 
-    before = list(_backend._registered)
+    before = list(_registry._registered)
     yield
-    _backend._registered[:] = before
+    _registry._registered[:] = before
 
 
 @pytest.fixture
