@@ -117,12 +117,18 @@ def rate_table(lines: Lines) -> str:
     ) + table("`mosaic_gpu` us, TFLOP/s, `triton` us, TFLOP/s, of 8 x 4,096", rows)
 
 
+def base_of(batch: Batch) -> Batch:
+    """Return the plain call that a batch took turns with."""
+    [base] = {b for b in ragged_batches.BATCHES if b.name == batch.base}
+    return base
+
+
 def of_plain_rate(lines: Lines, batch: Batch) -> str:
     base_us = figure(lines, batch.name, MOSAIC, "base_us")
     ours_us = figure(lines, batch.name, MOSAIC)
     if not base_us or not ours_us:
         return "-"
-    [base] = {b for b in ragged_batches.BATCHES if b.name == batch.base}
+    base = base_of(batch)
     return f"{batch.flops / ours_us / (base.flops / base_us):.2f}"
 
 
@@ -163,8 +169,7 @@ def options_table(lines: Lines) -> str:
     for b in timed(lines, ("options", "window")):
         if b.base is None:
             continue
-        [base] = {own for own in ragged_batches.BATCHES if own.name == b.base}
-        blocks = b.num_blocks() / base.num_blocks()
+        blocks = b.num_blocks() / base_of(b).num_blocks()
         row = [b.name.removeprefix("prefill "), f"{blocks:.3f}"]
         for contender in OURS:
             ours_us = figure(lines, b.name, contender)

@@ -26,7 +26,6 @@ take turns, after FlashMLA's "seesaw" (DeepSeek, 2025).
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -34,9 +33,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ejk.backends.mosaic_gpu._arithmetic import LN2, LOG2E, SLACK, accumulator, rounded, spread
 from ejk.backends.mosaic_gpu._private import ROW, TILE, rescaled
 from ejk.backends.mosaic_gpu.page_attention.copying import Copying
-from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, Shared, accumulator
+from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, Shared
 from ejk.backends.mosaic_gpu.page_attention.piece import (
     Piece,
     are_whole,
@@ -46,11 +46,8 @@ from ejk.backends.mosaic_gpu.page_attention.piece import (
 )
 from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, SWIZZLED, LatentSizes
 
-LOG2E, LN2 = math.log2(math.e), math.log(2)
 COPY = 2  # the warpgroup that does not compute
 REGISTERS = 240  # of a thread; with `copying.REGISTERS` all there are
-# By so much, in log2, a logit may exceed what stands for the maximum before sums are rescaled.
-SLACK = 8.0
 
 
 class State(NamedTuple):
@@ -284,17 +281,3 @@ class Attending:
         def _() -> None:
             nearest = rounded(out, outputs.out.dtype)
             write(outputs.out, outputs.lse, piece.seq, nearest, lse * LN2)
-
-
-def spread(x: Any, width: int) -> Any:
-    """Repeat what each row has once."""
-    return lax.broadcast_in_dim(x, (*x.shape, width), [0])
-
-
-def rounded(out: Any, dtype: Any) -> Any:
-    """Round to the output's type. What is finite stays so: float16 ends where values may be."""
-    if dtype == jnp.float16:
-        most = float(jnp.finfo(dtype).max)
-        nearest = jnp.minimum(jnp.maximum(out, -most), most)
-        out = jnp.where(jnp.abs(out) < jnp.inf, nearest, out)
-    return out.astype(dtype)

@@ -74,8 +74,3 @@ def shared_types(sizes: LatentSizes, dtype: Any) -> Shared:
         weights_there=barriers(2),
         sums_there=barriers(arrivals=2),
     )
-
-
-def accumulator(rows: int, columns: int) -> Any:
-    """Return what a product of the tensor cores adds to, in registers."""
-    return plgpu.ACC((rows, columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from ejk.backends.mosaic_gpu._arithmetic import divide_up
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs
 from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, LatentSizes
 
@@ -54,10 +55,6 @@ def my_piece(inputs: Inputs, sizes: LatentSizes) -> tuple[Any, Piece]:
     first_block = lax.div(low, BLOCK_KV)
     blocks = jnp.maximum(blocks_of(high) - first_block, 1)
     return is_mine, Piece(seq, head, low, high, part, first_block, blocks)
-
-
-def divide_up(x: Any, by: int) -> Any:
-    return lax.div(x + (by - 1), jnp.int32(by))
 
 
 def blocks_of(tokens: Any) -> Any:

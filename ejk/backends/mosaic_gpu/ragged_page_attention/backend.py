@@ -15,8 +15,8 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem,
 )
 from ejk.backends.triton._backend import Call
-from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.ragged_page_attention.backend import RaggedSteps
+from ejk.backends.triton.ragged_page_attention.sizes import ragged_size_refusals
 
 # Up to so many query rows of a sequence and KV head Triton's kernels are as fast,
 # and compiled sooner. Time of a layer over theirs on an H100, 32 sequences of 4,096, pages of 16,
@@ -76,10 +76,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         )
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
-        reasons = unfit_target(target) + size_refusals(problem)
-        if problem.total_tokens * problem.group >= 2**31 - 2**20:
-            reasons.append(f"total_tokens={problem.total_tokens} query rows are counted in 32 bits")
-        return reasons
+        return unfit_target(target) + ragged_size_refusals(problem)
 
     def run_on(
         self,
@@ -98,5 +95,4 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         memory = {f"{name}_ptr": x for name, x in written._asdict().items()}
         for kind in range(len(sizes.plan.kinds)):
             memory = steps.combine(kind, work, memory)
-        out, lse = memory["out_ptr"], memory["lse_ptr"]
-        return (out, lse) if problem.return_lse else (out,)
+        return steps.results(memory)

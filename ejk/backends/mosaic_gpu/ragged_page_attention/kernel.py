@@ -40,20 +40,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ejk.backends.mosaic_gpu._arithmetic import LN2, rounded, spread
 from ejk.backends.mosaic_gpu._private import ROW
 from ejk.backends.mosaic_gpu.ragged_page_attention.copying import Copying
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs, Outputs, Shared
 from ejk.backends.mosaic_gpu.ragged_page_attention.rows import Rows, Turn
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
 from ejk.backends.mosaic_gpu.ragged_page_attention.softmax import (
-    LN2,
     State,
     result,
     result_of_part,
-    spread,
 )
 from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile, my_tiles
-from ejk.backends.mosaic_gpu.ragged_page_attention.writing import Writing, rounded
+from ejk.backends.mosaic_gpu.ragged_page_attention.writing import Writing
 
 # Of a thread that computes, by warpgroups that do; see `copying.REGISTERS`.
 REGISTERS = {2: 240, 3: 160}

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ejk.backends.mosaic_gpu._arithmetic import divide_up
 from ejk.backends.mosaic_gpu._private import ROW, TILE
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, PrefillSizes
 from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import (
     Tile,
-    divide_up,
     exists,
     window_of,
 )

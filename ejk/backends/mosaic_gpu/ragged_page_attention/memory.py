@@ -158,8 +158,3 @@ def _swizzled(shape: tuple[int, ...], dtype: Any, *rows: int) -> Any:
     tiling = plgpu.TilingTransform(tiling)  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(SWIZZLED_BYTES)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
-
-
-def accumulator(rows: int, columns: int) -> Any:
-    """Return what a product of the tensor cores adds to, in registers."""
-    return plgpu.ACC((rows, columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]

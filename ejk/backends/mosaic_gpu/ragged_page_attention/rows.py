@@ -11,20 +11,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.mosaic_gpu import _private as private
+from ejk.backends.mosaic_gpu._arithmetic import LOG2E, accumulator, spread
 from ejk.backends.mosaic_gpu._private import ROW, TILE
 from ejk.backends.mosaic_gpu.ragged_page_attention import mask
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
     Inputs,
     Shared,
-    accumulator,
     views_of,
 )
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, SWIZZLED, PrefillSizes
 from ejk.backends.mosaic_gpu.ragged_page_attention.softmax import (
-    LOG2E,
     State,
     empty,
-    spread,
     weigh,
 )
 from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile

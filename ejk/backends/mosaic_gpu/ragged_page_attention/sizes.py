@@ -5,8 +5,8 @@ import dataclasses
 from ejk.backends.gpu import Target
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.ragged_page_attention_plan import RaggedPlan
-from ejk.backends.triton._sizes import GRANULE, choose_cuts
-from ejk.backends.triton.ragged_page_attention.sizes import RaggedCut
+from ejk.backends.triton._sizes import GRANULE
+from ejk.backends.triton.ragged_page_attention.sizes import RaggedCut, cuts_of
 
 ROWS = 64  # query rows of a warpgroup: those of a product of the tensor cores
 SWIZZLED = 64  # elements of 16 bits in a row of swizzled shared memory
@@ -23,12 +23,11 @@ class PrefillSizes(RaggedCut):
     """How one problem is cut and run.
 
     A tile is a block of query rows and what it sees, or a piece of that. Its rows are those of
-    `tokens` new tokens times the heads of a group, `own_tokens` for each warpgroup: row `r` of a
+    new tokens times the heads of a group, `own_tokens` for each warpgroup: row `r` of a
     warpgroup is head `r % group` of its token `r // group`, and there may be rows of nobody beyond.
     """
 
     problem: RaggedPageAttentionProblem
-    block_rows: int  # of all warpgroups
     block_kv: int
     warpgroups: int  # that compute; one more copies
     stages: int
@@ -46,7 +45,6 @@ class PrefillSizes(RaggedCut):
         return cls(
             plan=plan,
             problem=problem,
-            block_rows=WARPGROUPS[problem.head_dim] * ROWS,
             block_kv=BLOCK_KV[problem.head_dim],
             warpgroups=WARPGROUPS[problem.head_dim],
             stages=STAGES[problem.head_dim],
@@ -64,11 +62,6 @@ class PrefillSizes(RaggedCut):
     def own_tokens(self) -> int:
         """New tokens of a warpgroup's rows."""
         return ROWS // self.group
-
-    @property
-    def tokens(self) -> int:
-        """New tokens of a tile."""
-        return self.warpgroups * self.own_tokens
 
     @property
     def own_rows(self) -> int:
@@ -122,8 +115,5 @@ def plan_of(problem: RaggedPageAttentionProblem, target: Target) -> RaggedPlan:
     bound = min(problem.q_len_bound, 2**30)
     wide = WARPGROUPS[problem.head_dim] * own_tokens * problem.group if bound > own_tokens else None
     narrow = min(own_tokens, bound) * problem.group
-    most = min(problem.num_seqs, problem.total_tokens)
-    cuts = choose_cuts(target.num_sms, most, problem.num_kv_heads, problem.visible_bound)
-    if problem.visible_bound <= GRANULE:
-        cuts = 0
+    cuts = cuts_of(problem, target)
     return RaggedPlan.of(problem, narrow, wide, cuts, GRANULE, slots=target.num_sms)

@@ -9,18 +9,15 @@ A maximum that is a little too small costs nothing: weights are up to 2^SLACK th
 alike. But `acc` has rarely to be scaled (FlashAttention-4).
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ejk.backends.mosaic_gpu._arithmetic import LN2, LOG2E, SLACK, spread
 from ejk.backends.mosaic_gpu._private import ROW, TILE, raised
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS
 
-LOG2E, LN2 = math.log2(math.e), math.log(2)
-SLACK = 8.0
 # Sums are kept of every eighth weight: those of a thread, which so need no exchange.
 SUMS = 8
 
@@ -83,8 +80,3 @@ def result(m: Any, l: Any, sink: Any) -> Result:
     # From base 2 and back would cost a sink that stands alone its last bit.
     lse = jnp.where(sink_alone, sink, (new + jnp.log2(l)) * LN2)
     return Result(alpha / jnp.where(l == 0, 1.0, l), lse)
-
-
-def spread(x: Any, width: int) -> Any:
-    """Repeat what each row has once."""
-    return lax.broadcast_in_dim(x, (*x.shape, width), [0])

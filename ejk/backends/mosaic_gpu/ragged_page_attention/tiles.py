@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from ejk.backends.mosaic_gpu._arithmetic import divide_up
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
 
@@ -157,10 +158,6 @@ def window_of(inputs: Inputs) -> Any:
 def exists(page: Any, sizes: PrefillSizes) -> Any:
     """Say whether an id names a page."""
     return (page >= 0) & (page < sizes.problem.num_pages)
-
-
-def divide_up(x: Any, by: Any) -> Any:
-    return lax.div(x + (by - 1), jnp.int32(by))
 
 
 def _shares(inputs: Inputs, sizes: PrefillSizes) -> list[Any]:

@@ -139,12 +139,3 @@ class Writing:
                 write_token(i)
 
         lax.fori_loop(0, jnp.where(is_full, 0, count), write_token, None)
-
-
-def rounded(out: Any, dtype: Any) -> Any:
-    """Round to the output's type. What is finite stays so: float16 ends where values may be."""
-    if dtype == jnp.float16:
-        most = float(jnp.finfo(dtype).max)
-        nearest = jnp.minimum(jnp.maximum(out, -most), most)
-        out = jnp.where(jnp.abs(out) < jnp.inf, nearest, out)
-    return out.astype(dtype)

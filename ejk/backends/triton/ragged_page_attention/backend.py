@@ -11,9 +11,12 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem,
 )
 from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
-from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.ragged_page_attention.blocks import RaggedTuning
-from ejk.backends.triton.ragged_page_attention.sizes import RaggedCut, RaggedSizes
+from ejk.backends.triton.ragged_page_attention.sizes import (
+    RaggedCut,
+    RaggedSizes,
+    ragged_size_refusals,
+)
 
 INPUTS = (
     "query", "cu_q_lens", "key", "value", "block_tables", "attn_scale", "sliding_window", "sinks",
@@ -56,7 +59,7 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
         sizes = RaggedSizes.of(problem, self, target)
-        reasons = size_refusals(problem)
+        reasons = ragged_size_refusals(problem)
         grids = [sizes.plan_grid(problem)]
         for kind, rows in enumerate(sizes.kinds):
             grids += [sizes.grid(problem, kind), sizes.combine_grid(problem, kind)]
@@ -68,8 +71,6 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
                 )
         if max(grids) > MAX_GRID:
             reasons.append(f"its grid of {max(grids)} programs exceeds {MAX_GRID}")
-        if problem.total_tokens * problem.group >= 2**31 - 2**20:
-            reasons.append(f"total_tokens={problem.total_tokens} query rows are counted in 32 bits")
         return reasons
 
     def run_on(
@@ -85,8 +86,7 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         for kind in range(len(sizes.kinds)):
             memory = steps.attend(kind, work, memory)
             memory = steps.combine(kind, work, memory)
-        out, lse = memory["out_ptr"], memory["lse_ptr"]
-        return (out, lse) if problem.return_lse else (out,)
+        return steps.results(memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +146,10 @@ class RaggedSteps:
             num_stages=2,
         )
         return memory | dict(zip(results, written))
+
+    def results(self, memory: Memory) -> tuple[Any, ...]:
+        out, lse = memory["out_ptr"], memory["lse_ptr"]
+        return (out, lse) if self.problem.return_lse else (out,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ejk.backends.triton._sizes import (
     pages_of_block,
     power_of_two,
     shape_constants,
+    size_refusals,
     stride_constants,
     width_constants,
 )
@@ -138,10 +139,7 @@ class RaggedSizes(RaggedCut):
         at_once = min(problem.group if has_wide else wanted, most_narrow)
         narrow = narrow_rows(problem, tuning, target, at_once)
         wide = wide_rows(problem, tuning, target) if has_wide else None
-        most = min(problem.num_seqs, problem.total_tokens)
-        cuts = choose_cuts(target.num_sms, most, problem.num_kv_heads, problem.visible_bound)
-        if problem.visible_bound <= GRANULE:
-            cuts = 0
+        cuts = cuts_of(problem, target)
         plan = RaggedPlan.of(problem, narrow.rows, wide and wide.rows, cuts, GRANULE)
         return cls(plan, (narrow, wide) if wide else (narrow,))
 
@@ -175,6 +173,22 @@ class RaggedSizes(RaggedCut):
             "BLOCK_BOUNDS": _block_others(problem),
             "BLOCK_TOKENS": BLOCK_TOKENS,
         }
+
+
+def cuts_of(problem: RaggedPageAttentionProblem, target: Target) -> int:
+    """Return in how many pieces the contexts of each kind are cut, about; 0: none is."""
+    if problem.visible_bound <= GRANULE:
+        return 0
+    most = min(problem.num_seqs, problem.total_tokens)
+    return choose_cuts(target.num_sms, most, problem.num_kv_heads, problem.visible_bound)
+
+
+def ragged_size_refusals(problem: RaggedPageAttentionProblem) -> list[str]:
+    """Say why a problem is too large to be dealt out, whatever kernel attends to its items."""
+    reasons = size_refusals(problem)
+    if problem.total_tokens * problem.group >= 2**31 - 2**20:
+        reasons.append(f"total_tokens={problem.total_tokens} query rows are counted in 32 bits")
+    return reasons
 
 
 def _block_others(problem: RaggedPageAttentionProblem) -> int:
