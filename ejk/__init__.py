@@ -3,6 +3,7 @@
 import typing
 
 from ejk import _foreign_names
+from ejk import paging as paging
 from ejk._backend import Backend as Backend
 from ejk._backend_report import backend_report as backend_report
 from ejk._check_page_attention_inputs import (

@@ -18,6 +18,8 @@ LONG_FUNCTION, LONG_MODULE = 60, 300
 BUILDS_ON = {"ejk.backends.mosaic_gpu": "ejk.backends.triton"}
 # What each backend may use, and what uses all of them.
 SHARED, REVERSE_MODE = "ejk.backends", "ejk.backends.reverse_mode"
+# What runs on the host, with NumPy alone.
+HOST = "ejk.paging"
 
 
 class Import(NamedTuple):
@@ -107,6 +109,26 @@ class Package:
                 found.append(str(use))
         return found
 
+    def beyond_the_host(self) -> list[str]:
+        """Imports of the page manager that are neither its own, nor Python's, nor NumPy."""
+        found = []
+        for importer in self.trees:
+            if importer == HOST or importer.startswith(f"{HOST}."):
+                for node in ast.walk(self.trees[importer]):
+                    if isinstance(node, ast.Import):
+                        modules = [alias.name for alias in node.names]
+                    elif isinstance(node, ast.ImportFrom):
+                        modules = [f"{'.' * node.level}{node.module or ''}"]
+                    else:
+                        continue
+                    found += [
+                        f"{importer}:{node.lineno} imports {module}"
+                        for module in modules
+                        if not module.startswith(HOST)
+                        and module.split(".")[0] not in sys.stdlib_module_names | {"numpy"}
+                    ]
+        return found
+
     def cycles(self) -> list[str]:
         try:
             graphlib.TopologicalSorter(self.uses).prepare()
@@ -184,6 +206,7 @@ def budgets(package: Package) -> list[Budget]:
     return [
         Budget("imports that turn back", package.turning_back(), 0),
         Budget("cycles of imports", package.cycles(), 0),
+        Budget("imports of the host's page manager", package.beyond_the_host(), 0),
         Budget("private names of other modules", package.private_names(), 0),
         Budget(f"functions over {LONG_FUNCTION} lines, no kernels", package.long_functions(), 0),
         Budget("parameters without a type, kernels aside", package.untyped_parameters(), 0),

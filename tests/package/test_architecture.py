@@ -22,6 +22,8 @@ FAULTY = {
     "_long.py": "\n" * 301,
     "_one.py": "import ejk._two",
     "_two.py": "def f():\n    import ejk._one",
+    "paging/__init__.py": "from ejk.paging._pages import Pages",
+    "paging/_pages.py": "import hashlib, jax\nimport numpy.typing as npt\nfrom ejk import _two",
     "backends/__init__.py": "",
     "backends/_fields.py": "def check(x, *, y: int, **z): ...",
     "backends/page_attention.py": "from .. import _dispatch",
@@ -44,6 +46,7 @@ FOUND = {
         "ejk.backends.triton.backend:1 imports _hidden of ejk.backends.xla.page_attention",
     ],
     "cycles": ["ejk._one -> ejk._two -> ejk._one"],
+    "beyond_the_host": ["ejk.paging._pages:1 imports jax", "ejk.paging._pages:3 imports ejk"],
     "private_names": [
         "ejk.backends.triton.backend:1 imports _hidden of ejk.backends.xla.page_attention",
         "ejk.backends.triton.backend:3 reads _launch._kept",

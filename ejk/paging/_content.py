@@ -1,0 +1,34 @@
+"""The content of pages: a digest names a page's tokens and all tokens before them.
+
+Keys and values of a token follow from all tokens up to it. So the digest of a full page is taken of
+its tokens and of the digest of the page before; that of the first page, of the sequence's salt.
+"""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+CacheSalt = str | bytes | int | None
+
+_BYTES = 16  # of a digest: to find other tokens with one that is given takes 2^128 attempts
+
+
+def root(cache_salt: CacheSalt, epoch: int) -> bytes:
+    """Begin a chain of digests. Sequences of other salts and epochs share nothing with it."""
+    if not isinstance(cache_salt, str | bytes | int | None):
+        raise TypeError(f"cache_salt={cache_salt!r:.80} must be a str, bytes, an int or None")
+    return digest(b"", f"{epoch} {cache_salt!r}".encode())
+
+
+def digest(before: bytes, page: bytes) -> bytes:
+    """Return the digest of a page's tokens, which follow what `before` is the digest of."""
+    return hashlib.blake2b(before + page, digest_size=_BYTES).digest()
+
+
+def chain(first: bytes, tokens: npt.NDArray[np.int32], page_size: int) -> list[bytes]:
+    """Return `first` and the digests of all full pages of the tokens."""
+    digests, raw, step = [first], tokens.tobytes(), page_size * tokens.itemsize
+    for end in range(step, len(raw) + 1, step):
+        digests.append(digest(digests[-1], raw[end - step : end]))
+    return digests
