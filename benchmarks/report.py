@@ -17,7 +17,7 @@ import workloads
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
-OTHERS = ("tune_", "compare_", "first_call_", "plan_cost_")  # no lines of the tables
+OTHERS = ("tune_", "compare_", "first_call_", "plan_cost_", "paging_")  # no lines of the tables
 WITHOUT = "ejk without a plan"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->\n"
 

@@ -62,6 +62,14 @@ def test_writes_are_checked_and_timed(tmp_path):
     ]
 
 
+def test_steps_of_the_page_manager_are_timed(tmp_path):
+    path = tmp_path / "paging.jsonl"
+    run("paging.py", "--output", str(path))
+    lines = {line["workload"]: line for line in lines_of(path)}
+    assert {"step of 256", "step of 256, each evicts a page", "groups of a batch of 256"} < {*lines}
+    assert all(line["median_us"] > 0 and line["cpu_us"] > 0 for line in lines.values())
+
+
 def test_splits_are_checked_and_timed(tmp_path):
     path = tmp_path / "scaling.jsonl"
     run("scaling.py", "--output", str(path))
