@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -75,8 +76,7 @@ class Bench:
             num_pages=num_pages, page_size=16, max_seqs=num_seqs + 1, max_blocks=256
         )
         lens = self.rng.integers(1, longest, num_seqs)
-        lens[: 2 * STEP] -= lens[: 2 * STEP] % 16  # which fill their pages all at once
-        lens[: 2 * STEP] += 16
+        lens[: 2 * STEP] += -lens[: 2 * STEP] % 16  # these fill their pages all at once
         self.seqs = np.array([self.manager.allocate(self.tokens(n)) for n in lens])
         for begin in range(0, num_seqs, STEP):
             self.manager.commit(self.manager.batch(self.seqs[begin : begin + STEP]))
@@ -92,7 +92,7 @@ class Bench:
         """Steps of a random choice of the sequences, whole and in parts."""
         whole, parts = Times(), {name: Times() for name in ("append", "batch", "commit")}
         for _ in range(repeats):
-            seqs = self.rng.permutation(self.seqs)[:STEP]
+            seqs = self.rng.permutation(self.seqs[2 * STEP :])[:STEP]
             whole.add(self.step, seqs)
             parts["append"].add(self.manager.append, seqs, self.tokens(seqs.size))
             batch = parts["batch"].add(self.manager.batch, seqs)
@@ -109,11 +109,11 @@ class Bench:
         for _ in range(repeats):
             for token in range(16):
                 seqs = self.seqs[:STEP]
-                times = {0: taking, 15: filling}.get(token)
-                if times is None:
-                    self.step(seqs)
-                else:
-                    times.add(self.step, seqs)
+                before = self.manager.statistics().used_pages
+                times = {0: taking, 15: filling}.get(token, Times())
+                times.add(self.step, seqs)
+                took = self.manager.statistics().used_pages - before
+                assert took == (STEP if token == 0 else 0)
             for seq in self.seqs[:STEP].tolist():  # as long as before
                 self.manager.truncate(seq, self.manager.num_tokens(seq) - 16)
         yield taking.line(f"step of {STEP}, each takes a page")
@@ -187,7 +187,7 @@ def main():
     if args.tiny and args.output is None:
         parser.error("--tiny needs --output: it measures nothing that is to be kept")
     device = processor()
-    path = args.output or RESULTS / f"paging_{device.replace(' ', '_')}.jsonl"
+    path = args.output or RESULTS / f"paging_{re.sub(r'[^0-9A-Za-z-]+', '_', device)}.jsonl"
     facts = {
         "device": device,
         "load": round(os.getloadavg()[0], 1),

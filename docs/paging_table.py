@@ -23,7 +23,7 @@ def table(lines: dict[str, dict]) -> str:
     text = (
         f"Measured on {newest['date']} with {versions}, on a core of {newest['cores']} of an "
         f"{newest['device']}, while other programs ran (load {newest['load']}).\n\n"
-        "| what | median, us | of a core, us | of a core, 99th percentile, us |\n|---|---|---|---|\n"
+        "| what | median, us | of a core, us | its 99th percentile, us |\n|---|---|---|---|\n"
     )
     for workload, line in lines.items():
         times = (line["median_us"], line["cpu_us"], line["cpu_p99_us"])

@@ -30,7 +30,7 @@ class PageAllocator:
         """The free pages, the next one last, in its first `num_free` entries."""
         self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently used first
         self._page_of: dict[bytes, int] = {}
-        self._digest_of: dict[int, bytes] = {}
+        self._digest_of: list[bytes | None] = [None] * num_pages  # None: not published
         self._record_freed = record_freed
         self._freed: list[Pages] = []
 
@@ -89,20 +89,25 @@ class PageAllocator:
 
     def publish(self, pages: Sequence[int], digests: Sequence[bytes]) -> None:
         """Make held pages known by their content. A page that is known already stays the one."""
+        new = list[int]()
         for page, digest in zip(pages, digests):
             if self._page_of.setdefault(digest, page) == page:
                 self._digest_of[page] = digest
-                self.published[page] = True
+                new.append(page)
+        self.published[new] = True
 
     def unpublish(self, pages: Iterable[int]) -> None:
         """Forget the content of published pages."""
         for page in pages:
-            del self._page_of[self._digest_of.pop(page)]
+            digest = self._digest_of[page]
+            assert digest is not None
+            del self._page_of[digest]
+            self._digest_of[page] = None
             self.published[page] = False
 
     def forget(self) -> None:
         """Forget all contents: cached pages become free."""
-        self.unpublish(list(self._digest_of))
+        self.unpublish(list(self._page_of.values()))
         cached = np.array(list(self._cached), np.int32)
         self._cached.clear()
         self._free(cached)

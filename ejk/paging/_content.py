@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 CacheSalt = str | bytes | int | None
 
-_BYTES = 16  # of a digest: to find other tokens with one that is given takes 2^128 attempts
-
 
 def root(cache_salt: CacheSalt, epoch: int) -> bytes:
     """Begin a chain of digests. Sequences of other salts and epochs share nothing with it."""
@@ -23,7 +21,7 @@ def root(cache_salt: CacheSalt, epoch: int) -> bytes:
 
 def digest(before: bytes, page: bytes) -> bytes:
     """Return the digest of a page's tokens, which follow what `before` is the digest of."""
-    return hashlib.blake2b(before + page, digest_size=_BYTES).digest()
+    return hashlib.sha256(before + page).digest()
 
 
 def chain(first: bytes, tokens: npt.NDArray[np.int32], page_size: int) -> list[bytes]:

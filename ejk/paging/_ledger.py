@@ -203,24 +203,22 @@ class Ledger:
         self.page_tokens[fresh] = self.page_tokens[s.copy_from[rows]]
         self.copies += rows.size
 
-    def _publish(self, rows: Rows, begin: Int64s) -> None:
-        """Make the full computed pages of rows known, from column `begin` on."""
+    def _publish(self, rows: Rows, first: Int64s) -> None:
+        """Make the full computed pages of rows known, from column `first` on."""
         s, step = self.seqs, self.page_size * self.page_tokens.itemsize
-        counts = s.computed[rows] // self.page_size - begin
-        columns = np.repeat(begin, counts) + ranges(counts)
+        counts = s.computed[rows] // self.page_size - first
+        columns = np.repeat(first, counts) + ranges(counts)
         rows = np.repeat(rows, counts)
         pages = s.tables[rows, columns]
         raw = self.page_tokens[pages].tobytes()
-        published, digests = list[int](), list[bytes]()
-        for i, (row, column, page) in enumerate(
-            zip(rows.tolist(), columns.tolist(), pages.tolist())
-        ):
-            chain = s.chains[row]
+        digests = list[bytes]()
+        end = 0
+        for row, column in zip(rows.tolist(), columns.tolist()):
+            chain, begin, end = s.chains[row], end, end + step
             if len(chain) == column + 1:
-                chain.append(_content.digest(chain[-1], raw[i * step : (i + 1) * step]))
-            published.append(page)
+                chain.append(_content.digest(chain[-1], raw[begin:end]))
             digests.append(chain[column + 1])
-        self.pages.publish(published, digests)
+        self.pages.publish(pages.tolist(), digests)
 
     def _pass_window(self, rows: Rows) -> None:
         """Give up the pages that no later token of these rows sees."""

@@ -109,9 +109,7 @@ class PageManager:
         """
         ids = integers("tokens", tokens).astype(np.int32)
         if not ids.size:
-            raise ValueError(
-                "tokens is empty, and must have one: the logits of the last are needed"
-            )
+            raise ValueError("tokens is empty, and must have one: its logits choose the next")
         count = ids.size
         if num_new_tokens is not None:
             count = at_least("num_new_tokens", num_new_tokens, 1)

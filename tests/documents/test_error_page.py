@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_errors
+import test_paging_errors
 import test_ragged_errors
 from jax.sharding import PartitionSpec as P
 from test_errors import zeros
@@ -62,6 +63,12 @@ def split(**changes):
     return jax.shard_map(attend, mesh=mesh, in_specs=(arguments.pop("spec", P()),), out_specs=P())(
         query
     )
+
+
+def paging(call):
+    """A call of a page manager."""
+    case = test_paging_errors.Case()
+    return lambda: call(case.manager, case)
 
 
 def missing(call, *names):
@@ -207,6 +214,24 @@ MISTAKES = {
     "a slot of a page that no sequence has": lambda: checked_write(
         slot_mapping=np.array([0, 1, 32]), block_tables=TABLES
     ),
+    # Pages on the host
+    "a size below 1": lambda: test_paging_errors.Case(page_size=0),
+    "too many slots": lambda: test_paging_errors.Case(num_pages=2**29),
+    "a prompt without tokens": paging(lambda m, c: m.allocate([])),
+    "a token that is none": paging(lambda m, c: m.allocate([1, -1])),
+    "a sequence that is too long": paging(lambda m, c: m.allocate(range(13))),
+    "more pages than there are": paging(lambda m, c: m.append([0, 1], [1] * 10, [2, 8])),
+    "more sequences than there are rows": paging(lambda m, c: m.allocate([1])),
+    "a sequence that has ended": paging(lambda m, c: m.free(7)),
+    "a sequence twice": paging(lambda m, c: m.free([0, 1, 0])),
+    "several tokens each without their numbers": paging(lambda m, c: m.append([0, 1], [1, 2, 3])),
+    "numbers that leave tokens over": paging(lambda m, c: m.append([0, 1], [1, 2, 3], [1, 1])),
+    "a fork of what is not computed": paging(lambda m, c: m.fork(c.waiting)),
+    "cut to more than there is": paging(lambda m, c: m.truncate(0, 6)),
+    "cut behind the window": lambda: test_paging_errors.windowed().truncate(0, 8),
+    "a step without tokens": paging(lambda m, c: m.batch([0])),
+    "a step of too many tokens": paging(lambda m, c: m.batch([1], [3])),
+    "a batch committed twice": paging(lambda m, c: m.commit(c.batch)),
 }
 ROWS = {mistake: (error, said) for mistake, error, said in ROW.findall(PAGE.read_text())}
 

@@ -222,8 +222,8 @@ class Model:
         assert statistics.free_pages == len(free) and statistics.cached_pages == len(cached)
         assert statistics.num_seqs == len(self.seqs)
         assert of.published[cached].all() and not of.published[free].any()
-        assert of._page_of == {digest: page for page, digest in of._digest_of.items()}
-        assert set(of._digest_of) == set(np.flatnonzero(of.published).tolist())
+        assert of._page_of == {of._digest_of[page]: page for page in np.flatnonzero(of.published)}
+        assert of._digest_of.count(None) == np.count_nonzero(~of.published)
         unused = s.tables[s._handles < 0]
         assert (unused == -1).all()
 

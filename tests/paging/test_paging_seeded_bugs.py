@@ -36,8 +36,8 @@ BUGS = {
         "_ledger", "np.append(self.held(row)[::-1], source[source >= 0])", "self.held(row)[::-1]",
     ),
     "what is not computed is published": (
-        "_ledger", "s.computed[rows] // self.page_size - begin",
-        "s.lens[rows] // self.page_size - begin",
+        "_ledger", "s.computed[rows] // self.page_size - first",
+        "s.lens[rows] // self.page_size - first",
     ),
     "what was cut counts as computed": (
         "_ledger", "(s.lens, s.computed, s.batch_end)", "(s.lens, s.computed)",
@@ -45,7 +45,7 @@ BUGS = {
     "live sequences publish what older weights computed": (
         "_ledger", "        self.epoch += 1\n", "",
     ),
-    "older weights are not told apart": ("_allocator", "list(self._digest_of)", "[]"),
+    "older weights are not told apart": ("_allocator", "list(self._page_of.values())", "[]"),
     "the window is too narrow": ("_ledger", "num_tokens + 1 - ", "num_tokens + 2 - "),
     "the window is too wide": ("_ledger", "num_tokens + 1 - ", "num_tokens - "),
     "tokens behind the window are lost": (
