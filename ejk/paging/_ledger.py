@@ -31,7 +31,7 @@ class Ledger:
     def open(self, tokens: Int32s, num_new_tokens: int, root: bytes) -> int:
         """Begin a sequence: reuse known pages, take others for so many of the tokens after them."""
         size, s = self.page_size, self.seqs
-        chain = _content.chain(root, tokens, size)
+        chain = _content.chain(root, tokens if self.prefix_caching else tokens[:0], size)
         known = self._known(chain[1 : (tokens.size - 1) // size + 1])
         begin = known.size * size
         end = min(begin + num_new_tokens, tokens.size)
@@ -162,8 +162,6 @@ class Ledger:
 
         What the token after it sees must be known; of pages behind its window nothing is asked.
         """
-        if not self.prefix_caching:
-            return np.empty(0, np.int32)
         pages = self.pages.find(digests)
         columns = np.arange(pages.size)
         last_gap = np.maximum.accumulate(np.where(pages < 0, columns, -1))

@@ -49,6 +49,7 @@ class Model:
         self.pool = np.full(self.num_pages * self.page_size, POISON)
         self.seqs: dict[int, Sequence] = {}
         self.ended: list[int] = []
+        self.least = {}  # shapes of batches
         self.version = 0
         self.refused = 0  # operations for want of pages
 
@@ -115,7 +116,7 @@ class Model:
 
     def step(self, seqs, q_lens, ends, cut=None):
         """Make a batch and run it: it `ends` well, unrun or halfway. `cut` rejects tokens of it."""
-        batch = self.manager.batch(seqs, q_lens)
+        batch = self.manager.batch(seqs, q_lens, **self.least)
         self.check_inputs(batch, seqs, q_lens)
         self.slots(batch.freed)[:] = POISON
         if ends == "unrun":
@@ -138,11 +139,15 @@ class Model:
         for i, seq in enumerate(seqs):
             numbers = self.seqs[seq].numbers
             self.check_reads(batch.inputs.block_tables[i], numbers + news[seq], len(numbers))
+        self.ran(batch, copies, {seq: self.seqs[seq].numbers + news[seq] for seq in seqs})
         if cut is not None:  # of the first sequence, and other tokens come in their place
             self.check_cut(seqs[0], q_lens[0], news, *cut)
         self.manager.commit(batch)
         for seq, new in news.items():
             self.seqs[seq].numbers += new
+
+    def ran(self, batch, copies, numbers):
+        """What a subclass does with a batch that runs; `numbers` are all of each sequence."""
 
     def check_cut(self, seq, q_len, news, rejected, instead):
         has = self.seqs[seq]
