@@ -37,7 +37,7 @@ def dealt_out(num_tokens: int, num_seqs: int, q_lens: Any | None) -> Int64s:
                 "number say in q_lens how many each gets"
             )
         return np.ones(num_seqs, np.int64)
-    lens = _one_each(q_lens, num_seqs)
+    lens = _one_each("q_lens", q_lens, num_seqs)
     if lens.sum() != num_tokens:
         raise ValueError(f"q_lens, of sum {lens.sum()}, must deal out all of tokens[{num_tokens}]")
     return lens
@@ -45,7 +45,7 @@ def dealt_out(num_tokens: int, num_seqs: int, q_lens: Any | None) -> Int64s:
 
 def chosen(waiting: Int64s, q_lens: Any | None, seqs: Int64s) -> Int64s:
     """Say how many of its waiting tokens each sequence computes."""
-    lens = waiting if q_lens is None else _one_each(q_lens, seqs.size)
+    lens = waiting if q_lens is None else _one_each("q_lens", q_lens, seqs.size)
     wrong = np.flatnonzero((lens < 1) | (lens > waiting))
     if wrong.size:
         i = wrong[0]
@@ -58,8 +58,22 @@ def chosen(waiting: Int64s, q_lens: Any | None, seqs: Int64s) -> Int64s:
     return lens
 
 
-def _one_each(q_lens: Any, num_seqs: int) -> Int64s:
-    lens = integers("q_lens", q_lens)
-    if lens.size != num_seqs:
-        raise ValueError(f"q_lens[{lens.size}] must be one for each of {num_seqs} sequences")
-    return lens
+def kept(lens: Int64s, num_tokens: Any, seqs: Int64s) -> Int64s:
+    """Say how many of its tokens each sequence keeps."""
+    ends = _one_each("num_tokens", num_tokens, seqs.size)
+    wrong = np.flatnonzero(ends > lens)
+    if wrong.size:
+        i = wrong[0]
+        raise ValueError(
+            f"num_tokens[{i}]={ends[i]} must be at most {lens[i]}, the tokens of "
+            f"seqs[{i}]={seqs[i]}"
+        )
+    return ends
+
+
+def _one_each(name: str, value: Any, num_seqs: int) -> Int64s:
+    """Read an integer for each sequence."""
+    x = integers(name, value)
+    if x.size != num_seqs:
+        raise ValueError(f"{name}[{x.size}] must be one for each of {num_seqs} sequences")
+    return x

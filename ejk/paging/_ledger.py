@@ -87,21 +87,22 @@ class Ledger:
         s.lens[rows] += counts
         self.page_tokens.reshape(-1)[self.positions_and_slots(rows, begin, counts)[1]] = tokens
 
-    def cut(self, row: int, end: int) -> None:
-        """Drop all tokens of a sequence from `end` on."""
+    def cut(self, rows: Rows, ends: Int64s) -> None:
+        """Drop all tokens of each sequence from its end on."""
         s = self.seqs
-        source = s.copy_from[row]
-        if source >= 0 and end <= s.computed[row]:  # nothing is left to write: no copy is needed
-            column = int(s.computed[row]) // self.page_size
-            self.pages.release(s.tables[row, column : column + 1].copy())
-            s.tables[row, column], s.copy_from[row] = source, -1
-            self.copies -= 1
-        dropped = slice(-(-end // self.page_size), self.num_blocks(row))
-        self.pages.release(s.tables[row, dropped][::-1].copy())
-        s.tables[row, dropped] = -1
+        undone = (s.copy_from[rows] >= 0) & (ends <= s.computed[rows])
+        if undone.any():  # nothing is left to write: no copy is needed
+            self._take_back_copies(rows[undone])
+        blocks = self.blocks(ends)
+        dropped = self.blocks(s.lens[rows]) - blocks
+        at = np.repeat(rows, dropped), np.repeat(blocks, dropped) + ranges(dropped)
+        pages = s.tables[at]
+        s.tables[at] = -1
+        self.pages.release(pages[::-1])  # later ones are to be evicted first
         for of_rows in (s.lens, s.computed, s.batch_end):
-            of_rows[row] = min(int(of_rows[row]), end)
-        del s.chains[row][end // self.page_size + 1 :]
+            of_rows[rows] = np.minimum(of_rows[rows], ends)
+        for row, full in zip(rows.tolist(), (ends // self.page_size).tolist()):
+            del s.chains[row][full + 1 :]
 
     def advance(self, rows: Rows) -> None:
         """Take as computed what the newest batch of each row computes, as far as it is not cut."""
@@ -200,6 +201,14 @@ class Ledger:
         s.tables[rows, columns] = fresh
         self.page_tokens[fresh] = self.page_tokens[s.copy_from[rows]]
         self.copies += rows.size
+
+    def _take_back_copies(self, rows: Rows) -> None:
+        s = self.seqs
+        at = rows, s.computed[rows] // self.page_size
+        self.pages.release(s.tables[at])
+        s.tables[at] = s.copy_from[rows]
+        s.copy_from[rows] = -1
+        self.copies -= rows.size
 
     def _publish(self, rows: Rows, first: Int64s) -> None:
         """Make the full computed pages of rows known, from column `first` on."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ejk.paging._arguments import Integers, chosen, dealt_out, integers
+from ejk.paging._arguments import Integers, chosen, dealt_out, integers, kept
 from ejk.paging._batch import Batch, Least, build
 from ejk.paging._content import CacheSalt, root
 from ejk.paging._ledger import Int32s, Int64s, Ledger
@@ -175,27 +175,28 @@ class PageManager:
             self.sizes.check_tokens(int(lens[longest]), f"seqs[{longest}]")
         self._ledger.grow(rows, added, ids)
 
-    def truncate(self, seq: int, num_tokens: int) -> None:
-        """Cut a sequence to its first `num_tokens`: those after them were rejected.
+    def truncate(self, seqs: Integers, num_tokens: Integers) -> None:
+        """Cut sequences to their first `num_tokens` each: those after them were rejected.
 
         No token that is cut counts as computed when a batch that has it is committed, whatever has
         been appended in its place by then.
 
         Raises:
-            ValueError: the sequence is shorter, or the window of the next token would reach back to
+            ValueError: a sequence is shorter, or the window of its next token would reach back to
                 pages that were given up.
         """
-        row = self._seqs.row(seq)
-        end, length = at_least("num_tokens", num_tokens, 0), int(self._seqs.lens[row])
-        if end > length:
-            raise ValueError(f"num_tokens={end} must be at most the {length} tokens of seq={seq}")
-        if self._ledger.first_seen(end) < self._seqs.first_block[row]:
+        rows = self._seqs.rows(seqs)
+        handles = self._seqs.handles(rows)
+        ends = kept(self._seqs.lens[rows], num_tokens, handles)
+        gone = np.flatnonzero(self._ledger.first_seen(ends) < self._seqs.first_block[rows])
+        if gone.size:
+            i = gone[0]
             raise ValueError(
-                f"num_tokens={end} is too few: the next token would see pages of seq={seq} behind "
-                f"sliding_window={self.sizes.sliding_window}, which are given up; truncate before "
-                "the batch is committed"
+                f"num_tokens[{i}]={ends[i]} is too few: the next token would see pages behind "
+                f"sliding_window={self.sizes.sliding_window}, which seqs[{i}]={handles[i]} has "
+                "given up; truncate before the commit"
             )
-        self._ledger.cut(row, end)
+        self._ledger.cut(rows, ends)
 
     # Steps.
 

@@ -93,18 +93,18 @@ class Model:
         self.ended.append(seq)
         return tokens, salt
 
-    def truncate(self, seq, num_tokens):
+    def truncate(self, seqs, num_tokens):
         """Truncate, or be refused because of the window, and only then."""
         before = self.state()
-        has = self.seqs[seq]
         try:
-            self.manager.truncate(seq, num_tokens)
+            self.manager.truncate(seqs, num_tokens)
         except ValueError as error:
             assert "sliding_window" in str(error)
-            assert num_tokens < len(has.numbers)
+            assert any(n < len(self.seqs[seq].numbers) for seq, n in zip(seqs, num_tokens))
             assert self.state() == before
         else:
-            del has.tokens[num_tokens:], has.numbers[num_tokens:]
+            for seq, n in zip(seqs, num_tokens):
+                del self.seqs[seq].tokens[n:], self.seqs[seq].numbers[n:]
 
     def reset(self):
         self.manager.reset_prefix_cache()
@@ -152,7 +152,7 @@ class Model:
     def check_cut(self, seq, q_len, news, rejected, instead):
         has = self.seqs[seq]
         keep = len(has.numbers) + max(q_len - rejected, 0)
-        self.truncate(seq, keep)
+        self.truncate([seq], [keep])
         del news[seq][keep - len(has.numbers) :]
         self.append([seq], [instead[: self.most - keep]])
 

@@ -97,12 +97,12 @@ def beam(model, rng):
     for _ in range(rng.randint(1, 2)):
         model.fork(seq)
     family = [seq, *{*model.seqs} - before]
-    for member in family:
-        model.truncate(member, max(len(model.seqs[member].tokens) - rng.choice([0, 0, 1, 2]), 0))
+    lens = [len(model.seqs[member].tokens) - rng.choice([0, 0, 1, 2]) for member in family]
+    model.truncate(family, [max(n, 0) for n in lens])
     grow(model, rng, some(rng, family))
     one = rng.choice(family)
     if rng.random() < 0.3:
-        model.truncate(one, len(model.seqs[one].numbers))
+        model.truncate([one], [len(model.seqs[one].numbers)])
         model.fork(one)
     compute(model, [one])
 
@@ -112,8 +112,8 @@ def free(model, rng):
 
 
 def truncate(model, rng):
-    seq = rng.choice([*model.seqs])
-    model.truncate(seq, rng.randint(0, len(model.seqs[seq].tokens)))
+    seqs = some(rng, model.seqs)[:2]
+    model.truncate(seqs, [rng.randint(0, len(model.seqs[seq].tokens)) for seq in seqs])
 
 
 def preempt(model, rng):

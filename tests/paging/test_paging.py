@@ -257,6 +257,18 @@ def test_rejected_drafts_are_not_computed():
     assert m.batch([seq]).inputs.tokens.tolist() == [66, 67]
 
 
+def test_rejected_drafts_of_several_sequences():
+    m = manager(num_pages=16)
+    seqs = [m.allocate([i, i]) for i in range(3)]
+    compute(m, *seqs)
+    m.append(seqs, range(12), [4, 4, 4])
+    batch = m.batch(seqs)
+    m.truncate(seqs, [3, 6, 5])
+    m.commit(batch)
+    assert m.num_computed_tokens(seqs).tolist() == [3, 6, 5]
+    assert m.tokens(seqs[2]).tolist() == [2, 2, 8, 9, 10] and of(m, "used_pages") == 5
+
+
 def test_a_page_that_is_cut_and_written_again_is_not_found():
     m = manager()
     seq = m.allocate(range(8))

@@ -102,8 +102,8 @@ class Case:
             lambda m, c: m.append([1, 0], [1] * 9, [1, 8]), ValueError,
             "seqs[1] would have 13 tokens, and max_blocks=3 pages of page_size=4 hold 12: end it",
         ),
-        (lambda m, c: m.truncate(0, 6), ValueError, "num_tokens=6 must be at most the 5 tokens of"),
-        (lambda m, c: m.truncate(0, -1), ValueError, "num_tokens=-1 must be at least 0"),
+        (lambda m, c: m.truncate(0, 6), ValueError, "num_tokens[0]=6 must be at most 5, the token"),
+        (lambda m, c: m.truncate(0, -1), ValueError, "num_tokens[0]=-1 must be in [0, 2147483647]"),
         (lambda m, c: m.batch([0]), ValueError, "seqs[0]=0 has no token to compute: append one"),
         (
             lambda m, c: m.batch([1], [3]), ValueError,
@@ -149,7 +149,9 @@ def windowed():
 
 def test_pages_behind_the_window_do_not_come_back():
     manager = windowed()
-    with pytest.raises(ValueError, match=r"^num_tokens=8 is too few: .* sliding_window=2, which"):
+    with pytest.raises(
+        ValueError, match=r"^num_tokens\[0\]=8 is too few: .* sliding_window=2, which"
+    ):
         manager.truncate(0, 8)
     assert manager.num_tokens(0) == 9
 

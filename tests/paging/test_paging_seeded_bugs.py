@@ -30,7 +30,7 @@ BUGS = {
     ),
     "a copy is made again": ("_ledger", "            s.copy_from[copied] = -1\n", ""),
     "a copy that has nothing to be made for stays": (
-        "_ledger", "end <= s.computed[row]", "end < s.computed[row]",
+        "_ledger", "(ends <= s.computed[rows])", "(ends < s.computed[rows])",
     ),
     "the page of a copy is lost with its sequence": (
         "_ledger", "np.append(self.held(row)[::-1], source[source >= 0])", "self.held(row)[::-1]",
