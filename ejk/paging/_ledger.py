@@ -203,6 +203,7 @@ class Ledger:
         self.copies += rows.size
 
     def _take_back_copies(self, rows: Rows) -> None:
+        """Share the copied pages again. Who kept one may write to it, behind all that rows have."""
         s = self.seqs
         at = rows, s.computed[rows] // self.page_size
         self.pages.release(s.tables[at])

@@ -190,8 +190,14 @@ class Model:
         assert (inputs.block_tables[len(seqs) :] == -1).all() and not inputs.tokens[total:].any()
         written = inputs.slot_mapping[:total]
         assert np.unique(written).size == total  # and nobody else's:
-        others = [p for s in self.seqs if s not in seqs for p in self.manager.block_table(s)]
-        assert not np.isin(written // self.page_size, others).any()
+        others = [slot for seq in self.seqs if seq not in seqs for slot in self.slots_of(seq)]
+        assert not np.isin(written, others).any()
+
+    def slots_of(self, seq):
+        """The slots of all tokens of a sequence; negative ones behind the window."""
+        positions = np.arange(len(self.seqs[seq].tokens))
+        pages = self.manager.block_table(seq)[positions // self.page_size]
+        return pages * self.page_size + positions % self.page_size
 
     def check_reads(self, table, numbers, first_query):
         """All that the token at `first_query` and later ones see is this sequence's own."""

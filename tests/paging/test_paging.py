@@ -245,6 +245,21 @@ def test_a_copy_that_is_not_needed_any_more_is_not_made():
     assert table(m, fork) == table(m, seq) and of(m, "used_pages") == 2 and of(m, "copies") == 0
 
 
+def test_a_page_is_shared_again_with_who_writes_to_it():
+    m = manager()
+    seq = m.allocate(range(5))
+    compute(m, seq)
+    fork = m.fork(seq)
+    m.append([seq, fork], [50, 51])  # one keeps the page and one gets a copy
+    m.truncate(fork, 5)
+    assert table(m, fork) == table(m, seq)
+    compute(m, seq)  # writes behind all that the fork has
+    m.append(fork, [52])
+    assert m.batch([fork]).copies.tolist() == [[table(m, seq)[1], table(m, fork)[1]]]
+    assert m.tokens(seq).tolist() == [0, 1, 2, 3, 4, 50]
+    assert m.tokens(fork).tolist() == [0, 1, 2, 3, 4, 52]
+
+
 def test_rejected_drafts_are_not_computed():
     m = manager()
     seq = m.allocate(range(4))

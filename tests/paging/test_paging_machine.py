@@ -36,6 +36,7 @@ for operation in operations.WITHOUT_SEQUENCES + operations.WITH_SEQUENCES:
     def run(self, rng, operation=operation):
         operation(self.model, rng)
 
+    run.__name__ = operation.__name__
     rule = stateful.rule(rng=RANDOMS)(run)
     if operation in operations.WITH_SEQUENCES:
         rule = stateful.precondition(lambda self: self.model.seqs)(rule)
