@@ -2,31 +2,30 @@
 
 import importlib
 import importlib.util
+import itertools
 import pathlib
 import sys
 import types
 
 from ejk import paging
 
-NAME = "copied_paging"
+numbers = itertools.count()
 
 
 def load(file: str = "", right: str = "", wrong: str = "") -> types.ModuleType:
     """Load the package as it is, or with text of one of its files replaced by another."""
-    for module in [module for module in sys.modules if module.split(".")[0] == NAME]:
-        del sys.modules[module]
-    sources = {}
+    package, sources = f"copied_paging_{next(numbers)}", {}
     for path in pathlib.Path(paging.__file__).parent.glob("*.py"):
         text = path.read_text()
         if path.stem == file:
             assert text.count(right) == 1, f"{right!r} is {text.count(right)} times in {path.name}"
             text = text.replace(right, wrong)
-        name = NAME if path.stem == "__init__" else f"{NAME}.{path.stem}"
-        sources[name] = compile(text.replace("ejk.paging", NAME), f"{path}, changed", "exec")
+        name = package if path.stem == "__init__" else f"{package}.{path.stem}"
+        sources[name] = compile(text.replace("ejk.paging", package), f"{path}, changed", "exec")
     finder = Finder(sources)
     sys.meta_path.append(finder)
     try:
-        return importlib.import_module(NAME)
+        return importlib.import_module(package)
     finally:
         sys.meta_path.remove(finder)
 
@@ -39,7 +38,7 @@ class Finder:
 
     def find_spec(self, name, path=None, target=None):
         if name in self.sources:
-            return importlib.util.spec_from_loader(name, self, is_package=name == NAME)
+            return importlib.util.spec_from_loader(name, self, is_package="." not in name)
 
     def create_module(self, spec):
         return None
