@@ -100,6 +100,7 @@ def build(ledger: Ledger, rows: Rows, q_lens: Int64s, number: int, least: "Least
     copying = rows[s.copy_from[rows] >= 0]
     to = s.tables[copying, s.computed[copying] // size]
     copies = np.stack([s.copy_from[copying], to], axis=1)
+    s.copy_in_batch[copying] = True
     s.batch[rows], s.batch_end[rows] = number, end
     return Batch(
         inputs=BatchInputs(

@@ -14,9 +14,19 @@ CacheSalt = str | bytes | int | None
 
 def root(cache_salt: CacheSalt, epoch: int) -> bytes:
     """Begin a chain of digests. Sequences of other salts and epochs share nothing with it."""
-    if not isinstance(cache_salt, str | bytes | int | None):
-        raise TypeError(f"cache_salt={cache_salt!r:.80} must be a str, bytes, an int or None")
-    return digest(b"", f"{epoch} {cache_salt!r}".encode())
+    match cache_salt:  # by the types' own functions: a subclass may print all its values alike
+        case None:
+            text = "None"
+        case str():
+            text = str.__repr__(cache_salt)
+        case bytes():
+            text = bytes.__repr__(cache_salt)
+        case int():
+            text = int.__repr__(cache_salt)
+        case _:
+            raise TypeError(f"cache_salt={cache_salt!r:.80} must be a str, bytes, an int or None")
+    # The digest of 32 bytes: no page's is of so few, so that no salt passes for a page.
+    return digest(hashlib.sha256(f"{epoch} {text}".encode()).digest(), b"")
 
 
 def digest(before: bytes, page: bytes) -> bytes:

@@ -110,7 +110,7 @@ class Ledger:
         rows = rows[s.batch_end[rows] > s.computed[rows]]
         before = s.computed[rows]
         s.computed[rows] = s.batch_end[rows]
-        copied = rows[s.copy_from[rows] >= 0]
+        copied = rows[(s.copy_from[rows] >= 0) & s.copy_in_batch[rows]]
         if copied.size:
             self.pages.release(s.copy_from[copied])
             s.copy_from[copied] = -1
@@ -197,7 +197,7 @@ class Ledger:
         """Give rows copies of their last pages, which they hold until the copies are made."""
         s = self.seqs
         columns = s.lens[rows] // self.page_size
-        s.copy_from[rows] = s.tables[rows, columns]
+        s.copy_from[rows], s.copy_in_batch[rows] = s.tables[rows, columns], False
         s.tables[rows, columns] = fresh
         self.page_tokens[fresh] = self.page_tokens[s.copy_from[rows]]
         self.copies += rows.size

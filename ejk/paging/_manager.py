@@ -213,19 +213,21 @@ class PageManager:
 
         Each goes on where it is computed up to. So the next chunk of a prompt follows the one that
         was committed, and the batch of a step that failed is made again.
+        Steps are to be dispatched in the order in which their batches were made: a page that was
+        given up between two batches may be written by both.
 
         Args:
             seqs: the sequences, in the order of the rows. Each must have tokens to compute.
             q_lens: how many tokens each computes; None for all that it has.
             min_seqs: no fewer rows; their number is rounded up from there.
             min_tokens: no fewer tokens. There are as many as rows if every sequence computes one.
-            min_blocks: no narrower table.
+            min_blocks: no narrower table; `max_blocks` at most.
         """
         rows = self._seqs.rows(seqs)
         least = Least(
             at_least("min_seqs", min_seqs, 0),
             at_least("min_tokens", min_tokens, 0),
-            at_least("min_blocks", min_blocks, 0),
+            self.sizes.width("min_blocks", min_blocks),
         )
         waiting = self._seqs.lens[rows] - self._seqs.computed[rows]
         lens = chosen(waiting, q_lens, self._seqs.handles(rows))

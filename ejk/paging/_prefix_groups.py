@@ -41,11 +41,14 @@ class _Prefix:
 
     def close(self) -> None:
         """Make a group of the rows that are alone, and of groups that save less than to join it."""
-        joining = [g for g in self.groups if self.num_pages * len(g.rows) > g.saved]
+        joining, staying = list[_Group](), list[_Group]()
+        for group in self.groups:
+            joins = self.num_pages * len(group.rows) > group.saved
+            (joining if joins else staying).append(group)
         rows = [row for group in joining for row in group.rows]
         group = _Group(self.num_pages, self.alone + rows)
         if group.saved > sum(g.saved for g in joining):
-            self.groups = [g for g in self.groups if g not in joining] + [group]
+            self.groups = [*staying, group]
             self.alone = []
 
 

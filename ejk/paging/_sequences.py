@@ -25,6 +25,8 @@ class Sequences:
         """The first column of the table that is not behind the window."""
         self.copy_from = np.full(max_seqs, -1, np.int32)
         """The page to copy to the one that the next token is computed in; it is held until then."""
+        self.copy_in_batch = np.zeros(max_seqs, np.bool_)
+        """Whether a batch has named that copy: one made before the copy was needed has not."""
         self.batch = np.zeros(max_seqs, np.int64)
         """The number of the newest batch that has the sequence; 0 if that was committed."""
         self.batch_end = np.zeros(max_seqs, np.int64)

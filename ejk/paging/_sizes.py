@@ -28,6 +28,12 @@ class Sizes:
                     f"{name} * page_size={size} must be below 2**31: slots and positions are 32-bit"
                 )
 
+    def width(self, name: str, blocks: object) -> int:
+        """Check how many columns a table is to have, and return it as Python's."""
+        if (checked := at_least(name, blocks, 0)) > self.max_blocks:
+            raise ValueError(f"{name}={checked} must be at most max_blocks={self.max_blocks}")
+        return checked
+
     def check_tokens(self, num_tokens: int, whose: str) -> None:
         """Raise if a sequence would have more tokens than a row of the table has room for."""
         most = self.max_blocks * self.page_size

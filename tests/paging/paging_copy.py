@@ -9,23 +9,24 @@ import types
 
 from ejk import paging
 
-numbers = itertools.count()
+COPIES = itertools.count()
 
 
 def load(file: str = "", right: str = "", wrong: str = "") -> types.ModuleType:
     """Load the package as it is, or with text of one of its files replaced by another."""
-    package, sources = f"copied_paging_{next(numbers)}", {}
+    copy = f"copied_paging_{next(COPIES)}"  # so that earlier ones can be pickled still
+    sources = {}
     for path in pathlib.Path(paging.__file__).parent.glob("*.py"):
         text = path.read_text()
         if path.stem == file:
             assert text.count(right) == 1, f"{right!r} is {text.count(right)} times in {path.name}"
             text = text.replace(right, wrong)
-        name = package if path.stem == "__init__" else f"{package}.{path.stem}"
-        sources[name] = compile(text.replace("ejk.paging", package), f"{path}, changed", "exec")
+        name = copy if path.stem == "__init__" else f"{copy}.{path.stem}"
+        sources[name] = compile(text.replace("ejk.paging", copy), f"{path}, changed", "exec")
     finder = Finder(sources)
     sys.meta_path.append(finder)
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(copy)
     finally:
         sys.meta_path.remove(finder)
 

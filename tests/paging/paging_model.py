@@ -190,14 +190,13 @@ class Model:
         assert (inputs.block_tables[len(seqs) :] == -1).all() and not inputs.tokens[total:].any()
         written = inputs.slot_mapping[:total]
         assert np.unique(written).size == total  # and nobody else's:
-        others = [slot for seq in self.seqs if seq not in seqs for slot in self.slots_of(seq)]
-        assert not np.isin(written, others).any()
+        others = [self.slots_of(s) for s in self.seqs if s not in seqs]
+        assert not np.isin(written, np.concatenate([*others, [POISON]])).any()
 
     def slots_of(self, seq):
-        """The slots of all tokens of a sequence; negative ones behind the window."""
-        positions = np.arange(len(self.seqs[seq].tokens))
-        pages = self.manager.block_table(seq)[positions // self.page_size]
-        return pages * self.page_size + positions % self.page_size
+        """The slots of a sequence's tokens: another may fill more of a page that is shared."""
+        pages, offsets = np.divmod(np.arange(len(self.seqs[seq].tokens)), self.page_size)
+        return self.manager.block_table(seq)[pages] * self.page_size + offsets
 
     def check_reads(self, table, numbers, first_query):
         """All that the token at `first_query` and later ones see is this sequence's own."""
@@ -233,10 +232,19 @@ class Model:
         assert statistics.free_pages == len(free) and statistics.cached_pages == len(cached)
         assert statistics.num_seqs == len(self.seqs)
         assert of.published[cached].all() and not of.published[free].any()
+        self.check_content(s, of)
         assert of._page_of == {of._digest_of[page]: page for page in np.flatnonzero(of.published)}
         assert of._digest_of.count(None) == np.count_nonzero(~of.published)
         unused = s.tables[s._handles < 0]
         assert (unused == -1).all()
+
+    def check_content(self, seqs, pages):
+        """What is written next is not known by what was there before."""
+        for seq, has in self.seqs.items():
+            column, rest = divmod(len(has.tokens), self.page_size)
+            if rest and len(has.tokens) > len(has.numbers):
+                page = seqs.tables[seqs.row(seq), column]
+                assert not pages.published[page]
 
     def state(self):
         """Everything that the manager knows, as bytes."""

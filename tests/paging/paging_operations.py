@@ -107,6 +107,21 @@ def beam(model, rng):
     compute(model, [one])
 
 
+def diverge(model, rng):
+    """A sequence and its fork go on from within one page; one does again before it is committed."""
+    seq = rng.choice([*model.seqs])
+    compute(model, [seq])
+    before = {*model.seqs}
+    model.fork(seq)
+    family = [seq, *{*model.seqs} - before]
+    keep = max(len(model.seqs[seq].tokens) - rng.randint(0, 2), 0)
+    model.truncate(family, [keep] * len(family))
+    grow(model, rng, family, most=2)
+    one = rng.choice(family)
+    if waiting := model.waiting()[one]:
+        model.step([one], [waiting], "well", cut=(0, tokens(rng, 1)))
+
+
 def free(model, rng):
     model.free(some(rng, model.seqs))
 
@@ -137,7 +152,7 @@ def name_one_that_has_ended(model, rng):
 
 WITHOUT_SEQUENCES = (allocate, reset, name_one_that_has_ended)
 WITH_SEQUENCES = (
-    repeat, append, step, decode_all, verify_drafts, fork, beam, free, truncate, preempt,
+    repeat, append, step, decode_all, verify_drafts, fork, beam, diverge, free, truncate, preempt,
 )  # fmt: skip
 
 

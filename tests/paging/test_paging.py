@@ -138,6 +138,17 @@ def test_no_page_is_shared_across_salts():
     assert m.num_computed_tokens(m.allocate(range(9), cache_salt="a")) == 8
 
 
+def test_salts_that_print_alike_are_not_alike():
+    class Secret(str):
+        def __repr__(self):
+            return "***"
+
+    m = manager()
+    compute(m, m.allocate(range(5), cache_salt=Secret("a")))
+    assert m.num_computed_tokens(m.allocate(range(5), cache_salt=Secret("b"))) == 0
+    assert m.num_computed_tokens(m.allocate(range(5), cache_salt="a")) == 4
+
+
 def test_equal_tokens_after_other_tokens_are_not_reused():
     m = manager()
     compute(m, m.allocate([0, 0, 0, 0, 1, 1, 1, 1, 2]))
@@ -243,6 +254,18 @@ def test_a_copy_that_is_not_needed_any_more_is_not_made():
     m.append(fork, [1])
     m.truncate(fork, 6)
     assert table(m, fork) == table(m, seq) and of(m, "used_pages") == 2 and of(m, "copies") == 0
+
+
+def test_a_copy_that_is_needed_after_a_batch_was_made_is_in_the_next_one():
+    m = manager()
+    seq = m.allocate(range(5))
+    compute(m, seq)
+    fork = m.fork(seq)
+    m.append([seq, fork], [7, 8])  # `seq` keeps the page, of which `fork` is to have a copy
+    batch = m.batch([seq])
+    m.append(seq, 9)  # a copy now, for `fork` reads the page
+    m.commit(batch)
+    assert m.batch([seq]).copies.tolist() == [[1, table(m, seq)[1]]]
 
 
 def test_a_page_is_shared_again_with_who_writes_to_it():

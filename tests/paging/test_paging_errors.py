@@ -113,6 +113,10 @@ class Case:
         (lambda m, c: m.batch([1], [1, 1]), ValueError, "q_lens[2] must be one for each of 1 seq"),
         (lambda m, c: m.batch([1], min_seqs=-1), ValueError, "min_seqs=-1 must be at least 0"),
         (
+            lambda m, c: m.batch([1], min_blocks=4), ValueError,
+            "min_blocks=4 must be at most max_blocks=3",
+        ),
+        (
             lambda m, c: m.commit(c.batch), ValueError,
             "batch.number=1 must be the newest batch of seq=0, and not be committed yet",
         ),

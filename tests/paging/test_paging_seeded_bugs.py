@@ -29,6 +29,9 @@ BUGS = {
         "_ledger", "            self.pages.release(s.copy_from[copied])\n", "",
     ),
     "a copy is made again": ("_ledger", "            s.copy_from[copied] = -1\n", ""),
+    "a copy that no batch has named is taken as made": (
+        "_ledger", " & s.copy_in_batch[rows]", "",
+    ),
     "a copy that has nothing to be made for stays": (
         "_ledger", "(ends <= s.computed[rows])", "(ends < s.computed[rows])",
     ),
@@ -54,7 +57,7 @@ BUGS = {
     "all of a prompt is reused": ("_ledger", "(tokens.size - 1) // size + 1", "tokens.size + 1"),
     "gaps are passed over": ("_ledger", "last_gap < self", "-1 < 0 * last_gap + 0 * self"),
     "pages are alike whatever is before": ("_content", "before + page", "page"),
-    "salts are alike": ("_content", "{cache_salt!r}", ""),
+    "salts are alike": ("_content", "{text}", ""),
     "reused pages are evicted for the others": (
         "_allocator", "            evictable -= int", "            evictable -= 0 * int",
     ),
