@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 import ejk
 from ejk import _backend, _dispatch, _page_attention, _ragged_page_attention, _write_kv_cache
-from ejk.backends.page_attention import CacheLayout
+from ejk.backends.layouts import CacheLayout
 
 PAGE = pathlib.Path(__file__).with_name("support.md")
 

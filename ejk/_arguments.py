@@ -4,18 +4,26 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from ejk._cache_types import CacheType
 from ejk._describe import ALL_LAYERS, describe
+from ejk._dtypes import (
+    as_float32,
+    check_cache_dtype,
+    check_floats,
+    check_rows,
+    check_width,
+)
 from ejk._indices import Size, as_int32, exceeds, least, rounded_bound, static_int
 from ejk._nearest import did_you_mean
-from ejk._typing import Array, Flag, Scalar, ScalarInt, StaticFloat, StaticInt
-from ejk.backends.page_attention import LAYOUTS, PagedFacts, layout_of
+from ejk._scales import GivenScales
+from ejk._typing import Array, Flag, Scalar, ScalarInt, ScaleArgument, StaticFloat, StaticInt
+from ejk.backends.layouts import LAYOUTS, layout_of
+from ejk.backends.page_attention import PagedFacts
 
 # A logit that such a cap would change is so large that only the largest logit has weight anyway.
 CAPS_NOTHING = 1e30
-DTYPES = ("float32", "bfloat16", "float16")
 LEAST_BOUND = 64  # tokens that a context is expected to have at least: fewer need no other program
 
 
@@ -37,6 +45,17 @@ class Arguments:
     alibi_slopes: Array | None
     value_head_dim: StaticInt | None
     return_lse: Flag
+    key_scale: ScaleArgument | None = None
+    value_scale: ScaleArgument | None = None
+
+    @property
+    def latent(self) -> bool:
+        """The values are read out of the keys."""
+        return self.key_cache.ndim == 4 and self.value_cache is None
+
+    @property
+    def scales(self) -> GivenScales:
+        return GivenScales(self.key_scale, self.value_scale, self.key_cache, self.latent)
 
 
 def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
@@ -46,25 +65,23 @@ def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
     num_pages, num_kv_heads, page_size = check_pool(
         key_cache, cache_layout, num_heads=num_heads, head_dim=head_dim
     )
-    _check_dtypes(given)
+    check_rows("query", given.query, key_cache)
+    cache_type = check_cache_dtype(key_cache)
+    check_floats(sinks=given.sinks, alibi_slopes=given.alibi_slopes)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
             f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
             + _other_layouts(key_cache, num_heads)
         )
-    if key_cache.shape[-1] != head_dim:
-        raise ValueError(
-            f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the query's "
-            f"head_dim={head_dim}"
-        )
+    check_width(key_cache, head_dim, "the query's")
     _check_axes(given, num_seqs, page_size)
     return PagedFacts(
         num_seqs=num_seqs,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        value_head_dim=_value_head_dim(key_cache, given.value_cache, given.value_head_dim),
+        value_head_dim=_value_head_dim(given, cache_type),
         num_pages=num_pages,
         page_size=page_size,
         max_blocks=given.block_tables.shape[1],
@@ -72,12 +89,13 @@ def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
         cache_dtype=key_cache.dtype,
         cache_layout=cache_layout,
         fused=key_cache.ndim == 5,
-        latent=key_cache.ndim == 4 and given.value_cache is None,
+        latent=given.latent,
         has_window=given.sliding_window is not None,
         soft_cap=_held_soft_cap(given.soft_cap),
         has_sinks=given.sinks is not None,
         has_alibi=given.alibi_slopes is not None,
         return_lse=bool(given.return_lse),
+        scales=given.scales.kind(num_kv_heads),
     )
 
 
@@ -106,21 +124,8 @@ def shared_operands(given: Arguments, facts: PagedFacts, num_pages: Size) -> dic
         "sliding_window": None if window is None else as_int32(window, 2**31 - 1),
         "sinks": as_float32(given.sinks),
         "alibi_slopes": as_float32(given.alibi_slopes),
+        **given.scales.operands(facts.scales, facts.num_kv_heads),
     }
-
-
-def as_float32(x: Array | None) -> Array | None:
-    """Widen what each head has. Gradients come back in its own type."""
-    return x if x is None or x.dtype == np.float32 else x.astype(np.float32)
-
-
-def convert(cache: Array, name: str) -> str:
-    """Say how the argument `name` takes a cache's dtype."""
-    if cache.dtype.name in DTYPES:
-        return f"pass {name}.astype(jnp.{cache.dtype.name})"
-    if jnp.issubdtype(cache.dtype, jnp.floating) and cache.dtype.itemsize > 2:
-        return "keep the pools in one of " + ", ".join(DTYPES)
-    return "quantised caches are not supported yet"
 
 
 def check_sizes(**sizes: tuple[Array | None, str, Size]) -> None:
@@ -156,27 +161,6 @@ def check_pool(key_cache: Array, cache_layout: Any, **sizes: Size) -> tuple[Size
         if size == 0:
             raise ValueError(f"{name}={size} must be at least 1 {pool}")
     return num_pages, num_kv_heads, page_size
-
-
-def _check_dtypes(given: Arguments) -> None:
-    """Check that query, keys, sinks and slopes are of types that attention takes."""
-    query, key_cache = given.query, given.key_cache
-    if query.dtype.name not in DTYPES:
-        raise TypeError(
-            f"query.dtype={query.dtype.name} must be one of {', '.join(DTYPES)}: "
-            + convert(key_cache, "query")
-        )
-    if key_cache.dtype != query.dtype:
-        raise ValueError(
-            f"key_cache.dtype={key_cache.dtype} must be the query's dtype {query.dtype}: "
-            + convert(key_cache, "query")
-        )
-    for name, value in (("sinks", given.sinks), ("alibi_slopes", given.alibi_slopes)):
-        if value is not None and value.dtype.name not in DTYPES:
-            raise ValueError(
-                f"{name}.dtype={value.dtype} must be float32, bfloat16 or float16: "
-                f"pass {name}.astype(jnp.float32)"
-            )
 
 
 def _check_axes(given: Arguments, num_seqs: Size, page_size: int) -> None:
@@ -248,11 +232,10 @@ def _held_soft_cap(soft_cap: StaticFloat | None) -> float | None:
     return float(np.float32(soft_cap)) if soft_cap < CAPS_NOTHING else None
 
 
-def _value_head_dim(
-    key_cache: Array, value_cache: Array | None, value_head_dim: StaticInt | None
-) -> int:
+def _value_head_dim(given: Arguments, cache_type: CacheType) -> int:
     """Check the values, or where else they are to be read, and return their width."""
-    head_dim = key_cache.shape[-1]
+    key_cache, value_cache, head_dim = given.key_cache, given.value_cache, given.query.shape[-1]
+    value_head_dim = given.value_head_dim
     if key_cache.ndim == 5:
         fused = "with a key_cache of five axes, which holds keys and values"
         if value_cache is not None:
@@ -270,6 +253,11 @@ def _value_head_dim(
         width = static_int("value_head_dim", value_head_dim, at_least=1)
         if width > head_dim:
             raise ValueError(f"value_head_dim={width} must be at most head_dim={head_dim}")
+        if width % cache_type.per_element:
+            raise ValueError(
+                f"value_head_dim={width} must be even with int4, held as uint8: a byte has two "
+                "values"
+            )
         return width
     if value_head_dim is not None:
         raise ValueError(
@@ -286,4 +274,4 @@ def _value_head_dim(
         )
     if value_cache.shape[-1] < 1:
         raise ValueError(f"value_cache.shape[3]={value_cache.shape[-1]} must be at least 1")
-    return value_cache.shape[-1]
+    return value_cache.shape[-1] * cache_type.per_element

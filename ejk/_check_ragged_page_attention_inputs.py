@@ -17,7 +17,7 @@ from ejk._typing import (
     TreeMask,
     typed,
 )
-from ejk.backends.page_attention import CacheLayout
+from ejk.backends.layouts import CacheLayout
 
 
 @typed

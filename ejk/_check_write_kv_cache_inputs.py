@@ -6,7 +6,7 @@ from typing import Any
 from ejk._arguments import check_pool, check_sizes
 from ejk._check_values import Rule, check_values
 from ejk._typing import Cache, Slots, Tables, TokenRows, typed
-from ejk.backends.page_attention import CacheLayout
+from ejk.backends.layouts import CacheLayout
 
 
 @typed

@@ -25,6 +25,7 @@ from ejk.backends.ragged_page_attention import (
     sequences_of_rows,
 )
 
+POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")  # scales of tokens lie with pages
 P = TypeVar("P", bound=PagedProblem)
 
 
@@ -42,7 +43,7 @@ def check_axis(
     _axis_size(axis_name)
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     for name, x in (vars(given) | more | {"page_offset": page_offset}).items():
-        if name in ("key_cache", "value_cache") or not hasattr(x, "dtype"):
+        if not hasattr(x, "dtype") or (name in POOLS and x.ndim > 2):
             continue
         if split := axes & _jax.varying(x):
             raise ValueError(

@@ -1,13 +1,13 @@
 """`ejk.page_attention`: the signature and its prose, once for every backend."""
 
-from collections.abc import Sequence
 from typing import Literal, overload
 
 import jax
 
-from ejk import _dispatch, _registry
+from ejk import _registry
+from ejk._answer import attend_or_answer
 from ejk._arguments import Arguments, facts_of, shared_operands, visible_bound
-from ejk._backend import Backend, Choice
+from ejk._backend import Backend
 from ejk._context_parallel import all_pages, check_axis, merged, own_part
 from ejk._indices import static_int
 from ejk._typing import (
@@ -19,22 +19,19 @@ from ejk._typing import (
     Query,
     Scalar,
     ScalarInt,
+    ScaleArgument,
     StaticFloat,
     StaticInt,
     Tables,
     typed,
 )
+from ejk.backends.layouts import CacheLayout
 from ejk.backends.mosaic_gpu.page_attention.backend import MosaicGpuPageAttention
-from ejk.backends.page_attention import (
-    CacheLayout,
-    PageAttentionOperands,
-    PageAttentionProblem,
-)
-from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts, window_fact
+from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
+from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts
 from ejk.backends.pallas.page_attention.backend import PallasPageAttention
 from ejk.backends.reverse_mode.page_attention import differentiable
 from ejk.backends.triton.page_attention.backend import TritonPageAttention
-from ejk.backends.xla._softmax import finish, nothing_seen
 from ejk.backends.xla.page_attention import XlaPageAttention
 
 BACKENDS = (
@@ -59,6 +56,8 @@ def page_attention(
     attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
     axis_name: AxisName | None = None,
@@ -82,6 +81,8 @@ def page_attention(
     attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
     axis_name: AxisName | None = None,
@@ -105,6 +106,8 @@ def page_attention(
     attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
     axis_name: AxisName | None = None,
@@ -128,6 +131,8 @@ def page_attention(
     attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
     axis_name: AxisName | None = None,
@@ -241,6 +246,8 @@ def page_attention(
         alibi_slopes=alibi_slopes,
         value_head_dim=value_head_dim,
         return_lse=return_lse,
+        key_scale=key_scale,
+        value_scale=value_scale,
     )
     check_axis(axis_name, page_offset, given)
     problem = problem_of(given, num_splits, plan)
@@ -264,16 +271,7 @@ def problem_of(
     facts = facts_of(given, num_seqs=given.query.shape[0])
     bound = visible_bound(given, facts)
     if plan is not None:
-        called = PlanFacts(
-            num_seqs=facts.num_seqs,
-            num_heads=facts.num_heads,
-            num_kv_heads=facts.num_kv_heads,
-            head_dim=facts.head_dim,
-            page_size=facts.page_size,
-            max_blocks=facts.max_blocks,
-            sliding_window=window_fact(given.sliding_window),
-        )
-        plan.check(called)
+        plan.check(PlanFacts.of(facts, given.sliding_window))
     return PageAttentionProblem(
         **vars(facts),
         num_splits=static_int("num_splits", num_splits, at_least=0),
@@ -282,19 +280,9 @@ def problem_of(
     )
 
 
-def _attend(
-    problem: PageAttentionProblem, choice: Choice, operands: PageAttentionOperands
-) -> Sequence[jax.Array]:
-    if problem.is_empty:
-        return _dispatch.answer(problem, _nothing_visible, operands)
-    return differentiable(problem, choice, operands)
+def _sinks(problem: PageAttentionProblem, operands: PageAttentionOperands) -> jax.Array | None:
+    """Return the sinks of each row: those of all."""
+    return None if operands.sinks is None else operands.sinks[None]
 
 
-def _nothing_visible(
-    problem: PageAttentionProblem, operands: PageAttentionOperands
-) -> tuple[jax.Array, ...]:
-    """Answer a call whose static facts leave no token to see."""
-    rows = (problem.num_seqs, problem.num_heads)
-    sinks = None if operands.sinks is None else operands.sinks[None]
-    out, lse = finish(nothing_seen(rows, problem.value_head_dim), sinks)
-    return (out.astype(problem.out_dtype), lse)[: len(problem.results)]
+_attend = attend_or_answer(differentiable, _sinks)

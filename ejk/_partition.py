@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.core import ShapedArray, Tracer
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ejk import _jax
 from ejk._backend import Problem
+from ejk._dtypes import DTYPES
 from ejk._errors import Mendable
 from ejk._shards import Axes, Shards, is_split, mesh_axes
 
@@ -174,8 +174,8 @@ def left_to_xla(pull_back: Callable[..., Any], operands: Any) -> Callable[..., A
         return pull_back
 
     def sharding(of: Any) -> NamedSharding | None:
-        is_float = jnp.issubdtype(of.dtype, jnp.floating)
-        return NamedSharding(mesh, of.sharding.spec) if is_float else None
+        has_gradient = of.dtype.name in DTYPES
+        return NamedSharding(mesh, of.sharding.spec) if has_gradient else None
 
     return jax.sharding.auto_axes(pull_back, out_sharding=jax.tree.map(sharding, types))
 

@@ -1,14 +1,14 @@
 """`ejk.ragged_page_attention`: the signature and its prose, once for every backend."""
 
-from collections.abc import Sequence
 from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 
-from ejk import _dispatch, _registry
+from ejk import _registry
+from ejk._answer import attend_or_answer
 from ejk._arguments import Arguments, check_sizes, facts_of, shared_operands, visible_bound
-from ejk._backend import Backend, Choice
+from ejk._backend import Backend
 from ejk._context_parallel import all_pages, check_axis, merged, own_ragged_part
 from ejk._indices import as_int32, exceeds, least, rounded_bound
 from ejk._typing import (
@@ -22,6 +22,7 @@ from ejk._typing import (
     PerToken,
     Scalar,
     ScalarInt,
+    ScaleArgument,
     StaticFloat,
     StaticInt,
     Tables,
@@ -29,8 +30,8 @@ from ejk._typing import (
     TreeMask,
     typed,
 )
+from ejk.backends.layouts import CacheLayout
 from ejk.backends.mosaic_gpu.ragged_page_attention.backend import MosaicGpuRaggedPageAttention
-from ejk.backends.page_attention import CacheLayout
 from ejk.backends.pallas.ragged_page_attention.backend import PallasRaggedPageAttention
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
@@ -38,7 +39,6 @@ from ejk.backends.ragged_page_attention import (
 )
 from ejk.backends.reverse_mode.ragged_page_attention import differentiable
 from ejk.backends.triton.ragged_page_attention.backend import TritonRaggedPageAttention
-from ejk.backends.xla._softmax import finish, nothing_seen
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
 
 FEW_TOKENS = 8  # new tokens of a decode step or a draft: rounded up they could ask for wide blocks
@@ -65,6 +65,8 @@ def ragged_page_attention(
     attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
@@ -90,6 +92,8 @@ def ragged_page_attention(
     attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
@@ -115,6 +119,8 @@ def ragged_page_attention(
     attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
@@ -140,6 +146,8 @@ def ragged_page_attention(
     attn_logits_soft_cap: StaticFloat | None = None,
     sinks: PerHead | None = None,
     alibi_slopes: PerHead | None = None,
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
@@ -251,6 +259,8 @@ def ragged_page_attention(
         alibi_slopes=alibi_slopes,
         value_head_dim=value_head_dim,
         return_lse=return_lse,
+        key_scale=key_scale,
+        value_scale=value_scale,
     )
     check_axis(axis_name, page_offset, given, cu_q_lens=cu_q_lens)
     problem = problem_of(given, cu_q_lens, max_q_len, positions, tree_mask)
@@ -314,23 +324,6 @@ def _without_empty_axis(tree_mask: Array | None) -> jax.Array | None:
     return jnp.zeros((tree_mask.shape[0], 1), bool)
 
 
-def _attend(
-    problem: RaggedPageAttentionProblem, choice: Choice, operands: RaggedPageAttentionOperands
-) -> Sequence[jax.Array]:
-    if problem.is_empty:
-        return _dispatch.answer(problem, _nothing_visible, operands)
-    return differentiable(problem, choice, operands)
-
-
-def _nothing_visible(
-    problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
-) -> tuple[jax.Array, ...]:
-    """Answer a call whose static facts leave no token to see."""
-    state = nothing_seen((problem.total_tokens, problem.num_heads), problem.value_head_dim)
-    out, lse = finish(state, _row_sinks(problem, operands))
-    return (out.astype(problem.out_dtype), lse)[: len(problem.results)]
-
-
 def _row_sinks(
     problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
 ) -> jax.Array | None:
@@ -341,3 +334,6 @@ def _row_sinks(
     rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
     is_new = (rows >= bounds[0]) & (rows < bounds.max())
     return jnp.where(is_new[:, None], operands.sinks[None], -jnp.inf)
+
+
+_attend = attend_or_answer(differentiable, _row_sinks)

@@ -43,6 +43,11 @@ if typing.TYPE_CHECKING:
 else:  # or a symbolic dimension of `jax.export`
     StaticSize = Annotated[int | np.integer | type(jax.export.symbolic_shape("n")[0]), "an int"]
 StaticFloat = Annotated[float | int | np.floating | np.integer, "a number"]
+ScaleArgument = Annotated[
+    float | int | np.floating | np.integer | Float[Array, "..."],
+    "a number, or a floating-point array without axes, [num_kv_heads], or of the cache's axes but "
+    "the last",
+]
 ScalarInt = Annotated[int | np.integer | Integer[Array, ""], "an int or a 0-d integer array"]
 AxisName = Annotated[str | tuple[str, ...], "the name of a mesh axis, or a tuple of names"]
 

@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch, _registry
-from ejk._arguments import DTYPES, check_pool, check_sizes, convert
+from ejk._arguments import check_pool, check_sizes
 from ejk._backend import Backend
+from ejk._cache_types import CacheType, cache_type_of
+from ejk._describe import describe
+from ejk._dtypes import check_cache_dtype, check_rows, check_width
 from ejk._indices import as_int32, exceeds
-from ejk._typing import Array, Cache, Slots, TokenRows, typed
-from ejk.backends.page_attention import CacheLayout
+from ejk._scales import GivenScales
+from ejk._typing import Array, Cache, ScaleArgument, Slots, TokenRows, typed
+from ejk.backends.layouts import CacheLayout
 from ejk.backends.pallas.write_kv_cache.backend import PallasWriteKVCache
 from ejk.backends.reverse_mode.write_kv_cache import differentiable
 from ejk.backends.triton.write_kv_cache.backend import TritonWriteKVCache
@@ -30,6 +34,8 @@ def write_kv_cache(
     slot_mapping: Slots,
     *,
     cache_layout: CacheLayout = "HND",
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
     backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Write the keys and values of new tokens to their slots in pools of pages.
@@ -78,7 +84,8 @@ def write_kv_cache(
     Source:
         vLLM's `reshape_and_cache` (Kwon et al., 2023, arXiv:2309.06180), and its slot mapping.
     """
-    problem = _problem_of(key, value, key_cache, value_cache, slot_mapping, cache_layout)
+    scales = GivenScales(key_scale, value_scale, key_cache, latent=value is None)
+    problem = _problem_of(key, value, key_cache, value_cache, slot_mapping, cache_layout, scales)
     choice = _registry.choose(backend, WriteKVCacheProblem, BACKENDS)
     operands = WriteKVCacheOperands(
         key=key,
@@ -86,12 +93,15 @@ def write_kv_cache(
         key_cache=key_cache,
         value_cache=value_cache,
         slot_mapping=as_int32(slot_mapping, problem.num_slots),
+        **scales.operands(problem.scales, problem.num_kv_heads),
     )
+    names = ["key_cache", "value_cache"]
+    names += ["key_scale", "value_scale"] * (problem.scales == "token")
     if 0 in (problem.num_tokens, problem.num_slots):
         operands = _dispatch.vary_together(jax.tree.map(jnp.asarray, operands))
-        return operands.key_cache, operands.value_cache
-    results = differentiable(problem, choice, operands)
-    return results[0], None if value_cache is None else results[1]
+        return tuple(getattr(operands, name) for name in names)
+    results = iter(differentiable(problem, choice, operands))
+    return tuple(None if getattr(operands, name) is None else next(results) for name in names)
 
 
 def _problem_of(
@@ -101,29 +111,17 @@ def _problem_of(
     value_cache: Array | None,
     slot_mapping: Array,
     cache_layout: Any,
+    scales: GivenScales,
 ) -> WriteKVCacheProblem:
     """Check the arguments and collect the static facts of the call."""
     num_tokens, _, head_dim = key.shape
-    if key.dtype.name not in DTYPES:
-        raise TypeError(
-            f"key.dtype={key.dtype.name} must be one of {', '.join(DTYPES)}: "
-            + convert(key_cache, "key")
-        )
+    check_rows("key", key, key_cache)
     num_pages, num_kv_heads, page_size = check_pool(key_cache, cache_layout, head_dim=head_dim)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
     if key.shape[1] != num_kv_heads:
         raise ValueError(f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}")
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if cache is not None and cache.dtype != key.dtype:
-            raise ValueError(
-                f"{name}.dtype={cache.dtype} must be the keys' dtype {key.dtype}: "
-                + convert(cache, "key")
-            )
-    if key_cache.shape[-1] != head_dim:
-        raise ValueError(
-            f"key_cache.shape[{key_cache.ndim - 1}]={key_cache.shape[-1]} must be the keys' "
-            f"head_dim={head_dim}"
-        )
+    cache_type = check_cache_dtype(key_cache)
+    check_width(key_cache, head_dim, "the keys'")
     _check_values(key, value, key_cache, value_cache)
     check_sizes(slot_mapping=(slot_mapping, "num_tokens", num_tokens))
     if exceeds(num_pages * page_size, 2**31 - 1):
@@ -131,6 +129,9 @@ def _problem_of(
             f"num_pages * page_size={num_pages * page_size} must be below 2**31: slots are 32-bit "
             f"{pool}"
         )
+    kind = scales.kind(num_kv_heads)
+    if kind == "token":
+        _check_computed(scales, cache_type)
     return WriteKVCacheProblem(
         num_tokens=num_tokens,
         key_shape=tuple(key_cache.shape),
@@ -138,7 +139,23 @@ def _problem_of(
         row_dtype=key.dtype,
         cache_dtype=key_cache.dtype,
         cache_layout=cache_layout,
+        scales=kind,
     )
+
+
+def _check_computed(scales: GivenScales, cache_type: CacheType) -> None:
+    """Check that scales per token can be computed, and written where they lie."""
+    if not cache_type.is_quantised:
+        raise ValueError(
+            f"key_scale={describe(scales.key_scale)} must be a number or one per KV head with "
+            f"key_cache.dtype={cache_type.name}: scales per token are computed for quantised caches"
+        )
+    for name, pool in (("key_scale", scales.key_scale), ("value_scale", scales.value_scale)):
+        if isinstance(pool, Array) and pool.dtype != jnp.float32:
+            raise ValueError(
+                f"{name}.dtype={pool.dtype} must be float32 to be written in place: "
+                f"pass {name}.astype(jnp.float32)"
+            )
 
 
 def _check_values(
@@ -168,6 +185,10 @@ def _check_values(
             f"value.dtype={value.dtype} must be the keys' dtype {key.dtype}: "
             "pass value.astype(key.dtype)"
         )
+    if value_cache is not None and value_cache.dtype != key_cache.dtype:
+        raise ValueError(
+            f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}"
+        )
     if value.shape[:2] != key.shape[:2]:
         raise ValueError(
             f"value.shape={value.shape} must be key.shape={key.shape} but for the last axis"
@@ -178,8 +199,10 @@ def _check_values(
             "for the last axis"
         )
     cache, name = (key_cache, "key_cache") if value_cache is None else (value_cache, "value_cache")
-    if cache.shape[-1] != value.shape[-1] or value.shape[-1] < 1:
+    per_element, width = cache_type_of(cache.dtype).per_element, value.shape[-1]
+    if cache.shape[-1] * per_element != width or width < 1:
+        half = " half of" * (per_element == 2)
         raise ValueError(
-            f"{name}.shape[{cache.ndim - 1}]={cache.shape[-1]} must be the values' "
-            f"value_head_dim={value.shape[-1]}, and at least 1"
+            f"{name}.shape[{cache.ndim - 1}]={cache.shape[-1]} must be{half} the values' "
+            f"value_head_dim={width}, and at least 1"
         )

@@ -16,7 +16,7 @@ from shapes import Shape
 from strategies import INT32_MAX, Case, Configuration, build
 
 import ejk
-from ejk.backends.page_attention import layout_of
+from ejk.backends.layouts import layout_of
 
 DEVICES = 4
 F32, BF16, F16 = map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16))

@@ -11,7 +11,7 @@ from shapes import Shape
 from strategies import Configuration, build
 
 import ejk
-from ejk.backends.page_attention import layout_of
+from ejk.backends.layouts import layout_of
 
 MANY_DEVICES = jax.device_count() >= 8
 SPLIT = Shape("split", 16, 4, 32, page_size=16, num_seqs=8, num_pages=30)

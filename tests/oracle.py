@@ -20,9 +20,13 @@ def page_attention(
     *,
     cache_layout="HND",
     sliding_window=None,
+    key_scale=None,
+    value_scale=None,
     **options,
 ):
     """Return the output `[num_seqs, num_heads, value_head_dim]` and the LSE, both in float64."""
+    scales = key_scale, value_scale
+    key_cache, value_cache = dequantised(key_cache, value_cache, *scales, cache_layout)
     rows = []
     for s, table in enumerate(block_tables):
         last = length_of(key_cache, context_lens[s], table, cache_layout) - 1
@@ -45,9 +49,13 @@ def ragged_page_attention(
     sliding_window=None,
     positions=None,
     tree_mask=None,
+    key_scale=None,
+    value_scale=None,
     **options,
 ):
     """Return the output `[total_tokens, num_heads, value_head_dim]` and the LSE, in float64."""
+    scales = key_scale, value_scale
+    key_cache, value_cache = dequantised(key_cache, value_cache, *scales, cache_layout)
     lens = [length_of(key_cache, n, t, cache_layout) for n, t in zip(context_lens, block_tables)]
     rows = ragged_rows(len(query), lens, cu_q_lens, sliding_window, positions, tree_mask)
     rows = only_pages(rows, key_cache, block_tables, cache_layout)
@@ -107,8 +115,6 @@ def attend(
     value_head_dim=None,
 ):
     """Return output and LSE of rows that each see tokens of one sequence."""
-    if key_cache.ndim == 5:
-        key_cache, value_cache = halves(key_cache, cache_layout)
     num_rows, num_heads, head_dim = query.shape
     group = num_heads // _axis_sizes(key_cache, cache_layout)[2]
     scale = head_dim**-0.5 if attn_scale is None else float(attn_scale)
@@ -146,6 +152,39 @@ def visible_positions(key_cache, context_len, table, cache_layout="HND", sliding
     n = length_of(key_cache, context_len, table, cache_layout)
     first = 0 if sliding_window is None else max(n - int(sliding_window), 0)
     return [j for j in range(first, n) if 0 <= int(table[j // page_size]) < num_pages]
+
+
+def dequantised(key_cache, value_cache, key_scale=None, value_scale=None, cache_layout="HND"):
+    """Return keys and values as they are seen, in float64 where they have scales or are codes."""
+    if key_cache.ndim == 5:
+        if np.ndim(key_scale) > 1:
+            key_scale, value_scale = halves(key_scale, cache_layout)
+        key_cache, value_cache = halves(key_cache, cache_layout)
+    return [
+        None if cache is None else _times(codes(cache), scale, cache_layout)
+        for cache, scale in ((key_cache, key_scale), (value_cache, value_scale))
+    ]
+
+
+def codes(cache):
+    """Take the values of int4, two a byte, apart: in the low four bits the first."""
+    if cache.dtype != np.uint8:
+        return cache
+    pairs = np.stack([cache % 16, cache // 16], axis=-1).astype(np.int8)
+    pairs = np.where(pairs < 8, pairs, pairs - 16)
+    return pairs.reshape(*cache.shape[:-1], 2 * cache.shape[-1])
+
+
+def _times(cache, scale, cache_layout):
+    """Multiply a cache by a scale: a number, one a KV head, or one of each token and head."""
+    if scale is None:
+        return cache
+    scale = np.asarray(scale).astype(np.float64)
+    if scale.ndim == 1:
+        axis = {"HND": 1, "NHD": 2, "KV_HEADS_FIRST": 0}[cache_layout]
+        scale = np.expand_dims(scale, [a for a in range(3) if a != axis])
+    with np.errstate(invalid="ignore"):  # of what nobody sees
+        return cache.astype(np.float64) * (scale[..., None] if scale.ndim else scale)
 
 
 def halves(pool, cache_layout):

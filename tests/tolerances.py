@@ -107,9 +107,9 @@ def _row(case, r, h):
     if not seen:
         nothing = np.zeros(0, np.float32)
         return nothing, nothing, np.zeros((0, case.shape.width), case.dtype)
-    if keys.ndim == 5:
-        keys, values = oracle.halves(keys, layout)
-    elif values is None:
+    scales = options.get("key_scale"), options.get("value_scale")
+    keys, values = oracle.dequantised(keys, values, *scales, layout)
+    if values is None:
         values = keys[..., : options["value_head_dim"]]
     positions, distances = zip(*seen)
     gathered_values = [oracle.token(values, tables[s], j, kv_head, layout) for j in positions]

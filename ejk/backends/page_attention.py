@@ -6,7 +6,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,55 +14,28 @@ import numpy as np
 
 from ejk._backend import Backend, Problem
 from ejk._batching import merge_axis
+from ejk._cache_types import (
+    QUANTISED,
+    SCALES,
+    CacheType,
+    Scales,
+    cache_type_of,
+    features_of,
+)
 from ejk._indices import Size
 from ejk._shards import Axes, Shards
+from ejk.backends.layouts import LAYOUTS, POOLS, Layout
 from ejk.backends.page_attention_plan import PlanBackend, PlanProblem
 from ejk.backends.page_attention_shards import axes_of, shards_of
-
-CacheLayout = Literal["HND", "NHD", "KV_HEADS_FIRST"]
-
-
-class Layout(NamedTuple):
-    """Where a pool's axes are; the head dimension is the last."""
-
-    pages: int
-    kv_heads: int
-    slots: int
-    halves: int | None = None  # of fused pools: a page's keys, then its values
-
-    @property
-    def fused(self) -> "Layout":
-        """The same for fused pools."""
-        kv_heads, slots = (axis + (axis > self.pages) for axis in (self.kv_heads, self.slots))
-        return Layout(self.pages, kv_heads, slots, halves=self.pages + 1)
-
-    @property
-    def gathered(self) -> tuple[int, int, int, int]:
-        """Where sequences, KV heads, pages and slots are in what a table gathers of keys or values.
-
-        A table's two axes take the pages' place and, in fused pools, that of the halves.
-        """
-        wide = self.fused if self.halves is None else self
-        return self.pages, wide.kv_heads, self.pages + 1, wide.slots
-
-
-LAYOUTS: dict[str, Layout] = {
-    "HND": Layout(pages=0, kv_heads=1, slots=2),
-    "NHD": Layout(pages=0, slots=1, kv_heads=2),
-    "KV_HEADS_FIRST": Layout(kv_heads=0, pages=1, slots=2),
-}
-
-POOLS = frozenset({"fused_pools", *(f'cache_layout="{layout}"' for layout in LAYOUTS)})
-"""The features of how pools lie in memory."""
 
 AXIS = frozenset({"axis_name", "axis_name with alibi_slopes"})
 """The features of pages that are split over devices: `axis_name=`."""
 
+OTHER_FLOAT = "key_cache.dtype other than query.dtype"
+"""The feature of a cache of another float type than the query's."""
 
-def layout_of(pool: Any, cache_layout: str) -> Layout:
-    """Return where the axes of `key_cache` are: a pool of five is fused."""
-    layout = LAYOUTS[cache_layout]
-    return layout.fused if pool.ndim == 5 else layout
+CACHES = QUANTISED | SCALES | {OTHER_FLOAT}
+"""The features of caches that hold something else than the query's type."""
 
 
 class PageAttentionOperands(NamedTuple):
@@ -82,6 +55,8 @@ class PageAttentionOperands(NamedTuple):
     sinks: Any  # float32 [num_heads], or None
     alibi_slopes: Any  # float32 [num_heads], or None
     plan: Any  # int32 [rows, 4], see PlanProblem, or None
+    key_scale: Any = None  # float32 [num_kv_heads], or of the pool's axes but the last; or None
+    value_scale: Any = None  # the same; None where `key_scale` has all: see `scales`
     page_distances: Any = None  # int32 [num_seqs, max_blocks], or None: see `is_part`
 
 
@@ -109,6 +84,14 @@ class PagedFacts:
     has_sinks: bool
     has_alibi: bool
     return_lse: bool
+    scales: Scales = dataclasses.field(default="none", kw_only=True)
+    """What has a scale: a KV head, or a token and KV head. Latent attention's are `key_scale`
+    alone, and so are those of tokens in fused pools, which lie as the pool does."""
+
+    @property
+    def cache_type(self) -> CacheType:
+        """What the elements of the pools hold."""
+        return cache_type_of(self.cache_dtype)
 
     @property
     def group(self) -> int:
@@ -134,6 +117,7 @@ class PagedProblem(PagedFacts, Problem):
     feature_names: ClassVar[frozenset[str]] = (
         POOLS
         | AXIS
+        | CACHES
         | {
             "attn_logits_soft_cap",
             "sliding_window",
@@ -181,6 +165,8 @@ class PagedProblem(PagedFacts, Problem):
             "axis_name": self.is_part,
             "axis_name with alibi_slopes": self.own_distances,
             f'cache_layout="{self.cache_layout}"': True,
+            OTHER_FLOAT: self.cache_dtype != self.query_dtype and not self.cache_type.is_quantised,
+            **features_of(self.cache_type, self.scales),
         }
         return frozenset(feature for feature, is_used in used.items() if is_used)
 
@@ -209,6 +195,13 @@ class PagedProblem(PagedFacts, Problem):
         """Say what the axes of a pool are."""
         axes = range(4 + self.fused)
         return tuple(kv_heads if axis == self.layout.kv_heads else None for axis in axes)
+
+    def scale_axes(self, kv_heads: Any) -> dict[str, tuple[Any, ...] | None]:
+        """Say what the axes of `key_scale` and `value_scale` are."""
+        of = {"none": None, "head": (kv_heads,), "token": self.pool_axes(kv_heads)[:-1]}
+        key_has_all = self.latent or (self.fused and self.scales == "token")
+        scale = of[self.scales]
+        return {"key_scale": scale, "value_scale": None if key_has_all else scale}
 
     @property
     def axes(self) -> Axes:
@@ -278,6 +271,7 @@ class PageAttentionProblem(PagedProblem):
             sinks=(heads,) if self.has_sinks else None,
             alibi_slopes=(heads,) if self.has_alibi else None,
             plan=None,
+            **self.scale_axes(kv_heads),
             page_distances=(seqs, None) if self.own_distances else None,
         )
 

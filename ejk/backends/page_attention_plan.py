@@ -102,6 +102,16 @@ class PlanFacts:
         """Tokens that a row of the block tables can name."""
         return self.max_blocks * self.page_size
 
+    @classmethod
+    def of(cls, facts: Any, sliding_window: Any) -> "PlanFacts":
+        """Return those of a call, of whose `PagedFacts` they are a part."""
+        shared = {
+            field.name: getattr(facts, field.name)
+            for field in dataclasses.fields(cls)
+            if field.name != "sliding_window"
+        }
+        return cls(**shared, sliding_window=window_fact(sliding_window))
+
 
 def window_fact(sliding_window: Any) -> int | str | None:
     """Return what is known of a window when a call is traced."""

@@ -69,7 +69,9 @@ def _results(problem: Any, seqs: Any, heads: Any) -> tuple[tuple[Any, ...], ...]
 def _split_of_pools(problem: Any, specs: Any, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """Return the mesh axes of the pools' KV heads: nothing else of them may be split."""
     found: list[tuple[str, ...]] = []
-    for name in ("key_cache", "value_cache"):
+    pools = ["key_cache", "value_cache"]
+    pools += ["key_scale", "value_scale"] * (problem.scales == "token")
+    for name in pools:
         spec = getattr(specs, name)
         for axis, entry in enumerate(spec or ()):
             if axis == problem.layout.kv_heads:
@@ -83,7 +85,7 @@ def _split_of_pools(problem: Any, specs: Any, mesh: Mapping[str, int]) -> tuple[
                 )
     if len(set(found)) > 1:
         raise ValueError(
-            f"key_cache and value_cache must be split alike, not {specs.key_cache} and "
-            f"{specs.value_cache}"
+            f"{' and '.join(pools[:2])} must be split alike, not "
+            f"{' and '.join(str(getattr(specs, name)) for name in pools)}"
         )
     return found[0]

@@ -31,6 +31,8 @@ class RaggedPageAttentionOperands(NamedTuple):
     alibi_slopes: Any  # float32 [num_heads], or None
     positions: Any  # int32 [total_tokens], or None
     tree_mask: Any  # bool [total_tokens, tree_width], or None
+    key_scale: Any = None  # as in `PageAttentionOperands`
+    value_scale: Any = None
     row_lens: Any = None  # int32 [total_tokens]: tokens that each sees, where the problem `is_part`
     page_distances: Any = None  # as in `PageAttentionOperands`, but from the last token of each
 
@@ -90,6 +92,7 @@ class RaggedPageAttentionProblem(PagedProblem):
             alibi_slopes=(heads,) if self.has_alibi else None,
             positions=(None,) if self.has_positions else None,
             tree_mask=(None, None) if self.tree_width else None,
+            **self.scale_axes(kv_heads),
             row_lens=(None,) if self.is_part else None,
             page_distances=(None, None) if self.own_distances else None,
         )

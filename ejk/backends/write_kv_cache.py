@@ -13,11 +13,25 @@ from jax.sharding import PartitionSpec
 
 from ejk._backend import Backend, Problem
 from ejk._batching import merge_axis
+from ejk._cache_types import (
+    QUANTISED,
+    SCALES,
+    CacheType,
+    Scales,
+    cache_type_of,
+    features_of,
+)
 from ejk._indices import Size, exceeds
 from ejk._shards import Axes, Shards, is_split, mesh_axes
-from ejk.backends.page_attention import LAYOUTS, POOLS, Layout
+from ejk.backends.layouts import LAYOUTS, POOLS, Layout
 
 Shape = tuple[Size, ...]
+
+OTHER_FLOAT = "key_cache.dtype other than key.dtype"
+"""The feature of a cache of another float type than the new keys'."""
+
+CACHES = QUANTISED | SCALES | {OTHER_FLOAT}
+"""The features of caches that hold something else than the new keys' type."""
 
 
 class WriteKVCacheOperands(NamedTuple):
@@ -32,6 +46,8 @@ class WriteKVCacheOperands(NamedTuple):
     key_cache: Any  # four axes, or five of fused pools: see LAYOUTS
     value_cache: Any  # the same, its last axis value_head_dim; None of fused and latent pools
     slot_mapping: Any  # int32 [num_tokens]
+    key_scale: Any = None  # float32 [num_kv_heads], or of the pool's axes but the last; or None
+    value_scale: Any = None  # the same; None where `key_scale` has all: see `scales`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +55,7 @@ class WriteKVCacheProblem(Problem):
     """The static facts of one `ejk.write_kv_cache` call. No axis is empty."""
 
     operation: ClassVar[str] = "write_kv_cache"
-    feature_names: ClassVar[frozenset[str]] = POOLS | {"latent_pools"}
+    feature_names: ClassVar[frozenset[str]] = POOLS | CACHES | {"latent_pools"}
 
     num_tokens: Size
     key_shape: Shape
@@ -50,6 +66,15 @@ class WriteKVCacheProblem(Problem):
     """Of the keys and values that are written."""
     cache_dtype: np.dtype
     cache_layout: str
+    scales: Scales = "none"
+    """What has a scale: a KV head, or a token and KV head. Those of heads are given; those of
+    tokens are computed and lie in pools of their own, `key_scale` having all that `key_cache` has:
+    of keys and values in fused pools."""
+
+    @property
+    def cache_type(self) -> CacheType:
+        """What the elements of the pools hold."""
+        return cache_type_of(self.cache_dtype)
 
     @property
     def fused(self) -> bool:
@@ -86,14 +111,15 @@ class WriteKVCacheProblem(Problem):
 
     @property
     def head_dim(self) -> int:
-        return self.key_shape[-1]
+        """Values of a key: twice the pool's elements with int4."""
+        return self.key_shape[-1] * self.cache_type.per_element
 
     @property
     def value_head_dim(self) -> int:
         """Of the values that are written: 0 of latent pools."""
         if self.latent:
             return 0
-        return (self.value_shape or self.key_shape)[-1]
+        return (self.value_shape or self.key_shape)[-1] * self.cache_type.per_element
 
     @property
     def features(self) -> frozenset[str]:
@@ -101,13 +127,18 @@ class WriteKVCacheProblem(Problem):
             "fused_pools": self.fused,
             "latent_pools": self.latent,
             f'cache_layout="{self.cache_layout}"': True,
+            OTHER_FLOAT: self.cache_dtype != self.row_dtype and not self.cache_type.is_quantised,
+            **features_of(self.cache_type, self.scales),
         }
         return frozenset(feature for feature, is_used in used.items() if is_used)
 
     @property
     def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shapes = (self.key_shape, self.value_shape)
-        return tuple(jax.ShapeDtypeStruct(x, self.cache_dtype) for x in shapes if x is not None)
+        shapes = [shape for shape in (self.key_shape, self.value_shape) if shape is not None]
+        pools = [jax.ShapeDtypeStruct(shape, self.cache_dtype) for shape in shapes]
+        if self.scales == "token":
+            pools += [jax.ShapeDtypeStruct(shape[:-1], jnp.float32) for shape in shapes]
+        return tuple(pools)
 
     @property
     def folded_axis(self) -> int:
@@ -117,7 +148,9 @@ class WriteKVCacheProblem(Problem):
         self, size: int, operands: WriteKVCacheOperands, axes: WriteKVCacheOperands
     ) -> "tuple[WriteKVCacheProblem, WriteKVCacheOperands] | None":
         """Make a `vmap` axis part of the pages: in place where it comes right before them."""
-        if exceeds(size * self.num_slots, 2**31 - 1):
+        of_heads = [axes.key_scale, axes.value_scale] if self.scales == "head" else []
+        own_scales = any(axis is not None and axis >= 0 for axis in of_heads)
+        if own_scales or exceeds(size * self.num_slots, 2**31 - 1):
             return None
 
         def merged(x: Any, axis: Any, to: int) -> Any:
@@ -132,26 +165,28 @@ class WriteKVCacheProblem(Problem):
         first = self.num_slots * jnp.arange(size, dtype=jnp.int32)
         is_inside = (slots >= 0) & (slots < self.num_slots)
         slots = jnp.where(is_inside, slots + first[:, None], -1).reshape(-1)
-        to = WriteKVCacheOperands(0, 0, self.folded_axis, self.folded_axis, 0)
+        to = WriteKVCacheOperands(0, 0, *[self.folded_axis] * 2, 0, *[self.folded_axis] * 2)
         problem = dataclasses.replace(
             self,
             num_tokens=size * self.num_tokens,
             key_shape=longer(self.key_shape),
             value_shape=longer(self.value_shape),
         )
-        operands = WriteKVCacheOperands(*map(merged, operands, axes, to))
-        return problem, operands._replace(slot_mapping=slots)
+        whole = {"slot_mapping": slots}
+        if self.scales == "head":
+            whole |= {name: getattr(operands, name) for name in ("key_scale", "value_scale")}
+        operands = WriteKVCacheOperands(*map(merged, operands._replace(**whole), axes, to))
+        return problem, operands._replace(**whole)
 
     @property
     def axes(self) -> Axes:
         operands = self._operands("kv_heads")
-        pools = tuple(pool for pool in (operands.key_cache, operands.value_cache) if pool)
-        return Axes(operands, results=pools, sizes={})
+        return Axes(operands, results=self._pools_of(operands), sizes={})
 
     def shards(self, specs: WriteKVCacheOperands, mesh: Mapping[str, int]) -> Shards:
         """Follow the pools, which stay where they are; the new tokens are small."""
         heads, pools = self.layout.kv_heads, {}
-        for name in ("key_cache", "value_cache"):
+        for name in self._pool_names:
             if (spec := getattr(specs, name)) is not None:
                 pools[name] = spec
         split = mesh_axes(specs.key_cache[heads])
@@ -163,7 +198,7 @@ class WriteKVCacheProblem(Problem):
                     "with slots of its own"
                 )
             if mesh_axes(spec[heads]) != split:
-                raise ValueError(f"key_cache and value_cache must be split alike, not {pools}")
+                raise ValueError(f"{' and '.join(pools)} must be split alike, not {pools}")
         parts = math.prod(mesh[axis] for axis in split)
         if self.num_kv_heads % parts:
             raise ValueError(
@@ -179,10 +214,18 @@ class WriteKVCacheProblem(Problem):
         )
         operands = self._operands(split or None)
         specs = WriteKVCacheOperands(*(of and PartitionSpec(*of) for of in operands))
-        results = tuple(
-            PartitionSpec(*of) for of in (operands.key_cache, operands.value_cache) if of
-        )
+        results = tuple(PartitionSpec(*of) for of in self._pools_of(operands))
         return Shards(problem, specs, results)
+
+    @property
+    def _pool_names(self) -> list[str]:
+        """The operands that are written, in the order of the results."""
+        scales = ["key_scale", "value_scale"] if self.scales == "token" else []
+        return ["key_cache", "value_cache", *scales]
+
+    def _pools_of(self, operands: WriteKVCacheOperands) -> tuple[Any, ...]:
+        pools = (getattr(operands, name) for name in self._pool_names)
+        return tuple(pool for pool in pools if pool is not None)
 
     def _operands(self, kv_heads: Any) -> WriteKVCacheOperands:
         """Say what the axes of each operand are."""
@@ -191,12 +234,16 @@ class WriteKVCacheProblem(Problem):
             kv_heads if axis == self.layout.kv_heads else None
             for axis in range(len(self.key_shape))
         )
+        whole = self.scales != "head"  # a pool of scales lies as that of the keys or values
+        scale = {"none": None, "head": (kv_heads,), "token": pool[:-1]}[self.scales]
         return WriteKVCacheOperands(
             key=rows,
             value=None if self.latent else rows,
             key_cache=pool,
             value_cache=None if self.value_shape is None else pool,
             slot_mapping=(None,),
+            key_scale=scale,
+            value_scale=None if self.latent or (self.value_shape is None and whole) else scale,
         )
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk import _backend, _dispatch, _partition
+from ejk._dtypes import DTYPES
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.reverse_mode import with_pull_back
 from ejk.backends.xla._softmax import KEYS, VALUES, Block, Operands, page_index, product
@@ -83,10 +84,10 @@ class Sums(NamedTuple):
         return cls(jnp.zeros_like(rows.lse), jnp.zeros_like(rows.lse))
 
     def add(self, problem: PagedProblem, operands: Operands, rows: Rows, block: Block) -> "Sums":
-        scores = block.logits(problem, operands, rows.query, block.keys)
+        scores = block.logits(problem, operands, rows.query)
         visible = block.visible_rows(problem)
         p = jnp.where(visible, jnp.exp(scores - rows.lse[..., None]), 0.0)
-        dp = product("skgd,sktd->skgt", rows.g, block.values.astype(rows.g.dtype))
+        dp = _of_values(rows.g, block)
         return Sums(self.weights + p.sum(-1), self.weighted + (p * dp).sum(-1))
 
 
@@ -108,31 +109,66 @@ class Softmax(NamedTuple):
         total = jnp.where(total == 0, 1.0, total)
         return cls(rows, total, rows.h - sums.weighted / total)
 
-    def pull_back(self, problem: PagedProblem, operands: Operands, block: Block) -> tuple[Any, ...]:
-        """Return the cotangents of query, keys, values, scale and slopes that a block makes."""
+    def pull_back(self, problem: PagedProblem, operands: Operands, block: Block) -> "Cotangents":
+        """Return the cotangents that a block makes."""
         visible = block.visible_rows(problem)
 
-        def visible_logits(query: jax.Array, keys: jax.Array, scale: jax.Array, slopes: Any):
+        def visible_logits(query: Any, keys: Any, key_scale: Any, scale: Any, slopes: Any) -> Any:
             given = operands._replace(attn_scale=scale, alibi_slopes=slopes)
-            return jnp.where(visible, block.logits(problem, given, query, keys), 0.0)
+            own = block._replace(keys=keys, key_scale=key_scale)
+            return jnp.where(visible, own.logits(problem, given, query), 0.0)
 
-        rows = self.rows
-        inputs = (rows.query, block.keys, operands.attn_scale, operands.alibi_slopes)
+        rows, own = self.rows, (block.keys, block.key_scale)
+        inputs = (rows.query, *own, operands.attn_scale, operands.alibi_slopes)
         scores, pullback = jax.vjp(visible_logits, *inputs)
         p = jnp.exp(scores - rows.lse[..., None]) / self.total[..., None]
         p = jnp.where(visible, p, 0.0)
-        dp = product("skgd,sktd->skgt", rows.g, block.values.astype(rows.g.dtype))
-        d_query, d_keys, d_scale, d_slopes = pullback(p * (dp + self.delta[..., None]))
-        d_values = product("skgt,skgd->sktd", p.astype(rows.g.dtype), rows.g)
+        dp = _of_values(rows.g, block)
+        d_query, d_keys, d_key_scale, d_scale, d_slopes = pullback(p * (dp + self.delta[..., None]))
+        weights, unit = block.with_value_scale(p, visible)
+        d_values = product("skgt,skgd->sktd", weights.astype(rows.g.dtype), rows.g)
+        d_values = d_values if unit is None else unit[..., None] * d_values
+        d_value_scale = _of_value_scale(problem, p, rows.g, block, visible)
         if problem.latent:
             width = problem.head_dim - problem.value_head_dim
             d_keys = d_keys + jnp.pad(d_values, ((0, 0),) * 3 + ((0, width),)).astype(d_keys.dtype)
-        return d_query.astype(jnp.float32), d_keys, d_values, d_scale, d_slopes
+            d_key_scale = None if d_value_scale is None else d_key_scale + d_value_scale
+        d_query = d_query.astype(jnp.float32)
+        return Cotangents(d_query, d_keys, d_values, d_key_scale, d_value_scale, d_scale, d_slopes)
 
     def pull_back_sinks(self) -> jax.Array:
         """Return what each row adds to the cotangent of its sink."""
         assert self.rows.sinks is not None
         return jnp.exp(self.rows.sinks - self.rows.lse) / self.total * self.delta
+
+
+class Cotangents(NamedTuple):
+    """What a block of keys and values adds to those of the operands: to pools' of its own slots."""
+
+    query: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    key_scale: jax.Array | None
+    value_scale: jax.Array | None
+    attn_scale: jax.Array
+    alibi_slopes: jax.Array | None
+
+
+def _of_values(g: jax.Array, block: Block) -> jax.Array:
+    """Return the output's cotangent times each value, `[batch, num_kv_heads, rows, keys]`."""
+    dp = product("skgd,sktd->skgt", g, block.values)
+    return dp if block.value_scale is None else dp * block.value_scale[:, :, None]
+
+
+def _of_value_scale(
+    problem: PagedProblem, p: jax.Array, g: jax.Array, block: Block, visible: jax.Array
+) -> jax.Array | None:
+    """Return what a block adds to the cotangent of its values' scales, in their shape."""
+    if block.value_scale is None:
+        return None
+    unscaled = product("skgd,sktd->skgt", g, block.values)
+    of_tokens = jnp.where(visible, p * unscaled, 0.0).sum(2)
+    return of_tokens.sum((0, 2), keepdims=True) if problem.scales == "head" else of_tokens
 
 
 def pull_back_rows(
@@ -154,13 +190,13 @@ def pull_back_rows(
 
     def step(number: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         (grads, d_rows), block = carry, load(number)
-        d_query, d_keys, d_values, d_scale, d_slopes = softmax.pull_back(problem, operands, block)
-        grads = _add_to_pools(problem, grads, block.pages, d_keys, d_values)
+        d = softmax.pull_back(problem, operands, block)
+        grads = _add_to_pools(problem, grads, block.pages, d)
         grads = grads._replace(
-            attn_scale=grads.attn_scale + d_scale,
-            alibi_slopes=grads.alibi_slopes + d_slopes if problem.has_alibi else None,
+            attn_scale=grads.attn_scale + d.attn_scale,
+            alibi_slopes=grads.alibi_slopes + d.alibi_slopes if problem.has_alibi else None,
         )
-        return grads, d_rows + d_query
+        return grads, d_rows + d.query
 
     rows = rows.without_minus_infinity()
     softmax = Softmax.of(rows, lax.fori_loop(*span, add_up, Sums.none(rows)))
@@ -169,35 +205,43 @@ def pull_back_rows(
     return grads, d_rows, softmax.pull_back_sinks() if problem.has_sinks else None
 
 
-def _add_to_pools(
-    problem: PagedProblem, grads: Any, pages: jax.Array, d_keys: jax.Array, d_values: jax.Array
-) -> Any:
-    """Add a block's cotangents to those of `key_cache` and `value_cache` in `grads`."""
-    key_cache = _scatter(problem, grads.key_cache, pages, KEYS, d_keys)
-    value_cache = grads.value_cache
-    if problem.fused:
-        key_cache = _scatter(problem, key_cache, pages, VALUES, d_values)
-    elif not problem.latent:
-        value_cache = _scatter(problem, value_cache, pages, VALUES, d_values)
-    return grads._replace(key_cache=key_cache, value_cache=value_cache)
+def _add_to_pools(problem: PagedProblem, grads: Any, pages: jax.Array, d: Cotangents) -> Any:
+    """Add a block's cotangents to those of the pools and their scales in `grads`."""
+    if problem.scales == "head":
+        grads = grads._replace(key_scale=grads.key_scale + d.key_scale[0, :, 0])
+        if not problem.latent:
+            grads = grads._replace(value_scale=grads.value_scale + d.value_scale[0, :, 0])
+    added = [("key_cache", KEYS, d.keys), ("value_cache", VALUES, d.values)]
+    if problem.cache_type.is_quantised:
+        added = []
+    if problem.scales == "token":
+        added += [("key_scale", KEYS, d.key_scale), ("value_scale", VALUES, d.value_scale)]
+    for name, half, block in added:
+        if half == VALUES and problem.latent:
+            continue
+        if half == VALUES and problem.fused:
+            name = name.replace("value", "key")
+        pool = _scatter(problem, getattr(grads, name), pages, half, block)
+        grads = grads._replace(**{name: pool})
+    return grads
 
 
 def _scatter(
     problem: PagedProblem, grad: jax.Array, pages: jax.Array, half: int, block: jax.Array
 ) -> jax.Array:
-    """Add `[batch, num_kv_heads, keys, head_dim]` to the pool; pages may occur twice."""
-    batch, num_kv_heads, _, head_dim = block.shape
+    """Add `[batch, num_kv_heads, keys, ...]` to the pool; pages may occur twice."""
+    batch, num_kv_heads, _, *width = block.shape
     block = block.astype(jnp.float32)
-    block = block.reshape(batch, num_kv_heads, -1, problem.page_size, head_dim)
+    block = block.reshape(batch, num_kv_heads, -1, problem.page_size, *width)
     block = jnp.moveaxis(block, (0, 1, 2, 3), problem.layout.gathered)
     return grad.at[page_index(problem, pages, half)].add(block, mode="promise_in_bounds")
 
 
 def float_zeros(operands: Any) -> Any:
-    """Return float32 zeros for each float operand, None for the integers."""
+    """Return float32 zeros for each float operand, None for integers and for float8."""
 
     def zeros(x: Any) -> jax.Array | None:
-        if x is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        if x is None or x.dtype.name not in DTYPES:
             return None
         return jnp.zeros_like(x, jnp.float32)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ejk._cache_types import codes_of
 from ejk._indices import Size
 from ejk.backends.page_attention import PageAttentionOperands, PagedProblem
 from ejk.backends.ragged_page_attention import RaggedPageAttentionOperands
@@ -32,6 +33,8 @@ class Block(NamedTuple):
     visible: jax.Array  # bool [batch, tokens, keys]
     keys: jax.Array  # [batch, num_kv_heads, keys, head_dim], zero where nobody sees them
     values: jax.Array
+    key_scale: jax.Array | None  # float32 [1, num_kv_heads, 1] or [batch, num_kv_heads, keys]
+    value_scale: jax.Array | None
 
     @classmethod
     def load(
@@ -46,17 +49,23 @@ class Block(NamedTuple):
         valid = (entries >= 0) & (entries < problem.num_pages)
         visible = visible & jnp.repeat(valid, problem.page_size, axis=1)[:, None]
         pages, seen = jnp.where(valid, entries, 0), visible.any(1)
-        keys = _gather(problem, operands.key_cache, pages, KEYS, seen)
+        keys = _numbers(problem, operands.key_cache, pages, KEYS, seen)
+        key_scale = _scales(problem, operands.key_scale, pages, KEYS, seen)
         if problem.latent:
-            return cls(pages, ahead, visible, keys, keys[..., : problem.value_head_dim])
-        pool = operands.key_cache if problem.fused else operands.value_cache
-        return cls(pages, ahead, visible, keys, _gather(problem, pool, pages, VALUES, seen))
+            values = keys[..., : problem.value_head_dim]
+            return cls(pages, ahead, visible, keys, values, key_scale, key_scale)
+        pool, scale = operands.value_cache, operands.value_scale
+        if problem.fused:
+            pool, scale = operands.key_cache, operands.key_scale if scale is None else scale
+        values = _numbers(problem, pool, pages, VALUES, seen)
+        value_scale = _scales(problem, scale, pages, VALUES, seen)
+        return cls(pages, ahead, visible, keys, values, key_scale, value_scale)
 
-    def logits(
-        self, problem: PagedProblem, operands: Operands, query: jax.Array, keys: jax.Array
-    ) -> jax.Array:
+    def logits(self, problem: PagedProblem, operands: Operands, query: jax.Array) -> jax.Array:
         """Return every logit, `[batch, num_kv_heads, rows, keys]`, in float32."""
-        scores = operands.attn_scale * product("skgd,sktd->skgt", query, keys)
+        scores = operands.attn_scale * product("skgd,sktd->skgt", query, self.keys)
+        if self.key_scale is not None:
+            scores = scores * self.key_scale[:, :, None]
         if problem.soft_cap is not None:
             scores = problem.soft_cap * jnp.tanh(scores / problem.soft_cap)
         if not problem.has_alibi:
@@ -64,6 +73,29 @@ class Block(NamedTuple):
         slopes = operands.alibi_slopes.reshape(1, problem.num_kv_heads, 1, problem.group, 1)
         ahead = slopes * self.ahead[:, None, :, None].astype(jnp.float32)
         return scores + ahead.reshape(scores.shape)
+
+    def sum_of_values(self, weights: jax.Array, visible: jax.Array) -> jax.Array:
+        """Return the values' sum, each times one of `weights [batch, num_kv_heads, rows, keys]`."""
+        weights, unit = self.with_value_scale(weights, visible)
+        total = product("skgt,sktd->skgd", weights.astype(self.values.dtype), self.values)
+        return total if unit is None else unit[..., None] * total
+
+    def with_value_scale(
+        self, weights: jax.Array, visible: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Return weights of the values as they are stored, and what their sum is to be times.
+
+        That is the largest scale `[batch, num_kv_heads, 1]`: no weight exceeds its own size, so
+        float16 holds them as well as it does without scales. Scales may be NaN or infinite, also
+        those that some rows do not see.
+        """
+        if self.value_scale is None:
+            return weights, None
+        sizes = jnp.where(jnp.isfinite(self.value_scale), jnp.abs(self.value_scale), 0.0)
+        unit = sizes.max(-1, keepdims=True)
+        unit = jnp.where(unit > 0, unit, 1.0)
+        scaled = weights * (self.value_scale / unit)[:, :, None]
+        return jnp.where(visible, scaled, 0.0), unit
 
     def visible_rows(self, problem: PagedProblem) -> jax.Array:
         """Say which tokens each row of the logits sees: `[batch, 1, rows, keys]`."""
@@ -81,19 +113,48 @@ def page_index(problem: PagedProblem, pages: jax.Array, half: int) -> tuple[Any,
     return (slice(None),) * problem.layout.pages + chosen
 
 
+def _numbers(
+    problem: PagedProblem, pool: jax.Array, pages: jax.Array, half: int, seen: jax.Array
+) -> jax.Array:
+    """Read keys or values as products take them, without their scales."""
+    is_float8 = problem.cache_dtype.name.startswith("float8")
+    if is_float8:
+        # On a CPU, XLA takes float8 for float16 and would convert the whole pool first, and bytes
+        # of it would be a copy outside of the loop.
+        pool, pages = lax.optimization_barrier((pool, pages))
+        pool = lax.bitcast_convert_type(pool, jnp.uint8)
+    block = _gather(problem, pool, pages, half, seen)
+    if is_float8:
+        block = lax.bitcast_convert_type(block, problem.cache_dtype)
+    if not problem.cache_type.is_quantised:
+        return block.astype(jnp.promote_types(problem.query_dtype, problem.cache_dtype))
+    return codes_of(block, problem.cache_type).astype(problem.query_dtype)
+
+
+def _scales(
+    problem: PagedProblem, scale: jax.Array | None, pages: jax.Array, half: int, seen: jax.Array
+) -> jax.Array | None:
+    """Read scales, `[1, num_kv_heads, 1]` or `[batch, num_kv_heads, keys]`."""
+    if scale is None or problem.scales == "head":
+        return None if scale is None else scale[None, :, None]
+    return _gather(problem, scale, pages, half, seen)
+
+
 def _gather(
     problem: PagedProblem, pool: jax.Array, pages: jax.Array, half: int, seen: jax.Array
 ) -> jax.Array:
     """Read pages, with zeros for every slot that nobody has seen: it may hold NaN."""
     gathered = pool.at[page_index(problem, pages, half)].get(mode="promise_in_bounds")
-    block = gathered.transpose(*problem.layout.gathered, 4)
-    block = block.reshape(*block.shape[:2], -1, block.shape[4])
-    # [batch, num_kv_heads, keys, head_dim]
-    return jnp.where(seen[:, None, :, None], block, jnp.zeros((), block.dtype))
+    block = gathered.transpose(*problem.layout.gathered, *range(4, gathered.ndim))
+    block = block.reshape(*block.shape[:2], -1, *block.shape[4:])
+    # [batch, num_kv_heads, keys, head_dim], or without the last axis
+    seen = seen.reshape(seen.shape[0], 1, -1, *[1] * (block.ndim - 3))
+    return jnp.where(seen, block, jnp.zeros((), block.dtype))
 
 
 def product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply with float32 accumulation, and IEEE products for float32."""
+    """Multiply with float32 accumulation, and IEEE products for float32, which widens the other."""
+    a, b = (x.astype(jnp.promote_types(a.dtype, b.dtype)) for x in (a, b))
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)
 
@@ -110,9 +171,9 @@ def attend(
 
     def step(number: jax.Array, state: State) -> State:
         block = load(number)
-        scores = block.logits(problem, operands, query, block.keys)
-        scores = jnp.where(block.visible_rows(problem), scores, -jnp.inf)
-        return accumulate(state, scores, block.values)
+        visible = block.visible_rows(problem)
+        scores = jnp.where(visible, block.logits(problem, operands, query), -jnp.inf)
+        return accumulate(state, scores, block, visible)
 
     state = nothing_seen(query.shape[:3], problem.value_head_dim)
     return finish(lax.fori_loop(*span, step, state), sinks)
@@ -130,14 +191,14 @@ def nothing_seen(rows: tuple[Size, ...], value_head_dim: int) -> State:
     )
 
 
-def accumulate(state: State, scores: jax.Array, values: jax.Array) -> State:
+def accumulate(state: State, scores: jax.Array, block: Block, visible: jax.Array) -> State:
     """See one more block: logits `[..., rows, tokens]`, -inf where a token is not visible."""
     m, l, acc = state
     m_new = jnp.maximum(m, scores.max(-1))
     m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
     p = jnp.exp(scores - m_safe[..., None])
     alpha = jnp.exp(m - m_safe)
-    acc = acc * alpha[..., None] + product("skgt,sktd->skgd", p.astype(values.dtype), values)
+    acc = acc * alpha[..., None] + block.sum_of_values(p, visible)
     return m_new, l * alpha + p.sum(-1), acc
 
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from ejk._indices import is_static, least
 from ejk._rounding import rounded
 from ejk.backends._fields import at_least
+from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
     AXIS,
-    POOLS,
+    CACHES,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
@@ -55,6 +56,7 @@ class XlaPageAttention(XlaBackend, PageAttentionBackend):
         )
         | POOLS
         | AXIS
+        | CACHES
     )
 
     def __post_init__(self):

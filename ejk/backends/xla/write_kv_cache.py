@@ -5,14 +5,17 @@ one slot stays, is settled before it: only the last goes anywhere.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ejk.backends.page_attention import POOLS
+from ejk._cache_types import quantise, scales_of
+from ejk.backends.layouts import POOLS
 from ejk.backends.write_kv_cache import (
+    CACHES,
     WriteKVCacheBackend,
     WriteKVCacheOperands,
     WriteKVCacheProblem,
@@ -25,7 +28,7 @@ from ejk.backends.xla._backend import XlaBackend
 class XlaWriteKVCache(XlaBackend, WriteKVCacheBackend):
     """Run `ejk.write_kv_cache` as an XLA program: a scatter."""
 
-    features = POOLS | {"latent_pools"}
+    features = POOLS | CACHES | {"latent_pools"}
 
     def run(
         self, problem: WriteKVCacheProblem, operands: WriteKVCacheOperands, platform: str
@@ -49,13 +52,36 @@ def places(problem: WriteKVCacheProblem, slots: jax.Array) -> jax.Array:
 def _pools_and_rows(
     problem: WriteKVCacheProblem, operands: WriteKVCacheOperands
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yield each pool and what a token writes to it, in the order of the pool's axes."""
-    if problem.fused:
-        yield operands.key_cache, jnp.stack([operands.key, operands.value], halves_axis(problem))
-        return
-    yield operands.key_cache, operands.key
+    """Yield each pool and what a token writes to it, in the order of the results."""
+    written = [stored(problem, operands.key, operands.key_scale)]
     if not problem.latent:
-        yield operands.value_cache, operands.value
+        assert operands.value is not None
+        written.append(stored(problem, operands.value, operands.value_scale))
+    codes, scales = zip(*written)
+    if problem.fused:
+        codes, scales = ([_stacked(problem, halves)] for halves in (codes, scales))
+    yield from zip((operands.key_cache, operands.value_cache), codes)
+    if problem.scales == "token":
+        yield from zip((operands.key_scale, operands.value_scale), scales)
+
+
+def stored(
+    problem: WriteKVCacheProblem, rows: jax.Array, scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return what the cache holds of `rows [num_tokens, num_kv_heads, width]`, and their scales.
+
+    `scale` is that of each KV head; those of tokens are computed.
+    """
+    if problem.scales == "none" and not problem.cache_type.is_quantised:
+        return rows.astype(problem.cache_dtype), None
+    rows = rows.astype(jnp.float32)
+    if problem.scales == "token":
+        scale = scales_of(rows, problem.cache_type)
+    return quantise(rows, scale, problem.cache_dtype), scale
+
+
+def _stacked(problem: WriteKVCacheProblem, halves: Sequence[Any]) -> jax.Array | None:
+    return None if halves[0] is None else jnp.stack(halves, halves_axis(problem))
 
 
 def halves_axis(problem: WriteKVCacheProblem) -> int:

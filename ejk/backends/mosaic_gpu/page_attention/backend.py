@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from ejk.backends.gpu import MAX_GRID, Target
+from ejk.backends.layouts import POOLS
 from ejk.backends.mosaic_gpu._backend import MosaicGpuBackend, unfit_cache, unfit_target
 from ejk.backends.mosaic_gpu.page_attention.sizes import (
     BLOCK_KV,
@@ -15,7 +16,6 @@ from ejk.backends.mosaic_gpu.page_attention.sizes import (
     LatentSizes,
 )
 from ejk.backends.page_attention import (
-    POOLS,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,

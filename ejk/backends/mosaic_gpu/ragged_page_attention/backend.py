@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from ejk.backends.gpu import Target
+from ejk.backends.layouts import POOLS
 from ejk.backends.mosaic_gpu._backend import MosaicGpuBackend, unfit_cache, unfit_target
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import BLOCK_KV, ROWS, PrefillSizes
-from ejk.backends.page_attention import POOLS
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ejk.backends.layouts import LAYOUTS
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, PrefillSizes
-from ejk.backends.page_attention import LAYOUTS
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 
 SWIZZLED_BYTES = 128  # of a row

@@ -7,8 +7,8 @@ from typing import Literal
 import jax
 
 from ejk.backends._fields import at_least, check_interpret
+from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
-    POOLS,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,

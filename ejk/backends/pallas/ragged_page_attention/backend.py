@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk.backends._fields import at_least, check_interpret
-from ejk.backends.page_attention import POOLS
+from ejk.backends.layouts import POOLS
 from ejk.backends.pallas._backend import PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
 from ejk.backends.pallas._sizes import seen_pages

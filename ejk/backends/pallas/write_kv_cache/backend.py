@@ -6,7 +6,7 @@ from collections.abc import Hashable
 import jax
 
 from ejk.backends._fields import check_interpret
-from ejk.backends.page_attention import POOLS
+from ejk.backends.layouts import POOLS
 from ejk.backends.pallas._backend import PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES
 from ejk.backends.pallas.write_kv_cache.sizes import WriteSizes

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from ejk.backends.gpu import H100, MAX_GRID, Target
+from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
     AXIS,
-    POOLS,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from ejk.backends.gpu import MAX_GRID, Target
-from ejk.backends.page_attention import POOLS
+from ejk.backends.layouts import POOLS
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,

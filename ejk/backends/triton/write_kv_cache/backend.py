@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ejk.backends.gpu import MAX_GRID, Target
-from ejk.backends.page_attention import POOLS
+from ejk.backends.layouts import POOLS
 from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton.write_kv_cache.sizes import WriteSizes, is_compared
 from ejk.backends.write_kv_cache import (

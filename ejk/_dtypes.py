@@ -1,0 +1,67 @@
+"""The checks of what arrays hold."""
+
+from typing import Any
+
+import numpy as np
+
+from ejk._cache_types import CACHE_DTYPES, CacheType, cache_type_of
+from ejk._typing import Array
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def as_float32(x: Any) -> Any:
+    """Widen what each head has. Gradients come back in its own type."""
+    return x if x is None or x.dtype == np.float32 else x.astype(np.float32)
+
+
+def check_rows(name: str, rows: Array, key_cache: Array) -> None:
+    """Check that queries, or new keys, are of a type that products take."""
+    if rows.dtype.name not in DTYPES:
+        float_cache = key_cache.dtype.name in DTYPES
+        dtype = key_cache.dtype.name if float_cache else "bfloat16"
+        raise TypeError(
+            f"{name}.dtype={rows.dtype.name} must be one of {', '.join(DTYPES)}: "
+            f"pass {name}.astype(jnp.{dtype})"
+        )
+
+
+def check_cache_dtype(key_cache: Array) -> CacheType:
+    """Check that a cache is of a type that it may have, and return which."""
+    name = key_cache.dtype.name
+    if name not in CACHE_DTYPES:
+        packed = ": int4 has two values a byte" if name in ("int4", "uint4") else ""
+        raise ValueError(
+            f"key_cache.dtype={name} must be one of {', '.join(CACHE_DTYPES)}, of which uint8 "
+            f"holds int4{packed}"
+        )
+    return cache_type_of(key_cache.dtype)
+
+
+def check_floats(**arrays: Array | None) -> None:
+    """Check that each array that is not None is of a type that float32 holds."""
+    for name, x in arrays.items():
+        if x is not None and x.dtype.name not in DTYPES:
+            raise ValueError(
+                f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16: "
+                f"pass {name}.astype(jnp.float32)"
+            )
+
+
+def check_width(key_cache: Array, head_dim: int, whose: str) -> None:
+    """Check that a row of the cache holds `head_dim` values, which are those of `whose`."""
+    cache_type, width = cache_type_of(key_cache.dtype), key_cache.shape[-1]
+    axis = f"key_cache.shape[{key_cache.ndim - 1}]={width}"
+    if cache_type.per_element == 1:
+        if width != head_dim:
+            raise ValueError(f"{axis} must be {whose} head_dim={head_dim}")
+        return
+    if head_dim % cache_type.per_element:
+        raise ValueError(
+            f"head_dim={head_dim} must be even with int4, held as uint8: a byte has two values"
+        )
+    if width * cache_type.per_element != head_dim:
+        raise ValueError(
+            f"{axis} must be half of {whose} head_dim={head_dim}: int4, held as uint8, has two "
+            "values a byte"
+        )
