@@ -43,7 +43,7 @@ def check_axis(
     _axis_size(axis_name)
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     for name, x in (vars(given) | more | {"page_offset": page_offset}).items():
-        if not hasattr(x, "dtype") or (name in POOLS and x.ndim > 2):
+        if not isinstance(x, Array) or (name in POOLS and x.ndim > 2):
             continue
         if split := axes & _jax.varying(x):
             raise ValueError(

@@ -17,13 +17,14 @@ def as_float32(x: Any) -> Any:
 
 def check_rows(name: str, rows: Array, key_cache: Array) -> None:
     """Check that queries, or new keys, are of a type that products take."""
-    if rows.dtype.name not in DTYPES:
-        float_cache = key_cache.dtype.name in DTYPES
-        dtype = key_cache.dtype.name if float_cache else "bfloat16"
-        raise TypeError(
-            f"{name}.dtype={rows.dtype.name} must be one of {', '.join(DTYPES)}: "
-            f"pass {name}.astype(jnp.{dtype})"
-        )
+    if rows.dtype.name in DTYPES:
+        return
+    how, cache = f"pass {name}.astype(jnp.bfloat16)", key_cache.dtype.name
+    if cache in DTYPES:
+        how = f"pass {name}.astype(jnp.{cache})"
+    elif cache not in CACHE_DTYPES:
+        how = "keep the pools in one of " + ", ".join(DTYPES)
+    raise TypeError(f"{name}.dtype={rows.dtype.name} must be one of {', '.join(DTYPES)}: {how}")
 
 
 def check_cache_dtype(key_cache: Array) -> CacheType:

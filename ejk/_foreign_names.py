@@ -23,6 +23,8 @@ _OWN_NAMES = {  # each with what it is called elsewhere
     "sliding_window": "sliding_window_length sliding_window_size window",
     "sinks": "s_aux attention_sink attention_sinks softmax_aux sink",
     "alibi_slopes": "slopes alibi",
+    "key_scale": "k_scale k_scales k_scales_pages k_descale key_scales k_scale_cache",
+    "value_scale": "v_scale v_scales v_scales_pages v_descale value_scales v_scale_cache",
     "tree_mask": "custom_mask packed_custom_mask attn_mask mask qq_bias",
     "return_lse": "return_softmax_lse return_residual return_residuals",
     "backend": "platform implementation",
@@ -49,7 +51,7 @@ _LAST = "leave it out: how full the last page is follows from context_lens"
 _CAUSAL = "leave it out: a token always sees its sequence up to itself"
 _NO_MASK = "leave it out: what is not visible is selected away"
 _FIELD = "it is a field of a backend object: backend=ejk.{}({}=...)"
-_QUANTISED = "quantised caches are not supported yet"
+_QUANTISED = "leave it out: key_cache has a dtype, and key_scale, value_scale are its scales"
 _SIDE_BY_SIDE = "keys of latent attention are the two parts side by side, with no values"
 _NO_DROPOUT = "leave it out: there is no dropout"
 _IN_PLACE = "leave it out: the result is returned"
@@ -78,13 +80,7 @@ _MENDS = {
     "batch_indices": "slot_mapping is block_tables[batch_indices, positions // page_size] * "
     "page_size + positions % page_size",
     "page_table_v": "leave it out: keys and values share block_tables",
-    "k_scale": _QUANTISED,
-    "v_scale": _QUANTISED,
-    "key_scale": _QUANTISED,
-    "value_scale": _QUANTISED,
     "kv_cache_dtype": _QUANTISED,
-    "k_scales_pages": _QUANTISED,
-    "v_scales_pages": _QUANTISED,
     "use_fp8": _QUANTISED,
     "fp8_params": _QUANTISED,
     "kv_c": _SIDE_BY_SIDE,

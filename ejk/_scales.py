@@ -24,7 +24,7 @@ class GivenScales(NamedTuple):
 
     def kind(self, num_kv_heads: int) -> Scales:
         """Check the scales and say what has one of its own."""
-        kinds = {
+        kinds: dict[str, Scales] = {
             name: self._kind(name, getattr(self, name), num_kv_heads)
             for name in ("key_scale", "value_scale")
         }

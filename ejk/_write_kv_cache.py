@@ -1,6 +1,6 @@
 """`ejk.write_kv_cache`: the signature, its checks and its prose, once for every backend."""
 
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from ejk._describe import describe
 from ejk._dtypes import check_cache_dtype, check_rows, check_width
 from ejk._indices import as_int32, exceeds
 from ejk._scales import GivenScales
-from ejk._typing import Array, Cache, ScaleArgument, Slots, TokenRows, typed
+from ejk._typing import Array, Cache, ScaleArgument, Slots, StaticFloat, TokenRows, typed
 from ejk.backends.layouts import CacheLayout
 from ejk.backends.pallas.write_kv_cache.backend import PallasWriteKVCache
 from ejk.backends.reverse_mode.write_kv_cache import differentiable
@@ -25,6 +25,32 @@ BACKENDS = (TritonWriteKVCache(), PallasWriteKVCache(), XlaWriteKVCache())
 """Best first: each platform's own kernel, then XLA, which runs everything."""
 
 
+@overload
+def write_kv_cache(
+    key: TokenRows,
+    value: TokenRows | None,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    slot_mapping: Slots,
+    *,
+    cache_layout: CacheLayout = "HND",
+    key_scale: StaticFloat | None = None,
+    value_scale: StaticFloat | None = None,
+    backend: str | Backend | None = None,
+) -> tuple[jax.Array, jax.Array | None]: ...
+@overload
+def write_kv_cache(
+    key: TokenRows,
+    value: TokenRows | None,
+    key_cache: Cache,
+    value_cache: Cache | None,
+    slot_mapping: Slots,
+    *,
+    cache_layout: CacheLayout = "HND",
+    key_scale: ScaleArgument | None = None,
+    value_scale: ScaleArgument | None = None,
+    backend: str | Backend | None = None,
+) -> tuple[Any, ...]: ...
 @typed
 def write_kv_cache(
     key: TokenRows,
@@ -37,7 +63,7 @@ def write_kv_cache(
     key_scale: ScaleArgument | None = None,
     value_scale: ScaleArgument | None = None,
     backend: str | Backend | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Any, ...]:
     """Write the keys and values of new tokens to their slots in pools of pages.
 
     For each token `i` in turn, with `page, offset = divmod(slot_mapping[i], page_size)`:

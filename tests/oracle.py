@@ -207,18 +207,76 @@ def token(cache, table, position, kv_head, cache_layout="HND"):
     return vector.astype(np.float64)
 
 
-def write_kv_cache(key, value, key_cache, value_cache, slot_mapping, *, cache_layout="HND"):
-    """Return the caches after one token after the other was written to its slot."""
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "uint8": 7.0}
+
+
+def scales_of(rows, dtype):
+    """Return the scale of each row of float32 `rows [..., width]`: its largest entry's code is that
+    of the type.
+    """
+    size = np.abs(rows)
+    if dtype.name.startswith("float8"):  # it has codes for NaN
+        size = np.where(np.isnan(size), np.float32(0), size)
+    scale = size.max(-1, initial=0) / np.float32(LARGEST[dtype.name])
+    return np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
+
+
+def quantised(rows, scale, dtype):
+    """Return what a cache of `dtype` holds of float32 `rows [..., width]`, over their scale."""
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        x = rows if scale is None else rows / np.float32(scale)
+        if dtype.name not in LARGEST:
+            return x.astype(dtype)
+        x = np.clip(x, np.float32(-LARGEST[dtype.name]), np.float32(LARGEST[dtype.name]))
+        if dtype.name.startswith("float8"):
+            return x.astype(dtype)
+        x = np.rint(np.where(np.isnan(x), 0, x)).astype(np.int8)
+    if dtype != np.uint8:
+        return x
+    x = x.astype(np.uint8) % 16
+    return x[..., 0::2] + 16 * x[..., 1::2]
+
+
+def write_kv_cache(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    *,
+    cache_layout="HND",
+    key_scale=None,
+    value_scale=None,
+):
+    """Return the caches, then the scales if each token has some, after one token after the other.
+
+    Keys and values of the cache's type without scales keep their bits.
+    """
+    per_token = np.ndim(key_scale) > 1
     caches = [None if cache is None else cache.copy() for cache in (key_cache, value_cache)]
-    pools = halves(caches[0], cache_layout) if key_cache.ndim == 5 else caches
+    scales = [x.copy() if np.ndim(x) > 1 else x for x in (key_scale, value_scale)]
+    is_fused, pools, scale_pools = key_cache.ndim == 5, caches, scales
+    if is_fused:
+        pools = halves(caches[0], cache_layout)
+        scale_pools = halves(scales[0], cache_layout) if per_token else scales
     num_pages, page_size, _ = _axis_sizes(pools[0], cache_layout)
     for i, slot in enumerate(slot_mapping):
         page, offset = divmod(int(slot), page_size)
-        if 0 <= page < num_pages:
-            for pool, rows in zip(pools, (key, value)):
-                if rows is not None:
-                    row(pool, page, offset, cache_layout)[...] = rows[i]
-    return caches
+        if not 0 <= page < num_pages:
+            continue
+        for pool, rows, scale in zip(pools, (key, value), scale_pools):
+            if rows is None:
+                continue
+            new = rows[i]
+            if per_token:
+                new = new.astype(np.float32)
+                row(scale, page, offset, cache_layout)[...] = scales_of(new, pool.dtype)
+                new = quantised(new, scales_of(new, pool.dtype)[..., None], pool.dtype)
+            elif scale is not None or new.dtype != pool.dtype:
+                scale = None if scale is None else np.reshape(scale, (-1, 1))
+                new = quantised(new.astype(np.float32), scale, pool.dtype)
+            row(pool, page, offset, cache_layout)[...] = new
+    return [*caches, *scales] if per_token else caches
 
 
 def row(pool, page, offset, cache_layout):

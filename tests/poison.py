@@ -5,12 +5,17 @@ import numpy as np
 
 
 def numbers(rng, shape, dtype):
-    """NaN, both infinities and the largest finite numbers."""
+    """NaN, both infinities and the largest finite numbers; of integers any codes."""
+    if np.issubdtype(dtype, np.integer):
+        return ordinary(rng, shape, dtype)
     largest = ml_dtypes.finfo(dtype).max
     return rng.choice(np.array([np.nan, np.inf, -np.inf, largest, -largest], dtype), shape)
 
 
 def ordinary(rng, shape, dtype):
+    if np.issubdtype(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        return rng.integers(limits.min, limits.max, shape, dtype, endpoint=True)
     return rng.standard_normal(shape).astype(dtype)
 
 

@@ -178,13 +178,14 @@ def build_ragged(
     case = RaggedCase(
         shape, dtype, config.cache_layout, query.astype(dtype), np.zeros(0), None, context_lens,
         draw_tables(rng, shape, len(context_lens), tables_dtype, share, invalid), options,
-        config.num_splits, np.zeros(0), np.zeros(0), as_jax, config.fused, cu_q_lens,
+        config.num_splits, np.zeros(0), np.zeros(0), as_jax, config.fused, cu_q_lens=cu_q_lens,
     )  # fmt: skip
     seen: list[set[int]] = [set() for _ in context_lens]
     for s, tokens in filter(None, case.rows_seen):
         seen[s] |= {j for j, _ in tokens}
-    keys, values, live, needed = draw_pools(rng, config, case.block_tables, seen, magnitudes)
-    case = case.replace(keys=keys, values=values, live=live, needed=needed)
+    *pools, scales = draw_pools(rng, config, case.block_tables, seen, magnitudes)
+    named = dict(zip(("keys", "values", "live", "needed"), pools))
+    case = case.replace(**named, scales=scales)
     return case.with_other_junk(seed)
 
 

@@ -38,6 +38,46 @@ class Configuration:
     features: frozenset[str] = frozenset()
     num_splits: int = 0
     fused: bool = False
+    cache_dtype: np.dtype | None = None  # another than the query's
+    scales: str = "none"  # or "scalar", "head" or "token"
+
+    @property
+    def holds(self) -> np.dtype:
+        """The type of the pools: uint8 for int4, two values a byte."""
+        return self.dtype if self.cache_dtype is None else self.cache_dtype
+
+    @property
+    def is_quantised(self) -> bool:
+        """The cache is of another type than the query, or has scales."""
+        return self.holds != self.dtype or self.scales != "none"
+
+
+INT8, INT4 = np.dtype(np.int8), np.dtype(np.uint8)
+E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
+F32, BF16, F16 = DTYPES
+CACHES = (
+    (BF16, INT8, "token"), (BF16, E4M3, "head"), (BF16, INT4, "token"), (F32, BF16, "none"),
+    (F16, E4M3, "token"), (BF16, E5M2, "none"), (F32, INT8, "head"), (BF16, F16, "head"),
+    (F32, INT4, "token"), (BF16, INT8, "scalar"), (F16, E5M2, "head"), (F16, BF16, "token"),
+    (F32, E4M3, "none"), (F16, INT8, "token"), (BF16, F32, "none"), (F16, INT4, "token"),
+    (F32, E5M2, "token"), (BF16, BF16, "token"), (BF16, E4M3, "token"), (F16, INT8, "head"),
+    (F32, INT8, "token"), (F32, F16, "scalar"), (BF16, E5M2, "token"),
+)  # fmt: skip
+"""Types of queries and caches, and what has a scale."""
+
+
+def quantised_configurations() -> list[Configuration]:
+    """Deal out the types of `CACHES` over the shapes."""
+    rng = random.Random(21)
+    made, caches = [], itertools.cycle(CACHES)
+    for shape in SHAPES:
+        dtype, cache, scales = next(caches)
+        while cache == INT4 and (shape.head_dim % 2 or shape.width % 2):
+            dtype, cache, scales = next(caches)
+        features = frozenset(feature for feature in FEATURES if rng.random() < 0.3)
+        options = rng.choice((0, 1, 3)), rng.random() < 0.4 and shape.fusible, cache, scales
+        made.append(Configuration(shape, dtype, rng.choice(LAYOUTS), features, *options))
+    return made
 
 
 def configurations(per_shape: int) -> list[Configuration]:
@@ -57,7 +97,7 @@ def configurations(per_shape: int) -> list[Configuration]:
         for _ in range(per_shape - 1)
         for shape in SHAPES
     ]
-    return plain + rich
+    return plain + rich + quantised_configurations()
 
 
 THOROUGH = bool(os.environ.get("EJK_TEST_THOROUGH"))
@@ -82,6 +122,8 @@ class Case:
     needed: np.ndarray  # bool [num_seqs, max_blocks]: entries that some visible position needs
     as_jax: bool
     fused: bool = False
+    scales: tuple[Any, Any] = (None, None)
+    """Of keys and values: numbers, one a KV head, or `[num_pages, page_size, num_kv_heads]`."""
 
     def operands(self):
         """The five positional arguments, as NumPy arrays."""
@@ -92,7 +134,9 @@ class Case:
         """Arrange keys and values as they are passed, in memory."""
         order = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "KV_HEADS_FIRST": (2, 0, 1, 3)}
         pools = [
-            None if pool is None else np.ascontiguousarray(pool.transpose(order[self.cache_layout]))
+            None
+            if pool is None
+            else np.ascontiguousarray(pool.transpose(order[self.cache_layout][: pool.ndim]))
             for pool in (keys, values)
         ]
         if not self.fused:
@@ -110,7 +154,14 @@ class Case:
     def semantics(self):
         """The keyword arguments that change the answer."""
         latent = {"value_head_dim": self.shape.width} if self.shape.latent else {}
-        return {"cache_layout": self.cache_layout, **self.options, **latent}
+        scales = self.in_layout(*self.scales) if self.has_token_scales else self.scales
+        named = zip(("key_scale", "value_scale"), scales)
+        scales = {name: scale for name, scale in named if scale is not None}
+        return {"cache_layout": self.cache_layout, **self.options, **latent, **scales}
+
+    @property
+    def has_token_scales(self) -> bool:
+        return np.ndim(self.scales[0]) == 3
 
     def expected(self):
         """What the oracle says: the output and the LSE."""
@@ -146,11 +197,15 @@ class Case:
         def refill(pool):
             if pool is None:
                 return None
-            return np.where(self.live[..., None, None], pool, fill(rng, pool.shape, self.dtype))
+            live = self.live.reshape(*self.live.shape, *[1] * (pool.ndim - 2))
+            return np.where(live, pool, fill(rng, pool.shape, pool.dtype))
 
         junk = poison.junk_entries(rng, self.block_tables.shape, self.block_tables.dtype, self.keys)
         tables = np.where(self.needed, self.block_tables, junk)
-        return self.replace(keys=refill(self.keys), values=refill(self.values), block_tables=tables)
+        pools = {"keys": refill(self.keys), "values": refill(self.values)}
+        if self.has_token_scales:
+            pools["scales"] = tuple(map(refill, self.scales))
+        return self.replace(**pools, block_tables=tables)
 
     def permuted(self, seed: int, more_pages: int = 0) -> Self:
         """The same call with the pages of a larger pool in another order, others poisoned."""
@@ -162,7 +217,7 @@ class Case:
         def move(pool):
             if pool is None:
                 return None
-            moved = poison.numbers(rng, (num_pages + more_pages, *pool.shape[1:]), self.dtype)
+            moved = poison.numbers(rng, (num_pages + more_pages, *pool.shape[1:]), pool.dtype)
             moved[new[old]] = pool
             return moved
 
@@ -174,8 +229,9 @@ class Case:
         if more_pages:  # what named no page might name one now
             tables[~valid] = -1
         shape = dataclasses.replace(self.shape, num_pages=num_pages + more_pages)
+        scales = tuple(map(move, self.scales)) if self.has_token_scales else self.scales
         return self.replace(
-            shape=shape, keys=move(self.keys), values=move(self.values),
+            shape=shape, keys=move(self.keys), values=move(self.values), scales=scales,
             block_tables=tables, live=live,
         )  # fmt: skip
 
@@ -221,10 +277,13 @@ def one_of(configurations):
         return st.sampled_from(configurations)
     seed, count = _drawn
     rng = random.Random(seed)
-    # Pallas refuses float16: one of another type is always among them.
-    first = rng.choice([c for c in configurations if c.dtype != np.float16])
-    others = [c for c in configurations if c != first]
-    return st.sampled_from([first, *rng.sample(others, min(count - 1, len(others)))])
+    # Pallas refuses float16: one of another type is always among them, and one quantised cache.
+    plain = [c for c in configurations if not c.is_quantised] or configurations
+    first = rng.choice([c for c in plain if c.dtype != np.float16])
+    others = [c for c in plain if c != first]
+    few = [first, *rng.sample(others, min(count - 1, len(others)))]
+    quantised = [c for c in configurations if c.is_quantised and c not in few]
+    return st.sampled_from([*few, *rng.sample(quantised, min(1, len(quantised)))])
 
 
 def are_few() -> bool:
@@ -293,12 +352,12 @@ def build(
     window = options.get("sliding_window", INT32_MAX)
     lens = [min(max(int(n), 0), shape.capacity) for n in context_lens]
     seen = [range(max(n - int(window), 0), n) for n in lens]
-    keys, values, live, needed = draw_pools(rng, config, tables, seen, magnitudes)
+    keys, values, live, needed, scales = draw_pools(rng, config, tables, seen, magnitudes)
     tables = np.where(needed, tables, poison.junk_entries(rng, tables.shape, tables.dtype, keys))
     query = magnitudes[0] * rng.standard_normal((len(lens), shape.num_heads, shape.head_dim))
     return Case(
         shape, dtype, config.cache_layout, query.astype(dtype), keys, values, context_lens,
-        tables, options, config.num_splits, live, needed, as_jax, config.fused,
+        tables, options, config.num_splits, live, needed, as_jax, config.fused, scales,
     )  # fmt: skip
 
 
@@ -314,12 +373,11 @@ def draw_tables(rng, shape, num_seqs, dtype, share, invalid):
 def draw_pools(rng, config, tables, seen, magnitudes):
     """Poison both pools, then write what each sequence sees, its positions `seen`.
 
-    Returns the keys, the values, which slots some sequence sees and which entries it needs.
+    Returns the keys, the values, which slots some sequence sees, which entries it needs, and the
+    scales of both.
     """
-    shape, dtype = config.shape, config.dtype
+    shape, dtype = config.shape, config.holds
     pool_shape = (shape.num_pages, shape.page_size, shape.num_kv_heads)
-    keys = poison.numbers(rng, (*pool_shape, shape.head_dim), dtype)
-    values = None if shape.latent else poison.numbers(rng, (*pool_shape, shape.width), dtype)
     live = np.zeros(pool_shape[:2], bool)
     needed = np.zeros(tables.shape, bool)
     for s, positions in enumerate(seen):
@@ -328,11 +386,34 @@ def draw_pools(rng, config, tables, seen, magnitudes):
             needed[s, block] = True
             if poison.is_page(tables[s, block], shape.num_pages):
                 live[int(tables[s, block]), slot] = True
-    for pool, magnitude in ((keys, magnitudes[0]), (values, magnitudes[1])):
-        if pool is not None:
-            clean = magnitude * rng.standard_normal((live.sum(), *pool.shape[2:]))
-            pool[live] = clean.astype(dtype)
-    return keys, values, live, needed
+    widths = [shape.head_dim] if shape.latent else [shape.head_dim, shape.width]
+    pools, scales = [], []
+    for width, magnitude in zip(widths, magnitudes):
+        pool = poison.numbers(rng, (*pool_shape, width // (1 + (dtype == INT4))), dtype)
+        clean = magnitude * rng.standard_normal((live.sum(), shape.num_kv_heads, width))
+        scale = draw_scales(rng, config, clean)
+        over = scale if np.ndim(scale) < 1 else scale[..., None]
+        pool[live] = oracle.quantised(clean.astype(np.float32), over, dtype)
+        if config.scales == "token":
+            rows, scale = scale, poison.numbers(rng, pool_shape, F32)
+            scale[live] = rows
+        pools.append(pool)
+        scales.append(scale)
+    keys, values = (*pools, None)[:2]
+    return keys, values, live, needed, (*scales, None)[:2]
+
+
+def draw_scales(rng, config, clean):
+    """Make the scales of rows `clean [tokens, num_kv_heads, width]`, so that no code saturates."""
+    if config.scales == "none":
+        return None
+    axis = {"scalar": None, "head": (0, 2), "token": 2}[config.scales]
+    largest = oracle.LARGEST.get(config.holds.name)
+    if largest is None:
+        shape = np.abs(clean).max(axis, initial=0).shape
+        return np.exp(rng.standard_normal(shape)).astype(np.float32)
+    size = np.abs(clean).max(axis, initial=0).astype(np.float32) / np.float32(largest)
+    return np.where(size == 0, np.float32(1), size * np.float32(1 + 1e-6))
 
 
 def draw_options(config, rng, window):

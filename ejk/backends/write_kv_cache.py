@@ -165,7 +165,8 @@ class WriteKVCacheProblem(Problem):
         first = self.num_slots * jnp.arange(size, dtype=jnp.int32)
         is_inside = (slots >= 0) & (slots < self.num_slots)
         slots = jnp.where(is_inside, slots + first[:, None], -1).reshape(-1)
-        to = WriteKVCacheOperands(0, 0, *[self.folded_axis] * 2, 0, *[self.folded_axis] * 2)
+        pages = self.folded_axis
+        to = WriteKVCacheOperands(0, 0, pages, pages, 0, pages, pages)
         problem = dataclasses.replace(
             self,
             num_tokens=size * self.num_tokens,

@@ -207,22 +207,20 @@ def pull_back_rows(
 
 def _add_to_pools(problem: PagedProblem, grads: Any, pages: jax.Array, d: Cotangents) -> Any:
     """Add a block's cotangents to those of the pools and their scales in `grads`."""
-    if problem.scales == "head":
-        grads = grads._replace(key_scale=grads.key_scale + d.key_scale[0, :, 0])
-        if not problem.latent:
-            grads = grads._replace(value_scale=grads.value_scale + d.value_scale[0, :, 0])
-    added = [("key_cache", KEYS, d.keys), ("value_cache", VALUES, d.values)]
-    if problem.cache_type.is_quantised:
-        added = []
-    if problem.scales == "token":
+    added: list[tuple[str, int, Any]] = []
+    if not problem.cache_type.is_quantised:
+        added += [("key_cache", KEYS, d.keys), ("value_cache", VALUES, d.values)]
+    if problem.scales != "none":
         added += [("key_scale", KEYS, d.key_scale), ("value_scale", VALUES, d.value_scale)]
     for name, half, block in added:
         if half == VALUES and problem.latent:
-            continue
-        if half == VALUES and problem.fused:
+            continue  # they are the keys'
+        if half == VALUES and getattr(grads, name) is None:  # they lie in fused pools
             name = name.replace("value", "key")
-        pool = _scatter(problem, getattr(grads, name), pages, half, block)
-        grads = grads._replace(**{name: pool})
+        grad = getattr(grads, name)
+        is_of_head = grad.ndim == 1
+        grad = grad + block[0, :, 0] if is_of_head else _scatter(problem, grad, pages, half, block)
+        grads = grads._replace(**{name: grad})
     return grads
 
 

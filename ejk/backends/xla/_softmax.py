@@ -127,7 +127,7 @@ def _numbers(
     if is_float8:
         block = lax.bitcast_convert_type(block, problem.cache_dtype)
     if not problem.cache_type.is_quantised:
-        return block.astype(jnp.promote_types(problem.query_dtype, problem.cache_dtype))
+        return block.astype(wider(problem.query_dtype, problem.cache_dtype))
     return codes_of(block, problem.cache_type).astype(problem.query_dtype)
 
 
@@ -152,9 +152,14 @@ def _gather(
     return jnp.where(seen, block, jnp.zeros((), block.dtype))
 
 
+def wider(dtype: Any, other: Any) -> Any:
+    """Return the type that holds the numbers of two, of which no 16-bit one holds another's."""
+    return dtype if dtype == other else jnp.float32
+
+
 def product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply with float32 accumulation, and IEEE products for float32, which widens the other."""
-    a, b = (x.astype(jnp.promote_types(a.dtype, b.dtype)) for x in (a, b))
+    a, b = (x.astype(wider(a.dtype, b.dtype)) for x in (a, b))
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)
 

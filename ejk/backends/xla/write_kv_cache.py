@@ -51,7 +51,7 @@ def places(problem: WriteKVCacheProblem, slots: jax.Array) -> jax.Array:
 
 def _pools_and_rows(
     problem: WriteKVCacheProblem, operands: WriteKVCacheOperands
-) -> Iterator[tuple[jax.Array, jax.Array]]:
+) -> Iterator[tuple[Any, Any]]:
     """Yield each pool and what a token writes to it, in the order of the results."""
     written = [stored(problem, operands.key, operands.key_scale)]
     if not problem.latent:
