@@ -66,6 +66,11 @@ class Problem(abc.ABC):
         )
 
     @property
+    def without_gradient(self) -> Mapping[str, str]:
+        """The float operands that have none, each with what a caller is told who asks for it."""
+        return {}
+
+    @property
     def axes(self) -> Axes | None:
         """The axes of operands and results, for problems that can be split over devices."""
         return None

@@ -73,6 +73,15 @@ def features_of(cache_type: CacheType, scales: Scales) -> dict[str, bool]:
     }
 
 
+def told_of_gradients(cache_type: CacheType, *names: str) -> dict[str, str]:
+    """Return what is said to who asks for the gradient of pools: nothing where there is one."""
+    told = (
+        "{0}.dtype={1} has no gradient, as codes have none: keep the cache in a float of 16 or "
+        "32 bits, or pass jax.lax.stop_gradient({0})"
+    )
+    return {name: told.format(name, cache_type.name) for name in names * cache_type.is_quantised}
+
+
 def codes_of(x: jax.Array, cache_type: CacheType) -> jax.Array:
     """Return each code as a number of its own: int4 as int8, all others as they are."""
     if cache_type.per_element == 1:
@@ -94,14 +103,11 @@ def scales_of(rows: jax.Array, cache_type: CacheType) -> jax.Array:
     zeros. A NaN in a row makes it NaN for integers, whose codes cannot hold it.
     """
     assert cache_type.largest is not None
-    magnitude = jnp.abs(rows)
-    if not cache_type.is_integer:
-        magnitude = jnp.where(jnp.isnan(rows), 0.0, magnitude)
-    largest = magnitude.max(axis=-1)
-    # XLA multiplies by the reciprocal of a constant, which is not the quotient to the last bit.
-    code = jnp.where(jnp.isnan(largest), 1.0, cache_type.largest)
-    scale = largest / code
-    return jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
+    is_nan = jnp.isnan(rows)  # which a maximum need not return
+    largest = jnp.where(is_nan, 0.0, jnp.abs(rows)).max(axis=-1)
+    scale = _quotient(largest, jnp.float32(cache_type.largest))
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
+    return jnp.where(is_nan.any(axis=-1), jnp.nan, scale) if cache_type.is_integer else scale
 
 
 def quantise(rows: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
@@ -111,14 +117,23 @@ def quantise(rows: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
     """
     cache_type = cache_type_of(dtype)
     if scale is not None:
-        rows = rows / scale[..., None]
+        rows = _quotient(rows, scale[..., None])
     if cache_type.largest is None:
         return rows.astype(dtype)
     codes = jnp.clip(rows, -cache_type.largest, cache_type.largest)
+    codes = jnp.where(jnp.isnan(rows), 0.0 if cache_type.is_integer else jnp.nan, codes)
     if not cache_type.is_integer:
         return codes.astype(dtype)
-    codes = jnp.round(jnp.where(jnp.isnan(codes), 0.0, codes)).astype(jnp.int8)
+    codes = jnp.round(codes).astype(jnp.int8)
     if cache_type.per_element == 1:
         return codes
     pairs = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], -1, 2) & 0xF
     return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def _quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """Return `x / divisor` to the last bit.
+
+    Of what is constant or broadcast, XLA takes the reciprocal and multiplies by it.
+    """
+    return x / jnp.where(jnp.isnan(x), 1.0, divisor)

@@ -5,7 +5,6 @@ JAX's own words for forward mode of a `custom_vjp` name neither the operation no
 
 from typing import Any, NoReturn
 
-import jax
 import jax.numpy as jnp
 
 from ejk import _jax
@@ -19,14 +18,24 @@ def refuse_forward_mode(*args: Any, operation: str, **params: Any) -> NoReturn:
     )
 
 
-def reverse_mode_alone(operation: str, operands: Any) -> Any:
-    """Return the operands of what has a `custom_vjp`, which forward mode is refused for."""
+def reverse_mode_alone(problem: Any, operands: Any) -> Any:
+    """Return the operands of what has a `custom_vjp`, which forward mode is refused for.
 
-    def guard(x: Any) -> Any:
-        is_float = jnp.issubdtype(x.dtype, jnp.floating)
-        return guard_p.bind(x, operation=operation) if is_float else x
+    Those of `problem.without_gradient` have no derivative in reverse mode either.
+    """
 
-    return jax.tree.map(guard, operands)
+    def guard(name: str, x: Any) -> Any:
+        if x is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        if name in problem.without_gradient:
+            return no_gradient_p.bind(x, message=problem.without_gradient[name])
+        return guard_p.bind(x, operation=problem.operation)
+
+    return type(operands)(*(guard(name, x) for name, x in operands._asdict().items()))
+
+
+def _refuse_gradient(primals: Any, tangents: Any, *, message: str) -> NoReturn:
+    raise ValueError(message)
 
 
 def _guard_jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
@@ -54,4 +63,12 @@ tangent_p = _jax.primitive(
     impl=refuse_forward_mode,
     batcher=refuse_forward_mode,
     transpose=lambda cotangent, x, **params: [cotangent],
+)
+no_gradient_p = _jax.primitive(
+    "ejk_no_gradient",
+    _same_type,
+    {None: lambda ctx, x, **params: [x]},
+    multiple_results=False,
+    impl=lambda x, **params: x,
+    jvp=_refuse_gradient,
 )

@@ -82,9 +82,7 @@ class Writer(Entry):
     def __call__(self, case):
         """Run a case; return the caches that there are as NumPy arrays."""
         with self.refusing():
-            caches = ejk.write_kv_cache(
-                *case.arguments(), cache_layout=case.cache_layout, backend=self.backend
-            )
+            caches = ejk.write_kv_cache(*case.arguments(), **case.keywords(), backend=self.backend)
         return [np.asarray(cache) for cache in caches if cache is not None]
 
 

@@ -1,15 +1,16 @@
 """Hypothesis strategies that draw a whole `ejk.write_kv_cache` call, of random bits."""
 
 import dataclasses
+import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from strategies import DTYPES, INTEGERS, LAYOUTS, one_of
+from strategies import BF16, DTYPES, E4M3, E5M2, F16, F32, INT4, INT8, INTEGERS, LAYOUTS, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,22 @@ class WriteConfiguration(NamedTuple):
     shape: WriteShape
     dtype: np.dtype
     cache_layout: str
+    cache_dtype: np.dtype | None = None  # another than that of the new tokens
+    scales: str = "none"  # or "scalar", "head" or "token"
 
+    @property
+    def is_quantised(self) -> bool:
+        return self.cache_dtype is not None
+
+
+WRITTEN_CACHES = (
+    (BF16, INT8, "token"), (BF16, E4M3, "token"), (BF16, INT4, "token"), (F32, BF16, "none"),
+    (BF16, E4M3, "none"), (F16, INT8, "head"), (F32, E5M2, "token"), (F32, INT4, "token"),
+    (BF16, E4M3, "head"), (F32, INT8, "token"), (F16, BF16, "scalar"), (F16, E4M3, "token"),
+    (F32, INT8, "scalar"), (F16, E5M2, "none"), (BF16, F16, "none"), (F32, F16, "head"),
+    (BF16, INT8, "token"), (F32, INT4, "token"), (F32, E5M2, "scalar"), (BF16, F32, "none"),
+)  # fmt: skip
+"""Types of new tokens and caches, and what has a scale."""
 
 # Every dtype and layout, dealt out over the shapes.
 CONFIGURATIONS = tuple(
@@ -64,6 +80,14 @@ CONFIGURATIONS = tuple(
     for shape, (dtype, layout) in zip(
         SHAPES * 2, itertools.cycle(zip(DTYPES * 4, (*LAYOUTS, *LAYOUTS[1:], LAYOUTS[0])))
     )
+)
+
+CONFIGURATIONS += tuple(
+    WriteConfiguration(shape, dtype, layout, cache, scales)
+    for (dtype, cache, scales), shape, layout in zip(
+        WRITTEN_CACHES, itertools.cycle(SHAPES[:5] + SHAPES[6:]), itertools.cycle(LAYOUTS)
+    )
+    if cache != INT4 or not (shape.head_dim | (shape.value_head_dim or 0)) % 2
 )
 
 
@@ -78,6 +102,7 @@ class WriteCase:
     slot_mapping: np.ndarray
     cache_layout: str
     as_jax: bool = True
+    scales: tuple[Any, Any] = (None, None)  # as they are passed
 
     def operands(self):
         """The five positional arguments, as NumPy arrays."""
@@ -90,6 +115,16 @@ class WriteCase:
             for x in self.operands()
         )
 
+    def keywords(self):
+        """The layout, and the scales that there are: as JAX arrays where `as_jax`."""
+        named = zip(("key_scale", "value_scale"), self.scales)
+        scales = {
+            name: jnp.asarray(x) if self.as_jax and isinstance(x, np.ndarray) else x
+            for name, x in named
+            if x is not None
+        }
+        return {"cache_layout": self.cache_layout, **scales}
+
     def replace(self, **changes) -> "WriteCase":
         return dataclasses.replace(self, **changes)
 
@@ -99,11 +134,16 @@ class WriteCase:
 KEEPS_PAYLOADS = jax.__version_info__ >= (0, 11)
 
 
-def build(shape, dtype, layout, slots, *, seed=0, as_jax=True) -> WriteCase:
-    """Make a call of random bits: NaN of every payload among them, and none may change."""
+def build(
+    shape, dtype, layout, slots, *, seed=0, as_jax=True, cache_dtype=None, scales="none"
+) -> WriteCase:
+    """Make a call of random bits: NaN of every payload among them, and none may change.
+
+    Of another cache than that of `dtype`, the new tokens are numbers, some of which are odd.
+    """
     rng = np.random.default_rng(seed)
 
-    def bits(*shape):
+    def bits(*shape, dtype=dtype):
         raw = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
         x = raw.view(dtype)[..., 0]
         if dtype == jnp.bfloat16 and not KEEPS_PAYLOADS:
@@ -111,16 +151,42 @@ def build(shape, dtype, layout, slots, *, seed=0, as_jax=True) -> WriteCase:
                 x[np.isnan(x)] = np.nan
         return x
 
+    cache = dtype if cache_dtype is None else cache_dtype
+
+    def pool(width):
+        return bits(*shape.pool_shape(layout, width // (1 + (cache == INT4))), dtype=cache)
+
+    def scale(pool):
+        of_tokens = None if pool is None else bits(*pool.shape[:-1], dtype=F32)
+        of_heads = np.exp(rng.standard_normal(shape.num_kv_heads)).astype(np.float32) / 50
+        return {"none": None, "scalar": 0.04, "head": of_heads, "token": of_tokens}[scales]
+
+    new = bits if cache_dtype is None else functools.partial(_odd_numbers, rng, dtype)
     rows, width = (len(slots), shape.num_kv_heads), shape.value_head_dim
+    key_cache, value_cache = pool(shape.head_dim), pool(width) if width else None
+    of_values = scales != "token" or value_cache is not None
     return WriteCase(
-        key=bits(*rows, shape.head_dim),
-        value=None if width == 0 else bits(*rows, width or shape.head_dim),
-        key_cache=bits(*shape.pool_shape(layout, shape.head_dim)),
-        value_cache=bits(*shape.pool_shape(layout, width)) if width else None,
+        key=new(*rows, shape.head_dim),
+        value=None if width == 0 else new(*rows, width or shape.head_dim),
+        key_cache=key_cache,
+        value_cache=value_cache,
         slot_mapping=slots,
         cache_layout=layout,
         as_jax=as_jax,
+        scales=(scale(key_cache), scale(value_cache) if width != 0 and of_values else None),
     )
+
+
+def _odd_numbers(rng, dtype, *shape):
+    """Rows of every size, and some with NaN, infinities, zeros and the ends of float32."""
+    size = np.exp(rng.uniform(-9, 9, (*shape[:-1], 1)))
+    rows = size * rng.standard_normal(shape)
+    odd = np.array([np.nan, np.inf, -np.inf, 0, 3e38, 1e-42, 448.5, 127.5, 57344, 7.5])
+    where = (rng.random(shape) < 0.1) & (rng.random((*shape[:-1], 1)) < 0.4)
+    rows = np.where(where, rng.choice(odd, shape), rows)
+    rows[rng.random(shape[:-1]) < 0.1] = 0
+    with np.errstate(over="ignore"):
+        return rows.astype(dtype)
 
 
 def hostile_slots(dtype, num_slots) -> list[int]:
@@ -134,7 +200,7 @@ def hostile_slots(dtype, num_slots) -> list[int]:
 @st.composite
 def writes(draw, configurations=CONFIGURATIONS) -> WriteCase:
     """Draw a call: some slots anywhere, some of a few, so that they meet, and some outside."""
-    shape, dtype, layout = draw(one_of(configurations))
+    shape, dtype, layout, cache_dtype, scales = draw(one_of(configurations))
     kind = draw(st.sampled_from(INTEGERS))
     top = min(shape.num_slots - 1, np.iinfo(kind).max)
     few = st.integers(max(0, top - 3), top)
@@ -144,4 +210,5 @@ def writes(draw, configurations=CONFIGURATIONS) -> WriteCase:
     return build(
         shape, dtype, layout, slots,
         seed=draw(st.integers(0, 2**32 - 1)), as_jax=draw(st.booleans()),
+        cache_dtype=cache_dtype, scales=scales,
     )  # fmt: skip

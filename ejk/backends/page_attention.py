@@ -21,6 +21,7 @@ from ejk._cache_types import (
     Scales,
     cache_type_of,
     features_of,
+    told_of_gradients,
 )
 from ejk._indices import Size
 from ejk._shards import Axes, Shards
@@ -169,6 +170,10 @@ class PagedProblem(PagedFacts, Problem):
             **features_of(self.cache_type, self.scales),
         }
         return frozenset(feature for feature, is_used in used.items() if is_used)
+
+    @property
+    def without_gradient(self) -> dict[str, str]:
+        return told_of_gradients(self.cache_type, "key_cache", "value_cache")
 
     @property
     @abc.abstractmethod

@@ -141,6 +141,17 @@ class WriteKVCacheProblem(Problem):
         return tuple(pools)
 
     @property
+    def without_gradient(self) -> dict[str, str]:
+        if not self.cache_type.is_quantised:
+            return {}
+        told = (
+            "{0} has no gradient with key_cache.dtype={1}, as rounding to codes has none: "
+            "pass jax.lax.stop_gradient({0})"
+        )
+        names = ("key", "value", "key_cache", "value_cache", "key_scale", "value_scale")
+        return {name: told.format(name, self.cache_type.name) for name in names}
+
+    @property
     def folded_axis(self) -> int:
         return self.layout.pages
 

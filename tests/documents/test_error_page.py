@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import test_errors
@@ -92,6 +93,7 @@ class Foreign:
 Foreign.__module__ = "torch"
 POOL = zeros(8, 2, 16, 64)
 FUSED = zeros(8, 2, 2, 16, 64)
+INT8_POOL = zeros(8, 2, 16, 64, dtype=np.int8)
 LENS, TABLES = zeros(2, dtype=INT), zeros(2, 3, dtype=INT)
 ELSEWHERE = {"axis_name": "pages", **test_errors.arguments()}
 
@@ -140,8 +142,7 @@ MISTAKES = {
     "a traced `return_lse`": lambda: jax.jit(lambda lse: decode(return_lse=lse)())(True),
     # Pools
     "a query of another float type": decode(query=zeros(2, 4, 64, dtype=np.float64)),
-    "a cache of another float type": decode(pool=zeros(8, 2, 16, 64, dtype=np.float16)),
-    "a quantised cache": decode(pool=zeros(8, 2, 16, 64, dtype=np.int8)),
+    "a cache of a type that none has": decode(pool=zeros(8, 2, 16, 64, dtype=np.int16)),
     "a wrong layout, or heads that do not group": decode(cache_layout="NHD"),
     "a layout in lower case": decode(cache_layout="nhd"),
     "an unknown layout": decode(cache_layout="BTNH"),
@@ -155,6 +156,40 @@ MISTAKES = {
     "values that do not fit the keys": decode(value_cache=zeros(4, 2, 16, 64)),
     "no values, no latent attention and no fused pools": decode(value_cache=None),
     "`value_head_dim` with a value cache": decode(value_head_dim=32),
+    # Quantised caches
+    "int8 without scales": decode(pool=INT8_POOL),
+    "int4 that is not packed": decode(pool=zeros(8, 2, 16, 64, dtype=ml_dtypes.int4)),
+    "int4 of two bytes a pair": decode(pool=zeros(8, 2, 16, 64, dtype=np.uint8)),
+    "int4 with scales of heads": decode(
+        pool=zeros(8, 2, 16, 32, dtype=np.uint8), key_scale=zeros(2), value_scale=zeros(2)
+    ),
+    "an odd head dimension with int4": decode(
+        query=zeros(2, 4, 33), pool=zeros(8, 2, 16, 16, dtype=np.uint8)
+    ),
+    "scales of another shape": decode(pool=INT8_POOL, key_scale=zeros(8, 16, 2)),
+    "scales per token of the keys alone": decode(pool=INT8_POOL, key_scale=zeros(8, 2, 16)),
+    "scales of the values of fused pools": decode(
+        key_cache=FUSED, value_cache=None, key_scale=zeros(8, 2, 2, 16), value_scale=0.5
+    ),
+    "scales of the values of latent attention": decode(
+        value_cache=None, value_head_dim=32, key_scale=0.5, value_scale=0.5
+    ),
+    "scales of 64 bits": decode(pool=INT8_POOL, key_scale=zeros(2, dtype=np.float64)),
+    "a list of scales": decode(pool=INT8_POOL, key_scale=[0.5, 0.5]),
+    "a gradient of codes": lambda: jax.grad(
+        lambda pool: decode(key_cache=pool, value_cache=pool)().sum()
+    )(jnp.zeros((8, 2, 16, 64), jnp.float8_e4m3fn)),
+    "a write of scales per token to a float cache": write(
+        key_scale=zeros(8, 2, 16), value_scale=zeros(8, 2, 16)
+    ),
+    "a write of scales of 16 bits": write(
+        pool=INT8_POOL,
+        key_scale=zeros(8, 2, 16, dtype=np.float16),
+        value_scale=zeros(8, 2, 16, dtype=np.float16),
+    ),
+    "a gradient through a write of codes": lambda: jax.grad(
+        lambda key: write(key=key, pool=INT8_POOL, key_scale=0.5)()[0].astype(jnp.float32).sum()
+    )(jnp.zeros((3, 2, 64))),
     # Values
     "another number of sequences": decode(block_tables=zeros(1, 3, dtype=INT)),
     "-1 as a window": decode(sliding_window=-1),
@@ -187,9 +222,7 @@ MISTAKES = {
     "a batch of new tokens": write(key=zeros(1, 3, 2, 64)),
     "slots of a batch": write(slot_mapping=zeros(1, 3, dtype=INT)),
     "slots that are no integers": write(slot_mapping=zeros(3)),
-    "new tokens of another float type than the pools": write(
-        pool=zeros(8, 2, 16, 64, dtype=np.float16)
-    ),
+    "new tokens of integers": write(key=zeros(3, 2, 64, dtype=np.int8)),
     "other heads than the pools'": write(cache_layout="NHD"),
     "keys of another width than the pools": write(key=zeros(3, 2, 32)),
     "values of other tokens": write(value=zeros(4, 2, 64)),

@@ -74,17 +74,13 @@ MISFIT_AND_RANGE = {
         {"rows": zeros(3, 2, 32)},
         "key_cache.shape[3]=64 must be the keys' head_dim=32",
     ),
-    "keys of another dtype": (
-        {"rows": zeros(3, 2, 64, dtype=np.float16)},
-        "key_cache.dtype=float32 must be the keys' dtype float16: pass key.astype(jnp.float32)",
-    ),
-    "a quantised pool": (
-        {"pool": zeros(8, 2, 16, 64, dtype=np.int8)},
-        "key_cache.dtype=int8 must be the keys' dtype float32",
+    "a pool of no type that a cache has": (
+        {"pool": zeros(8, 2, 16, 64, dtype=np.int16)},
+        "key_cache.dtype=int16 must be one of float32, bfloat16, float16, int8,",
     ),
     "a quantised pool of values": (
         {"value_cache": zeros(8, 2, 16, 64, dtype=np.int8)},
-        "value_cache.dtype=int8 must be the keys' dtype float32",
+        "value_cache.dtype=int8 must be key_cache.dtype=float32",
     ),
     "values of another dtype": (
         {"value": zeros(3, 2, 64, dtype=np.float16)},

@@ -31,15 +31,17 @@ def test_jit_equals_eager_and_leaves_its_arguments_alone(entry, case):
     before = [None if x is None else x.copy() for x in case.operands()]
 
     @jax.jit
-    def run(arrays, slots):
+    def run(arrays, slots, scales):
         slots = case.slot_mapping if slots is None else slots
         return ejk.write_kv_cache(
-            *arrays, slots, cache_layout=case.cache_layout, backend=entry.backend
+            *arrays, slots, cache_layout=layout, **scales, backend=entry.backend
         )
 
     *arrays, slots = case.arguments()
+    scales = case.keywords()
+    layout = scales.pop("cache_layout")
     with entry.refusing():  # `jit` itself would narrow 64-bit slots: those are a constant of it
-        caches = run(arrays, None if slots.dtype.itemsize == 8 else slots)
+        caches = run(arrays, None if slots.dtype.itemsize == 8 else slots, scales)
     caches = [np.asarray(x) for x in caches if x is not None]
     assert_written(case, caches)
     for x, y in zip(case.operands(), before):

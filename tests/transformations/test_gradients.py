@@ -13,7 +13,11 @@ from strategies import CONFIGURATIONS, Case, build, cases
 
 import ejk
 
-ORDINARY = [c for c in CONFIGURATIONS if c.shape.capacity < 300 or c.shape.name == "two blocks"]
+ORDINARY = [
+    c
+    for c in CONFIGURATIONS
+    if not c.is_quantised and (c.shape.capacity < 300 or c.shape.name == "two blocks")
+]
 FLOATS = ("query", "key_cache", "value_cache", "attn_scale", "sinks", "alibi_slopes")
 
 

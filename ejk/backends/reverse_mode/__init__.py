@@ -31,5 +31,5 @@ def with_pull_back(
 
     call.defvjp(forward, backward)
     return lambda problem, choice, operands: call(
-        problem, choice, reverse_mode_alone(problem.operation, operands)
+        problem, choice, reverse_mode_alone(problem, operands)
     )

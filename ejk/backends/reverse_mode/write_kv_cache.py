@@ -12,7 +12,7 @@ from jax import lax
 from ejk import _backend, _dispatch, _partition
 from ejk.backends.reverse_mode import with_pull_back
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
-from ejk.backends.xla.write_kv_cache import halves_axis, places, scatter
+from ejk.backends.xla.write_kv_cache import halves_axis, places, scatter, stored
 
 Results = tuple[jax.Array, ...]
 
@@ -30,20 +30,32 @@ def _backward(
 ) -> WriteKVCacheOperands:
     operands = kept._replace(**dict(zip(("key_cache", "value_cache"), cotangents)))
     pull = _partition.left_to_xla(functools.partial(_pull_back, problem), operands)
-    return pull(operands.slot_mapping, cotangents)
+    return pull(kept, cotangents)
 
 
 def _pull_back(
-    problem: WriteKVCacheProblem, slots: jax.Array, cotangents: Results
+    problem: WriteKVCacheProblem, kept: WriteKVCacheOperands, cotangents: Results
 ) -> WriteKVCacheOperands:
-    at = places(problem, slots)
+    at = places(problem, kept.slot_mapping)
     rows = [_gather(problem, pool, at) for pool in cotangents]
-    kept = [scatter(problem, pool, at, jnp.zeros_like(x)) for pool, x in zip(cotangents, rows)]
+    pools = [scatter(problem, pool, at, jnp.zeros_like(x)) for pool, x in zip(cotangents, rows)]
     if problem.fused:
         rows = [rows[0].take(half, halves_axis(problem)) for half in (0, 1)]
-    key, value = (*rows, None)[:2]
-    key_cache, value_cache = (*kept, None)[:2]
-    return WriteKVCacheOperands(key, value, key_cache, value_cache, slot_mapping=None)
+    given = zip((kept.key, kept.value), (kept.key_scale, kept.value_scale))
+    found = [
+        _of_rows(problem, new, scale, d) for (new, scale), d in zip(given, rows) if new is not None
+    ]
+    (key, key_scale), (value, value_scale) = (*found, (None, None))[:2]
+    key_cache, value_cache = (*pools, None)[:2]
+    return WriteKVCacheOperands(key, value, key_cache, value_cache, None, key_scale, value_scale)
+
+
+def _of_rows(
+    problem: WriteKVCacheProblem, rows: jax.Array, scale: jax.Array | None, d: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the cotangents of new rows and their scales, of that of what the cache holds."""
+    _, pull = jax.vjp(lambda rows, scale: stored(problem, rows, scale)[0], rows, scale)
+    return pull(d)
 
 
 def _gather(problem: WriteKVCacheProblem, pool: jax.Array, at: jax.Array) -> jax.Array:
