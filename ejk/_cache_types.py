@@ -105,7 +105,9 @@ def scales_of(rows: jax.Array, cache_type: CacheType) -> jax.Array:
     assert cache_type.largest is not None
     is_nan = jnp.isnan(rows)  # which a maximum need not return
     largest = jnp.where(is_nan, 0.0, jnp.abs(rows)).max(axis=-1)
-    scale = _quotient(largest, jnp.float32(cache_type.largest))
+    # Of a constant XLA takes the reciprocal, which is not the quotient to the last bit: so it is
+    # none, although the largest is no NaN.
+    scale = largest / jnp.where(jnp.isnan(largest), 1.0, cache_type.largest)
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
     return jnp.where(is_nan.any(axis=-1), jnp.nan, scale) if cache_type.is_integer else scale
 
@@ -113,11 +115,12 @@ def scales_of(rows: jax.Array, cache_type: CacheType) -> jax.Array:
 def quantise(rows: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
     """Return the codes of `rows [..., width]`, float32, over `scale [...]`, as a cache has them.
 
-    Rounded to nearest even. Quantised types saturate, and integers take NaN for 0.
+    That is `rows * (1 / scale)`, one division a row, rounded to nearest even. Quantised types
+    saturate, and integers take NaN for 0.
     """
     cache_type = cache_type_of(dtype)
     if scale is not None:
-        rows = _quotient(rows, scale[..., None])
+        rows = rows * (1 / scale)[..., None]
     if cache_type.largest is None:
         return rows.astype(dtype)
     codes = jnp.clip(rows, -cache_type.largest, cache_type.largest)
@@ -129,11 +132,3 @@ def quantise(rows: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
         return codes
     pairs = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], -1, 2) & 0xF
     return pairs[..., 0] | (pairs[..., 1] << 4)
-
-
-def _quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """Return `x / divisor` to the last bit.
-
-    Of what is constant or broadcast, XLA takes the reciprocal and multiplies by it.
-    """
-    return x / jnp.where(jnp.isnan(x), 1.0, divisor)

@@ -224,7 +224,7 @@ def scales_of(rows, dtype):
 def quantised(rows, scale, dtype):
     """Return what a cache of `dtype` holds of float32 `rows [..., width]`, over their scale."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        x = rows if scale is None else rows / np.float32(scale)
+        x = rows if scale is None else rows * (1 / np.float32(scale))
         if dtype.name not in LARGEST:
             return x.astype(dtype)
         x = np.clip(x, np.float32(-LARGEST[dtype.name]), np.float32(LARGEST[dtype.name]))

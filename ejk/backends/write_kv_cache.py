@@ -184,11 +184,12 @@ class WriteKVCacheProblem(Problem):
             key_shape=longer(self.key_shape),
             value_shape=longer(self.value_shape),
         )
-        whole = {"slot_mapping": slots}
+        kept: dict[str, Any] = {"slot_mapping": slots}
         if self.scales == "head":
-            whole |= {name: getattr(operands, name) for name in ("key_scale", "value_scale")}
-        operands = WriteKVCacheOperands(*map(merged, operands._replace(**whole), axes, to))
-        return problem, operands._replace(**whole)
+            kept |= {name: getattr(operands, name) for name in ("key_scale", "value_scale")}
+        pools = operands._replace(**dict.fromkeys(kept))
+        operands = WriteKVCacheOperands(*map(merged, pools, axes, to))
+        return problem, operands._replace(**kept)
 
     @property
     def axes(self) -> Axes:
