@@ -143,7 +143,8 @@ def page_attention(
     """Attend from one query token a sequence to keys and values that lie in pages.
 
     With `n = clip(context_lens[s], 0, max_blocks * page_size)`, KV head `h // group`, and
-    `k_j`, `v_j` the token in slot `j % page_size` of page `block_tables[s, j // page_size]`:
+    `k_j`, `v_j` the token in slot `j % page_size` of page `block_tables[s, j // page_size]`, times
+    its `key_scale` and `value_scale`:
 
         l_j = attn_scale * (q . k_j)                                    for 0 <= j < n
         l_j = attn_logits_soft_cap * tanh(l_j / attn_logits_soft_cap)   if given
@@ -171,8 +172,11 @@ def page_attention(
 
     Args:
         query: one token a sequence, at position `n - 1`. float32, bfloat16 or float16.
-        key_cache: the pool of pages in the query's dtype, its axes as `cache_layout` says. With
-            one more axis, of 2, right after that of the pages, it holds the keys and the values.
+        key_cache: the pool of pages, its axes as `cache_layout` says. With one more axis, of 2,
+            right after that of the pages, it holds the keys and the values. float32, bfloat16 or
+            float16, whichever the query has; or quantised: int8, float8_e4m3fn, float8_e5m2, or
+            int4, held as uint8 `[..., head_dim // 2]`: the low four bits of byte `i` are entry
+            `2 * i`, the high four the next one, in two's complement.
         value_cache: the same; its last axis may differ and is then the output's. None for such
             fused pools, and for latent attention: there the values are the first
             `value_head_dim` entries of the keys. With `axis_name`, pools are those of this device.
@@ -196,6 +200,11 @@ def page_attention(
         attn_logits_soft_cap: above 0.
         sinks: float32, one more logit a head in the denominator, not scaled or capped; -inf: none.
         alibi_slopes: float32, a slope a head.
+        key_scale: multiplies the keys. A number, one a KV head `[num_kv_heads]`, or one a token
+            and head: `key_cache`'s shape without the last axis. int8 must come with scales, int4
+            with those of tokens. None is 1. Fused pools: scales of tokens are those of both.
+        value_scale: the same for the values, if keys have one of each token then these, too. None
+            for latent attention, whose values are the keys, scaled.
         value_head_dim: for latent attention only.
         plan: from `ejk.plan_page_attention` for the same lengths: how to deal out the work. Saves
             each of a model's layers the making of its own. Refused with `axis_name`.

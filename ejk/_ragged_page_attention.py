@@ -211,6 +211,8 @@ def ragged_page_attention(
         sinks: float32, one more logit a head in the denominator, neither scaled nor capped; -inf
             is none.
         alibi_slopes: float32, a slope a head.
+        key_scale: as in `ejk.page_attention`.
+        value_scale: as in `ejk.page_attention`.
         value_head_dim: for latent attention only.
         positions: of the new tokens, as queries and as keys, for window and slopes alone: depths
             in a tree. Negative ones act as 0. Any integer dtype.

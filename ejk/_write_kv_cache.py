@@ -72,27 +72,39 @@ def write_kv_cache(
         value_cache[page, :, offset] = value[i]
         nothing, if slot_mapping[i] is outside [0, num_pages * page_size)
 
+    Quantised caches get codes: each key times the reciprocal of its scale, rounded to nearest even,
+    saturated. A scale a token and head is the largest magnitude of the row over the largest code
+    (127 of int8, 7 of int4, 448 of float8_e4m3fn, 57,344 of float8_e5m2), 1 of a row of zeros. It
+    is computed here and written to the same slot of `key_scale` or `value_scale`. NaN stays NaN: as
+    a code of float8, else as a scale computed here; with given scales an integer is 0 instead.
+
     So of two tokens with one slot the later one stays, and a slot of -1 writes nothing: slots
     neither wrap nor clamp. All that is not written keeps its bits. Where the caches are donated,
     under `jit`, the write is in place; else JAX copies them first. So it is under `vmap` where the
     caches' batched axis comes right before that of the pages: `in_axes` and `out_axes` of 0, or of
     1 for "KV_HEADS_FIRST". Any other axis is moved there and back, which copies the caches.
-    Differentiable in reverse mode in `key`, `value` and the caches.
+    Differentiable in reverse mode in `key`, `value`, given scales and the caches, where these are
+    not quantised.
 
     Args:
-        key: the new tokens' keys, `[num_tokens, num_kv_heads, head_dim]`, in the cache's dtype.
+        key: the new tokens' keys, `[num_tokens, num_kv_heads, head_dim]`, float32, bfloat16 or
+            float16. A float cache of another dtype gets them rounded to nearest even.
         value: their values, `[num_tokens, num_kv_heads, value_head_dim]`; None for latent
             attention, whose values are read out of the keys.
-        key_cache: the pool of pages as `ejk.page_attention` reads it: float32, bfloat16 or float16,
-            its axes as `cache_layout` says. With five axes it holds the keys and the values.
+        key_cache: the pool of pages as `ejk.page_attention` reads it, its axes as `cache_layout`
+            says. With five axes it holds the keys and the values.
         value_cache: the pool of the values; None if `key_cache` has five axes or `value` is None.
         slot_mapping: `page * page_size + offset` of each token. Any integer dtype.
         cache_layout: `"HND"`, `"NHD"` or `"KV_HEADS_FIRST"`, as of `ejk.page_attention`.
+        key_scale: as in `ejk.page_attention`: a number or one a KV head, which keys are divided by;
+            or the float32 pool that the scales of tokens are written to, of quantised caches.
+        value_scale: the same for the values.
         backend: None for the best backend of the platform that the computation is lowered for;
             `"triton"`, `"pallas"`, `"xla"` or a backend object to run that one or be refused.
 
     Returns:
-        The caches, `(key_cache, value_cache)`; a `value_cache` of None stays None.
+        The caches, `(key_cache, value_cache)`; with scales a token and head also these,
+        `(key_cache, value_cache, key_scale, value_scale)`. What is None stays None.
 
     Raises:
         TypeError: an argument of the wrong rank or dtype kind.
@@ -106,9 +118,17 @@ def write_kv_cache(
         >>> key_cache, value_cache = ejk.write_kv_cache(rows, 2 * rows, pool, pool, slots)
         >>> print(key_cache[5, 0, :4, 0], value_cache[0, 1, :4, 0])
         [0. 0. 1. 0.] [2. 0. 0. 0.]
+        >>> codes, scales = jnp.zeros((8, 2, 16, 64), jnp.int8), jnp.ones((8, 2, 16))
+        >>> caches = ejk.write_kv_cache(
+        ...     rows, 2 * rows, codes, codes, slots, key_scale=scales, value_scale=scales
+        ... )
+        >>> print(caches[1][0, 1, 0, :3], round(127 * float(caches[3][0, 1, 0]), 4))
+        [127 127 127] 2.0
 
     Source:
-        vLLM's `reshape_and_cache` (Kwon et al., 2023, arXiv:2309.06180), and its slot mapping.
+        vLLM's `reshape_and_cache` (Kwon et al., 2023, arXiv:2309.06180), and its slot mapping;
+        scales a token and head: KVQuant (Hooper et al., 2024, arXiv:2401.18079), KIVI (Liu et al.,
+        2024, arXiv:2402.02750).
     """
     scales = GivenScales(key_scale, value_scale, key_cache, latent=value is None)
     problem = _problem_of(key, value, key_cache, value_cache, slot_mapping, cache_layout, scales)

@@ -125,7 +125,7 @@ RAGGED_PALLAS = ejk.PallasRaggedPageAttention(block_q=3, pages_per_block=2, inte
 NO_QUANTISED = (r"does not support key_(cache|scale)",)
 NO_FLOAT16 = (
     *NO_QUANTISED,
-    r"float16: the (matrix unit|chip) takes float32 and bfloat16",
+    r"(float16|float8_\w+|u?int8): the (matrix unit|chip) takes float32 and bfloat16",
 )
 
 

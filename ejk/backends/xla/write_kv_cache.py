@@ -84,6 +84,8 @@ def stored(
     rows = rows.astype(jnp.float32)
     if problem.scales == "token":
         scale = scales_of(rows, problem.cache_type)
+    elif scale is not None:
+        scale = scale[None]
     return quantise(rows, scale, problem.cache_dtype), scale
 
 
