@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from entries import Entry, counted
+from entries import NO_QUANTISED, Entry, counted
 from jax.sharding import AxisType, PartitionSpec
 from meshes import arrays, mesh
 from ragged_strategies import RaggedCase
 from shapes import Shape
-from strategies import INT32_MAX, Case, Configuration, build
+from strategies import E4M3, INT8, INT32_MAX, Case, Configuration, build
 
 import ejk
 from ejk.backends.layouts import layout_of
@@ -32,6 +32,10 @@ CONFIGURATIONS = (
     Configuration(PLAIN, BF16, "NHD", ALL - {"alibi_slopes"}, num_splits=2, fused=True),
     Configuration(ODD, F16, "KV_HEADS_FIRST", frozenset({"sinks"}), num_splits=1),
     Configuration(LATENT, BF16, "HND", frozenset({"alibi_slopes"}), num_splits=3),
+)
+PER_TOKEN = (
+    Configuration(PLAIN, BF16, "NHD", ALL, 1, True, INT8, "token"),
+    Configuration(LATENT, F32, "KV_HEADS_FIRST", frozenset({"sinks"}), 2, False, E4M3, "token"),
 )
 FEW = CONFIGURATIONS[1:2]  # what every backend takes
 EDGES = build(
@@ -57,12 +61,14 @@ ENTRIES = [
         "triton interpreted, pages over devices",
         ejk.TritonPageAttention(interpret=True, num_sms=6),
         examples=10,
+        may_refuse=NO_QUANTISED,
     ),
     Parallel(
         "pallas interpreted, pages over devices",
         ejk.PallasPageAttention(interpret=True),
         examples=3,
         may_refuse=(
+            *NO_QUANTISED,
             r"float16: the matrix unit takes float32 and bfloat16",
             r"does not support axis_name with alibi_slopes",
         ),
@@ -99,7 +105,9 @@ def split_arguments(case: Case):
         given, options = arrays(case)
     static = {name: options.pop(name) for name in STATIC if name in options}
     given |= {name: jnp.asarray(x) for name, x in options.items()}
-    return {name: narrow(x) for name, x in given.items()}, tuple(static.items())
+    integers = ("context_lens", "block_tables", "cu_q_lens")
+    given = {name: narrow(x) if name in integers else jnp.asarray(x) for name, x in given.items()}
+    return given, tuple(static.items())
 
 
 def narrow(x):
@@ -139,7 +147,8 @@ def pool_specs(names, layout, axes="pages"):
     """Split the pages of the pools, and nothing else."""
     pages = layout_of(jnp.zeros((1,) * 4), layout).pages
     pool = PartitionSpec(*[None] * pages, axes)
-    return {name: pool if name.endswith("cache") else PartitionSpec() for name in names}
+    pools = ("key_cache", "value_cache", "key_scale", "value_scale")  # of tokens
+    return {name: pool if name in pools else PartitionSpec() for name in names}
 
 
 def on_device(case: Case, device_of_page) -> Case:

@@ -17,7 +17,7 @@ MANY_DEVICES = jax.device_count() >= 8
 SPLIT = Shape("split", 16, 4, 32, page_size=16, num_seqs=8, num_pages=30)
 LENGTHS = np.array([0, 1, 15, 16, 17, 47, 48, 33], np.int32)
 NAMES = ("query", "key_cache", "value_cache", "context_lens", "block_tables", "sinks",
-         "alibi_slopes")  # fmt: skip
+         "alibi_slopes", "key_scale", "value_scale")  # fmt: skip
 COLLECTIVE = re.compile(
     r"= (\S+|\(.*?\)) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|"
     r"collective-broadcast)(?:-start)?\("
@@ -36,9 +36,11 @@ def mesh(kind=AxisType.Auto, **sizes):
 
 def split_case(shape=SPLIT, lengths=LENGTHS, dtype=np.float32, layout="HND", fused=False,
                features=("sinks", "alibi_slopes"), **changes):  # fmt: skip
+    cache = {name: changes.pop(name) for name in ("cache_dtype", "scales") if name in changes}
     config = Configuration(
-        shape, np.dtype(dtype), layout, frozenset(features), changes.pop("num_splits", 0), fused
-    )
+        shape, np.dtype(dtype), layout, frozenset(features), changes.pop("num_splits", 0), fused,
+        **cache,
+    )  # fmt: skip
     return build(config, lengths, **changes)
 
 
@@ -60,6 +62,9 @@ def specs(given, layout, *, seqs=None, kv_heads=None, heads=None):
         query=(seqs, heads), key_cache=of_pool, value_cache=of_pool, context_lens=(seqs,),
         block_tables=(seqs,), sinks=(heads,), alibi_slopes=(heads,),
     )  # fmt: skip
+    for name in ("key_scale", "value_scale"):
+        if name in given:
+            every[name] = of_pool[:-1] if given[name].ndim > 1 else (kv_heads,)
     return {name: PartitionSpec(*every.get(name, ())) for name in given}
 
 

@@ -15,6 +15,7 @@ from context_parallel import (
     EDGES,
     ENTRIES,
     FEW,
+    PER_TOKEN,
     PLAIN,
     TRITON,
     XLA,
@@ -37,7 +38,7 @@ each_parallel = functools.partial(each_case, entries=ENTRIES)
 each_quick = functools.partial(each_case, entries=[XLA, TRITON])
 
 
-@each_parallel(cases(CONFIGURATIONS))
+@each_parallel(cases(CONFIGURATIONS + PER_TOKEN))
 def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 

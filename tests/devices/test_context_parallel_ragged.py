@@ -7,7 +7,16 @@ import meshes
 import numpy as np
 import pytest
 from bits import bits_equal
-from context_parallel import CONFIGURATIONS, DEVICES, FEW, PLAIN, RAGGED, split, split_arguments
+from context_parallel import (
+    CONFIGURATIONS,
+    DEVICES,
+    FEW,
+    PER_TOKEN,
+    PLAIN,
+    RAGGED,
+    split,
+    split_arguments,
+)
 from entries import counted, each_case
 from ragged_strategies import TOTAL, build_ragged, ragged_cases
 from strategies import INT32_MAX, Configuration
@@ -23,7 +32,7 @@ BOUNDS = np.array([0, 1, 6, 6, 12], np.int32)  # a decode, two prefills, one wit
 LENGTHS = np.array([30, 36, 5, 6], np.int32)
 
 
-@each_case(ragged_cases(CONFIGURATIONS, extras=()), entries=RAGGED)
+@each_case(ragged_cases(CONFIGURATIONS + PER_TOKEN, extras=()), entries=RAGGED)
 def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 

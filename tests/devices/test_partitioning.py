@@ -69,6 +69,15 @@ def test_layouts(backend, layout, fused):
     check(case, backend, SPLITS["both"])
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("scales", ["head", "token"])
+@each_kind
+def test_scales_go_with_their_heads(kind, scales, fused):
+    """On XLA: kernels that take them are split as they are, by the same axes."""
+    case = meshes.split_case(fused=fused, cache_dtype=np.dtype(np.int8), scales=scales)
+    check(case, XLA, SPLITS["both"], meshes.mesh(kind))
+
+
 @each_kernel
 def test_latent_attention_splits_its_query_heads(backend):
     """One KV head is on every device; each has its share of the heads that read it."""

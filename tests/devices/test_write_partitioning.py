@@ -55,6 +55,26 @@ def test_each_device_writes_its_own_heads(layout, kind, backend):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_scales_are_written_where_their_heads_are(layout):
+    """On XLA: kernels that take them are split as they are, by the same axes."""
+    for kind in KINDS.values():
+        case = build(kind, F32, layout, SLOTS, cache_dtype=np.dtype(np.int8), scales="token")
+        arrays = placed(case)
+        scales = {
+            name: jax.device_put(
+                x, NamedSharding(mesh(), PartitionSpec(*arrays[2].sharding.spec[: x.ndim]))
+            )
+            for name, x in zip(("key_scale", "value_scale"), case.scales)
+            if x is not None
+        }
+        write = jax.jit(functools.partial(ejk.write_kv_cache, cache_layout=layout, backend="xla"))
+        pools = [x for x in write(*arrays, **scales) if x is not None]
+        assert_written(case, pools)
+        assert all(x.sharding.spec == arrays[2].sharding.spec for x in pools)
+        assert not COLLECTIVE.findall(write.lower(*arrays, **scales).compile().as_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_gather_no_pool(layout):
     case = build(KINDS["split"], F32, layout, SLOTS)
     arrays = [jnp.nan_to_num(x) if x.dtype == F32 else x for x in placed(case)]
