@@ -82,3 +82,17 @@ written = ejk.write_kv_cache(query, query, pool, pool, lens)
 assert_type(written, tuple[jax.Array, jax.Array | None])
 ejk.write_kv_cache(query, None, pool, None, lens)
 assert_type(ejk.merge_attention_states(jnp.zeros((2, 1, 4, 8)), jnp.zeros((2, 1, 4))), Pair)
+
+# Scales are numbers or arrays; what a write returns follows from them, as far as types can say.
+codes, scales = pool.astype(jnp.int8), jnp.ones((8, 2, 16))
+ejk.page_attention(query, codes, codes, lens, tables, key_scale=0.5, value_scale=np.float32(2))
+ejk.page_attention(query, codes, codes, lens, tables, key_scale=scales, value_scale=scales)
+ejk.ragged_page_attention(query, codes, codes, lens, tables, bounds, key_scale=scales[0, :, 0])
+rows, slots = jnp.ones((3, 2, 64)), np.zeros(3, np.int32)
+assert_type(
+    ejk.write_kv_cache(rows, rows, codes, codes, slots, key_scale=0.5),
+    tuple[jax.Array, jax.Array | None],
+)
+_, _, new_key_scale, new_value_scale = ejk.write_kv_cache(
+    rows, rows, codes, codes, slots, key_scale=scales, value_scale=scales
+)

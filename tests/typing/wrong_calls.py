@@ -51,6 +51,8 @@ ejk.page_attention(*a, plan=tables)  # error
 ejk.page_attention(*a, return_lse=1)  # error
 ejk.page_attention(*a, backend=3)  # error
 ejk.page_attention(*a, backend=ejk.XlaPageAttention)  # error
+ejk.page_attention(*a, key_scale="auto")  # error
+ejk.ragged_page_attention(*a, bounds, value_scale=[0.5])  # error
 ejk.ragged_page_attention(*a, [0, 1, 2])  # error
 ejk.ragged_page_attention(*a, bounds, max_q_len=jnp.int32(1), return_lse=True)  # error
 ejk.ragged_page_attention(*a, bounds, tree_mask=[[True]])  # error
@@ -58,6 +60,7 @@ ejk.page_attention(*a, axis_name=0)  # error
 ejk.page_attention(*a, axis_name=axis, page_offset=0.5, return_lse=True)  # error
 ejk.plan_page_attention(20, num_heads=4, num_kv_heads=2, head_dim=8, **sizes)  # error
 ejk.write_kv_cache(query, query, pool, pool, [0, 1])  # error
+ejk.write_kv_cache(query, query, pool, pool, lens, key_scale=(0.5,))  # error
 ejk.check_page_attention_inputs(*a, cache_layout="BTNH")  # error
 ejk.register_backend("triton")  # error
 ejk.XlaPageAttention(block_q=16)  # error
