@@ -9,11 +9,13 @@ from bits import assert_written, bits
 from compilations import CompilationCounter
 from entries import WRITERS, each_case, writer_edge
 from strategies import DTYPES, INTEGERS, LAYOUTS
-from writes import SHAPES, build, hostile_slots, writes
+from writes import CONFIGURATIONS, SHAPES, build, hostile_slots, writes
 
 import ejk
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+
+QUANTISED = [config for config in CONFIGURATIONS if config.is_quantised]
 
 
 def check(entry, case):
@@ -81,6 +83,17 @@ def test_the_last_of_several_tokens_stays(entry, layout, num_tokens):
 def test_every_shape_layout_and_dtype(entry, layout, shape, dtype):
     slots = np.random.default_rng(1).integers(-1, shape.num_slots, shape.num_tokens)
     check(entry, build(shape, dtype, layout, slots.astype(np.int32)))
+
+
+@pytest.mark.one_in(3)
+@writer_edge
+@pytest.mark.parametrize("config", QUANTISED, ids=lambda c: f"{c.cache_dtype} {c.scales} {c[2]}")
+def test_every_cache_and_kind_of_scale(entry, config):
+    """Among the rows are zeros, NaN, infinities and the ends of float32."""
+    shape, dtype, layout, cache_dtype, scales = config
+    slots = np.random.default_rng(1).integers(-1, shape.num_slots, shape.num_tokens)
+    slots = slots.astype(np.int32)
+    check(entry, build(shape, dtype, layout, slots, cache_dtype=cache_dtype, scales=scales))
 
 
 @writer_edge
