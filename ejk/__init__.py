@@ -15,14 +15,19 @@ from ejk._check_ragged_page_attention_inputs import (
 from ejk._check_write_kv_cache_inputs import (
     check_write_kv_cache_inputs as check_write_kv_cache_inputs,
 )
+from ejk._dense_block_tables import dense_block_tables as dense_block_tables
 from ejk._errors import UnsupportedError as UnsupportedError
 from ejk._export import export_disabled_checks as export_disabled_checks
+from ejk._layers import layer_block_tables as layer_block_tables
+from ejk._layers import layer_slot_mapping as layer_slot_mapping
 from ejk._merge_attention_states import merge_attention_states as merge_attention_states
 from ejk._page_attention import page_attention as page_attention
 from ejk._plan_page_attention import plan_page_attention as plan_page_attention
 from ejk._ragged_page_attention import ragged_page_attention as ragged_page_attention
 from ejk._registry import register_backend as register_backend
 from ejk._registry import unregister_backend as unregister_backend
+from ejk._slot_mapping import ragged_slot_mapping as ragged_slot_mapping
+from ejk._slot_mapping import slot_mapping as slot_mapping
 from ejk._version import __version__ as __version__
 from ejk._write_kv_cache import write_kv_cache as write_kv_cache
 from ejk.backends.mosaic_gpu.page_attention.backend import (

@@ -40,6 +40,11 @@ def static_int(name: str, value: Any, *, at_least: int) -> int:
     return int(value)
 
 
+def static_size(name: str, value: Any, *, at_least: int) -> Size:
+    """Return a size that has to be known when a call is traced, or a symbolic one as it is."""
+    return static_int(name, value, at_least=at_least) if is_static(value) else value
+
+
 def rounded_bound(name: str, value: Any, *, exact_up_to: int) -> int:
     """Check a bound that sizes work, and round it up to a power of two or one and a half of one.
 

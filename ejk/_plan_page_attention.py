@@ -1,14 +1,12 @@
 """`ejk.plan_page_attention`: a batch's work dealt out once, for the calls of all layers."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch, _registry
 from ejk._arguments import check_window
 from ejk._backend import Backend, Choice
-from ejk._indices import as_int32, exceeds, is_static, static_int
+from ejk._indices import as_int32, exceeds, static_size
 from ejk._page_attention import BACKENDS
 from ejk._typing import Lengths, ScalarInt, StaticInt, StaticSize, typed
 from ejk.backends.page_attention import PageAttentionBackend, PageAttentionProblem
@@ -82,20 +80,17 @@ def plan_page_attention(
         Graham (1969). Pieces that shrink with the work that is left: guided self-scheduling
         (Polychronopoulos and Kuck, 1987).
     """
-
-    def size(name: str, value: Any, at_least: int = 1) -> Any:
-        return static_int(name, value, at_least=at_least) if is_static(value) else value
-
     facts = PlanFacts(
         num_seqs=context_lens.shape[0],
-        num_heads=size("num_heads", num_heads),
-        num_kv_heads=size("num_kv_heads", num_kv_heads),
-        head_dim=size("head_dim", head_dim),
-        page_size=size("page_size", page_size),
-        max_blocks=size("max_blocks", max_blocks, at_least=0),
+        num_heads=static_size("num_heads", num_heads, at_least=1),
+        num_kv_heads=static_size("num_kv_heads", num_kv_heads, at_least=1),
+        head_dim=static_size("head_dim", head_dim, at_least=1),
+        page_size=static_size("page_size", page_size, at_least=1),
+        max_blocks=static_size("max_blocks", max_blocks, at_least=0),
         sliding_window=window_fact(sliding_window),
     )
-    width = facts.head_dim if value_head_dim is None else size("value_head_dim", value_head_dim)
+    width = head_dim if value_head_dim is None else value_head_dim
+    width = static_size("value_head_dim", width, at_least=1)
     check_window(sliding_window)
     if facts.num_heads % facts.num_kv_heads:
         raise ValueError(

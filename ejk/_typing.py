@@ -28,6 +28,7 @@ Tables = Integer[Array, "num_seqs max_blocks"]
 Tokens = Float[Array, "total_tokens num_heads head_dim"]
 Bounds = Annotated[Integer[Array, " _"], "an integer array [num_seqs + 1]"]
 PerToken = Integer[Array, " total_tokens"]
+Indices = Integer[Array, " num_indices"]
 TreeMask = Annotated[
     Bool[Array, "total_tokens max_q_len"], "a boolean array [total_tokens, max_q_len]"
 ]
