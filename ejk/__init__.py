@@ -16,6 +16,8 @@ from ejk._check_write_kv_cache_inputs import (
     check_write_kv_cache_inputs as check_write_kv_cache_inputs,
 )
 from ejk._dense_block_tables import dense_block_tables as dense_block_tables
+from ejk._empty_kv_cache import KVCache as KVCache
+from ejk._empty_kv_cache import empty_kv_cache as empty_kv_cache
 from ejk._errors import UnsupportedError as UnsupportedError
 from ejk._export import export_disabled_checks as export_disabled_checks
 from ejk._layers import layer_block_tables as layer_block_tables

@@ -107,7 +107,9 @@ def _fits(value: Any, hint: Any, known: dict[Any, bool]) -> bool:
     if fits is None:
         from beartype.door import is_bearable  # a quarter of what importing ejk would cost
 
-        fits = is_bearable(value, hint) and not (isinstance(value, bool) and hint is not Flag)
+        fits = is_bearable(value, hint) and not (
+            isinstance(value, bool) and Flag not in (hint, *typing.get_args(hint))
+        )
         if not isinstance(value, tuple):  # what one holds matters
             known[kind] = fits
     return fits
