@@ -87,5 +87,7 @@ def _of_layer(name: str, indices: Array, layer: ScalarInt, size: Size) -> jax.Ar
                 f"slots are 32-bit (layer={describe(layer)})"
             )
     found = jnp.asarray(as_int32(indices, size))
-    first = jnp.asarray(as_int32(layer, 2**31 - 1)) * size
-    return jnp.where((found >= 0) & (found < size), found + first, -1)
+    nth = jnp.asarray(as_int32(layer, 2**31 - 1))
+    # A traced layer whose ids leave 32 bits would wrap to the pages of another.
+    exists = (found >= 0) & (found < size) & (nth >= 0) & (nth <= (2**31 - 1 - found) // size)
+    return jnp.where(exists, found + nth * size, -1)
