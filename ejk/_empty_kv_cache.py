@@ -119,12 +119,12 @@ def empty_kv_cache(
 
 def _type_of(dtype: Any) -> tuple[CacheType, np.dtype]:
     """Return what a cache of `dtype` holds, and the dtype of its arrays."""
-    if isinstance(dtype, str) and dtype == "int4":
-        dtype = np.uint8
     try:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
+    if found == jnp.int4:
+        found = np.dtype(np.uint8)
     if found is None or found.name not in CACHE_DTYPES:
         names = [name for name in CACHE_DTYPES if name != "uint8"] + ["int4"]
         near = did_you_mean(dtype, names) if isinstance(dtype, str) else ""

@@ -56,7 +56,7 @@ class GivenScales(NamedTuple):
         if scale is None:
             return "none"
         if not isinstance(scale, jax.Array | np.ndarray):
-            if abs(scale) > float(np.finfo(np.float32).max) and not math.isinf(scale):
+            if float(np.finfo(np.float32).max) < abs(scale) < math.inf:
                 raise ValueError(f"{name}={describe(scale)} must be a float32, at most 3.4e38")
             return "head"
         check_floats(**{name: scale})
