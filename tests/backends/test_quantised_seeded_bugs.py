@@ -73,8 +73,12 @@ def of_the_keys(problem, scale, pages, half, seen):
     return scales(problem, scale, pages, softmax.KEYS, seen)
 
 
-def unselected(problem, scale, pages, half, seen):
-    return scales(problem, scale, pages, half, jnp.ones_like(seen))
+def weights_of_dead_slots(block, p, visible):
+    """What nobody sees has a scale that is NaN, and is not selected away."""
+    if block.value_scale is None:
+        return p, None
+    scale = jnp.where(block.visible.any(1)[:, None], block.value_scale, jnp.nan)
+    return weights(block._replace(value_scale=scale), p, jnp.ones_like(visible))
 
 
 def nibbles_swapped(x, cache_type):
@@ -90,7 +94,7 @@ def weights_without_a_unit(block, p, visible):
     if block.value_scale is None:
         return p, None
     scaled = jnp.where(visible, p * block.value_scale[:, :, None], 0.0)
-    return scaled, jnp.ones_like(block.value_scale[..., :1])
+    return scaled, jnp.ones_like(scaled[..., :1])
 
 
 def weights_of_a_unit_alone(block, p, visible):
@@ -110,7 +114,7 @@ READING = {
     "scales are applied twice": ("_scales", scales_changed(lambda x: x * x)),
     "scales are missing": ("_scales", scales_changed(jnp.ones_like)),
     "values have the scales of keys": ("_scales", of_the_keys),
-    "scales of dead slots are read": ("_scales", unselected),
+    "scales of dead slots are read": ("with_value_scale", weights_of_dead_slots),
     "nibbles are swapped": ("codes_of", nibbles_swapped),
     "nibbles have no sign": ("codes_of", nibbles_without_sign),
     "a value scale overflows float16": ("with_value_scale", weights_without_a_unit),

@@ -125,9 +125,10 @@ class Softmax(NamedTuple):
         p = jnp.where(visible, p, 0.0)
         dp = _of_values(rows.g, block)
         d_query, d_keys, d_key_scale, d_scale, d_slopes = pullback(p * (dp + self.delta[..., None]))
-        weights, unit = block.with_value_scale(p, visible)
-        d_values = product("skgt,skgd->sktd", weights.astype(rows.g.dtype), rows.g)
-        d_values = d_values if unit is None else unit[..., None] * d_values
+        d_values = product("skgt,skgd->sktd", p.astype(rows.g.dtype), rows.g)
+        if block.value_scale is not None:  # that of a head may be NaN where nobody sees a token
+            seen = visible.any(2)[..., None]
+            d_values = jnp.where(seen, block.value_scale[..., None] * d_values, 0.0)
         d_value_scale = _of_value_scale(problem, p, rows.g, block, visible)
         if problem.latent:
             width = problem.head_dim - problem.value_head_dim

@@ -78,23 +78,24 @@ class Block(NamedTuple):
         """Return the values' sum, each times one of `weights [batch, num_kv_heads, rows, keys]`."""
         weights, unit = self.with_value_scale(weights, visible)
         total = product("skgt,sktd->skgd", weights.astype(self.values.dtype), self.values)
-        return total if unit is None else unit[..., None] * total
+        return total if unit is None else unit * total
 
     def with_value_scale(
         self, weights: jax.Array, visible: jax.Array
     ) -> tuple[jax.Array, jax.Array | None]:
         """Return weights of the values as they are stored, and what their sum is to be times.
 
-        That is the largest scale `[batch, num_kv_heads, 1]`: no weight exceeds its own size, so
-        float16 holds them as well as it does without scales. Scales may be NaN or infinite, also
-        those that some rows do not see.
+        That is the largest scale that a row sees, `[batch, num_kv_heads, rows, 1]`: no weight
+        exceeds its own size, so float16 holds them as well as it does without scales, whatever the
+        scales are that other rows see. Scales may be NaN or infinite.
         """
         if self.value_scale is None:
             return weights, None
-        sizes = jnp.where(jnp.isfinite(self.value_scale), jnp.abs(self.value_scale), 0.0)
+        scale = self.value_scale[:, :, None]
+        sizes = jnp.where(visible & jnp.isfinite(scale), jnp.abs(scale), 0.0)
         unit = sizes.max(-1, keepdims=True)
         unit = jnp.where(unit > 0, unit, 1.0)
-        scaled = weights * (self.value_scale / unit)[:, :, None]
+        scaled = weights * (scale / unit)
         return jnp.where(visible, scaled, 0.0), unit
 
     def visible_rows(self, problem: PagedProblem) -> jax.Array:
