@@ -113,7 +113,11 @@ def table(rows: Iterable[Measured]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    names = [name for name, of in tpu_kernels.WORKLOADS.items() if of.new_tokens == 1]
+    names = [
+        name
+        for name, of in tpu_kernels.WORKLOADS.items()
+        if of.new_tokens == 1 and not isinstance(of, tpu_kernels.OfCache)
+    ]
     parser.add_argument("--only", nargs="+", choices=names, help="workloads")
     args = parser.parse_args(argv)
     chip = generation()

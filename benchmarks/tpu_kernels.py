@@ -13,11 +13,43 @@ from benchmarks.workloads import Workload, uniform
 
 POOL_BYTES = 2**30  # far more than fits next to a core, where XLA would put smaller ones
 
+
+@dataclasses.dataclass(frozen=True)
+class OfCache(Workload):
+    """A workload whose cache is of another type than its queries."""
+
+    cache_dtype: str = "int8"
+    scales: str = "head"  # or "token", or "none"
+
+    @property
+    def token_bytes(self) -> int:
+        head_bytes = self.head_dim * jnp.dtype(self.cache_dtype).itemsize
+        return 2 * self.num_kv_heads * (head_bytes + 4 * (self.scales == "token"))
+
+
+def of_cache(workload: Workload, name: str, cache_dtype: str, scales: str) -> OfCache:
+    return OfCache(**vars(workload) | dict(name=name, cache_dtype=cache_dtype, scales=scales))
+
+
+_PAGE_16 = uniform("page 16", 32, 8, 128, 16, 2048, 16)
+_PAGE_32 = uniform("page 32", 32, 8, 128, 16, 2048, 32)
+_PAGE_128 = uniform("page 128", 32, 8, 128, 16, 2048, 128)
+
+QUANTISED = (
+    of_cache(_PAGE_16, "int8, page 16", "int8", "head"),
+    of_cache(_PAGE_128, "int8, page 128", "int8", "head"),
+    of_cache(_PAGE_128, "int8 per token, page 128", "int8", "token"),
+    of_cache(_PAGE_16, "e4m3, page 16", "float8_e4m3fn", "head"),
+    of_cache(_PAGE_32, "e4m3, page 32", "float8_e4m3fn", "head"),
+    of_cache(_PAGE_128, "e4m3, page 128", "float8_e4m3fn", "head"),
+)
+QUANTISED_CHIPS = ("v6e", "v7x")
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        uniform("page 16", 32, 8, 128, 16, 2048, 16),
-        uniform("page 128", 32, 8, 128, 16, 2048, 128),
+        _PAGE_16,
+        _PAGE_128,
         uniform("4,096 tokens", 32, 8, 128, 16, 4096, 16),
         uniform("2 KV heads", 8, 2, 128, 16, 2048, 64),
         uniform("1 KV head", 8, 1, 128, 16, 2048, 128),
@@ -29,11 +61,13 @@ WORKLOADS = {
         dataclasses.replace(uniform("float32", 32, 8, 128, 16, 2048, 16), dtype="float32"),
         dataclasses.replace(uniform("drafts of 8", 32, 8, 128, 16, 4096, 16), new_tokens=8),
         dataclasses.replace(uniform("chunks of 128", 32, 8, 128, 16, 4096, 16), new_tokens=128),
+        *QUANTISED,
     )
 }
 
 SPLIT_WORKLOADS = ("page 16", "1 KV head", "window", "head dimension 64", "head dimension 96",
-                   "head dimension 192", "head dimension 256", "float32")  # fmt: skip
+                   "head dimension 192", "head dimension 256", "float32",
+                   *(workload.name for workload in QUANTISED))  # fmt: skip
 FUSED_WORKLOADS = ("page 16", "page 128", "4,096 tokens", "2 KV heads")
 RAGGED_WORKLOADS = ("drafts of 8", "chunks of 128")
 PEER_WORKLOADS = ("page 16", "page 128", "2 KV heads", "1 KV head", "window", "head dimension 64",
@@ -65,8 +99,14 @@ def _ejk(w: Workload, where: jax.sharding.Sharding, fused: bool = False, **field
                 return super().run(problem, _concrete(operands, known), platform)
 
     backend = Known(**fields)
+    arrays = _arrays(w, where, fused)
+    scales = {}
+    if isinstance(w, OfCache) and w.scales != "none":
+        shape = (w.num_kv_heads,) if w.scales == "head" else arrays[1].shape[:-1]
+        scale = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        scales = dict(key_scale=scale, value_scale=scale)
     jax.jit(functools.partial(ejk.page_attention, backend=backend, **options)).lower(
-        *_arrays(w, where, fused)
+        *arrays, **scales
     )
 
 
@@ -114,7 +154,8 @@ def _arrays(w: Workload, where: jax.sharding.Sharding, fused: bool) -> list[Any]
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     halves = (2,) if fused else ()
-    pool = array((_num_pages(w), *halves, w.num_kv_heads, w.page_size, w.head_dim), w.dtype)
+    dtype = w.cache_dtype if isinstance(w, OfCache) else w.dtype
+    pool = array((_num_pages(w), *halves, w.num_kv_heads, w.page_size, w.head_dim), dtype)
     return [
         array((w.num_seqs * w.new_tokens, w.num_heads, w.head_dim), w.dtype),
         pool,

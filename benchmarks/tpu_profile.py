@@ -133,7 +133,9 @@ def compile_in_process(case: dict, folder: str) -> dict:
     """Run `tpu_compile` with libtpu's dumps in `folder`; returns what it printed."""
     flags = FLAGS + (() if case["generation"] in NOT_PROFILED else PROFILE_FLAGS)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+        ),
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",

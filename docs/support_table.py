@@ -87,6 +87,26 @@ RAGGED_HOPPER = (
     ),
 )
 DTYPES = ("float32", "bfloat16", "float16")
+RAGGED_TARGETS = (
+    Target("`xla`", ejk.XlaRaggedPageAttention(), "cpu"),
+    *RAGGED_HOPPER,
+    Target("`pallas`", ejk.PallasRaggedPageAttention(), "tpu"),
+)
+WRITE_TARGETS = (
+    Target("`xla`", ejk.XlaWriteKVCache(), "cpu"),
+    Target("`triton`, sm_90", ejk.TritonWriteKVCache(compute_capability=90), "cuda"),
+    Target("`pallas`", ejk.PallasWriteKVCache(), "tpu"),
+)
+# Of each cache: its dtype, and whether it comes with a scale for each KV head, or token and head.
+CACHES = {
+    "float16": ("float16", None),
+    "`int8`, per head": ("int8", "head"),
+    "`int8`, per token": ("int8", "token"),
+    "`float8_e4m3fn`": ("float8_e4m3fn", None),
+    "`float8_e4m3fn`, per token": ("float8_e4m3fn", "token"),
+    "`float8_e5m2`": ("float8_e5m2", None),
+    "`uint8` (int4), per token": ("uint8", "token"),
+}
 LAYOUTS: tuple[CacheLayout, ...] = ("HND", "NHD", "KV_HEADS_FIRST")
 HEAD_DIMS = (1, 8, 16, 33, 64, 80, 96, 128, 192, 256, 512)
 PAGE_SIZES = (1, 3, 8, 16, 64, 128, 256, 1024)
@@ -101,6 +121,7 @@ def problem(
     cache_layout: CacheLayout = "HND",
     group: int = 4,
     num_kv_heads: int = 8,
+    cache: str | None = None,
 ) -> ejk.PageAttentionProblem:
     """Make the problem of a call on 8 sequences of up to 128 pages."""
     array = jax.ShapeDtypeStruct
@@ -110,7 +131,10 @@ def problem(
         "NHD": ("pages", "slots", "kv_heads"),
         "KV_HEADS_FIRST": ("kv_heads", "pages", "slots"),
     }[cache_layout]
-    pool = array((*(sizes[axis] for axis in order), head_dim), dtype)
+    rows = tuple(sizes[axis] for axis in order)
+    pool, scales = array((*rows, head_dim), dtype), {}
+    if cache is not None:
+        pool, scales = quantised(cache, rows, head_dim, num_kv_heads, value_head_dim is not None)
     call = functools.partial(
         ejk.page_attention, cache_layout=cache_layout, value_head_dim=value_head_dim
     )
@@ -120,20 +144,47 @@ def problem(
         pool if value_head_dim is None else None,
         array((8,), jnp.int32),
         array((8, 128), jnp.int32),
+        **scales,
     )
     ((found, _),) = _dispatch.calls(jaxpr.jaxpr)
     assert isinstance(found, ejk.PageAttentionProblem)
     return found
 
 
-def ragged(dtype: str = "bfloat16", head_dim: int = 128, page_size: int = 16) -> _backend.Problem:
+def quantised(
+    cache: str, rows: tuple[int, ...], head_dim: int, num_kv_heads: int, latent: bool = False
+) -> tuple[jax.ShapeDtypeStruct, dict[str, jax.ShapeDtypeStruct]]:
+    """Return a pool of one of `CACHES`, and its scales as arguments."""
+    dtype, kind = CACHES[cache]
+    pool = jax.ShapeDtypeStruct((*rows, head_dim // 2 if dtype == "uint8" else head_dim), dtype)
+    if kind is None:
+        return pool, {}
+    scale = jax.ShapeDtypeStruct(rows if kind == "token" else (num_kv_heads,), "float32")
+    return pool, {"key_scale": scale} | ({} if latent else {"value_scale": scale})
+
+
+def ragged(
+    dtype: str = "bfloat16", head_dim: int = 128, page_size: int = 16, cache: str | None = None
+) -> _backend.Problem:
     """Make the problem of a call on 4,096 new tokens of 8 sequences, in groups of 4."""
-    array = jax.ShapeDtypeStruct
-    pool = array((1024, 8, page_size, head_dim), dtype)
+    array, rows = jax.ShapeDtypeStruct, (1024, 8, page_size)
+    pool, scales = array((*rows, head_dim), dtype), {}
+    if cache is not None:
+        pool, scales = quantised(cache, rows, head_dim, 8)
     integers = (array(shape, jnp.int32) for shape in ((8,), (8, 128), (9,)))
     jaxpr = jax.make_jaxpr(ejk.ragged_page_attention)(
-        array((4096, 32, head_dim), dtype), pool, pool, *integers
+        array((4096, 32, head_dim), dtype), pool, pool, *integers, **scales
     )
+    ((found, _),) = _dispatch.calls(jaxpr.jaxpr)
+    return found
+
+
+def write(cache: str) -> _backend.Problem:
+    """Make the problem of a write of 64 tokens of 8 KV heads of 128, in bfloat16."""
+    row = jax.ShapeDtypeStruct((64, 8, 128), "bfloat16")
+    pool, scales = quantised(cache, (1024, 8, 16), 128, 8)
+    slots = jax.ShapeDtypeStruct((64,), jnp.int32)
+    jaxpr = jax.make_jaxpr(ejk.write_kv_cache)(row, row, pool, pool, slots, **scales)
     ((found, _),) = _dispatch.calls(jaxpr.jaxpr)
     return found
 
@@ -249,6 +300,7 @@ def add_sizes(page: Page) -> None:
     page.add("### dtype\n\nhead_dim 128, pages of 16 tokens.")
     page.probes("dtype", {dtype: problem(dtype=dtype) for dtype in DTYPES})
     page.reasons()
+    add_caches(page)
     page.add("### cache_layout\n\nbfloat16, head_dim 128, pages of 16 tokens.")
     page.probes("layout", {f'`"{layout}"`': problem(cache_layout=layout) for layout in LAYOUTS})
     page.reasons()
@@ -285,6 +337,23 @@ def add_sizes(page: Page) -> None:
     page.add("### Query heads for each KV head\n\nbfloat16, head_dim 128, pages of 16 tokens.")
     groups = (1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 64, 128)
     page.probes("group", {str(group): problem(group=group, num_kv_heads=2) for group in groups})
+    page.reasons()
+
+
+def add_caches(page: Page) -> None:
+    """Ask about quantised caches, and about a float cache of another type than the query's."""
+    page.add(
+        "### Types of caches\n\n"
+        "bfloat16 queries, head_dim 128, pages of 16 tokens. A scale for each KV head, for each\n"
+        "token and head, or none."
+    )
+    page.probes("cache", {cache: problem(cache=cache) for cache in CACHES})
+    page.add("Latent, 16 query heads, head_dim 576, values 512.")
+    page.probes("cache", {cache: latent(cache=cache, group=16) for cache in CACHES})
+    page.add("`ejk.ragged_page_attention`, 4,096 new tokens.")
+    page.probes("cache", {cache: ragged(cache=cache) for cache in CACHES}, RAGGED_TARGETS)
+    page.add("`ejk.write_kv_cache`; scales for each token and head are computed.")
+    page.probes("cache", {cache: write(cache) for cache in CACHES}, WRITE_TARGETS)
     page.reasons()
 
 

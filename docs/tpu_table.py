@@ -31,6 +31,7 @@ def tables(facts: dict, prices: dict[tuple[str, str, str], Price]) -> str:
     parts += [workloads()]
     parts += ["### Share of the memory's bandwidth\n", of_chips(prices, share)]
     parts += ["### Time of the core over that of the memory\n", of_chips(prices, load)]
+    parts += ["### Time on a quantised cache over that on bfloat16's\n", ratios(prices)]
     parts += ["### Bytes of keys and values for each executed bundle\n", of_chips(prices, density)]
     parts += ["### Useful products, of those that the matrix units could take\n"]
     parts += [of_chips(prices, useful, tpu_kernels.RAGGED_WORKLOADS)]
@@ -44,7 +45,12 @@ def workloads() -> str:
     for w in tpu_kernels.WORKLOADS.values():
         context = f"{w.num_seqs} x {w.context_lens[0]:,}"
         heads = f"{w.num_heads}/{w.num_kv_heads}/{w.head_dim}"
-        rest = ", ".join([w.dtype, *(f"`{name}={value}`" for name, value in w.options)])
+        dtypes = (
+            f"{w.dtype}, cache {w.cache_dtype}, scales per {w.scales}"
+            if (isinstance(w, tpu_kernels.OfCache))
+            else w.dtype
+        )
+        rest = ", ".join([dtypes, *(f"`{name}={value}`" for name, value in w.options)])
         rest += f", {w.new_tokens} new tokens each" * (w.new_tokens > 1)
         rows.append(f"| {w.name} | {heads} | {context} | {w.page_size} | {rest} |")
     return "\n" + "\n".join(rows) + "\n"
@@ -58,6 +64,26 @@ def of_chips(prices, cell: Callable[[Price], str], workloads=tpu_kernels.WORKLOA
             if any(found):
                 cells = [cell(price) if price and not price.failure else "-" for price in found]
                 rows.append(f"| {workload} | {kernel} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def ratios(prices) -> str:
+    chips = tpu_kernels.QUANTISED_CHIPS
+    rows = ["| workload | " + " | ".join(chips) + " |", "|---|" + "---|" * len(chips)]
+    for w in tpu_kernels.QUANTISED:
+        plain = "page 16" if w.page_size < 128 else "page 128"
+        cells = []
+        for chip in chips:
+            # Not priced are split pools of pages of 128, which the memory bounds as it does fused
+            # ones, nor pages of 32, which it bounds as those of 16.
+            other = prices.get(("ejk", chip, plain)) or prices.get(
+                ("ejk, fused pools", chip, plain)
+            )
+            mine = prices.get(("ejk", chip, w.name))
+            known = mine and other and not mine.failure and not other.failure
+            times = [tpu_prices.predict(price).us for price in (mine, other)] if known else None
+            cells.append(f"{times[0] / times[1]:.2f}" if times else "-")
+        rows.append(f"| {w.name} | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
 

@@ -81,6 +81,8 @@ _MENDS = {
     "page_size + positions % page_size",
     "page_table_v": "leave it out: keys and values share block_tables",
     "kv_cache_dtype": _QUANTISED,
+    "q_descale": "leave it out: queries are floats of 16 or 32 bits",
+    "q_scale": "leave it out: queries are floats of 16 or 32 bits",
     "use_fp8": _QUANTISED,
     "fp8_params": _QUANTISED,
     "kv_c": _SIDE_BY_SIDE,

@@ -1,11 +1,15 @@
 """`ejk.plan_page_attention`: a batch's work dealt out once, for the calls of all layers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch, _registry
 from ejk._arguments import check_window
 from ejk._backend import Backend, Choice
+from ejk._cache_types import CACHE_DTYPES, CacheType, cache_type_of
+from ejk._describe import describe
 from ejk._indices import as_int32, exceeds, static_size
 from ejk._page_attention import BACKENDS
 from ejk._typing import Lengths, ScalarInt, StaticInt, StaticSize, typed
@@ -31,6 +35,7 @@ def plan_page_attention(
     max_blocks: StaticSize,
     sliding_window: ScalarInt | None = None,
     value_head_dim: StaticInt | None = None,
+    cache_dtype: Any = None,
     backend: str | Backend | None = None,
 ) -> PageAttentionPlan:
     """Deal out the work of `ejk.page_attention` over a batch of contexts, on the device.
@@ -55,6 +60,8 @@ def plan_page_attention(
         max_blocks: the width of the calls' block tables.
         sliding_window: that of the calls.
         value_head_dim: of the values; `head_dim` if None.
+        cache_dtype: of the pools, such as `key_cache.dtype`: more programs fit a multiprocessor on
+            quantised ones. The queries' if None. As the lengths, it may be wrong: calls are slower.
         backend: that of the calls: an `ejk.TritonPageAttention` says for which GPU to plan where
             none is present.
 
@@ -102,7 +109,8 @@ def plan_page_attention(
     candidates = _registry.choose(backend, PageAttentionProblem, BACKENDS).backends
     own = (b.planner for b in candidates if isinstance(b, PageAttentionBackend))
     planners = (*filter(None, own), XlaPlan())
-    problem = planners[0].plan_problem(facts, width)
+    is_quantised = cache_dtype is not None and _cache_type(cache_dtype).is_quantised
+    problem = planners[0].plan_problem(facts, width, is_quantised)
     if 0 in (facts.num_seqs, facts.capacity):
         return PageAttentionPlan(jnp.zeros(problem.results[0].shape, jnp.int32), problem, facts)
     operands = PlanOperands(
@@ -111,6 +119,20 @@ def plan_page_attention(
     )
     [work] = _dealt_out(problem, _registry.choose(None, PlanProblem, planners), operands)
     return PageAttentionPlan(work, problem, facts)
+
+
+def _cache_type(dtype: Any) -> CacheType:
+    """Check `cache_dtype` and return what it holds."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in CACHE_DTYPES:
+        raise ValueError(
+            f"cache_dtype={describe(dtype)} must be one of {', '.join(CACHE_DTYPES)}, of which "
+            "uint8 holds int4"
+        )
+    return cache_type_of(name)
 
 
 @_dispatch.compiled

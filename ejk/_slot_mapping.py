@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk._arguments import check_sizes
-from ejk._indices import as_int32, count_up_to, exceeds, least, static_int, static_size
+from ejk._indices import as_int32, count_up_to, exceeds, static_int, static_size
 from ejk._typing import Array, Bounds, Lengths, StaticInt, StaticSize, Tables, typed
 
 
@@ -104,13 +104,13 @@ def ragged_slot_mapping(
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     if num_seqs == 0:
         return jnp.full_like(rows, -1)
-    capacity = least(block_tables.shape[1] * page_size, 2**31 - 1)
     bounds = jnp.clip(jnp.asarray(as_int32(cu_q_lens, num_rows)), 0, num_rows)
     bounds = jax.lax.cummax(bounds)
     seqs = count_up_to(bounds[1:], rows)
     is_new = (rows >= bounds[0]) & (seqs < num_seqs)
     seqs = jnp.minimum(seqs, num_seqs - 1)
-    lens = jnp.clip(jnp.asarray(as_int32(context_lens, capacity)), 0, capacity)
+    # Not clipped to the table, as attention does: the last slots would be written once more.
+    lens = jnp.maximum(jnp.asarray(as_int32(context_lens, 2**31 - 1)), 0)
     positions = lens[seqs] - (bounds[seqs + 1] - rows)
     return _slots(block_tables, seqs, jnp.where(is_new, positions, -1), page_size, num_pages)
 

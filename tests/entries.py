@@ -124,8 +124,8 @@ RAGGED_PALLAS = ejk.PallasRaggedPageAttention(block_q=3, pages_per_block=2, inte
 # What no kernel does yet.
 NO_QUANTISED = (r"does not support key_(cache|scale)",)
 NO_FLOAT16 = (
-    *NO_QUANTISED,
-    r"(float16|float8_\w+|u?int8): the (matrix unit|chip) takes float32 and bfloat16",
+    r"does not support key_cache\.dtype=uint8 \(int4\)",
+    r"float16: the (matrix unit|chip) takes float32 and bfloat16",
 )
 
 
@@ -135,7 +135,8 @@ def suits_mosaic(config: Configuration) -> bool:
     pages = 64 if shape.head_dim == 256 else 128
     return (
         not shape.latent
-        and not config.is_quantised
+        and (config.holds == config.dtype or config.holds.itemsize == 1)
+        and (config.scales != "token" or config.dtype == BF16)
         and config.dtype.itemsize == 2
         and shape.head_dim == shape.width in (64, 128, 256)
         and shape.page_size % 8 == 0
@@ -150,8 +151,8 @@ def ragged_mosaic(name: str, examples: int, **fields) -> RaggedEntry:
         ejk.MosaicGpuRaggedPageAttention(**fields),
         examples,
         may_refuse=(
-            *NO_QUANTISED, "head_dim=.* must be ", "at most 64",
-            "dtype=.*: it takes bfloat16 and float16",
+            "head_dim=.* must be ", "at most 64", "dtype=.*: it takes bfloat16 and float16",
+            "query.dtype=float16 has no room", "does not support key_cache.dtype other than",
             "page_size=.* must be ", "does not support (positions|tree_mask|value_head_dim)",
         ),
         suits=suits_mosaic,
@@ -165,7 +166,7 @@ if os.environ.get("EJK_TEST_GPU"):
     assert jax.default_backend() == "gpu", "the GPU tests were asked for, but there is no GPU"
     ENTRIES = [
         Entry("xla on gpu", ejk.XlaPageAttention(), 40, invariant=False),
-        Entry("triton on gpu", ejk.TritonPageAttention(), 80, may_refuse=NO_QUANTISED),
+        Entry("triton on gpu", ejk.TritonPageAttention(), 80),
     ]
     RAGGED = [
         RaggedEntry("ragged xla on gpu", ejk.XlaRaggedPageAttention(), 20),
@@ -174,42 +175,31 @@ if os.environ.get("EJK_TEST_GPU"):
             ejk.TritonRaggedPageAttention(),
             40,
             decode=ejk.TritonPageAttention(),
-            may_refuse=NO_QUANTISED,
         ),
         # 192 query rows fill it: of 16 bits they are taken in the blocks of a large batch.
         RaggedEntry(
             "ragged triton on a small gpu",
             ejk.TritonRaggedPageAttention(num_sms=1),
             8,
-            may_refuse=NO_QUANTISED,
         ),
         RaggedEntry(
             "ragged triton on a small gpu, in blocks of 256",
             ejk.TritonRaggedPageAttention(num_sms=1, block_rows=256),
             8,
-            may_refuse=(
-                *NO_QUANTISED,
-                r"blocks of 256 query rows .* shared memory",
-                "no rocm device is here",
-            ),
+            may_refuse=(r"blocks of 256 query rows .* shared memory", "no rocm device is here"),
         ),
         ragged_mosaic("ragged mosaic_gpu on gpu", 12),  # each configuration compiles for 8 s
         ragged_mosaic("ragged mosaic_gpu on a small gpu", 8, num_sms=3),
     ]
     WRITERS = [
         Writer("xla on gpu, writing", ejk.XlaWriteKVCache(), 20),
-        Writer("triton on gpu, writing", ejk.TritonWriteKVCache(), 80, may_refuse=NO_QUANTISED),
+        Writer("triton on gpu, writing", ejk.TritonWriteKVCache(), 80),
     ]
 else:
     ENTRIES = [
         Entry("xla", ejk.XlaPageAttention(), 10, invariant=False),
         Entry("xla in small blocks", ejk.XlaPageAttention(block_kv=16), 4, invariant=False),
-        Entry(
-            "triton interpreted",
-            ejk.TritonPageAttention(interpret=True),
-            8,
-            may_refuse=NO_QUANTISED,
-        ),
+        Entry("triton interpreted", ejk.TritonPageAttention(interpret=True), 8),
         Entry(
             "pallas interpreted", ejk.PallasPageAttention(interpret=True), 4, may_refuse=NO_FLOAT16
         ),
@@ -224,17 +214,13 @@ else:
             RAGGED_TRITON,
             8,
             decode=ejk.TritonPageAttention(block_kv=16, num_sms=6, interpret=True),
-            may_refuse=NO_QUANTISED,
         ),
         RaggedEntry("ragged pallas interpreted", RAGGED_PALLAS, 4, may_refuse=NO_FLOAT16),
         ragged_mosaic("ragged mosaic_gpu interpreted", 2, num_sms=2, interpret=True),
     ]
     WRITERS = [
         Writer("xla, writing", ejk.XlaWriteKVCache(), 20),
-        Writer(
-            "triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), 20,
-            may_refuse=NO_QUANTISED,
-        ),
+        Writer("triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), 20),
         Writer(
             "pallas interpreted, writing", ejk.PallasWriteKVCache(interpret=True), 10,
             may_refuse=NO_FLOAT16,

@@ -38,13 +38,14 @@ SHARED_MEMORY_BYTES = {
 _POINTER_TYPES = {
     "bool": "*i1",
     "int8": "*i8",
+    "uint8": "*u8",
     "int32": "*i32",
     "int64": "*i64",
     "float16": "*fp16",
     "bfloat16": "*bf16",
     "float32": "*fp32",
-    "float8_e4m3fn": "*fp8e4nv",
-    "float8_e5m2": "*fp8e5",
+    "float8_e4m3fn": "*u8",  # see `_jax_triton`
+    "float8_e5m2": "*u8",
 }
 
 

@@ -159,5 +159,7 @@ class PlanBackend(Backend):
     problem_type = PlanProblem
 
     @abc.abstractmethod
-    def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
+    def plan_problem(
+        self, facts: PlanFacts, value_head_dim: int, is_quantised: bool
+    ) -> PlanProblem:
         """Say which work there may be in the calls of these facts, and how it is dealt out."""

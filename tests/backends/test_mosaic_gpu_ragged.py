@@ -16,7 +16,7 @@ from bits import bits_equal
 from entries import RaggedEntry
 from ragged_strategies import RaggedCase, build_ragged
 from shapes import Shape
-from strategies import FEATURES, LAYOUTS, Configuration
+from strategies import E4M3, E5M2, FEATURES, INT4, INT8, LAYOUTS, Configuration
 from tolerances import assert_close
 
 import ejk
@@ -62,9 +62,12 @@ def build(
         tables[case.block_tables == old] = new
     if not junk:
         tables[~case.needed] = 0
+    scales = case.scales
+    if case.has_token_scales:
+        scales = tuple(None if x is None else x[order] for x in scales)
     return case.replace(
         keys=case.keys[order], values=case.values[order], live=case.live[order],
-        block_tables=tables,
+        block_tables=tables, scales=scales,
     )  # fmt: skip
 
 
@@ -142,6 +145,27 @@ def test_features(feature):
     features = frozenset(FEATURES if feature == "all" else (feature,))
     config = dataclasses.replace(PLAIN, features=features)
     check(config, **LONG, window=jnp.int32(300), junk=False, seed=3)
+
+
+CACHES = {
+    "int8, a scale a head": (BF16, INT8, "head", "NHD", False),
+    "e4m3": (F16, E4M3, "none", "HND", True),
+    "e5m2, one scale": (BF16, E5M2, "scalar", "KV_HEADS_FIRST", True),
+    "a float cache with scales": (F16, None, "head", "HND", False),
+    "int8, a scale a token": (BF16, INT8, "token", "HND", True),
+    "int4": (BF16, INT4, "token", "NHD", False),
+}
+
+
+@pytest.mark.fast(2)
+@pytest.mark.parametrize("dtype, cache, scales, layout, fused", CACHES.values(), ids=CACHES)
+def test_quantised_caches(dtype, cache, scales, layout, fused):
+    """A window behind which pages are not copied, hidden pages, and contexts that are cut."""
+    config = Configuration(
+        SHAPE, dtype, layout, frozenset({"sliding_window"}), fused=fused, cache_dtype=cache,
+        scales=scales,
+    )  # fmt: skip
+    check(config, **LONG, window=300, invalid=0.05, seed=2)
 
 
 WINDOWS = {
@@ -324,6 +348,22 @@ def test_public_operations_say_the_same(head_dim, features, dtype):
     out, other = (x[0].astype(np.float32) for x in (own, public))
     np.testing.assert_allclose(out, other, rtol=0, atol=2 * eps * largest)
     np.testing.assert_allclose(own[1], public[1], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", [(), ("alibi_slopes",)], ids=["alone", "slopes"])
+def test_logits_of_any_size_are_capped(features):
+    """Each size takes another way, see `capped`; a scale that is far from 1 has no near ones."""
+    config = Configuration(SHAPE, BF16, "HND", frozenset(features))
+    plain = RaggedEntry("", dataclasses.replace(BACKEND, plain=True), examples=0)
+    usual = SHAPE.head_dim**-0.5
+    for size, scale in ((0.4, usual), (1.6, usual), (8, -usual), (1, 1e-12), (1, 3e9), (1, 0.0)):
+        case = build(config, **LONG, magnitudes=(size, 1.0))
+        options = {"attn_scale": scale, "attn_logits_soft_cap": 10.0}
+        case = case.replace(options=case.options | options)
+        own, public = ATTEND(case), plain(case)
+        assert_close(case, *own)
+        np.testing.assert_allclose(own[1], public[1], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import gpu_interpreter
 import numpy as np
 import pytest
 from entries import RaggedEntry
-from strategies import FEATURES, Configuration
+from strategies import E4M3, FEATURES, INT8, Configuration
 from test_mosaic_gpu_ragged import (
     BF16,
     F16,
@@ -26,18 +26,19 @@ from test_mosaic_gpu_ragged import (
 from tolerances import assert_close
 
 import ejk
-from ejk.backends.mosaic_gpu.ragged_page_attention import call
+from ejk.backends.mosaic_gpu.ragged_page_attention import call, widening
 
 pytestmark = gpu_interpreter.marks
 FOLDER = "ejk.backends.mosaic_gpu.ragged_page_attention"
 # Each imports of those before it.
 MODULES = (
     "memory", "tiles", "mask", "softmax", "copying", "writing", "rows", "kernel", "call",
+    "widening",
 )  # fmt: skip
 
 FAULTS = {
     "no wait for the queries": (
-        "kernel", "plgpu.barrier_wait(self.shared.query_there.at[slot])", "pass", "hidden",
+        "kernel", "plgpu.barrier_wait(shared.query_there.at[slot])", "pass", "hidden",
     ),
     "no wait for the keys": (
         "rows", "        plgpu.barrier_wait(shared.keys_there.at[slot])\n", "", "hidden",
@@ -90,11 +91,13 @@ FAULTS = {
         "mask", "minimum(nearest + 1,", "minimum(nearest + sizes.own_tokens,", "edge",
     ),
     "the window is one too long": (
-        "mask", "position - (window_of(inputs) - 1), tile", "position - window_of(inputs), tile",
-        "features",
+        "mask", "(window_of(inputs) - 1), begins", "window_of(inputs), begins", "features",
     ),
     "the window's first values are not cleared": (
-        "mask", "sizes.block_kv, jnp.maximum(start, 2), start)", "0, start, start)", "features",
+        "mask", "(tile.seen_begin, 2)", "(tile.seen_begin, 1)", "features",
+    ),
+    "the first block of a piece is taken for whole": (
+        "mask", "(tile.begin, 1)", "(tile.begin, 0)", "cut",
     ),
     "tokens and heads change places": (
         "mask", "lax.div(row, jnp.full_like(row, sizes.group))",
@@ -109,16 +112,18 @@ FAULTS = {
         "rows", "lax.broadcast_in_dim(position, shape",
         "lax.broadcast_in_dim(position + 1, shape", "features",
     ),
-    "the cap is natural": ("rows", "jnp.float32(cap * LOG2E)", "jnp.float32(cap)", "features"),
-    "a negative scale is folded in": (
-        "mask", "jnp.where(inputs.attn_scale[0] >= 0, stop, 0)", "stop", "negative",
+    "another cap": (
+        "rows", "self.scale, problem.soft_cap)", "self.scale, 0.7 * problem.soft_cap)", "features",
     ),
-    "whole blocks are not scaled": ("rows", "factor = scale * LOG2E", "factor = scale", "hidden"),
+    "a negative scale is folded in": (
+        "mask", "jnp.where(scale >= 0, stop, 0)", "stop", "negative",
+    ),
+    "logits are natural": ("rows", "self.scale * LOG2E", "self.scale", "hidden"),
     "what came before is not scaled": (
         "softmax", "state.l * spread(alpha, SUMS) + sums", "state.l + sums", "hidden",
     ),
     "nor are its values": (
-        "rows", "acc = private.rescaled(sizes.plain, acc, alpha)", "pass", "hidden",
+        "rows", "acc = rescaled(sizes.plain, acc, alpha)", "pass", "hidden",
     ),
     "another KV head": (
         "memory", "index[layout.kv_heads] = kv_head", "index[layout.kv_heads] = 0 * kv_head",
@@ -132,8 +137,7 @@ FAULTS = {
         "writing", "row = tile.part + first * group", "row = tile.part", "cut",
     ),
     "an empty piece begins where it ends": (
-        "tiles", "begin, end = (jnp.where(begin < end, x, 0) for x in (begin, end))", "pass",
-        "empty_piece",
+        "tiles", "jnp.where(begin < end, x, 0) for x", "x for x", "empty_piece",
     ),
     "pieces begin together": ("tiles", "begin + item.piece * size, end)", "begin, end)", "cut"),
     "LSE of parts is natural": (
@@ -145,6 +149,35 @@ FAULTS = {
     ),
     "rows of nobody at the end stay": (
         "writing", "jnp.where(i < first, i, last + i - first)", "jnp.minimum(i, first)", "hidden",
+    ),
+    "keys have the scale of another head": (
+        "kernel", "tile_in(shared, slot).kv_head if by_head", "1 if by_head", "scaled_heads",
+    ),
+    "values have the scale of another head": (
+        "kernel", "self.inputs.value_scale[tile.kv_head]", "self.inputs.value_scale[1]",
+        "scaled_heads",
+    ),
+    "rows that see nothing are scaled": (
+        "kernel", "jnp.where(l == 0, factor, factor * self", "(factor * self", "scaled_heads",
+    ),
+    "scales of another sequence": (
+        "rows", "tile.seq * sizes.scaled_tokens", "0 * sizes.scaled_tokens", "scaled_tokens",
+    ),
+    "scales of the next token": (
+        "rows", "pl.ds(first, sizes", "pl.ds(first + 1, sizes", "scaled_tokens",
+    ),
+    "values have the scales of keys": (
+        "rows", "value_scales = self._scales(self.inputs.value",
+        "value_scales = self._scales(self.inputs.key", "scaled_tokens",
+    ),
+    "values of the first block alone are scaled": (
+        "rows", "_scaled(new_p, value_scales)", "new_p", "scaled_tokens",
+    ),
+    "scales of dead slots are met": (
+        "widening", "jnp.where(is_there[None], own, 1.0)", "own", "scaled_tokens",
+    ),
+    "pages that a window cuts are not copied": (
+        "widening", "(first + page_size > begins)", "(first >= begins)", "scaled_heads",
     ),
     "rows of the next sequence are written": (
         "writing", "jnp.clip(tile.count - first, 0, self", "jnp.clip(tile.count, 0, self", "hidden",
@@ -201,6 +234,21 @@ def fused():
     return build(config, (301, 60, 0, 7), (1, 18, 19, 19, 21), total=23)
 
 
+def scaled_heads():
+    """Scales of heads, some of rows that see nothing; a window that begins inside a page."""
+    config = Configuration(
+        SHAPE, BF16, "NHD", frozenset({"sliding_window"}), cache_dtype=E4M3, scales="head"
+    )
+    case = build(config, (429, 3, 0, 0), (0, 17, 22, 22, 22), total=23, window=300)
+    scales = (np.float32([0.5, 2.0]), np.float32([np.nan, 3.0]))
+    return case.replace(scales=scales)
+
+
+def scaled_tokens():
+    config = Configuration(SHAPE, BF16, "NHD", cache_dtype=INT8, scales="token")
+    return build(config, (301, 60, 0, 7), (1, 18, 19, 19, 21), total=23, invalid=0.05)
+
+
 def cut():
     """A context that many programs share."""
     return build_cut(20, ("sliding_window",))
@@ -210,7 +258,12 @@ def empty_piece():
     return build_empty_piece()
 
 
-CASES = {x.__name__: x for x in (hidden, edge, features, negative, fused, cut, empty_piece)}
+CASES = {
+    x.__name__: x
+    for x in (
+        hidden, edge, features, negative, fused, scaled_heads, scaled_tokens, cut, empty_piece,
+    )
+}  # fmt: skip
 
 
 def check(case, bug):
@@ -238,6 +291,8 @@ def mutated(monkeypatch, file, old, new):
         exec(compile(source, sound.__file__, "exec"), vars(module))
         setattr(package, name, module)
     monkeypatch.setattr(call, "attend", package.call.attend)
+    for name in ("widened", "ordered_scales"):
+        monkeypatch.setattr(widening, name, getattr(package.widening, name))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,7 +14,7 @@ from test_write_programs import struct
 from tolerances import assert_close
 
 import ejk
-from ejk import _jax
+from ejk import _dispatch, _jax
 from ejk.backends import mosaic_gpu
 from ejk.backends.mosaic_gpu.ragged_page_attention.backend import FEW_ROWS
 from ejk.backends.triton._launch import CUSTOM_CALL_TARGET
@@ -33,16 +33,17 @@ def _for_an_h100(restored_registry):
 
 
 def arguments(
-    total_tokens=512, heads=32, kv_heads=8, head_dim=128, page_size=16, dtype=jnp.bfloat16
-):
+    total_tokens=512, heads=32, kv_heads=8, head_dim=128, page_size=16, dtype=jnp.bfloat16,
+    cache=None, max_blocks=256,
+):  # fmt: skip
     """Return the arguments of a call of 4 sequences."""
-    pool = struct(1024, kv_heads, page_size, head_dim, dtype=dtype)
+    pool = struct(1024, kv_heads, page_size, head_dim, dtype=cache or dtype)
     return (
         struct(total_tokens, heads, head_dim, dtype=dtype),
         pool,
         pool,
         struct(4, dtype=jnp.int32),
-        struct(4, 256, dtype=jnp.int32),
+        struct(4, max_blocks, dtype=jnp.int32),
         struct(5, dtype=jnp.int32),
     )
 
@@ -70,6 +71,41 @@ def test_one_launch_between_the_plan_and_the_combinations():
     assert targets(few) == [TRITON, MOSAIC, TRITON], "no sequence fills a block of many rows"
     short = lower(arguments(), max_context_len=64)
     assert targets(short) == [TRITON, MOSAIC], "nothing is cut"
+
+
+def test_pages_of_a_quantised_cache_are_copied_first():
+    scales = {"key_scale": 0.1, "value_scale": 0.2, "backend": BACKEND}
+    attention = [TRITON, MOSAIC, TRITON, TRITON]
+    assert targets(lower(arguments(cache=jnp.int8), **scales)) == [TRITON, TRITON, *attention]
+    assert targets(lower(arguments(), **scales)) == attention, "floats are read as they are"
+
+
+@pytest.mark.parametrize("total_tokens, is_left", [(512, True), (513, False)])
+def test_few_rows_do_not_pay_for_copies(total_tokens, is_left):
+    args = arguments(total_tokens=total_tokens, cache=jnp.float8_e4m3fn)
+    ((problem, _),) = _dispatch.calls(jax.make_jaxpr(ejk.ragged_page_attention)(*args).jaxpr)
+    found = BACKEND.passed_over(problem, "cuda")
+    assert (found is not None and found[0] == "triton" and "do not pay" in found[1]) == is_left
+
+
+COPIES = {
+    "float16 and scales per token": (
+        arguments(dtype=jnp.float16, cache=jnp.int8), (struct(1024, 8, 16),) * 2,
+        "query.dtype=float16 has no room",
+    ),
+    "wide tables": (
+        arguments(cache=jnp.float8_e5m2, max_blocks=2**13), (),
+        "4 x 8192 pages in bfloat16 take 2147483648 bytes, and may take 1073741824",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("args, scales, reason", COPIES.values(), ids=COPIES)
+def test_copies_that_are_refused(args, scales, reason):
+    scales = dict(zip(("key_scale", "value_scale"), scales))
+    call = functools.partial(ejk.ragged_page_attention, backend=BACKEND)
+    with pytest.raises(ejk.UnsupportedError, match=rf"\n  mosaic_gpu: .*{reason}"):
+        jax.jit(call).trace(*args, **scales).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("group, kv_heads", [(1, 8), (4, 8), (8, 1)])

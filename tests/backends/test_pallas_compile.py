@@ -58,6 +58,25 @@ CALLS = {
     "phi-2": dict(sizes=(32, 32, 80, 16), fused=True, more="lse"),
     "short pages": dict(sizes=(32, 8, 128, 8), fused=True),
     "odd sizes": dict(sizes=(34, 2, 33, 3), layout="NHD", pages_per_compute_block=4),
+    "int8, per head": dict(sizes=(32, 8, 128, 32), cache="int8", scales="head"),
+    "int8, per token": dict(sizes=(32, 8, 128, 16), cache="int8", scales="token", more="window"),
+    "e4m3": dict(sizes=(32, 8, 128, 16), cache="float8_e4m3fn"),
+    "e4m3, per token, fused": dict(
+        sizes=(8, 2, 128, 64), cache="float8_e4m3fn", scales="token", fused=True, more="lse"
+    ),
+    "e5m2, heads first, per token": dict(
+        sizes=(8, 4, 64, 16), cache="float8_e5m2", scales="token", layout="KV_HEADS_FIRST"
+    ),
+    "int8, NHD, per token": dict(sizes=(8, 4, 128, 16), cache="int8", scales="token", layout="NHD"),
+    "deepseek-v3, a quarter, e4m3": dict(
+        sizes=(32, 1, 576, 64), value_head_dim=512, latent=True, cache="float8_e4m3fn"
+    ),
+    "float32 queries": dict(sizes=(32, 8, 128, 16), dtype="float32", cache="bfloat16"),
+    "float32 queries, int8": dict(
+        sizes=(8, 2, 128, 32), dtype="float32", cache="int8", scales="token"
+    ),
+    "float32 cache": dict(sizes=(8, 2, 128, 16), cache="float32", scales="head"),
+    "e4m3, short pages": dict(sizes=(8, 2, 128, 8), cache="float8_e4m3fn", scales="head"),
 }
 MORE_CALLS = {
     f"{layout} {dtype} {sizes}": dict(sizes=sizes, dtype=dtype, layout=layout, more=more)
@@ -83,6 +102,8 @@ def call(
     value_head_dim=None,
     latent=False,
     fused=False,
+    cache=None,
+    scales="none",
     num_splits=0,
     num_seqs=5,
     max_blocks=64,
@@ -106,13 +127,21 @@ def call(
 
     arguments = dict(
         query=array((num_seqs, num_heads, head_dim), dtype),
-        key_cache=array((*axes, head_dim), dtype, row_major),
+        key_cache=array((*axes, head_dim), cache or dtype, row_major),
         context_lens=array((num_seqs,), "int32"),
         block_tables=array((num_seqs, max_blocks), "int32"),
         value_cache=None
         if latent or fused
-        else array((*axes, value_head_dim or head_dim), dtype, row_major),
+        else array((*axes, value_head_dim or head_dim), cache or dtype, row_major),
     )
+    if scales != "none":
+        of_scales = Format(Layout(tuple(range(len(axes)))), sharding)
+        scale = {
+            "head": array((num_kv_heads,), "float32"), "token": array(axes, "float32", of_scales),
+        }[scales]  # fmt: skip
+        arguments["key_scale"] = scale
+        if not latent and not (fused and scales == "token"):
+            arguments["value_scale"] = scale
     options = dict(
         cache_layout=layout,
         value_head_dim=value_head_dim if latent else None,

@@ -15,6 +15,7 @@ from writes import build as build_write
 import ejk._cache_types as cache_types
 import ejk.backends.xla._softmax as softmax
 import ejk.backends.xla.write_kv_cache as writing
+from ejk.backends import stored_rows
 
 READ = (
     dict(dtype=F32, cache_dtype=INT8, scales="token"),
@@ -51,7 +52,7 @@ def writes_hold(entry):
 
 scales, numbers, weights, codes_of, quantise, scales_of, stored = (
     softmax._scales, softmax._numbers, softmax.Block.with_value_scale, softmax.codes_of,
-    writing.quantise, writing.scales_of, writing.stored,
+    stored_rows.quantise, stored_rows.scales_of, writing.stored,
 )  # fmt: skip
 
 
@@ -194,7 +195,7 @@ WRITING = {
 @pytest.mark.parametrize("bug", WRITING)
 def test_bugs_of_writing_are_caught(bug, monkeypatch):
     name, replacement = WRITING[bug]
-    monkeypatch.setattr(writing, name, replacement)
+    monkeypatch.setattr(writing if name == "stored" else stored_rows, name, replacement)
     with pytest.raises(AssertionError):
         writes_hold(test_write_seeded_bugs.mutant(bug))
 

@@ -27,6 +27,9 @@ CALLS = {
     "a tree, everything": dict(
         sizes=(12, 4, 128, 16), more="sinks alibi window cap lse positions", tree_width=40
     ),
+    "int8, per token": dict(sizes=(32, 8, 128, 16), cache="int8", scales="token"),
+    "e4m3": dict(sizes=(32, 8, 128, 32), cache="float8_e4m3fn", max_q_len=8, fused=True),
+    "float32 queries": dict(sizes=(32, 8, 128, 16), dtype="float32", cache="bfloat16"),
 }
 MORE_CALLS = {
     "heads first": dict(sizes=(32, 8, 128, 16), layout="KV_HEADS_FIRST", more="lse"),
@@ -47,6 +50,19 @@ MORE_CALLS = {
         sizes=(32, 8, 128, 16), dtype="float32", more="alibi positions", tree_width=200
     ),
     "odd sizes": dict(sizes=(34, 2, 33, 3), layout="NHD", pages_per_block=4),
+    "e5m2, NHD, per token": dict(
+        sizes=(8, 4, 128, 16), cache="float8_e5m2", scales="token", layout="NHD", more="window"
+    ),
+    "int8, heads first, per head": dict(
+        sizes=(8, 4, 128, 32), cache="int8", scales="head", layout="KV_HEADS_FIRST"
+    ),
+    "float32 queries, e4m3, latent": dict(
+        sizes=(32, 1, 576, 64),
+        value_head_dim=512,
+        latent=True,
+        dtype="float32",
+        cache="float8_e4m3fn",
+    ),
 }
 
 

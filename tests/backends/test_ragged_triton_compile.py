@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import jax.numpy as jnp
 import offline
 import pytest
 from test_triton_compile import EVERY_OPTION, GROUP_OF_3, LATENT, LLAMA, gpu_of, of_dtype
@@ -50,6 +51,11 @@ UNUSUAL = {
     "float32": of_dtype("float32"),
     "tree of positions": EVERY_OPTION | {"tree_width": 8, "has_positions": True},
 }
+QUANTISED = {
+    "e4m3": {"cache_dtype": jnp.dtype("float8_e4m3fn"), "scales": "head"},
+    "int8, scales of tokens": {"cache_dtype": jnp.dtype("int8"), "scales": "token"},
+    "int4": {"cache_dtype": jnp.dtype("uint8"), "scales": "token"},
+}
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 NARROW, WIDE = 0, 1
 each_launch = pytest.mark.parametrize("which", [NARROW, WIDE], ids=["narrow", "wide"])
@@ -74,16 +80,19 @@ def compile_for(target: str, options: dict, which: int):
     problem = dataclasses.replace(MIXED, **options)
     sizes = sizes_for(target, problem)
     rows, dtype = sizes.kinds[which], problem.query_dtype.name
+    cache_dtype = problem.cache_dtype.name
     pointers = {
         "query_ptr": dtype,
         "cu_q_lens_ptr": "int32",
-        "key_ptr": dtype,
-        "value_ptr": dtype,
+        "key_ptr": cache_dtype,
+        "value_ptr": cache_dtype,
         "block_tables_ptr": "int32",
         "attn_scale_ptr": "float32",
         "sliding_window_ptr": "int32",
         "sinks_ptr": "float32",
         "alibi_slopes_ptr": "float32",
+        "key_scale_ptr": "float32",
+        "value_scale_ptr": "float32",
         "positions_ptr": "int32",
         "tree_mask_ptr": "bool",
         "work_ptr": "int32",
@@ -98,7 +107,7 @@ def compile_for(target: str, options: dict, which: int):
     program = compile_kernel(
         ragged_page_attention_kernel,
         pointers,
-        sizes.constants(problem, which),
+        sizes.constants(problem, which, gpu_of(target)),
         target,
         num_warps=rows.num_warps,
         num_stages=rows.num_stages,
@@ -152,6 +161,24 @@ def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, var
 def test_unusual_variants_fit(target, variant, which):
     _, rows, program = compile_for(target, UNUSUAL[variant], which)
     assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
+
+
+@each_launch
+@pytest.mark.parametrize("variant", QUANTISED)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_quantised_variants_fit_and_load_words(target, variant, which):
+    """Products take tensor cores, and every copy of codes is as wide as a thread's share."""
+    problem, rows, program = compile_for(target, QUANTISED[variant], which)
+    few = 352 if rows.max_registers else 0  # measured to be worth it
+    assert max(program.spill_store_bytes, program.spill_load_bytes) <= few
+    assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
+    token_bytes = 128 // problem.cache_type.per_element
+    widths = {
+        min(16, n * token_bytes // (32 * rows.num_warps)) for n in (rows.block_kv, rows.edge_kv)
+    }
+    assert widths <= set(program.async_copies) <= widths | {4}  # 4: table entries and scales
+    expected = "wgmma" if target == "sm_90" and which == WIDE else "mma.sync"
+    assert expected in program.ptx
 
 
 @each_launch

@@ -11,6 +11,7 @@ import pytest
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton import _sizes
+from ejk.backends.triton._sizes import value_bytes
 from ejk.backends.triton.page_attention.backend import TritonPageAttention
 from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
 from ejk.backends.triton.page_attention.kernel import page_attention_kernel
@@ -93,10 +94,45 @@ WIDE = {
 }
 
 
+def of_cache(name: str, scales: str, query: str = "bfloat16") -> dict:
+    return {
+        "query_dtype": jnp.dtype(query), "cache_dtype": jnp.dtype(name), "scales": scales,
+    }  # fmt: skip
+
+
+QUANTISED = {
+    "e4m3, scales of heads": of_cache("float8_e4m3fn", "head"),
+    "e4m3": of_cache("float8_e4m3fn", "none"),
+    "e5m2": of_cache("float8_e5m2", "none", "float16"),
+    "int8, scales of tokens": of_cache("int8", "token"),
+    "int4": of_cache("uint8", "token"),
+    "int8, every option": EVERY_OPTION | of_cache("int8", "token"),
+    "head dimension 64, e4m3": of_cache("float8_e4m3fn", "head") | VARIANTS["head dimension 64"],
+    "head dimension 256, int8": of_cache("int8", "head") | WIDE["head dimension 256"],
+    "latent attention, e4m3": of_cache("float8_e4m3fn", "none") | LATENT,
+    "latent attention, 32 heads, e4m3": (
+        of_cache("float8_e4m3fn", "none") | LATENT | {"num_heads": 32}
+    ),
+}
+OTHER_FLOATS = {
+    "float32 on bfloat16": of_cache("bfloat16", "none", "float32"),
+    "float32 on int8": of_cache("int8", "token", "float32"),
+    "float16 on bfloat16": of_cache("bfloat16", "none", "float16"),
+    "bfloat16 on float16": of_cache("float16", "head"),
+    "bytes, as a head dimension of 33 is no words": (
+        of_cache("int8", "token") | {"head_dim": 33, "value_head_dim": 33}
+    ),
+}
+
+
 # Of the others a quick run compiles a third.
 OTHERS = ("sm_80", "sm_89", "sm_100", "sm_120")
 each_target = pytest.mark.parametrize(
     "target", ["sm_90", *(pytest.param(name, marks=pytest.mark.one_in(3)) for name in OTHERS)]
+)
+
+each_thorough_target = pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(name, marks=pytest.mark.thorough) for name in OTHERS)]
 )
 
 
@@ -113,17 +149,20 @@ def compile_for(target: str, options: dict):
     problem = dataclasses.replace(LLAMA, **options)
     gpu = gpu_of(target)
     sizes = Sizes.of(problem, TritonPageAttention(), gpu)
-    dtype = problem.query_dtype.name
+    pool = problem.cache_dtype.name
+    pool = "uint8" if pool.startswith("float8") else pool  # as jax-triton is told
     pointers = {
-        "query_ptr": dtype,
-        "key_ptr": dtype,
-        "value_ptr": dtype,
+        "query_ptr": problem.query_dtype.name,
+        "key_ptr": pool,
+        "value_ptr": pool,
         "context_lens_ptr": "int32",
         "block_tables_ptr": "int32",
         "attn_scale_ptr": "float32",
         "sliding_window_ptr": "int32",
         "sinks_ptr": "float32",
         "alibi_slopes_ptr": "float32",
+        "key_scale_ptr": "float32",
+        "value_scale_ptr": "float32",
         "page_distances_ptr": "int32",
         "work_ptr": "int32",
         "part_out_ptr": "float32",
@@ -135,7 +174,7 @@ def compile_for(target: str, options: dict):
     program = compile_kernel(
         page_attention_kernel,
         pointers,
-        sizes.constants(problem),
+        sizes.constants(problem, gpu),
         target,
         num_warps=sizes.blocks.num_warps,
         num_stages=sizes.blocks.num_stages,
@@ -166,10 +205,43 @@ def test_16_bit_variants_spill_no_vector_registers_on_amd(variant):
     assert program.vgpr_spills == 0
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *WIDE])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *VARIANTS,
+        *WIDE,
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in (*QUANTISED, *OTHER_FLOATS)),
+    ],
+)
 def test_amd_variants_fit(variant):
-    sizes, _, program = compile_for("gfx942", (VARIANTS | WIDE)[variant])
+    options = (VARIANTS | WIDE | QUANTISED | OTHER_FLOATS)[variant]
+    sizes, _, program = compile_for("gfx942", options)
     assert program.lds_bytes <= sizes.blocks.shared_memory <= SHARED_MEMORY_ROCM
+
+
+@pytest.mark.parametrize("variant", QUANTISED)
+@each_thorough_target
+def test_quantised_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant):
+    sizes, problem, program = compile_for(target, QUANTISED[variant])
+    assert program.spill_store_bytes == program.spill_load_bytes == 0
+    assert program.shared_bytes <= sizes.blocks.shared_memory
+    assert program.matrix_products > 0
+    # Codes are copied 16 bytes at a time, as 16 bits are; a thread has too few of 64 entries.
+    width = 512 if problem.latent else problem.head_dim + problem.value_head_dim
+    block_bytes = sizes.blocks.block_kv * width * value_bytes(problem)
+    copies = sizes.blocks.num_stages * block_bytes / (sizes.blocks.num_warps * 32 * 16)
+    assert program.wide_async_copies >= copies
+    assert 2 not in program.async_copies and program.async_copies.get(8, 0) <= copies / 4
+    converts_itself = "e4m3" in variant and target in ("sm_89", "sm_90", "sm_100", "sm_120")
+    assert ("cvt.rn.f16x2.e4m3x2" in program.ptx) == converts_itself
+
+
+@pytest.mark.parametrize("variant", OTHER_FLOATS)
+@each_thorough_target
+def test_variants_of_other_floats_fit(target, variant):
+    sizes, _, program = compile_for(target, OTHER_FLOATS[variant])
+    assert program.shared_bytes <= sizes.blocks.shared_memory
+    assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
 
 
 @pytest.mark.parametrize("variant", WIDE)

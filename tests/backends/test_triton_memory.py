@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from memory_checker import memory_checked
 from shapes import Shape
-from strategies import LAYOUTS, THOROUGH, Case
+from strategies import E4M3, INT4, INT8, LAYOUTS, THOROUGH, Case
 from tolerances import assert_close
 
 import ejk
@@ -52,17 +52,30 @@ def hostile_integers(shape):
             "cache_layout": st.sampled_from(LAYOUTS),
             "fused": st.booleans() if shape.fusible else st.just(False),
             "dtype": st.sampled_from((F32, BF16)),
+            "cache": st.sampled_from((None, INT8, E4M3, INT4)),
         }
     )
 
 
-def hostile_call(shape, *, window, dtype, context_lens, block_tables, **drawn):
-    """Make the call on a pool of ordinary numbers."""
+def hostile_call(shape, *, window, dtype, context_lens, block_tables, cache=None, **drawn):
+    """Make the call on a pool of ordinary numbers, of codes with a scale per token if `cache`."""
     rng = np.random.default_rng(0)
     pool = (shape.num_pages, shape.page_size, shape.num_kv_heads)
     query = rng.standard_normal((shape.num_seqs, shape.num_heads, shape.head_dim))
-    keys = rng.standard_normal((*pool, shape.head_dim)).astype(dtype)
-    values = None if shape.latent else rng.standard_normal((*pool, shape.width)).astype(dtype)
+    keys = rng.standard_normal((*pool, shape.head_dim)).astype(np.float32)
+    values = None if shape.latent else rng.standard_normal((*pool, shape.width)).astype(np.float32)
+    scales = (None, None)
+    if cache == INT4 and (shape.head_dim % 2 or shape.width % 2):
+        cache = INT8
+    if cache is None:
+        keys, values = keys.astype(dtype), None if values is None else values.astype(dtype)
+    else:
+        rows = (keys, values)
+        scales = tuple(None if x is None else oracle.scales_of(x, cache) for x in rows)
+        keys, values = (
+            None if x is None else oracle.quantised(x, scale[..., None], cache)
+            for x, scale in zip(rows, scales)
+        )
     live = np.zeros(pool[:2], bool)
     for length, table in zip(context_lens, block_tables):
         for j in oracle.visible_positions(keys, length, table, "NHD", window):
@@ -72,7 +85,7 @@ def hostile_call(shape, *, window, dtype, context_lens, block_tables, **drawn):
     return Case(
         shape, dtype, query=query.astype(dtype), keys=keys, values=values, live=live,
         context_lens=context_lens, block_tables=block_tables, options=options,
-        needed=np.zeros(0, bool), as_jax=True, **drawn,
+        needed=np.zeros(0, bool), as_jax=True, scales=scales, **drawn,
     )  # fmt: skip
 
 
@@ -124,10 +137,16 @@ def test_hostile_integers(shape):
         case = hostile_call(shape, **drawn)
         result = checked(case)
         assert_close(case, *result)
-        nan, live = case.dtype.type(np.nan), case.live[..., None, None]
-        keys = np.where(live, case.keys, nan)
-        values = None if case.values is None else np.where(live, case.values, nan)
-        bits_equal(result, checked(case.replace(keys=keys, values=values)))
+        if drawn["cache"] is None:
+            nan, live = case.dtype.type(np.nan), case.live[..., None, None]
+            keys = np.where(live, case.keys, nan)
+            values = None if case.values is None else np.where(live, case.values, nan)
+            poisoned = case.replace(keys=keys, values=values)
+        else:
+            live = case.live[..., None]
+            scales = (None if x is None else np.where(live, x, np.nan) for x in case.scales)
+            poisoned = case.replace(scales=tuple(scales))
+        bits_equal(result, checked(poisoned))
 
     holds()
 

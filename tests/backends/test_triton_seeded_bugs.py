@@ -10,6 +10,7 @@ import re
 
 import jax
 import numpy as np
+import numpy_launch
 import pytest
 import test_plan
 from bits import assert_written
@@ -19,12 +20,13 @@ from memory_checker import RaceError, memory_checked
 from planned import long_case
 from ragged_strategies import EXTRAS, build_ragged
 from shapes import Shape
-from strategies import FEATURES, Configuration, build
+from strategies import BF16, E4M3, FEATURES, INT4, INT8, Configuration, build
 from tolerances import assert_close
 from writes import WriteShape
 from writes import build as build_write
 
 import ejk
+from ejk.backends.triton.ragged_page_attention import widen_kernel
 
 F32 = np.dtype(np.float32)
 SHAPE = Shape("of seeded bugs", 4, 2, 16, page_size=32, max_blocks=12, num_pages=40)
@@ -59,6 +61,13 @@ def decode(bug, num_splits=1):
         config = Configuration(shape, F32, "NHD", features, num_splits, fused)
         case = build(config, LENS, window=300, invalid=0.2, as_jax=True)
         assert_close(case, *entry(case))
+    window = frozenset({"sliding_window"})
+    for cache, scales in ((INT8, "token"), (INT4, "token"), (E4M3, "head")):
+        config = Configuration(
+            SHAPE, BF16, "HND", window, num_splits, cache_dtype=cache, scales=scales
+        )
+        case = build(config, LENS, window=300, invalid=0.2, as_jax=True)
+        assert_close(case, *entry(case))
     alone = long_case().rows([0])  # in equal parts of every sixth block
     assert_close(alone, *entry(alone))
 
@@ -85,12 +94,32 @@ def ragged(bug):
         config = Configuration(shape, F32, "NHD", features, fused=shape.fusible)
         case = build_ragged(config, LENS, bounds, window=300, invalid=0.1, extras=extras)
         assert_close(case, *entry(case))
+    for backend, cache, scales in ((few, INT8, "token"), (many, E4M3, "head")):
+        entry = RaggedEntry(bug, backend, examples=0)
+        config = Configuration(SHAPE, F32, "NHD", cache_dtype=cache, scales=scales)
+        case = build_ragged(config, LENS, bounds)
+        assert_close(case, *entry(case))
 
 
 def write(bug):
     slots = np.array([7, 40, 7, 48, -1, 12, 40, 3, 47])
     case = build_write(WRITE, F32, "HND", slots)
     assert_written(case, Writer(bug, WriteMutant(interpret=True, bug=bug), examples=0)(case))
+
+
+def widen(bug):
+    codes = np.arange(2 * 5 * 40).reshape(2, 5, 40).astype(np.int8)
+    pages = np.array([3, -1, 0, 4], np.int32)
+    constants = {"NUM_PAGES": 5, "NUM_COPIES": 4, "PAGE_WIDTH": 40, "BLOCK": 32}
+    [copies] = numpy_launch.call(
+        widen_kernel.widen_pages_kernel,
+        {"cache_ptr": codes, "pages_ptr": pages},
+        {"copies_ptr": jax.ShapeDtypeStruct((2, 4, 40), F32)},
+        constants | {"CACHE": "int8", "PARTS": 2, "PTX": False},
+        grid=2 * 4 * 2,
+    )
+    named = pages >= 0
+    np.testing.assert_array_equal(copies[:, named], codes[:, pages[named]].astype(F32))
 
 
 HOLDS = {
@@ -100,6 +129,7 @@ HOLDS = {
     "ragged_page_attention_kernel": ragged,
     "ragged_page_attention_combine_kernel": ragged,
     "ragged_page_attention_plan_kernel": ragged,
+    "ragged_page_attention_widen_kernel": widen,
     "write_kv_cache_kernel": write,
 }
 
@@ -112,7 +142,9 @@ BUGS = {
             "offs_head = kv_head * GROUP + offs_group",
             "offs_head = offs_group * NUM_KV_HEADS + kv_head",
         ),
-        "values are read from the keys' half": ("value_ptr + stride_half + kv", "value_ptr + kv"),
+        "values are read from the keys' half": (
+            "value_pool_ptr + stride_half // PARTS + kv", "value_pool_ptr + kv",
+        ),
         "every part takes the first blocks": (
             "(first_block + piece % NUM_SPLITS) * BLOCK_KV",
             "(first_block + piece % NUM_SPLITS * 0) * BLOCK_KV",
@@ -123,13 +155,42 @@ BUGS = {
         "the group's first head has all slopes": (
             "alibi_slopes_ptr + offs_head", "alibi_slopes_ptr + offs_head * 0",
         ),
-        "values are the keys' last entries": (
-            "k if SAME_TILE else v_ptrs", "v_ptrs + HEAD_DIM - VALUE_HEAD_DIM",
+        "values are the keys' entries from the last on": (
+            "k if SAME_TILE else v_ptrs", "(tl.flip(k[0], 1),) if SAME_TILE else v_ptrs",
         ),
         "64 rows see what lies past the end": ("[None, :], start < end", "[None, :], start > end"),
+        "keys have the scale of another head": (
+            "scale *= tl.load(key_scale_ptr + kv_head)",
+            "scale *= tl.load(key_scale_ptr + (kv_head + 1) % NUM_KV_HEADS)",
+        ),
+        "values have the scale of another head": (
+            "value_scale_ptr) + kv_head)", "value_scale_ptr) + (kv_head + 1) % NUM_KV_HEADS)",
+        ),
+        "keys have the scale of the next token": (
+            "offs_page, offs_slot, stride_k_page, stride_k_slot, HEAD_DIM",
+            "offs_page, (offs_slot + 1) % PAGE_SIZE, stride_k_page, stride_k_slot, HEAD_DIM",
+        ),
+        "values have the scale of the next token": (
+            "offs_page, offs_slot, stride_v_page, stride_v_slot, VALUE_HEAD_DIM",
+            "offs_page, (offs_slot + 1) % PAGE_SIZE, stride_v_page, stride_v_slot, VALUE_HEAD_DIM",
+        ),
+        "keys are scaled twice": (
+            "s *= value_scale[None, :]", "s *= (value_scale * value_scale)[None, :]",
+        ),
+        "keys are not scaled": ("s *= value_scale[None, :]", "s *= 1.0"),
+        "values are not scaled": ("l == 0, 0.0, value_scale)", "l == 0, 0.0, 1.0)"),
+        "values are scaled twice": (
+            "l == 0, 0.0, value_scale)", "l == 0, 0.0, value_scale * value_scale)",
+        ),
+        "values have the scales of keys": ("if not LATENT:", "if LATENT:"),
+        "the scales of values that are not seen are read": (
+            "mask=visible, other=0.0)\n        if not FOLDED",
+            "mask=(page >= 0) & (page < NUM_PAGES), other=0.0)\n        if not FOLDED",
+        ),
         "the pages of a block take turns": (
-            "tl.broadcast_to(entries[:, None], [PAGES, PAGE_SIZE])",
-            "tl.broadcast_to(entries[None, :], [PAGE_SIZE, PAGES])",
+            "of_tokens(pages, PAGES, PAGE_SIZE)",
+            "tl.reshape(of_tokens(pages, PAGES, PAGE_SIZE), [PAGES, BLOCK_KV // PAGES]).trans()"
+            ".reshape([BLOCK_KV]) if PAGES > 1 else pages",
         ),
     },
     "page_attention_combine_kernel": {
@@ -159,12 +220,31 @@ BUGS = {
         "tokens see the one after them": (
             "key[None, :] <= place[:, None]", "key[None, :] <= place[:, None] + 1",
         ),
-        "values are read from the keys' half": ("value_ptr + stride_half + kv", "value_ptr + kv"),
+        "values are read from the keys' half": (
+            "pool_ptr(value_ptr, CACHE, PARTS) + stride_half",
+            "pool_ptr(value_ptr, CACHE, PARTS) + 0",
+        ),
+        "the keys' scale of the next token": (
+            "offs_page * (stride_k_page // HEAD_DIM) + key %",
+            "offs_page * (stride_k_page // HEAD_DIM) + (key + 1) %",
+        ),
+        "values have the keys' scales": ("if not LATENT:", "if LATENT:"),
+        "the scale of the first head": (
+            "tl.load((key_scale_ptr if LATENT else value_scale_ptr) + kv_head)",
+            "tl.load(key_scale_ptr if LATENT else value_scale_ptr)",
+        ),
+        "the keys' scale applied twice": (
+            "scale *= tl.load(key_scale_ptr + kv_head)",
+            "scale *= tl.load(key_scale_ptr + kv_head) * tl.load(key_scale_ptr + kv_head)",
+        ),
+        "the values' scale is missing": (
+            "tl.where(saw_nothing, 0.0, value_scale)", "tl.where(saw_nothing, 0.0, 1.0)",
+        ),
         "columns of the mask are off by one": (
             "column = (key - context)[None, :]", "column = (key - context + 1)[None, :]",
         ),
-        "values are the keys' last entries": (
-            "k if SAME_TILE else v_ptrs", "v_ptrs + HEAD_DIM - VALUE_HEAD_DIM",
+        "values are the keys' first entries negated": (
+            "k if SAME_TILE else v_ptrs", "(-k[0],) if SAME_TILE else v_ptrs",
         ),
         "64 rows see what lies past the end": (
             "visible, block < before + after", "visible, block > before + after",
@@ -191,6 +271,13 @@ BUGS = {
         "narrow and wide items share places": (
             "before = before & (wide[None, :] == is_wide[:, None])",
             "before = before & (wide[None, :] != is_wide[:, None])",
+        ),
+    },
+    "ragged_page_attention_widen_kernel": {
+        "KV heads share their pages": ("(outer * NUM_PAGES + page)", "page"),
+        "every block is the first": (
+            "offs = block * (BLOCK // PARTS) + tl.arange(0, BLOCK // PARTS)",
+            "offs = tl.arange(0, BLOCK // PARTS)",
         ),
     },
     "write_kv_cache_kernel": {

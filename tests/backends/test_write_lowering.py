@@ -54,9 +54,42 @@ def test_for_cuda_it_is_one_kernel_in_place(layout, kind, for_an_h100):
     # Barriers, or XLA would hand the kernel slices of what a loop stacks: see `_launch.call`.
     assert pool_results(text).count("custom_call") == 1
     assert set(pool_results(text)) == {"custom_call", "optimization_barrier"}
-    # After keys, values and slots come the pools; where there is one, a dummy has a result's place.
-    assert aliases(text) == ([(0, 3), (1, 4)] if kind == "split" else [(1, 3)])
+    # After keys, values, slots and no scales come the pools; where there is one, a dummy has a
+    # result's place.
+    assert aliases(text) == ([(0, 5), (1, 6)] if kind == "split" else [(1, 5)])
     assert len(re.findall(r"tf\.aliasing_output", text)) == (2 if kind == "split" else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.uint8])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_for_cuda_codes_and_scales_are_written_in_place(capability, dtype, kind, jax_triton):
+    """By one kernel, which computes the scales; also where Triton knows no e4m3."""
+    codes = 8 if dtype == jnp.uint8 else 16
+    half = (2,) if kind == "fused" else ()
+    scales = [struct(NUM_PAGES, *half, 2, 16, dtype=jnp.float32)]
+    pools = [struct(*scales[0].shape, codes, dtype=dtype)]
+    rows = [struct(64, 2, 16)]
+    if kind == "split":
+        pools, scales = 2 * pools, 2 * scales
+    rows *= 1 if kind == "latent" else 2
+
+    def write(rows, pools, scales, slots):
+        rows, pools = [*rows, None][:2], [*pools, None][:2]
+        names = ("key_scale", "value_scale")
+        backend = ejk.TritonWriteKVCache(compute_capability=capability)
+        return ejk.write_kv_cache(*rows, *pools, slots, **dict(zip(names, scales)), backend=backend)
+
+    traced = jax.jit(write, donate_argnums=(1, 2)).trace(
+        rows, pools, scales, struct(64, dtype=jnp.int32)
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels(text) == {"cuda"}
+    assert pool_results(text).count("custom_call") == 1
+    assert set(pool_results(text)) == {"custom_call", "optimization_barrier"}
+    split = [(0, 3), (1, 4), (2, 5), (3, 6)]
+    assert aliases(text) == (split if kind == "split" else [(1, 4), (2, 5)])
+    assert len(re.findall(r"tf\.aliasing_output", text)) == 2 * len(pools)
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])

@@ -43,10 +43,29 @@ CALLS = {
     "pages of a tile and a half": dict(sizes=(2, 128, 24)),
     "narrow values": dict(sizes=(2, 192, 16), value_head_dim=128),
     "deepseek-v3": dict(sizes=(1, 576, 16), value_head_dim=0),
+    "int8, per token": dict(sizes=(8, 128, 128), cache="int8", scales="token"),
+    "int8, per token, short pages": dict(sizes=(8, 128, 16), cache="int8", scales="token"),
+    "e4m3, per token, fused, NHD": dict(
+        sizes=(8, 128, 16), cache="float8_e4m3fn", scales="token", value_head_dim=None, layout="NHD"
+    ),
+    "e5m2, per token, heads first": dict(
+        sizes=(4, 64, 32), cache="float8_e5m2", scales="token", layout="KV_HEADS_FIRST"
+    ),
+    "deepseek-v3, e4m3": dict(sizes=(1, 576, 64), value_head_dim=0, cache="float8_e4m3fn"),
+    "float32 tokens": dict(sizes=(8, 128, 16), dtype="float32", cache="bfloat16"),
 }
 
 
-def call(generation, sizes, layout="HND", dtype="bfloat16", value_head_dim=-1, num_tokens=37):
+def call(
+    generation,
+    sizes,
+    layout="HND",
+    dtype="bfloat16",
+    value_head_dim=-1,
+    num_tokens=37,
+    cache=None,
+    scales="none",
+):
     """Return a jitted call that is given its pools for good, and its abstract arguments."""
     heads, head_dim, slots = sizes
     value_head_dim = head_dim if value_head_dim == -1 else value_head_dim
@@ -56,12 +75,13 @@ def call(generation, sizes, layout="HND", dtype="bfloat16", value_head_dim=-1, n
     def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def pool(width):
+    def pool(width, dtype=cache or dtype):
         shape = {
             "HND": (NUM_PAGES, *half, heads, slots, width),
             "NHD": (NUM_PAGES, *half, slots, heads, width),
             "KV_HEADS_FIRST": (heads, NUM_PAGES, *half, slots, width),
         }[layout]
+        shape = shape if width else shape[:-1]
         row_major = Format(Layout(tuple(range(len(shape)))), sharding)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_major)
 
@@ -73,10 +93,20 @@ def call(generation, sizes, layout="HND", dtype="bfloat16", value_head_dim=-1, n
         pool(value_head_dim) if value_head_dim else None,
         array(num_tokens, dtype="int32"),
     )
-    function = functools.partial(ejk.write_kv_cache, cache_layout=layout, backend="pallas")
+    pools, given = arguments[2:4], (2, 3)
+    if scales == "token":
+        of_values = pool(0, "float32") if value_head_dim else None
+        arguments = (*arguments, pool(0, "float32"), of_values)
+        pools, given = (*pools, *arguments[5:]), (2, 3, 5, 6)
+    function = functools.partial(write, cache_layout=layout)
     # By default a program's results lie in memory as XLA likes best, whatever its arguments do.
-    formats = tuple(x and x.format for x in arguments[2:4])
-    return jax.jit(function, donate_argnums=(2, 3), out_shardings=formats), arguments
+    formats = tuple(x and x.format for x in pools)
+    return jax.jit(function, donate_argnums=given, out_shardings=formats), arguments
+
+
+def write(*arguments, cache_layout):
+    scales = dict(zip(("key_scale", "value_scale"), arguments[5:]))
+    return ejk.write_kv_cache(*arguments[:5], **scales, cache_layout=cache_layout, backend="pallas")
 
 
 def compile_for(generation, monkeypatch, **options):

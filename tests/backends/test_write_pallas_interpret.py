@@ -49,7 +49,7 @@ def check(case, dma_execution_mode="on_wait", bug=""):
     backend = Mutant(interpret=tpu_interpreter.params(dma_execution_mode), bug=bug)
     write = jax.jit(ejk.write_kv_cache, static_argnames=("cache_layout", "backend"))
     try:
-        caches = write(*case.arguments(), cache_layout=case.cache_layout, backend=backend)
+        caches = write(*case.arguments(), **case.keywords(), backend=backend)
         caches = [np.asarray(x) for x in caches if x is not None]
     except Exception as error:
         if "RACE DETECTED" in str(error):
@@ -141,3 +141,46 @@ def test_a_seeded_fault_is_caught(name, dma_execution_mode, monkeypatch):
     monkeypatch.setattr(*FAULTS[name])
     with pytest.raises((AssertionError, IndexError, RuntimeError, tpu_interpreter.RaceError)):
         check(case_that_shows_faults(), dma_execution_mode, bug=name)
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("shape", [SHAPE, FUSED], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cache", ["int8", "float8_e4m3fn"])
+def test_scales_of_tokens(cache, layout, shape):
+    check(quantised_case(cache, layout, shape))
+
+
+def quantised_case(cache="int8", layout="HND", shape=SHAPE):
+    """Two tokens in one window, two in one page, and untouched codes of every bit."""
+    slots = np.array((-1, 100, 37, 3, -7, 4, 2**31 - 1, 3, 98, 5, 36, 101), np.int32)
+    dtype = np.dtype(getattr(ml_dtypes, cache, cache))
+    return build(shape, BF16, layout, slots, cache_dtype=dtype, scales="token")
+
+
+SCALE_CHANGE = kernel.ScaleHalf.change
+SCALE_FAULTS = {
+    "scales are put one slot on": (
+        kernel.ScaleHalf, "change", lambda half, i, to, slot: SCALE_CHANGE(half, i, to, slot ^ 1),
+    ),
+    "a page has its first token's scales": (
+        kernel.ScaleHalf, "change", lambda half, i, to, slot: SCALE_CHANGE(half, to, to, slot),
+    ),
+    "scales are not written": (kernel.ScaleHalf, "change", lambda *_: None),
+    "scales are those of other tokens": (
+        caller, "stored", lambda problem, x, scale: _turned(*STORED(problem, x, scale)),
+    ),
+}  # fmt: skip
+STORED = caller.stored
+
+
+def _turned(codes, scales):
+    return codes, scales[::-1]
+
+
+@pytest.mark.fast(20)
+@pytest.mark.parametrize("name", SCALE_FAULTS)
+def test_a_seeded_fault_of_scales_is_caught(name, monkeypatch):
+    monkeypatch.setattr(*SCALE_FAULTS[name])
+    with pytest.raises((AssertionError, tpu_interpreter.RaceError)):
+        check(quantised_case(), bug=name)

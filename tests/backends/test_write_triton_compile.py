@@ -30,35 +30,53 @@ VARIANTS = {
     "latent": dict(key_shape=(16384, 1, 64, 576), value_head_dim=0),
     "many heads": dict(key_shape=(16384, 64, 16, 128)),
 }
+QUANTISED = {
+    "int8": dict(cache_dtype="int8", scales="token"),
+    "int8, given scales": dict(cache_dtype="int8", scales="head"),
+    "int4": dict(cache_dtype="uint8", scales="token", key_shape=(16384, 8, 16, 64)),
+    "e4m3": dict(cache_dtype="float8_e4m3fn", scales="token"),
+    "e5m2": dict(cache_dtype="float8_e5m2", scales="token"),
+    "e4m3 without scales": dict(cache_dtype="float8_e4m3fn"),
+    "e4m3, fused": dict(cache_dtype="float8_e4m3fn", scales="token", layout="NHD", fused=True),
+    "e4m3, latent": dict(
+        cache_dtype="float8_e4m3fn", scales="token", key_shape=(16384, 1, 64, 576), value_head_dim=0
+    ),
+    "float32 in bfloat16": dict(dtype="float32", cache_dtype="bfloat16"),
+}
 
 
 def problem_of(
-    num_tokens, layout="HND", fused=False, dtype="bfloat16", key_shape=None, value_head_dim=None
-):
+    num_tokens, layout="HND", fused=False, dtype="bfloat16", key_shape=None, value_head_dim=None,
+    cache_dtype=None, scales="none",
+):  # fmt: skip
     key_shape = key_shape or POOLS[layout](*[2] * fused)
     width = key_shape[-1] if value_head_dim is None else value_head_dim
     value_shape = None if fused or not width else (*key_shape[:-1], width)
     return WriteKVCacheProblem(
-        num_tokens, key_shape, value_shape, jnp.dtype(dtype), jnp.dtype(dtype), layout
-    )
+        num_tokens, key_shape, value_shape, jnp.dtype(dtype), jnp.dtype(cache_dtype or dtype),
+        layout, scales,
+    )  # fmt: skip
 
 
 def compile_for(target, num_tokens, options):
     """Compile the kernel as the adapter would launch it on `target`."""
     problem = problem_of(num_tokens, **options)
-    dtype = problem.cache_dtype.name
+    dtype, cache_dtype = problem.row_dtype.name, problem.cache_dtype.name
     pointers = {
         "key_ptr": dtype,
         "value_ptr": dtype,
         "slot_mapping_ptr": "int32",
-        "key_cache_ptr": dtype,
-        "value_cache_ptr": dtype,
+        "value_scale_ptr": "float32",
+        "key_scale_ptr": "float32",
+        "key_cache_ptr": cache_dtype,
+        "value_cache_ptr": cache_dtype,
     }
     is_cuda = target.startswith("sm_")
     compile_kernel = offline.compile_cuda if is_cuda else offline.compile_amd
-    sizes = WriteSizes.of(problem, NVIDIA if is_cuda else AMD)
+    gpu = Target(int(target.removeprefix("sm_")), 132, 0) if is_cuda else AMD
+    sizes = WriteSizes.of(problem, gpu)
     program = compile_kernel(
-        write_kv_cache_kernel, pointers, sizes.constants(problem), target,
+        write_kv_cache_kernel, pointers, sizes.constants(problem, gpu), target,
         num_warps=sizes.num_warps, num_stages=1,
     )  # fmt: skip
     return problem, sizes, program
@@ -101,6 +119,32 @@ def test_amd_variants_do_not_spill(variant, num_tokens):
     assert not re.findall(r"global_store_(?!dwordx4)", program.assembly)
 
 
+@pytest.mark.parametrize("variant", QUANTISED)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_codes_are_stored_as_wide_as_a_thread_has_them(target, variant):
+    problem, sizes, program = compile_for(target, 8192, QUANTISED[variant])
+    assert program.spill_store_bytes == program.spill_load_bytes == 0
+    pools, threads = (1 if problem.latent else 2), 32 * sizes.num_warps
+    codes = sizes.tokens * sizes.row // problem.cache_type.per_element
+    own = codes * problem.cache_dtype.itemsize // threads
+    found = {width: n for (kind, width), n in accesses(program.ptx).items() if kind == "st"}
+    if problem.scales == "token":
+        assert found.pop(4) >= pools + (own == 4) * pools
+    if own != 4 or problem.scales != "token":
+        assert found == {min(own, 16): pools * max(1, own // 16)}
+    # The target's own rounding, or bits: no other one is as exact.
+    has_own = "cvt.rn.satfinite.e" in program.ptx
+    assert has_own == (problem.cache_dtype.name.startswith("float8") and target == "sm_90")
+    assert ("div.rn.f32" in program.ptx) == (problem.scales != "none")
+    assert not re.findall(r"div\.(approx|full)", program.ptx)
+
+
+@pytest.mark.parametrize("variant", QUANTISED)
+def test_amd_variants_that_quantise_do_not_spill(variant):
+    _, _, program = compile_for("gfx942", 8192, QUANTISED[variant])
+    assert program.vgpr_spills == program.sgpr_spills == 0
+
+
 def test_narrow_stores_are_seen():
     """Or the tests above would prove nothing: a head of 33 is no multiple of 16 bytes."""
     _, _, program = compile_for("sm_90", 64, dict(key_shape=(128, 3, 16, 33)))
@@ -109,9 +153,9 @@ def test_narrow_stores_are_seen():
 
 def test_many_tokens_share_a_program_and_few_do_not():
     wide = problem_of(64, key_shape=(128, 64, 16, 128))
-    assert WriteSizes.of(problem_of(64), NVIDIA) == (1, 1024, 4)
-    assert WriteSizes.of(problem_of(64), AMD) == (1, 1024, 2)
-    assert WriteSizes.of(problem_of(8192), NVIDIA) == (4, 1024, 4)
-    assert WriteSizes.of(problem_of(8192, dtype="float32"), NVIDIA) == (2, 1024, 4)
-    assert WriteSizes.of(wide, NVIDIA) == (1, 2048, 4)
+    assert WriteSizes.of(problem_of(64), NVIDIA) == (1, 1024, None, 4)
+    assert WriteSizes.of(problem_of(64), AMD) == (1, 1024, None, 2)
+    assert WriteSizes.of(problem_of(8192), NVIDIA) == (4, 1024, None, 4)
+    assert WriteSizes.of(problem_of(8192, dtype="float32"), NVIDIA) == (2, 1024, None, 4)
+    assert WriteSizes.of(wide, NVIDIA) == (1, 2048, None, 4)
     assert WriteSizes.of(wide, NVIDIA).grid(wide) == 64 * 4

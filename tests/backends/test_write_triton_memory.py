@@ -58,8 +58,8 @@ def test_hostile_slots(shape):
 def test_tokens_that_are_not_compared_would_race(monkeypatch):
     constants = write_kv_cache_sizes.WriteSizes.constants
 
-    def without_duplicates(sizes, problem):
-        return constants(sizes, problem) | {"HAS_DUPLICATES": False}
+    def without_duplicates(*facts):
+        return constants(*facts) | {"HAS_DUPLICATES": False}
 
     monkeypatch.setattr(write_kv_cache_sizes.WriteSizes, "constants", without_duplicates)
     case = build(SHAPES[0], F32, "HND", np.array([3, 4, 3, 9, 10, 11, 12]))

@@ -74,8 +74,8 @@ MISTAKES = {
         "key_cache.shape[4]=32 must be the query's head_dim=64",
     ),
     "another dtype": (
-        fused(8, 2, 2, 16, 64, dtype=np.float16),
-        "key_cache.dtype=float16 must be the query's dtype float32",
+        fused(8, 2, 2, 16, 64, dtype=np.int16),
+        "key_cache.dtype=int16 must be one of float32, bfloat16, float16, int8",
     ),
     "no slots": (fused(8, 2, 2, 0, 64), "page_size=0 must be at least 1"),
 }

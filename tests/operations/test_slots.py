@@ -79,7 +79,7 @@ def test_slots_of_a_ragged_batch(data, drawn, jit):
     expected = [-1] * total
     sane = np.maximum.accumulate([min(max(int(b), 0), total) for b in bounds])
     for s, row in enumerate(table):
-        n = min(max(int(lens[s]), 0), capacity)
+        n = min(max(int(lens[s]), 0), 2**31 - 1)
         for i in range(sane[s], sane[s + 1]):
             expected[i] = slot(row, n - (int(sane[s + 1]) - i), page_size, num_pages)
     np.testing.assert_array_equal(found, np.array(expected, np.int32))

@@ -54,7 +54,7 @@ def unfit_cache(problem: PagedProblem, block_kv: int) -> list[str]:
     """Say why TMA does not copy a problem's pages to blocks of so many tokens."""
     page_size, dtype = problem.page_size, problem.query_dtype
     reasons: list[str] = []
-    if dtype not in (jnp.bfloat16, jnp.float16) or problem.cache_dtype != dtype:
+    if dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"dtype={dtype}: it takes bfloat16 and float16")
     if page_size % 8 or (block_kv % page_size and page_size % block_kv):
         parts = ", ".join(str(8 << i) for i in range((block_kv // 8).bit_length() - 1))

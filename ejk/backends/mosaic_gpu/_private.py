@@ -1,16 +1,15 @@
 """What Pallas has no public operation for, or only a slower one: each beside its public form.
 
 Each function takes `plain`: the public form, which is what the interpreter knows. The others write
-instructions of Hopper with what JAX keeps to itself; all such uses are here, but for the registers
-of `_registers.py`. What each brought was measured with the prefill kernel, 8 x 4,096 tokens, pages
-of 16: logits by hand, turns by the hardware's barriers and rescaling by need 4 % together.
+instructions of Hopper with what JAX keeps to itself. All such uses are here and, for the softmax,
+in `_private_softmax.py`, but for the registers of `_registers.py`. What each brought was measured
+with the prefill kernel, 8 x 4,096 tokens, pages of 16: logits by hand, turns by the hardware's
+barriers and rescaling by need 4 % together.
 """
 
 # The types that come with MLIR's bindings are stricter than they are.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
-import functools
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,26 +18,18 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
-from jaxlib.mlir.dialects import math as math_dialect
+from jaxlib.mlir.dialects import arith, llvm
 
-from ejk.backends.mosaic_gpu._registers import (
-    accumulated,
-    any_in_warp,
-    array_of,
-    one_operand,
-    run,
-    scalar_of,
-)
+from ejk.backends.mosaic_gpu._registers import accumulated, run, scalar_of
 
 TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)  # of what a row of such a tile has once
+COLUMN = TILE.reduce(0)  # and of what a column has once
 SCALAR = plgpu.Layout.WG_SPLAT(())
 FIRST_BARRIER = 8  # of the hardware's named ones; Mosaic uses 0 and one a warpgroup
 THREADS = 128  # of a warpgroup
 TILED = (8, 64)  # elements of 16 bits that lie together in swizzled shared memory
 TILED_BYTES = 1024
-SERIES_END = 0.5
 WGMMA_DEPTH = 16  # elements that one instruction multiplies and adds up
 
 
@@ -173,119 +164,3 @@ def _barrier(instruction: str, warpgroup: Any) -> None:
         run(f"{instruction} $0, {2 * THREADS};", "r", name)
 
     barrier(warpgroup)
-
-
-def raised(plain: bool, m: Any, s: Any, scale: Any, slack: float) -> tuple[Any, Any]:
-    """Raise those maxima `m` that `scale * s` exceeds by more than `slack`.
-
-    Also returns what sums up to now are to be scaled by, 1 for other rows. A warp none of whose
-    rows does so neither exchanges what its threads have found nor computes these: 0.7 %. ptxas
-    moves nothing over its branch: keys are released before the softmax, not after it.
-    """
-    if plain:
-        top = s.max(axis=1) * scale
-        new = jnp.where(top > m + slack, top, m)
-        return new, jnp.where(top > m + slack, jnp.exp2(m - new), 1.0)
-    row = plgpu.ShapeDtypeStruct(m.shape, jnp.float32, layout=ROW)
-
-    @plgpu.inline_mgpu(arg_types=(ROW, TILE, SCALAR), return_type=(row, row))
-    def raise_maxima(ctx: Any, m: Any, s: Any, scale: Any) -> Any:
-        del ctx
-        f32 = ir.F32Type.get()
-        old, scale = [scalar_of(x) for x in m.registers.flat], scale.registers.item()
-        own = [scalar_of(x) for x in s.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
-        tops, limits, exceeded = [], [], None
-        for row, maximum in enumerate(old):  # in registers, two of each row take turns
-            in_row = [x for i, x in enumerate(own) if i // 2 % 2 == row]
-            while len(in_row) > 1:
-                in_row = [arith.maximumf(*in_row[i : i + 2]) for i in range(0, len(in_row), 2)]
-            tops.append(arith.mulf(in_row[0], scale))
-            limits.append(arith.addf(maximum, arith.constant(f32, slack)))
-            this = arith.cmpf(arith.CmpFPredicate.OGT, tops[-1], limits[-1])
-            exceeded = this if exceeded is None else arith.ori(exceeded, this)
-        one = arith.constant(f32, 1.0)
-        branch = scf.IfOp(any_in_warp(exceeded), [f32] * 4, has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            new, alpha = [], []
-            for maximum, top, limit in zip(old, tops, limits):
-                for distance in (1, 2):  # four threads share a row
-                    top = arith.maximumf(top, mgpu_utils.shfl_bfly(top, distance))
-                is_above = arith.cmpf(arith.CmpFPredicate.OGT, top, limit)
-                new.append(arith.select(is_above, top, maximum))
-                power = one_operand("ex2.approx.ftz.f32", arith.subf(maximum, new[-1]))
-                alpha.append(arith.select(is_above, power, one))
-            scf.yield_([*new, *alpha])
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_([*old, one, one])
-        results = list(branch.results)
-        pairs = results[:2], results[2:]
-        return tuple(array_of(pair, m.registers.shape, m.layout) for pair in pairs)
-
-    return raise_maxima(m, s, scale)
-
-
-def rescaled(plain: bool, acc: Any, alpha: Any) -> Any:
-    """Multiply rows by `alpha`; a warp does nothing where it is 1 for all of its rows: 1.7 %."""
-    if plain:
-        return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
-    result = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=TILE)
-
-    @plgpu.inline_mgpu(arg_types=(TILE, ROW), return_type=result)
-    def rescale(ctx: Any, acc: Any, alpha: Any) -> Any:
-        del ctx
-        one, changed = arith.constant(ir.F32Type.get(), 1.0), None
-        for register in alpha.registers.flat:
-            this = arith.cmpf(arith.CmpFPredicate.UNE, scalar_of(register), one)
-            changed = this if changed is None else arith.ori(changed, this)
-        types = [x.type for x in acc.registers.flat]
-        branch = scf.IfOp(any_in_warp(changed), types, has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            scaled = acc * alpha.broadcast_minor(acc.shape[1])
-            scf.yield_(list(scaled.registers.flat))
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_(list(acc.registers.flat))
-        return array_of(list(branch.results), acc.registers.shape, acc.layout)
-
-    return rescale(acc, alpha)
-
-
-def tanh(plain: bool, x: Any) -> Any:
-    """Return tanh to a few float32 ulp: below 1/2 a series, beyond it by exponentials.
-
-    A warp computes these, on the unit whose rate limits the softmax, only if it has such elements.
-    """
-    x2 = x * x
-    series = x2 * (-0.053052936 + x2 * 0.017256962)  # to 1.4e-8
-    series = x * (1 + x2 * (-0.3333315 + x2 * (0.13325988 + series)))
-    if plain:
-        far = 1 - 2 / (jnp.exp2(x * (2 * math.log2(math.e))) + 1)
-        return jnp.where(jnp.abs(x) < SERIES_END, series, far)
-    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=TILE)
-
-    @plgpu.inline_mgpu(arg_types=(TILE, TILE), return_type=result)
-    def beyond(ctx: Any, x: Any, series: Any) -> Any:
-        del ctx
-        f32, layout = ir.F32Type.get(), fa.WGMMA_LAYOUT_ACC_32BIT
-        one, limit, factor = (
-            arith.constant(f32, value) for value in (1.0, SERIES_END, 2 * math.log2(math.e))
-        )
-        own = [scalar_of(register) for register in x.to_layout(layout).registers.flat]
-        inside = [scalar_of(register) for register in series.to_layout(layout).registers.flat]
-        sizes = [math_dialect.absf(value) for value in own]
-        within = [arith.cmpf(arith.CmpFPredicate.OLT, size, limit) for size in sizes]
-        largest = functools.reduce(arith.maximumf, sizes)
-        exceeds = arith.cmpf(arith.CmpFPredicate.UGE, largest, limit)
-        branch = scf.IfOp(any_in_warp(exceeds), [f32] * len(own), has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            found = []
-            for value, is_within, result in zip(own, within, inside):
-                power = one_operand("ex2.approx.ftz.f32", arith.mulf(value, factor))
-                inverse = one_operand("rcp.approx.ftz.f32", arith.addf(power, one))
-                rest = arith.subf(arith.subf(one, inverse), inverse)
-                found.append(arith.select(is_within, result, rest))
-            scf.yield_(found)
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_(inside)
-        return accumulated(list(branch.results), x.shape)
-
-    return beyond(x, series)

@@ -21,8 +21,14 @@ def any_in_warp(condition: Any) -> Any:
     return nvvm.vote_sync(everyone, condition, "any")
 
 
-def one_operand(instruction: str, x: Any) -> Any:
-    return llvm.inline_asm(ir.F32Type.get(), [x], f"{instruction} $0, $1;", "=f,f")
+def lane() -> Any:
+    return llvm.inline_asm(ir.IntegerType.get_signless(32), [], "mov.u32 $0, %laneid;", "=r")
+
+
+def one_operand(instruction: str, x: Any, has_side_effects: bool = False) -> Any:
+    return llvm.inline_asm(
+        ir.F32Type.get(), [x], f"{instruction} $0, $1;", "=f,f", has_side_effects=has_side_effects
+    )
 
 
 def accumulated(registers: list[Any], shape: tuple[int, ...]) -> Any:

@@ -10,7 +10,11 @@ import numpy as np
 
 from ejk import _jax
 from ejk._backend import Backend
+from ejk.backends.page_attention import CACHES
 from ejk.backends.pallas._chip import TOO_OLD, chip, chip_version
+
+TPU_CACHES = CACHES - {"key_cache.dtype=uint8 (int4)"}
+"""The features of caches that kernels read. Two values of int4 lie side by side in a lane."""
 
 
 class PallasBackend(Backend):
@@ -42,13 +46,13 @@ class PallasBackend(Backend):
 
         return pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 
-    def first_refusals(self, dtype: np.dtype, taken_by: str) -> list[str]:
-        """Say why no kernel takes arrays of `dtype` on this chip."""
+    def first_refusals(self, taken_by: str, *dtypes: np.dtype) -> list[str]:
+        """Say why no kernel takes arrays of `dtypes` on this chip."""
         reasons = []
         if (version := chip_version()) in TOO_OLD:
             reasons.append(f"TPU {version}: the kernel needs a v4 or later")
-        if dtype not in (jnp.float32, jnp.bfloat16):
-            reasons.append(f"dtype={dtype}: {taken_by} takes float32 and bfloat16")
+        if jnp.float16 in dtypes:
+            reasons.append(f"dtype=float16: {taken_by} takes float32 and bfloat16")
         return reasons
 
     def vmem_refusals(

@@ -1,9 +1,10 @@
 """The `pallas_call` of a kernel, its parameters by name."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -83,6 +84,34 @@ def given[T](group: Mapping[str, T | None]) -> dict[str, T]:
 
 def in_hbm(x: Any) -> Blocked | None:
     return None if x is None else (x, pl.BlockSpec(memory_space=pltpu.HBM))
+
+
+class GivenScales(NamedTuple):
+    """Scales of one kind, or None."""
+
+    key: Any
+    value: Any
+
+
+def given_scales(problem: AttentionProblem, operands: Any) -> tuple[GivenScales, GivenScales]:
+    """Return the scales of query heads and those of tokens. Latent attention's values are keys."""
+    given, none = (operands.key_scale, operands.value_scale), GivenScales(None, None)
+    if problem.scales == "token":
+        return none, GivenScales(*given)
+    if problem.scales == "none":
+        return none, none
+    key, value = (jnp.repeat(x, problem.group) for x in (given[0], given[problem.latent - 1]))
+    return GivenScales(key, value), none
+
+
+def pools_in_hbm(operands: Any, of_tokens: GivenScales) -> dict[str, Blocked | None]:
+    """Return the pools that kernels fetch pages of, by the names that they have there."""
+    return dict(
+        key_cache_hbm_ref=in_hbm(operands.key_cache),
+        value_cache_hbm_ref=in_hbm(operands.value_cache),
+        key_scale_hbm_ref=in_hbm(of_tokens.key),
+        value_scale_hbm_ref=in_hbm(of_tokens.value),
+    )
 
 
 def cost_of_attention(problem: AttentionProblem, items: int, rows: int) -> pl.CostEstimate:

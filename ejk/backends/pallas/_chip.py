@@ -16,14 +16,22 @@ class Chip(NamedTuple):
     wide_round_blocks: int = 1  # where one block of heads wider than a tile would be a round
     cores: int = 1  # that one launch shares: as the device says
     reordered_copies: int = 0  # that its compiler makes of a round in "NHD": found by compiling
+    fp8_weights: bool = True  # the matrix unit takes keys and values of float8 as they are
+    nan_of_e4m3: bool = False  # and takes the NaN of float8_e4m3fn for one, not for 480
+
+    @property
+    def of_sizes(self) -> dict[str, Any]:
+        """What a launch has to be sized by: fields of `PagedSizes`."""
+        names = ("reordered_copies", "fp8_weights", "nan_of_e4m3")
+        return {name: getattr(self, name) for name in names}
 
 
 CHIPS = {
-    "v4": Chip(vmem_limit_bytes=14 * MIB, round_blocks=2, reordered_copies=4),
+    "v4": Chip(vmem_limit_bytes=14 * MIB, round_blocks=2, reordered_copies=4, fp8_weights=False),
     "v5e": Chip(vmem_limit_bytes=64 * MIB, round_blocks=2, wide_round_blocks=2),
     "v5p": Chip(vmem_limit_bytes=40 * MIB, round_blocks=2, wide_round_blocks=2),
     "v6e": Chip(vmem_limit_bytes=64 * MIB),
-    "7x": Chip(vmem_limit_bytes=40 * MIB),
+    "7x": Chip(vmem_limit_bytes=40 * MIB, nan_of_e4m3=True),
 }
 """By the chip version that `pltpu.get_tpu_info()` names.
 

@@ -65,6 +65,7 @@ class Paging:
     core: Any
     block_tables_ref: Any
     pools: list[tuple[Any, Any]]  # (hbm_ref, buf)
+    value_buf: Any  # that of the values
     sem: Any
     chain_ref: Any
     blocks_ref: Any
@@ -239,7 +240,7 @@ class Paging:
 
     def hide_bad_pages(self, block: Block, slot: Scalar, k: int) -> jax.Array:
         """Zero the values behind bad entries, and return 1 for their tokens, `[1, block_kv]`."""
-        problem, (_, buf) = self.sizes.problem, self.pools[-1]
+        problem, buf = self.sizes.problem, self.value_buf
         shape = (1, self.sizes.block_kv)
         page_of_token = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), problem.page_size)
         entry, count = self.entries(block.item, block.base, block.left)
@@ -264,9 +265,12 @@ def paging_scratch(sizes: PagedSizes[Any]) -> dict[str, Any]:
     def pages(head_dim: int) -> Any:
         return pltpu.VMEM(sizes.blocks_shape(head_dim), problem.cache_dtype)
 
+    of_scales = pltpu.VMEM(sizes.blocks_shape(1)[:-1], jnp.float32)
     return dict(
         k_buf=pages(problem.head_dim),
         v_buf=pages(problem.value_head_dim) if sizes.has_two_pools else None,
+        key_scale_buf=of_scales if sizes.scale_pools else None,
+        value_scale_buf=of_scales if sizes.scale_pools > 1 else None,
         sem=pltpu.SemaphoreType.DMA((2,)),
         chain_ref=pltpu.SMEM((1 + len(Cursor._fields),), jnp.int32),
         blocks_ref=pltpu.SMEM((2 * sizes.round_blocks * len(Block._fields),), jnp.int32),

@@ -48,22 +48,50 @@ def across(x: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([x] * (-(-width // LANES)), axis=1)[:, :width]
 
 
-def heads_of(buf: Any, slot: Any, k: int, half: int, sizes: PagedSizes[Any]) -> Iterator[jax.Array]:
-    """Yield each head's keys (`half=0`) or values of a block, `[block_kv, head_dim]`."""
-    fused = (half,) if sizes.problem.fused else ()
+def heads_of(
+    buf: Any, slot: Any, k: int, half: int, sizes: PagedSizes[Any], masked: bool
+) -> Iterator[jax.Array]:
+    """Yield each head's keys (`half=0`) or values of a block, `[block_kv, head_dim]`.
+
+    As products take them: see `operand_dtype`.
+    """
+    fused, dtype = (half,) if sizes.problem.fused else (), sizes.operand_dtype(masked)
     if sizes.problem.cache_layout == "NHD":
-        pages = jnp.transpose(buf[(slot, k, slice(None), *fused)], (2, 0, 1, 3))
+        pages = buf[(slot, k, slice(None), *fused)].astype(dtype)
+        pages = jnp.transpose(pages, (2, 0, 1, 3))
         blocks = (pages[head] for head in range(sizes.kv_heads))
     else:
         order = slice(None, None, -1 if sizes.problem.cache_layout == "KV_HEADS_FIRST" else 1)
         where = ((*fused, head)[order] for head in range(sizes.kv_heads))
         blocks = (buf[(slot, k, slice(None), *index)] for index in where)
     for block in blocks:  # [block_pages, page_size, head_dim]
-        yield block.reshape(sizes.block_kv, block.shape[-1])
+        yield block.astype(dtype).reshape(sizes.block_kv, block.shape[-1])
 
 
 def product(a: jax.Array, b: jax.Array, *, contract: int) -> jax.Array:
-    """Multiply `a [m, k]` with `b`, of which axis `contract` is summed over, in float32."""
+    """Multiply `a [m, k]` with `b`, of which axis `contract` is summed over, in float32.
+
+    Where only one of them is float32, nothing of it is lost: `a` is three parts of bfloat16.
+    """
+    if a.dtype != jnp.float32 and b.dtype == jnp.float32:
+        a = a.astype(jnp.float32)
+    if a.dtype == jnp.float32 and b.dtype != jnp.float32:
+        parts = jnp.concatenate(in_bfloat16(a)).astype(jnp.bfloat16)
+        first, second, third = jnp.split(product(parts, b, contract=contract), 3)
+        return (third + second) + first
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((1,), (contract,)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def in_bfloat16(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return three float32 arrays that bfloat16 holds, and whose sum is `x`."""
+
+    def leading(x: jax.Array) -> jax.Array:  # the 8 leading bits, cut off as conversions are not
+        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+        return lax.bitcast_convert_type(bits, jnp.float32)
+
+    first = leading(x)
+    rest = jnp.where(jnp.abs(x) == jnp.inf, 0.0, x - first)
+    second = leading(rest)
+    return first, second, rest - second

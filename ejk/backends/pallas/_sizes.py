@@ -5,9 +5,10 @@ An item is what a core attends for at a time: a sequence, or a block of new toke
 
 import abc
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.pallas._tiles import LANES, SUBLANES, round_up, tiled
@@ -20,6 +21,9 @@ AttentionProblem = PageAttentionProblem | RaggedPageAttentionProblem
 class PagedSizes[P: (PageAttentionProblem, RaggedPageAttentionProblem)](abc.ABC):
     """The static shape of one launch."""
 
+    takes_again: ClassVar[bool] = False
+    """The kernel can compute a round a second time."""
+
     problem: P
     num_items: int  # of this launch: a multiple of what its cores take in a step
     block_pages: int
@@ -28,6 +32,8 @@ class PagedSizes[P: (PageAttentionProblem, RaggedPageAttentionProblem)](abc.ABC)
     cores: int = 1
     shared: Literal["batch", "kv_head"] = "batch"  # what the cores share: items, or KV heads
     reordered_copies: int = 0  # of a round, to put in order heads that lie inside tokens
+    fp8_weights: bool = False  # keys and values of float8 are multiplied as they are
+    nan_of_e4m3: bool = False  # and their NaN is one in products
 
     @property
     @abc.abstractmethod
@@ -80,6 +86,46 @@ class PagedSizes[P: (PageAttentionProblem, RaggedPageAttentionProblem)](abc.ABC)
         """Return the shape of the pages of two rounds: one is computed while another is copied."""
         return 2, self.round_blocks, self.block_pages, *self.page_shape(head_dim)
 
+    def operand_dtype(self, masked: bool) -> np.dtype:
+        """Return what products take keys and values as: bfloat16 holds all codes of 8 bits.
+
+        The matrix unit takes those of float8, too, but masking selects among 16 bits at least, and
+        so does putting heads in order.
+        """
+        problem = self.problem
+        if not problem.cache_type.is_quantised:
+            return problem.cache_dtype
+        in_order = problem.cache_layout != "NHD" and problem.page_size % (2 * SUBLANES) == 0
+        native = self.fp8_weights and not problem.cache_type.is_integer and in_order and not masked
+        if native and (self.takes_again or not self.misses_nan):
+            return problem.cache_dtype
+        return np.dtype(jnp.bfloat16)
+
+    @property
+    def weight_dtype(self) -> np.dtype:
+        """What weights are rounded to before they are multiplied with values."""
+        return max(self.problem.query_dtype, self.operand_dtype(True), key=lambda x: x.itemsize)
+
+    @property
+    def converts_by_itself(self) -> bool:
+        """Codes become numbers in vectors of 32 bits, where a chip has no others."""
+        return self.problem.cache_type.is_quantised and not self.fp8_weights
+
+    @property
+    def misses_nan(self) -> bool:
+        """The matrix unit would take NaN codes for numbers."""
+        return self.problem.cache_dtype == jnp.float8_e4m3fn and not self.nan_of_e4m3
+
+    @property
+    def looks_for_nan(self) -> bool:
+        """Rounds with a NaN that the matrix unit misses are computed again, masked."""
+        return self.misses_nan and self.operand_dtype(masked=False) == self.problem.cache_dtype
+
+    @property
+    def scale_pools(self) -> int:
+        """How many pools of tokens' scales there are."""
+        return (1 + self.has_two_pools) * (self.problem.scales == "token")
+
     @property
     def key_bytes(self) -> int:
         """Bytes of a block's keys, each head's in whole lanes."""
@@ -95,6 +141,8 @@ class PagedSizes[P: (PageAttentionProblem, RaggedPageAttentionProblem)](abc.ABC)
         return {
             "k_buf": tiled(self.blocks_shape(keys), dtype),
             "v_buf": tiled(self.blocks_shape(values), dtype) * self.has_two_pools,
+            "scales of tokens": self.scale_pools
+            * tiled(self.blocks_shape(keys)[:-1], jnp.dtype(jnp.float32)),
             "q": tiled((*steps, *heads, keys), problem.query_dtype),
             "out": tiled((*steps, *heads, values), problem.out_dtype),
         }

@@ -11,8 +11,9 @@ from jax import lax
 
 from ejk import _backend, _dispatch, _partition
 from ejk.backends.reverse_mode import with_pull_back
+from ejk.backends.stored_rows import stored
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
-from ejk.backends.xla.write_kv_cache import halves_axis, places, scatter, stored
+from ejk.backends.xla.write_kv_cache import halves_axis, places, scatter
 
 Results = tuple[jax.Array, ...]
 

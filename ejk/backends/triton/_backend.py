@@ -86,6 +86,9 @@ class TritonBackend(Backend):
 
 def kernel_inputs(operands: Any, names: Sequence[str], work: Any) -> dict[str, Any]:
     """Return an attention kernel's inputs by parameter, in its order; `work` is the plan."""
-    values = operands.key_cache if operands.value_cache is None else operands.value_cache
-    arrays = operands._asdict() | {"key": operands.key_cache, "value": values, "work": work}
+    arrays = operands._asdict() | {"work": work}
+    for value, key in (("value_cache", "key_cache"), ("value_scale", "key_scale")):
+        if arrays[value] is None:
+            arrays[value] = arrays[key]
+    arrays |= {"key": arrays["key_cache"], "value": arrays["value_cache"]}
     return {f"{name}_ptr": arrays[name] for name in names}

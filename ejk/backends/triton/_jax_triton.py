@@ -30,6 +30,7 @@ def load() -> Any:
     _keep_compiler_and_interpreter_apart(triton_lib)
     _compile_for_running(triton_lib)
     _specialize_without_torch(triton_lib)
+    _pass_8_bit_floats_as_bytes(triton_lib)
     return jax_triton
 
 
@@ -132,3 +133,21 @@ def _specialize_without_torch(triton_lib: Any) -> None:
 
     names = vars(triton_lib._triton) | {"native_specialize_impl": specialize_pointer}
     triton_lib._triton = types.SimpleNamespace(**names)
+
+
+def _pass_8_bit_floats_as_bytes(triton_lib: Any) -> None:
+    """Declare pointers to 8-bit floats as pointers to bytes, which are what our kernels take.
+
+    Triton refuses a pointer to float8_e4m3fn below sm_89, whatever a kernel does with it.
+    """
+    compile_kernel = triton_lib.TritonFunction.get_or_create_kernel
+
+    @functools.wraps(compile_kernel)
+    def compile_for_bytes(
+        self: Any, make_target: Any, platform: Any, args: Any, kinds: Any, **kwargs: Any
+    ) -> Any:
+        if self.fn.__module__.startswith("ejk."):
+            kinds = ["*u8" if kind.startswith("*fp8") else kind for kind in kinds]
+        return compile_kernel(self, make_target, platform, args, kinds, **kwargs)
+
+    triton_lib.TritonFunction.get_or_create_kernel = compile_for_bytes

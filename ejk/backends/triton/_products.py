@@ -5,6 +5,8 @@ import typing
 import triton
 import triton.language as tl
 
+from ejk.backends.triton._quantised import normalised, tiles_of
+
 
 @triton.jit
 @typing.no_type_check
@@ -14,6 +16,25 @@ def token_ptrs(
 ):  # fmt: skip
     """Return where a KV head's tokens `key`, which lie in `pages`, begin: `[tokens, 1]`."""
     return head_ptr + (pages.to(tl.int64) * stride_page + (key % PAGE_SIZE) * stride_slot)[:, None]
+
+
+@triton.jit
+@typing.no_type_check
+def slot_offsets(
+    pages, slots, stride_page: tl.constexpr, stride_slot: tl.constexpr, PARTS: tl.constexpr
+):
+    """Return where slots of pages begin, of a pool whose elements are so many values each."""
+    return pages * (stride_page // PARTS) + slots * (stride_slot // PARTS)
+
+
+@triton.jit
+@typing.no_type_check
+def of_tokens(entries, PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Repeat what a block's pages have once for each of their tokens."""
+    if PAGES > 1:
+        entries = tl.broadcast_to(entries[:, None], [PAGES, PAGE_SIZE])
+        entries = tl.reshape(entries, [PAGES * PAGE_SIZE])
+    return entries
 
 
 @triton.jit
@@ -41,17 +62,65 @@ def load_rows(
 
 @triton.jit
 @typing.no_type_check
+def load_tiles(
+    row_ptrs, exists, dtype: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr, CACHE: tl.constexpr, PARTS: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Load rows of a pool, as `load_rows` does, as `PARTS` tiles of numbers: see `_quantised`."""
+    rows = load_rows(row_ptrs, exists, FIRST // PARTS, BLOCK // PARTS, WIDTH // PARTS, MASKED)
+    return tiles_of(rows, dtype, CACHE, PARTS, PTX)
+
+
+@triton.jit
+@typing.no_type_check
 def load_queries(
     row_ptrs, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr,
+    BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Load queries in the parts that `query_key_products` takes."""
+    """Load queries in the tiles that `query_key_products` takes."""
     q = ()
     for i in tl.static_range(BLOCK_D // CHAIN):
-        q += (load_rows(row_ptrs, exists, i * CHAIN, CHAIN, HEAD_DIM, True),)
+        q += _query_tiles(row_ptrs, exists, i * CHAIN, CHAIN, HEAD_DIM, PARTS)
     if BLOCK_D_REST > 0:
-        q += (load_rows(row_ptrs, exists, BLOCK_D, BLOCK_D_REST, HEAD_DIM, True),)
+        q += _query_tiles(row_ptrs, exists, BLOCK_D, BLOCK_D_REST, HEAD_DIM, PARTS)
     return q
+
+
+@triton.jit
+@typing.no_type_check
+def _query_tiles(
+    row_ptrs, exists, FIRST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Load entries of queries as the tiles that `load_tiles` makes of them in a pool."""
+    if PARTS == 1:
+        q = (load_rows(row_ptrs, exists, FIRST, BLOCK, WIDTH, True),)
+    else:
+        offs = FIRST + PARTS * tl.arange(0, BLOCK // PARTS)
+        mask = exists[:, None] & (offs < WIDTH)
+        q = ()
+        for i in tl.static_range(PARTS):
+            q += (tl.load(row_ptrs + offs + i, mask=mask, other=0.0),)
+    return q
+
+
+@triton.jit
+@typing.no_type_check
+def for_products(q, scale, PRODUCTS: tl.constexpr):
+    """Return queries in the type of products, "" for their own, and what scales the products.
+
+    That is a number, or one of each row, and not negative, if the type is float16.
+    """
+    if PRODUCTS == "float16":
+        return normalised(q, scale)
+    elif PRODUCTS == "float32":
+        converted = ()
+        for i in tl.static_range(len(q)):
+            converted += (q[i].to(tl.float32),)
+        return converted, scale
+    else:
+        return q, scale
 
 
 @triton.jit
@@ -59,25 +128,40 @@ def load_queries(
 def query_key_products(
     q, k_ptrs, exists, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr, REST_APART: tl.constexpr,
+    CACHE: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Return `[rows, tokens]`: sums of `CHAIN` products, and of `BLOCK_D_REST`, added up apart.
 
     `BLOCK_D_REST` follows on a chain that is alone, unless `REST_APART`. The other result is the
-    keys' first `CHAIN` entries, `[tokens, CHAIN]`.
+    keys' first `CHAIN` entries: `PARTS` tiles `[tokens, CHAIN / PARTS]`.
     """
-    PARTS: tl.constexpr = BLOCK_D // CHAIN
-    first = load_rows(k_ptrs, exists, 0, CHAIN, HEAD_DIM, MASKED)
-    s = tl.dot(q[0], tl.trans(first), input_precision="ieee")
-    for i in tl.static_range(1, PARTS):
-        k = load_rows(k_ptrs, exists, i * CHAIN, CHAIN, HEAD_DIM, MASKED)
-        s = _add(s, tl.dot(q[i], tl.trans(k), input_precision="ieee"))
+    CHAINS: tl.constexpr = BLOCK_D // CHAIN
+    dtype: tl.constexpr = q[0].dtype
+    first = load_tiles(k_ptrs, exists, dtype, 0, CHAIN, HEAD_DIM, MASKED, CACHE, PARTS, PTX)
+    s = _products(q, first, 0, PARTS)
+    for i in tl.static_range(1, CHAINS):
+        k = load_tiles(k_ptrs, exists, dtype, i * CHAIN, CHAIN, HEAD_DIM, MASKED, CACHE, PARTS, PTX)
+        s = _add(s, _products(q, k, i * PARTS, PARTS))
     if BLOCK_D_REST > 0:
-        k = load_rows(k_ptrs, exists, BLOCK_D, BLOCK_D_REST, HEAD_DIM, MASKED)
-        if PARTS > 1 or REST_APART:
-            s = _add(s, tl.dot(q[PARTS], tl.trans(k), input_precision="ieee"))
+        k = load_tiles(
+            k_ptrs, exists, dtype, BLOCK_D, BLOCK_D_REST, HEAD_DIM, MASKED, CACHE, PARTS, PTX
+        )
+        if CHAINS > 1 or REST_APART:
+            s = _add(s, _products(q, k, CHAINS * PARTS, PARTS))
         else:
-            s = tl.dot(q[PARTS], tl.trans(k), s, input_precision="ieee")
+            for i in tl.static_range(PARTS):
+                s = tl.dot(q[PARTS + i], tl.trans(k[i]), s, input_precision="ieee")
     return s, first
+
+
+@triton.jit
+@typing.no_type_check
+def _products(q, k, FIRST: tl.constexpr, PARTS: tl.constexpr):
+    """Return the products of as many tiles of queries, from `FIRST` on, and of keys."""
+    s = tl.dot(q[FIRST], tl.trans(k[0]), input_precision="ieee")
+    for i in tl.static_range(1, PARTS):
+        s = tl.dot(q[FIRST + i], tl.trans(k[i]), s, input_precision="ieee")
+    return s
 
 
 @triton.jit
@@ -85,3 +169,17 @@ def query_key_products(
 def _add(s, products):
     """Return `s + products`. The compiler would make a plain sum one chain, from `s` on."""
     return tl.fma(products, 1.0, s)
+
+
+@triton.jit
+@typing.no_type_check
+def interleaved(tiles, FIRST: tl.constexpr, PARTS: tl.constexpr):
+    """Return `PARTS` tiles, from `FIRST` on, as one whose entries are in order."""
+    if PARTS == 1:
+        return tiles[FIRST]
+    elif PARTS == 2:
+        return tl.interleave(tiles[FIRST], tiles[FIRST + 1])
+    else:
+        even = tl.interleave(tiles[FIRST], tiles[FIRST + 2])
+        odd = tl.interleave(tiles[FIRST + 1], tiles[FIRST + 3])
+        return tl.interleave(even, odd)

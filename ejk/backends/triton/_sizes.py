@@ -4,16 +4,22 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from ejk._indices import Size, is_static
 from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
+# What kernels call the types of quantised caches. Arrays of `uint8` hold int4.
+KERNEL_TYPES = {"int8": "int8", "uint8": "int4", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 MAX_CAPACITY = 2**31 - 2**20
 SMALLEST_PAGE = 8  # tokens; whose id is loaded once for all of them
 LONG = 1536  # tokens of a multiprocessor whose parts cost less than two programs save
 LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after the other
+# Of a program on a quantised cache: products of warpgroups would take codes from shared memory,
+# where they are not yet numbers.
+QUANTISED_ROWS = 32
 GRANULE = 128  # tokens; planned pieces are whole multiples
 # How ragged batches are cut. The measurements are of decode on an H100: one query token a sequence.
 # Pieces a multiprocessor. Flat from 1 to 4 for 256 unequal contexts: enough that the last pieces to
@@ -33,25 +39,34 @@ def power_of_two(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
 
 
-def two_parts(head_dim: int) -> tuple[int, int]:
+def two_parts(head_dim: int, least: int = 16) -> tuple[int, int]:
     """Cover `head_dim` with a power of two, or with two where that pads less: 576 is 512 + 64.
+
+    None is smaller than `least`.
 
     Up to 128 one is better although it pads more: 80 as 128 took 150 us for ragged contexts on an
     H100, as 64 + 16 it took 187.
     """
-    whole = max(16, power_of_two(head_dim))
-    rest = max(16, power_of_two(head_dim - whole // 2))
+    whole = max(least, power_of_two(head_dim))
+    rest = max(least, power_of_two(head_dim - whole // 2))
     return (whole // 2, rest) if whole > 128 and rest < whole // 2 else (whole, 0)
+
+
+def blocks_of(problem: PagedProblem) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the `two_parts` of keys and of values. A product takes 16 entries or more."""
+    least = 16 * loaded_together(problem)
+    return two_parts(problem.head_dim, least), two_parts(problem.value_head_dim, least)
 
 
 def widths(problem: PagedProblem) -> tuple[int, int]:
     """Return the entries of a key and of a value as the kernels take them, padded."""
-    return sum(two_parts(problem.head_dim)), sum(two_parts(problem.value_head_dim))
+    block_d, block_dv = blocks_of(problem)
+    return sum(block_d), sum(block_dv)
 
 
 def same_tile(problem: PagedProblem) -> bool:
     """Say whether the values are the keys' first entries as they were loaded, padding and all."""
-    (block_d, _), block_dv = two_parts(problem.head_dim), two_parts(problem.value_head_dim)
+    (block_d, _), block_dv = blocks_of(problem)
     return problem.latent and block_dv == (block_d, 0) and chain(problem) == block_d
 
 
@@ -61,8 +76,8 @@ def chain(problem: PagedProblem) -> int:
     A product of float32 adds up one after the other. Of 576 the error is 1.5 times what is allowed;
     in emulation it is 2.8 times that of 64 at a time, and 2.2 times that of 128.
     """
-    block_d, _ = two_parts(problem.head_dim)
-    return min(block_d, LONGEST_CHAIN) if problem.query_dtype == jnp.float32 else block_d
+    (block_d, _), _ = blocks_of(problem)
+    return min(block_d, LONGEST_CHAIN) if product_dtype(problem) == jnp.float32 else block_d
 
 
 def rows_of_one_tile(is_same_tile: bool, target: Target) -> int | None:
@@ -116,6 +131,18 @@ def programs_per_sm(
         is_long = is_static(tokens) and tokens >= LONG
         return 2 if rows == 32 and is_hopper and is_long else 1
     return 2 if rows == 64 and value_head_dim <= 64 else 1
+
+
+def quantised_per_sm(is_latent: bool, programs: Size, num_sms: int) -> int:
+    """Return the same of programs on quantised caches, which are small: several fit.
+
+    Of separate values a plan counts on them only where all find room in two rounds. On an H200,
+    e4m3 and a scale per head, with 1 and with 4: one context of 32,768 tokens 26.9 and 25.0 us, 32
+    of 2,048 with 32 KV heads 146.8 and 155.0; latent, 16 heads, with 1 and with 2: 122.5 and 71.6.
+    """
+    if is_latent:
+        return 2
+    return 4 if is_static(programs) and programs <= 2 * num_sms else 1
 
 
 def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:
@@ -177,6 +204,47 @@ def strides(problem: PagedProblem | WriteKVCacheProblem, head_dim: int) -> dict[
     }
 
 
+def value_bytes(problem: PagedProblem) -> float:
+    """Return the bytes of a key's or value's entry in memory."""
+    return problem.cache_dtype.itemsize / problem.cache_type.per_element
+
+
+def loaded_together(problem: PagedProblem) -> int:
+    """Return the values that a kernel loads as one element: see `_quantised`."""
+    if not problem.cache_type.is_quantised:
+        return 1
+    in_byte = problem.cache_type.per_element
+    whole = all(dim % (2 * in_byte) == 0 for dim in (problem.head_dim, problem.value_head_dim))
+    return 2 * in_byte if whole else in_byte
+
+
+def product_dtype(problem: PagedProblem) -> np.dtype:
+    """Return the type of products: one that holds queries and cache exactly.
+
+    Float16 holds all codes, and bfloat16 queries once each row is `normalised`.
+    """
+    query, cache = problem.query_dtype, problem.cache_dtype
+    if query == cache:
+        return query
+    is_narrow = problem.cache_type.is_quantised or cache == jnp.float16
+    return np.dtype(jnp.float16 if is_narrow and query.itemsize == 2 else jnp.float32)
+
+
+def type_constants(problem: PagedProblem, target: Target) -> dict[str, Any]:
+    """Return the types of a kernel's numbers, and how it makes one of the other."""
+    cache, products = KERNEL_TYPES.get(problem.cache_dtype.name, ""), product_dtype(problem)
+    capability = target.compute_capability
+    has_ptx = capability is not None and (cache != "e4m3" or capability >= 89)
+    return {
+        "CACHE": cache,
+        "PARTS": loaded_together(problem),
+        "PTX": bool(cache) and has_ptx,
+        "PRODUCTS": "" if problem.query_dtype == problem.cache_dtype else products.name,
+        "SCALES": problem.scales,
+        "LATENT": problem.latent,
+    }
+
+
 def feature_constants(problem: PagedProblem) -> dict[str, Any]:
     """Return which features of attention a kernel has to provide."""
     return {
@@ -189,7 +257,7 @@ def feature_constants(problem: PagedProblem) -> dict[str, Any]:
 
 def width_constants(problem: PagedProblem, rows: int) -> dict[str, int | bool]:
     """Return how a kernel takes the entries of keys and values, by blocks of rows."""
-    block_d, block_dv = two_parts(problem.head_dim), two_parts(problem.value_head_dim)
+    block_d, block_dv = blocks_of(problem)
     is_same_tile = same_tile(problem)
     return {
         "BLOCK_D": block_d[0],

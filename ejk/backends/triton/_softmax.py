@@ -1,7 +1,10 @@
 """The online softmax of the attention kernels and of the combinations of their parts.
 
-The state of each row is `m`, `l`, `acc` and, of values in two parts, `acc_rest`; else `acc_rest` is
-there and never used.
+The state of each row is `m`, `l` and `acc`: a tuple of tiles as `load_tiles` makes them of values,
+first those of `BLOCK_DV` entries, then those of `BLOCK_DV_REST`. Where the value of a token has a
+scale of its own, `acc` counts in `2^unit`: the largest scale so far, but for `HEADROOM`. A weight
+times the scale of its value is then at most `2^(HEADROOM + 1)`, below the end of float16, and it is
+no coarser than other weights unless its scale is `2^28` times smaller than the largest.
 """
 
 import typing
@@ -9,12 +12,14 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._products import load_rows
+from ejk.backends.triton._products import load_tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 FLOAT16_MAX = tl.constexpr(65504.0)
+HEADROOM = tl.constexpr(14)
+LEAST_UNIT = tl.constexpr(-126)  # before there is a scale
 
 
 @triton.jit
@@ -22,8 +27,8 @@ FLOAT16_MAX = tl.constexpr(65504.0)
 def scaled(s, scale, SOFT_CAP: tl.constexpr):
     """Return logits in log2 units: products of queries and keys, scaled and capped."""
     if SOFT_CAP > 0:
-        return SOFT_CAP * tanh_f32(s * (scale / SOFT_CAP)) * LOG2E
-    return s * (scale * LOG2E)
+        return SOFT_CAP * tanh_f32(s * over_tokens(scale / SOFT_CAP)) * LOG2E
+    return s * over_tokens(scale * LOG2E)
 
 
 @triton.jit
@@ -47,20 +52,27 @@ def where_visible(s, visible, is_true, SPLIT: tl.constexpr):
 @typing.no_type_check
 def add_block(
     s,  # [rows, tokens]: logits, -inf where a row does not see a token; products if `FOLDED`
-    scale,
+    scale,  # a number, or [rows]
     m,  # [rows]
     l,  # [rows]
-    acc,  # [rows, BLOCK_DV]
-    acc_rest,  # [rows, BLOCK_DV_REST]
-    values,  # [tokens, BLOCK_DV], or where they are to be loaded from, [tokens, 1]
+    unit,
+    acc,  # tiles of [rows, entries]
+    values,  # tiles of [tokens, entries], or where they are to be loaded from, [tokens, 1]
+    value_scale,  # [tokens]
     exists,  # [tokens]: may be loaded
+    dtype: tl.constexpr,  # of products
     VALUE_HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,  # or everything exists
     FOLDED: tl.constexpr,  # the scale, not negative, is still to be multiplied in
+    PER_TOKEN: tl.constexpr,  # there is a `value_scale`, which `unit` is for
     BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr,
+    SAME_TILE: tl.constexpr,  # the values are loaded
+    CACHE: tl.constexpr,
+    PARTS: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Return `m`, `l`, `acc` and `acc_rest` after one more block of tokens."""
+    """Return `m`, `l`, `unit` and `acc` after one more block of tokens."""
     c = scale * LOG2E
     m_new = tl.max(s, 1)
     if FOLDED:
@@ -68,22 +80,91 @@ def add_block(
     m_new = tl.maximum(m, m_new)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     if FOLDED:  # one instruction with the difference
-        s = s * c
+        s = s * over_tokens(c)
     p = tl.exp2(s - m_safe[:, None])
     alpha = tl.exp2(m - m_safe)
-    IS_LOADED: tl.constexpr = not values.dtype.is_ptr()
-    v = values
-    if not IS_LOADED:
+    if not SAME_TILE:
         l = l * alpha + tl.sum(p, 1)
-        v = load_rows(values, exists, 0, BLOCK_DV, VALUE_HEAD_DIM, MASKED)
-    weights = p.to(v.dtype)
-    acc = tl.dot(weights, v, acc * alpha[:, None], input_precision="ieee")
+        values_ptrs = values
+        v = load_tiles(
+            values_ptrs, exists, dtype, 0, BLOCK_DV, VALUE_HEAD_DIM, MASKED, CACHE, PARTS, PTX
+        )
+    else:
+        v = values
+    weights = p
+    rescale = alpha
+    if PER_TOKEN:
+        unit_new = tl.maximum(unit, _largest_exponent(value_scale) - HEADROOM)
+        weights = p * (value_scale * power_of_two(-unit_new))[None, :]
+        # From the first unit the difference may be too far, but it has counted nothing.
+        rescale = alpha * power_of_two(tl.maximum(unit - unit_new, -127))
+        unit = unit_new
+    weights = weights.to(dtype)
+    added = ()
+    for i in tl.static_range(PARTS):
+        scaled_acc = acc[i] * rescale[:, None]
+        added += (tl.dot(weights, v[i], scaled_acc, input_precision="ieee"),)
     if BLOCK_DV_REST > 0:
-        v_rest = load_rows(values, exists, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED)
-        acc_rest = tl.dot(weights, v_rest, acc_rest * alpha[:, None], input_precision="ieee")
-    if IS_LOADED:  # while the product runs
+        v_rest = load_tiles(
+            values, exists, dtype, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED, CACHE, PARTS,
+            PTX,
+        )  # fmt: skip
+        for i in tl.static_range(PARTS):
+            scaled_acc = acc[PARTS + i] * rescale[:, None]
+            added += (tl.dot(weights, v_rest[i], scaled_acc, input_precision="ieee"),)
+    if SAME_TILE:  # while the product runs
         l = l * alpha + tl.sum(p, 1)
-    return m_new, l, acc, acc_rest
+    return m_new, l, unit, added
+
+
+@triton.jit
+@typing.no_type_check
+def _largest_exponent(scale):
+    """Return the binary exponent of the largest magnitude: what is not finite counts as 2^127."""
+    magnitude = scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return (tl.minimum(tl.max(magnitude, 0), 254 << 23) >> 23) - 127
+
+
+@triton.jit
+@typing.no_type_check
+def power_of_two(exponent):
+    """Return `2^exponent` in float32, of exponents from -126 to 127; 0 of -127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@typing.no_type_check
+def over_tokens(scale):
+    """Return a scale, of all rows or `[rows]`, as it multiplies `[rows, tokens]`."""
+    if scale.type.is_block():
+        return scale[:, None]
+    else:
+        return scale
+
+
+@triton.jit
+@typing.no_type_check
+def scaled_rows(tiles, scale):
+    """Multiply the rows of each tile by `scale [rows]`."""
+    products = ()
+    for i in tl.static_range(len(tiles)):
+        products += (tiles[i] * scale[:, None],)
+    return products
+
+
+@triton.jit
+@typing.no_type_check
+def zero_acc(
+    ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV_REST: tl.constexpr, PARTS: tl.constexpr
+):
+    """Return the tiles of weighted values of no token."""
+    acc = ()
+    for _ in tl.static_range(PARTS):
+        acc += (tl.zeros([ROWS, BLOCK_DV // PARTS], tl.float32),)
+    if BLOCK_DV_REST > 0:
+        for _ in tl.static_range(PARTS):
+            acc += (tl.zeros([ROWS, BLOCK_DV_REST // PARTS], tl.float32),)
+    return acc
 
 
 @triton.jit

@@ -21,7 +21,9 @@ class XlaPlan(XlaBackend, PlanBackend):
 
     features = frozenset({"sliding_window"})
 
-    def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
+    def plan_problem(
+        self, facts: PlanFacts, value_head_dim: int, is_quantised: bool
+    ) -> PlanProblem:
         """Plan an order, longest first: nobody is known who takes contexts in pieces."""
         has_window = facts.sliding_window is not None
         return PlanProblem(facts.num_seqs, facts.capacity, has_window, max_cuts=0, granule=1)

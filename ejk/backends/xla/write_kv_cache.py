@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ejk._cache_types import quantise, scales_of
 from ejk.backends.layouts import POOLS
+from ejk.backends.stored_rows import stored
 from ejk.backends.write_kv_cache import (
     CACHES,
     WriteKVCacheBackend,
@@ -70,23 +70,6 @@ def _pools_and_rows(
     pools = (operands.key_cache, operands.value_cache), (operands.key_scale, operands.value_scale)
     for kind, rows in zip(pools, kinds):
         yield from zip(kind, rows)
-
-
-def stored(
-    problem: WriteKVCacheProblem, rows: jax.Array, scale: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return what the cache holds of `rows [num_tokens, num_kv_heads, width]`, and their scales.
-
-    `scale` is that of each KV head; those of tokens are computed.
-    """
-    if problem.scales == "none" and not problem.cache_type.is_quantised:
-        return rows.astype(problem.cache_dtype), None
-    rows = rows.astype(jnp.float32)
-    if problem.scales == "token":
-        scale = scales_of(rows, problem.cache_type)
-    elif scale is not None:
-        scale = scale[None]
-    return quantise(rows, scale, problem.cache_dtype), scale
 
 
 def halves_axis(problem: WriteKVCacheProblem) -> int:

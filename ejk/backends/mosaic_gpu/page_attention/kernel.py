@@ -34,7 +34,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.mosaic_gpu._arithmetic import LN2, LOG2E, SLACK, accumulator, rounded, spread
-from ejk.backends.mosaic_gpu._private import ROW, TILE, rescaled
+from ejk.backends.mosaic_gpu._private import ROW, TILE
+from ejk.backends.mosaic_gpu._private_softmax import rescaled
 from ejk.backends.mosaic_gpu.page_attention.copying import Copying
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, Shared
 from ejk.backends.mosaic_gpu.page_attention.piece import (

@@ -34,7 +34,9 @@ def attend(sizes: PrefillSizes, operands: RaggedPageAttentionOperands, work: Any
         key=slabs(operands.key_cache, problem),
         value=None if value is None else slabs(value, problem),
         block_tables=operands.block_tables,
-        attn_scale=operands.attn_scale.reshape(1),
+        attn_scale=scales_of_logits(problem, operands),
+        key_scale=operands.key_scale if problem.scales == "token" else None,
+        value_scale=operands.value_scale,
         sliding_window=None if window is None else window.reshape(1),
         sinks=None if sinks is None else heads_by_row(sinks, problem),
         alibi_slopes=None if slopes is None else heads_by_row(slopes, problem),
@@ -59,16 +61,33 @@ def attend(sizes: PrefillSizes, operands: RaggedPageAttentionOperands, work: Any
     return written._replace(out=out, lse=lse)
 
 
+def scales_of_logits(
+    problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
+) -> jax.Array:
+    """Return what scales products of queries and keys: one number, or one of each KV head."""
+    scale = operands.attn_scale.reshape(1)
+    return scale * operands.key_scale if problem.scales == "head" else scale
+
+
+def first_seen(
+    problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
+) -> jax.Array:
+    """Return the first position that new tokens of a sequence see, `[num_seqs]`."""
+    window = operands.sliding_window
+    if window is None:
+        return jnp.zeros(problem.num_seqs, jnp.int32)
+    bounds = sane_bounds(problem, operands.cu_q_lens)
+    before = jnp.clip(operands.context_lens, 0, problem.capacity) - jnp.diff(bounds)
+    return jnp.maximum(before, 0) - (jnp.maximum(window, 0) - 1)
+
+
 def whole_tokens(
     problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
 ) -> jax.Array:
     """Say up to which position all pages exist that a sequence's new tokens see, `[num_seqs]`."""
-    tables, window = operands.block_tables, operands.sliding_window
+    tables = operands.block_tables
     is_bad = (tables < 0) | (tables >= problem.num_pages)
     first = jnp.arange(problem.max_blocks, dtype=jnp.int32) * problem.page_size
-    if window is not None:  # pages behind it may have been given up
-        bounds = sane_bounds(problem, operands.cu_q_lens)
-        before = jnp.clip(operands.context_lens, 0, problem.capacity) - jnp.diff(bounds)
-        nearest = jnp.maximum(before, 0) - (jnp.maximum(window, 0) - 1)
-        is_bad &= (first + problem.page_size)[None] > nearest[:, None]
+    if problem.has_window:  # pages behind it may have been given up
+        is_bad &= (first + problem.page_size)[None] > first_seen(problem, operands)[:, None]
     return jnp.where(is_bad, first[None], problem.capacity).min(axis=1)

@@ -51,7 +51,7 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.softmax import (
     result,
     result_of_part,
 )
-from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile, my_tiles
+from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile, my_tiles, tile_in
 from ejk.backends.mosaic_gpu.ragged_page_attention.writing import Writing
 
 # Of a thread that computes, by warpgroups that do; see `copying.REGISTERS`.
@@ -63,7 +63,7 @@ def ragged_attention_kernel(
 ) -> None:
     warpgroup = lax.axis_index("warpgroup")
     pl.when(warpgroup == sizes.warpgroups)(Copying(inputs, shared, sizes).run)
-    attending = Attending(inputs, outputs, shared, sizes, warpgroup, inputs.attn_scale[0])
+    attending = Attending(inputs, outputs, shared, sizes, warpgroup)
     pl.when(warpgroup < sizes.warpgroups)(attending.run)
 
 
@@ -76,7 +76,6 @@ class Attending:
     shared: Shared
     sizes: PrefillSizes
     warpgroup: Any
-    scale: Any  # of logits
 
     def run(self) -> None:
         """Attend to this program's tiles, one after the other."""
@@ -98,11 +97,11 @@ class Attending:
 
     def _attend(self, r: Any, n: Any) -> Any:
         """Attend to tile `r`, whose first block is block `n` of all; return the next one's."""
-        slot = lax.rem(r, self.sizes.q_slots)
-        plgpu.barrier_wait(self.shared.query_there.at[slot])
-        rows = Rows(
-            self.inputs, self.shared, self.sizes, self.warpgroup, self.scale, slot, self._turn
-        )
+        shared, slot = self.shared, lax.rem(r, self.sizes.q_slots)
+        plgpu.barrier_wait(shared.query_there.at[slot])
+        by_head = self.sizes.problem.scales == "head"
+        scale = self.inputs.attn_scale[tile_in(shared, slot).kv_head if by_head else 0]
+        rows = Rows(self.inputs, shared, self.sizes, self.warpgroup, slot, scale, self._turn)
 
         def release_before() -> None:
             if self._releases_late:
@@ -141,6 +140,7 @@ class Attending:
             @pl.when(tile.part >= 0)
             def _() -> None:
                 factor, lse = result_of_part(state.m, l)
+                factor = self._scaled(factor, l, tile)
                 out = state.acc * spread(factor, problem.head_dim)
                 writing.write_part(tile, slot, out, lse)
 
@@ -152,5 +152,12 @@ class Attending:
             else:
                 factor, lse = result_of_part(state.m, l)
                 lse = lse * LN2
+            factor = self._scaled(factor, l, tile)
             out = rounded(state.acc * spread(factor, problem.head_dim), problem.query_dtype)
             writing.write(tile, slot, out, lse)
+
+    def _scaled(self, factor: Any, l: Any, tile: Tile) -> Any:
+        """Multiply what rows are scaled by with the scale of values; no scale reaches no value."""
+        if self.sizes.problem.scales != "head":
+            return factor
+        return jnp.where(l == 0, factor, factor * self.inputs.value_scale[tile.kv_head])

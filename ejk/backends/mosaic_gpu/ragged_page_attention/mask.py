@@ -25,7 +25,9 @@ def positions(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
     return token + (tile.position + warpgroup * sizes.own_tokens)
 
 
-def unmasked(tile: Tile, warpgroup: Any, inputs: Inputs, sizes: PrefillSizes) -> tuple[Any, Any]:
+def unmasked(
+    tile: Tile, warpgroup: Any, scale: Any, inputs: Inputs, sizes: PrefillSizes
+) -> tuple[Any, Any]:
     """Return which blocks, `[start, stop)`, all rows of a warpgroup see altogether.
 
     Nor has the block before them values to clear, which takes all warpgroups: see `is_partial`.
@@ -35,12 +37,13 @@ def unmasked(tile: Tile, warpgroup: Any, inputs: Inputs, sizes: PrefillSizes) ->
     reach = jnp.minimum(jnp.minimum(nearest + 1, tile.end), tile.whole)
     stop = jnp.clip(lax.div(reach, sizes.block_kv) - first, 0, blocks)
     # A negative scale would make the largest product the smallest logit: see `softmax.weigh`.
-    stop = jnp.where(inputs.attn_scale[0] >= 0, stop, 0)
+    stop = jnp.where(scale >= 0, stop, 0)
     if inputs.sliding_window is None:
         return jnp.int32(0), stop
     farthest = jnp.maximum(nearest + (sizes.own_tokens - 1), 0)
     start = divide_up(jnp.maximum(farthest - (window_of(inputs) - 1), 0), sizes.block_kv) - first
-    start = jnp.where(tile.begin > first * sizes.block_kv, jnp.maximum(start, 2), start)
+    for begin, least in ((tile.begin, 1), (tile.seen_begin, 2)):
+        start = jnp.where(begin > first * sizes.block_kv, jnp.maximum(start, least), start)
     return jnp.minimum(start, stop), stop
 
 
@@ -57,31 +60,30 @@ def existing(tile: Tile, j: Any, inputs: Inputs, sizes: PrefillSizes) -> Any:
         bits = (exists(page, sizes).astype(jnp.int32) << i for i, page in enumerate(pages))
         return functools.reduce(jnp.bitwise_or, bits)
 
-    is_whole = jnp.minimum(first + sizes.block_kv, tile.end) <= tile.whole
+    is_whole = jnp.minimum(first + sizes.block_kv, tile.seen_end) <= tile.whole
     return lax.cond(is_whole, lambda: everything, look)
 
 
 def is_partial(tile: Tile, j: Any, exist: Any, sizes: PrefillSizes) -> Any:
-    """Say whether some tokens of block `j` are visible to no row of the tile."""
+    """Say whether some tokens of block `j` are visible to no row of the sequence.
+
+    Those that only rows of its other tiles see hold numbers, too.
+    """
     first = (tile.first_block(sizes) + j) * sizes.block_kv
-    some = (first < tile.begin) | (first + sizes.block_kv > tile.end)
+    some = (first < tile.seen_begin) | (first + sizes.block_kv > tile.seen_end)
     return some | (exist != (1 << sizes.copies) - 1)
 
 
-def visible(
-    tile: Tile, j: Any, exist: Any, position: Any, inputs: Inputs, sizes: PrefillSizes
-) -> Any:
-    """Say which tokens of block `j` the rows at `position` see, `[ROWS, block_kv]`."""
-    shape = (ROWS, sizes.block_kv)
-    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
-    seen = _exists(key, exist, sizes)
-    key = key + (tile.first_block(sizes) + j) * sizes.block_kv
+def limits(
+    tile: Tile, j: Any, position: Any, inputs: Inputs, sizes: PrefillSizes
+) -> tuple[Any, Any]:
+    """Return which tokens of block `j` the rows at `position` see, counted in it: `[ROWS]` each."""
+    first = (tile.first_block(sizes) + j) * sizes.block_kv
+    begins = plgpu.layout_cast(jnp.full_like(position, tile.begin), ROW)
     ends = jnp.minimum(position + 1, tile.end)
-    seen &= key < lax.broadcast_in_dim(ends, shape, [0])
     if inputs.sliding_window is not None:
-        begins = jnp.maximum(position - (window_of(inputs) - 1), tile.begin)
-        seen &= key >= lax.broadcast_in_dim(begins, shape, [0])
-    return seen
+        begins = jnp.maximum(position - (window_of(inputs) - 1), begins)
+    return begins - first, ends - first
 
 
 def visible_to_some(
@@ -90,7 +92,7 @@ def visible_to_some(
     """Say which tokens of block `j`, from its `first` on, are visible to a row, along axis 0."""
     token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE) + first
     key = token + (tile.first_block(sizes) + j) * sizes.block_kv
-    return _exists(token, exist, sizes) & (key >= tile.begin) & (key < tile.end)
+    return _exists(token, exist, sizes) & (key >= tile.seen_begin) & (key < tile.seen_end)
 
 
 def _exists(token: Any, exist: Any, sizes: PrefillSizes) -> Any:

@@ -21,7 +21,11 @@ class Inputs(NamedTuple):
     key: Any  # [num_slabs, page_size, columns]: see `slabs`
     value: Any  # the same; None: `key` has the values, too
     block_tables: Any  # int32 [num_seqs, max_blocks]
-    attn_scale: Any  # float32 [1]
+    attn_scale: Any  # float32 [1], or [num_kv_heads] with the scales of keys
+    # Scales of quantised values, float32 [num_kv_heads], or those of keys' and values' tokens in
+    # their order, [num_kv_heads, num_seqs * tokens]: see `ordered_scales`. Or None.
+    key_scale: Any
+    value_scale: Any
     sliding_window: Any  # int32 [1], or None
     sinks: Any  # float32 [num_kv_heads, ROWS]: see `heads_by_row`; or None
     alibi_slopes: Any  # the same

@@ -12,7 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.mosaic_gpu import _private as private
 from ejk.backends.mosaic_gpu._arithmetic import LOG2E, accumulator, spread
-from ejk.backends.mosaic_gpu._private import ROW, TILE
+from ejk.backends.mosaic_gpu._private import COLUMN, ROW, TILE
+from ejk.backends.mosaic_gpu._private_softmax import capped, in_log2, kept, of_rows, rescaled
 from ejk.backends.mosaic_gpu.ragged_page_attention import mask
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
     Inputs,
@@ -25,7 +26,7 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.softmax import (
     empty,
     weigh,
 )
-from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile
+from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile, tile_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Rows:
     shared: Shared
     sizes: PrefillSizes
     warpgroup: Any
-    scale: Any  # of logits
     q_slot: Any
+    scale: Any  # of the products of queries and keys
     turn: Turn
 
     @property
     def tile(self) -> Tile:
         """Read anew where it is used: between uses it would take registers."""
-        return Tile(*(self.shared.tile[self.q_slot, i] for i in range(len(Tile._fields))))
+        return tile_in(self.shared, self.q_slot)
 
     def attend(self, n: Any, then: Callable[[], None]) -> tuple[State, Any]:
         """Attend to all blocks, from block `n` on; `then` runs after the first one's softmax.
@@ -69,7 +70,7 @@ class Rows:
         Also returns the number of the next tile's first block.
         """
         tile, sizes = self.tile, self.sizes
-        start, stop = mask.unmasked(tile, self.warpgroup, self.inputs, sizes)
+        start, stop = mask.unmasked(tile, self.warpgroup, self.scale, self.inputs, sizes)
         blocks = tile.blocks(sizes)
         is_whole = (start == 0) & (stop > 0)
         state, p = self._first_block(n, is_whole)
@@ -89,14 +90,21 @@ class Rows:
         slot = lax.rem(n, sizes.stages)
         plgpu.barrier_wait(self.shared.keys_there.at[slot])
 
+        self.turn.take()
+
         def run(s_ref: Any = None) -> Any:
-            return private.logits(sizes.plain, s_ref, self._issue_logits(s_ref, slot), 0)
+            issued = self._issue_logits(s_ref, slot)
+            self.turn.hand_on()
+            return private.logits(sizes.plain, s_ref, issued, 0)
 
         s = pl.run_scoped(run, *self._accumulators)
         plgpu.barrier_arrive(self.shared.keys_free.at[slot])
-        forms = (lambda x=x: self._logits(s, jnp.int32(0), masked=x) for x in (False, True))
-        s, factor = lax.cond(is_whole, *forms)
-        state, p, _ = weigh(sizes.plain, s, factor, empty(sizes.problem.head_dim))
+        first = jnp.int32(0)
+        s = in_log2(*self._logits(s, self._scales(self.inputs.key_scale, first), first))
+        s = lax.cond(is_whole, lambda: s, lambda: self._masked(s, first))
+        units = (of_rows(1.0, ROWS),)
+        state, p, _ = weigh(sizes.plain, s, units, empty(sizes.problem.head_dim))
+        p = _scaled(p, self._scales(self.inputs.value_scale, first))
         return state, p.astype(sizes.problem.query_dtype)
 
     def _step(self, j: Any, carry: Any, masked: bool) -> Any:
@@ -108,6 +116,7 @@ class Rows:
         plgpu.barrier_wait(shared.values_there.at[before])
         if masked:
             self._clear(j - 1, before)
+        scales = self._scales(self.inputs.key_scale, j)  # before what they wait for
         self.turn.take()
 
         def run(acc_ref: Any, s_ref: Any = None) -> Any:
@@ -117,8 +126,12 @@ class Rows:
             self.turn.hand_on()
             s = private.logits(sizes.plain, s_ref, issued, 1)
             plgpu.barrier_arrive(shared.keys_free.at[slot])
-            s, factor = self._logits(s, j, masked)
-            found = lax.optimization_barrier(weigh(sizes.plain, s, factor, state))
+            s, units = self._logits(s, scales, j)
+            if masked:
+                s, units = self._masked(in_log2(s, units), j), (of_rows(1.0, ROWS),)
+            value_scales = self._scales(self.inputs.value_scale, j)
+            new, new_p, alpha = weigh(sizes.plain, s, units, state)
+            found = lax.optimization_barrier((new, _scaled(new_p, value_scales), alpha))
             new, new_p, alpha = found
             private.hold(sizes.plain, new.l)  # the softmax, while that product runs
             acc = self._weighed(acc_ref, state.acc)
@@ -126,7 +139,7 @@ class Rows:
             # The product read the old weights from registers until now: had the new ones been
             # rounded to such registers before, ptxas would let all products wait for one another.
             new_p = lax.optimization_barrier(new_p).astype(p.dtype)
-            acc = private.rescaled(sizes.plain, acc, alpha)
+            acc = rescaled(sizes.plain, acc, alpha)
             return n + 1, new._replace(acc=acc), new_p
 
         acc = accumulator(ROWS, sizes.problem.head_dim)
@@ -173,26 +186,33 @@ class Rows:
             p = weights
         plgpu.wgmma(acc_ref, p, self.shared.values.at[slot])
 
-    def _logits(self, s: Any, j: Any, masked: bool) -> tuple[Any, Any]:
-        """Return logits of block `j`, and what makes log2 units of them: see `weigh`."""
-        sizes = self.sizes
-        scale, factor = self.scale, jnp.float32(LOG2E)
-        cap, has_alibi = sizes.problem.soft_cap, sizes.problem.has_alibi
-        if cap is not None:
-            s, factor = private.tanh(sizes.plain, s * (scale / cap)), jnp.float32(cap * LOG2E)
-        elif masked or has_alibi:
-            s = s * scale
+    def _logits(self, s: Any, scales: Any, j: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Return numbers and units of the logits of block `j`: see `in_log2`."""
+        problem = self.sizes.problem
+        s = _scaled(s, scales)
+        if problem.soft_cap is None:
+            units = (of_rows(self.scale * LOG2E, ROWS),)
         else:
-            factor = scale * LOG2E
-        if has_alibi:
-            s = s * factor + self._biases(s.shape, j)
-            factor = jnp.float32(1.0)
-        if masked:
-            exist = mask.existing(self.tile, j, self.inputs, sizes)
-            position = mask.positions(self.tile, self.warpgroup, sizes)
-            seen = mask.visible(self.tile, j, exist, position, self.inputs, sizes)
-            s = jnp.where(seen, s, -jnp.inf)
-        return s, factor
+            s, units = capped(self.sizes.plain, s, self.scale, problem.soft_cap)
+        if problem.has_alibi:
+            return in_log2(s, units) + self._biases(s.shape, j), (of_rows(1.0, ROWS),)
+        return s, units
+
+    def _masked(self, s: Any, j: Any) -> Any:
+        """Return logits of block `j` in log2 units, -inf for tokens that a row does not see."""
+        exist = mask.existing(self.tile, j, self.inputs, self.sizes)
+        position = mask.positions(self.tile, self.warpgroup, self.sizes)
+        limits = mask.limits(self.tile, j, position, self.inputs, self.sizes)
+        return kept(self.sizes.plain, s, *limits, exist, self.sizes.copies)
+
+    def _scales(self, scales: Any, j: Any) -> Any:
+        """Return the scales of the tokens of block `j`, or None."""
+        tile, sizes = self.tile, self.sizes
+        if sizes.problem.scales != "token":
+            return None
+        first = tile.seq * sizes.scaled_tokens + (tile.first_block(sizes) + j) * sizes.block_kv
+        own = scales.at[tile.kv_head, pl.ds(first, sizes.block_kv)]
+        return plgpu.load(own, layout=COLUMN, optimized=False)
 
     def _biases(self, shape: tuple[int, ...], j: Any) -> Any:
         """Return ALiBi's biases in log2 units."""
@@ -228,3 +248,8 @@ class Rows:
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.shared.cleared)
             plgpu.barrier_wait(self.shared.cleared)
+
+
+def _scaled(x: Any, scales: Any) -> Any:
+    """Multiply what tokens have, `[ROWS, block_kv]`, by the scale of each."""
+    return x if scales is None else x * lax.broadcast_in_dim(scales, x.shape, [1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ejk._indices import Size
 from ejk.backends.gpu import Target
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.ragged_page_attention_plan import RaggedPlan
@@ -102,8 +103,20 @@ class PrefillSizes(RaggedCut):
         return narrow * (self.num_programs + narrow + sum(wide)) < 2**31
 
     @property
+    def scaled_tokens(self) -> int:
+        """Tokens of a sequence that have scales: whole blocks."""
+        return -(-self.problem.capacity // self.block_kv) * self.block_kv
+
+    @property
     def has_parts(self) -> bool:
         return any(kind.max_parts > 0 for kind in self.plan.kinds)
+
+
+def copied_bytes(problem: RaggedPageAttentionProblem) -> Size:
+    """Return how much memory copies of a quantised cache's pages take: see `widening.py`."""
+    width = problem.head_dim + problem.value_head_dim
+    tokens = problem.num_seqs * problem.capacity * problem.num_kv_heads
+    return tokens * width * problem.query_dtype.itemsize
 
 
 def plan_of(problem: RaggedPageAttentionProblem, target: Target) -> RaggedPlan:

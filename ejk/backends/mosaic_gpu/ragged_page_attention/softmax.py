@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.mosaic_gpu._arithmetic import LN2, LOG2E, SLACK, spread
-from ejk.backends.mosaic_gpu._private import ROW, TILE, raised
+from ejk.backends.mosaic_gpu._private import ROW, TILE
+from ejk.backends.mosaic_gpu._private_softmax import in_log2, raised
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS
 
 # Sums are kept of every eighth weight: those of a thread, which so need no exchange.
@@ -37,14 +38,15 @@ def empty(head_dim: int) -> State:
     return State(acc, m, l)
 
 
-def weigh(plain: bool, s: Any, factor: Any, state: State) -> tuple[State, Any, Any]:
+def weigh(plain: bool, s: Any, units: tuple[Any, ...], state: State) -> tuple[State, Any, Any]:
     """Return the state but for `acc`, weights, and what `acc` is to be multiplied by.
 
-    `factor`, not negative, makes log2 units of logits: one instruction with the difference.
+    The units, see `in_log2`, are of a polynomial that rises: its last step and the difference are
+    one instruction.
     """
-    m, alpha = raised(plain, state.m, s, factor, SLACK)
+    m, alpha = raised(plain, state.m, s, units, SLACK)
     finite = jnp.where(m == -jnp.inf, 0.0, m)
-    p = jnp.exp2(s * factor - spread(finite, s.shape[1]))
+    p = jnp.exp2(in_log2(s, units) - spread(finite, s.shape[1]))
     sums = sum((p[:, i : i + SUMS] for i in range(SUMS, s.shape[1], SUMS)), p[:, :SUMS])
     return State(state.acc, m, state.l * spread(alpha, SUMS) + sums), p, alpha
 

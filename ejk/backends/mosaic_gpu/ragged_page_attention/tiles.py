@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk.backends.mosaic_gpu._arithmetic import divide_up
-from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs
+from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs, Shared
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
 
 # Of keys and values that are in use at a time, as FlashAttention-3 has it.
@@ -36,6 +36,8 @@ class Tile(NamedTuple):
     position: Any  # of the first token; negative ones see nothing
     begin: Any  # positions in [begin, end) are visible to some row
     end: Any
+    seen_begin: Any  # and those in [seen_begin, seen_end) to some row of the sequence
+    seen_end: Any
     whole: Any  # pages of positions before it that are visible all exist
     part: Any  # the first row of the part that is written, or -1: the result itself
 
@@ -72,12 +74,15 @@ def my_tile(r: Any, inputs: Inputs, sizes: PrefillSizes) -> Tile:
     count = jnp.minimum(tokens, item.q_len - first)
     position = item.length - item.q_len + first
     begin, end = _visible(position, count, inputs)
+    seen_begin, seen_end = _visible(item.length - item.q_len, item.q_len, inputs)
     if sizes.has_parts:
         size = divide_up(divide_up(end - begin, granule), item.pieces) * granule
         begin = jnp.minimum(begin + item.piece * size, end)
         end = jnp.minimum(begin + size, end)
         # A piece for which nothing is left is nowhere: from its end on a block may have tokens.
-        begin, end = (jnp.where(begin < end, x, 0) for x in (begin, end))
+        begin, end, seen_begin, seen_end = (
+            jnp.where(begin < end, x, 0) for x in (begin, end, seen_begin, seen_end)
+        )
     return Tile(
         seq=item.seq,
         kv_head=kv_head,
@@ -86,6 +91,8 @@ def my_tile(r: Any, inputs: Inputs, sizes: PrefillSizes) -> Tile:
         position=position,
         begin=begin,
         end=end,
+        seen_begin=seen_begin,
+        seen_end=seen_end,
         whole=inputs.whole[item.seq],
         part=jnp.where(item.part < 0, -1, item.part * rows),
     )
@@ -148,6 +155,11 @@ def _by_heads(item: Item, kv_head: Any, tokens: Any, sizes: PrefillSizes) -> tup
     block, piece = blocks - 1 - lax.div(nth, item.pieces), lax.rem(nth, item.pieces)
     part = jnp.where(item.part < 0, -1, first_part + nth)
     return item._replace(block=block, piece=piece, part=part), kv_head
+
+
+def tile_in(shared: Shared, slot: Any) -> Tile:
+    """Read the tile whose queries are in a slot."""
+    return Tile(*(shared.tile[slot, i] for i in range(len(Tile._fields))))
 
 
 def window_of(inputs: Inputs) -> Any:

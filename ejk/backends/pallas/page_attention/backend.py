@@ -13,7 +13,7 @@ from ejk.backends.page_attention import (
     PageAttentionOperands,
     PageAttentionProblem,
 )
-from ejk.backends.pallas._backend import PallasBackend
+from ejk.backends.pallas._backend import TPU_CACHES, PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
 from ejk.backends.pallas._sizes import seen_pages
 from ejk.backends.pallas._tiles import LANES, in_parts, round_up
@@ -53,6 +53,7 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
         frozenset({"attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes"})
         | {"value_head_dim", "return_lse", "axis_name"}  # but not with slopes
         | POOLS
+        | TPU_CACHES
     )
 
     def __post_init__(self):
@@ -64,16 +65,17 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
         at_least(self, pages_per_compute_block=1, blocks_per_round=1, vmem_limit_bytes=1)
 
     def limits(self, problem: PageAttentionProblem, platform: str) -> tuple[str, ...]:
-        reasons = self.first_refusals(problem.query_dtype, "the matrix unit")
+        reasons = self.first_refusals("the matrix unit", problem.query_dtype, problem.cache_dtype)
         if self.megacore_mode == "kv_head":
             if problem.num_kv_heads % 2:
                 reasons.append(
                     f'megacore_mode="kv_head": num_kv_heads={problem.num_kv_heads} must be even'
                 )
-            if problem.cache_layout == "NHD":
+            if _shares_tiles(problem):
+                scales = "scales per token keep" if problem.scales == "token" else "keeps"
                 reasons.append(
-                    'megacore_mode="kv_head": cache_layout="NHD" keeps a token\'s heads in one '
-                    "tile, and copies take whole tiles"
+                    f'megacore_mode="kv_head": cache_layout="{problem.cache_layout}" {scales} a '
+                    "token's heads in one tile, and copies take whole tiles"
                 )
         if seqs_per_launch(problem, SMEM_LIMIT_BYTES) < 1:
             reasons.append(
@@ -118,13 +120,13 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
         target = chip()
         mode, cores = self.megacore_mode, target.cores if self.megacore_mode is None else 2
         if mode is None:
-            two_shares = problem.num_kv_heads % 2 == 0 and problem.cache_layout != "NHD"
+            two_shares = problem.num_kv_heads % 2 == 0 and not _shares_tiles(problem)
             mode = "kv_head" if problem.num_seqs == 1 and two_shares else "batch"
         sharing = cores if mode == "batch" else 1
         core_seqs = -(-problem.num_seqs // sharing)
         sizes = Sizes(
             problem=problem, num_items=core_seqs, block_pages=self._block_pages(problem),
-            cores=cores, shared=mode, reordered_copies=target.reordered_copies,
+            cores=cores, shared=mode, **target.of_sizes,
         )  # fmt: skip
         # How many blocks a round has changes no bit of them: it may follow from the batch.
         blocks = core_seqs * -(-seen_pages(problem) // sizes.block_pages)
@@ -140,9 +142,7 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
         if self.pages_per_compute_block is not None:
             return self.pages_per_compute_block
         target = chip()
-        one_page = Sizes(
-            problem=problem, num_items=1, block_pages=1, reordered_copies=target.reordered_copies
-        )
+        one_page = Sizes(problem=problem, num_items=1, block_pages=1, **target.of_sizes)
         of_round = ROUND_KEY_BYTES * problem.page_size // one_page.key_bytes
         if problem.head_dim > LANES and of_round < BLOCK_KV:
             of_round //= target.wide_round_blocks
@@ -161,3 +161,9 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
 
     def _fits(self, sizes: Sizes, **changed: int) -> bool:
         return dataclasses.replace(sizes, **changed).fits(self.vmem_limit)
+
+
+def _shares_tiles(problem: PageAttentionProblem) -> bool:
+    """Say whether KV heads lie in one tile, of the pools or of the scales of tokens."""
+    of_scales = problem.scales == "token" and problem.cache_layout == "HND"
+    return problem.cache_layout == "NHD" or of_scales

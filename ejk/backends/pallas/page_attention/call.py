@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ejk.backends.page_attention import PageAttentionOperands
-from ejk.backends.pallas._call import Blocked, call, cost_of_attention, in_hbm
+from ejk.backends.pallas._call import Blocked, call, cost_of_attention, given_scales, pools_in_hbm
 from ejk.backends.pallas._paging import paging_scratch
 from ejk.backends.pallas._products import state_scratch
 from ejk.backends.pallas.page_attention.kernel import page_attention_kernel
@@ -45,6 +45,7 @@ def attend(
     query, query_blocks = padded(operands.query), per_seq(*heads[2:], problem.head_dim)
     if (window := operands.sliding_window) is not None:
         window = padded(window) if problem.own_windows else window.reshape(1)
+    of_heads, of_tokens = given_scales(problem, operands)
     results = call(
         page_attention_kernel,
         scalars=dict(
@@ -57,8 +58,9 @@ def attend(
             query_ref=(query.reshape(*heads, problem.head_dim), query_blocks),
             sinks_ref=per_share(operands.sinks),
             alibi_slopes_ref=per_share(operands.alibi_slopes),
-            key_cache_hbm_ref=in_hbm(operands.key_cache),
-            value_cache_hbm_ref=in_hbm(operands.value_cache),
+            key_scale_ref=per_share(of_heads.key),
+            value_scale_ref=per_share(of_heads.value),
+            **pools_in_hbm(operands, of_tokens),
         ),
         outputs=dict(
             out_ref=result(problem.out_dtype, *heads[2:], problem.value_head_dim),

@@ -13,6 +13,8 @@ from ejk.backends.pallas._tiles import LANES, tiled
 class Sizes(PagedSizes[PageAttentionProblem]):
     """The static shape of one launch."""
 
+    takes_again = True
+
     @property
     def head_rows(self) -> int:
         return self.problem.group
@@ -20,7 +22,8 @@ class Sizes(PagedSizes[PageAttentionProblem]):
     def vmem(self) -> dict[str, int]:
         problem, rows, f32 = self.problem, self.rows, jnp.dtype(jnp.float32)
         keys, values = problem.head_dim, problem.value_head_dim
-        operand = tiled((self.block_kv, max(keys, values)), problem.query_dtype)
+        width = max(keys, values)
+        operand = tiled((self.block_kv, width), problem.query_dtype)
         return self.copied_vmem() | {
             "lse": tiled((2, self.step_items, 1, rows), f32) * problem.return_lse,
             "sinks and slopes": 2 * tiled((rows, 1), f32) * (problem.has_sinks + problem.has_alibi),
@@ -30,6 +33,7 @@ class Sizes(PagedSizes[PageAttentionProblem]):
             # every chip, that no less is predicted than is used. 2**19 was not measured apart.
             "logits": 3 * tiled((self.round_blocks * rows, self.block_kv), f32),
             "operands of products": (1 + self.is_f32) * operand,
+            "converted codes": 2 * self.converts_by_itself * tiled((self.block_kv, width), f32),
             "reordered heads": self.reordered_vmem(),
             "the compiler's own": 2**19,
         }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.layouts import POOLS
-from ejk.backends.pallas._backend import PallasBackend
+from ejk.backends.pallas._backend import TPU_CACHES, PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
 from ejk.backends.pallas._sizes import seen_pages
 from ejk.backends.pallas._tiles import LANES, in_parts, round_up
@@ -52,6 +52,7 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         frozenset({"attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes"})
         | {"value_head_dim", "return_lse", "positions", "tree_mask"}
         | POOLS
+        | TPU_CACHES
     )
 
     def __post_init__(self):
@@ -59,7 +60,7 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         at_least(self, block_q=1, pages_per_block=1, vmem_limit_bytes=1)
 
     def limits(self, problem: RaggedPageAttentionProblem, platform: str) -> tuple[str, ...]:
-        reasons = self.first_refusals(problem.query_dtype, "the matrix unit")
+        reasons = self.first_refusals("the matrix unit", problem.query_dtype, problem.cache_dtype)
         if not self._seqs_per_launch(problem):
             reasons.append(
                 f"max_blocks={problem.max_blocks}, total_tokens={problem.total_tokens}: the table "
@@ -161,7 +162,7 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
             pages = min(max(BLOCK_KV // problem.page_size, 1), seen_pages(problem))
         sizes = RaggedSizes(
             problem=problem, num_items=0, block_pages=pages, block_q=block_q, q_lens=q_lens,
-            cores=target.cores, reordered_copies=target.reordered_copies,
+            cores=target.cores, **target.of_sizes,
         )  # fmt: skip
         for field, given in (("block_pages", self.pages_per_block), ("block_q", self.block_q)):
             while given is None and getattr(sizes, field) > 1 and not sizes.fits(self.vmem_limit):

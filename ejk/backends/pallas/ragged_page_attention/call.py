@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ejk import _jax
-from ejk.backends.pallas._call import Blocked, call, cost_of_attention, in_hbm
+from ejk.backends.pallas._call import Blocked, call, cost_of_attention, given_scales, pools_in_hbm
 from ejk.backends.pallas._paging import paging_scratch
 from ejk.backends.pallas._products import state_scratch
 from ejk.backends.pallas._tiles import LANES, SUBLANES, round_up
@@ -149,6 +149,7 @@ def inputs(
 ) -> dict[str, Blocked | None]:
     """Return what items read, of whose tokens `token` and `position` are `[items, block_q]`."""
     problem, heads = sizes.problem, sizes.heads
+    of_heads, of_tokens = given_scales(problem, operands)
     query = operands.query[token].reshape(-1, heads[1], heads[0], heads[2], problem.head_dim)
     query = query.swapaxes(1, 2).reshape(-1, heads[0], sizes.head_rows, problem.head_dim)
 
@@ -182,8 +183,9 @@ def inputs(
         positions_ref=positions,
         new_positions_ref=new_positions,
         tree_mask_ref=tree_mask,
-        key_cache_hbm_ref=in_hbm(operands.key_cache),
-        value_cache_hbm_ref=in_hbm(operands.value_cache),
+        key_scale_ref=per_row(of_heads.key),
+        value_scale_ref=per_row(of_heads.value),
+        **pools_in_hbm(operands, of_tokens),
     )
 
 

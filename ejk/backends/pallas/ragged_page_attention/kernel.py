@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ejk.backends.pallas._codes import scaled, token_scales
 from ejk.backends.pallas._paging import Paging, divide, other_slot
 from ejk.backends.pallas._products import State, across, heads_of, product, weight_of_sink
 from ejk.backends.pallas._tiles import LANES
@@ -53,14 +54,20 @@ def ragged_page_attention_kernel(
     positions_ref,  # int32 [1, rows, 1], or None: given positions of an item's rows
     new_positions_ref,  # int32 [1, width], or None: those of all tokens of the batch
     tree_mask_ref,  # float32 [1, tokens, width], or None: 1 where an item's token sees a new token
+    key_scale_ref,  # float32 [parts, rows, 1], or None: of each row's KV head
+    value_scale_ref,  # float32 [parts, rows, 1], or None
     key_cache_hbm_ref,  # the pool of keys in its own layout, or of keys and values
     value_cache_hbm_ref,  # the pool of values, or None: they are in that of the keys
+    key_scale_hbm_ref,  # float32: a scale for each token and head, as the pools lie; or None
+    value_scale_hbm_ref,  # the same of the values, or None: they are those of the keys
     # Outputs
     out_ref,  # [1, kv_heads, head_rows, value_head_dim]
     lse_ref,  # float32 [1, kv_heads, head_rows, 128], all lanes the same, or None
     # Scratch
     k_buf,  # [2, 1, block_pages, *page]
     v_buf,  # [2, 1, block_pages, *page], or None
+    key_scale_buf,  # float32 [2, 1, block_pages, *page but the last axis], or None
+    value_scale_buf,  # the same, or None
     sem,  # [2]
     chain_ref,  # int32 [4] in SMEM: the next block's slot, and a `Cursor` to the one after
     blocks_ref,  # int32 [2 * 4] in SMEM: a `Block` each
@@ -75,6 +82,8 @@ def ragged_page_attention_kernel(
     # What some token sees is then not all between the first and the last of it.
     has_gaps = tree_mask_ref is not None or positions_ref is not None
     pools = [(key_cache_hbm_ref, k_buf), (value_cache_hbm_ref, v_buf)][: 1 + sizes.has_two_pools]
+    scale_bufs = key_scale_buf, value_scale_buf
+    scale_pools = [(key_scale_hbm_ref, key_scale_buf), (value_scale_hbm_ref, value_scale_buf)]
 
     # Which work is mine: the blocks of some items.
     core, step = pl.program_id(0), pl.program_id(1)
@@ -88,7 +97,8 @@ def ragged_page_attention_kernel(
         begin_item=begin_item,
         core=core,
         block_tables_ref=block_tables_ref,
-        pools=pools,
+        pools=pools + scale_pools[: sizes.scale_pools],
+        value_buf=pools[-1][1],
         sem=sem,
         chain_ref=chain_ref,
         blocks_ref=blocks_ref,
@@ -139,29 +149,32 @@ def ragged_page_attention_kernel(
             visible &= position - key_position < jnp.maximum(sliding_window_ref[0], 0)
         return visible
 
-    def logits(part, heads, key_position):
+    def logits(part, heads, scales, key_position):
         """Return the logits of some heads' rows, `[rows, block_kv]`."""
         first = part * sizes.heads_at_once
         s = [product(query_ref[0, first + i], keys, contract=1) for i, keys in enumerate(heads)]
-        s = (jnp.concatenate(s) if len(s) > 1 else s[0]) * attn_scale_ref[0]
+        s = [scaled(x, scales, first + i) for i, x in enumerate(s)]
+        s, scale = jnp.concatenate(s) if len(s) > 1 else s[0], attn_scale_ref[0]
+        if key_scale_ref is not None:
+            scale = scale * key_scale_ref[part]  # [rows, 1]
+        s = s * scale
         if problem.soft_cap is not None:
             s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
         if alibi_slopes_ref is not None:
             s += alibi_slopes_ref[part] * (key_position - position).astype(jnp.float32)
         return s
 
-    def take(part, s, heads):
+    def take(part, s, heads, scales):
         """Let a part's state take a block's logits and values."""
         m = jnp.maximum(m_ref[part], across(s.max(axis=1, keepdims=True), LANES))
         m_safe = jnp.where(m == -jnp.inf, 0.0, m)
         p, alpha = jnp.exp(s - m_safe[:, :1]), jnp.exp(m_ref[part] - m_safe)
         l_ref[part] = l_ref[part] * alpha + across(p.sum(axis=1, keepdims=True), LANES)
         m_ref[part] = m
-        size = sizes.head_rows
-        pv = [
-            product(p[i * size : (i + 1) * size].astype(values.dtype), values, contract=0)
-            for i, values in enumerate(heads)
-        ]
+        size, pv = sizes.head_rows, []
+        for i, values in enumerate(heads):
+            of_head = scaled(p[i * size : (i + 1) * size], scales, part * sizes.heads_at_once + i)
+            pv.append(product(of_head.astype(sizes.weight_dtype), values, contract=0))
         pv = jnp.concatenate(pv) if len(pv) > 1 else pv[0]
         acc_ref[part] = acc_ref[part] * across(alpha, pv.shape[1]) + pv
 
@@ -171,19 +184,24 @@ def ragged_page_attention_kernel(
         key_position = key_positions(block, masked)
         masks = None
         if masked:
-            visible = seen(block, key_position, paging.hide_bad_pages(block, slot, 0))
+            hidden = paging.hide_bad_pages(block, slot, 0)
+            visible = seen(block, key_position, hidden)
             masks = visible, seen_by_some(visible, paging.visible(block), has_gaps)
-        keys = heads_of(k_buf, slot, 0, 0, sizes)
-        values = heads_of(pools[-1][1], slot, 0, 1, sizes)
+        keys = heads_of(k_buf, slot, 0, 0, sizes, masked)
+        values = heads_of(pools[-1][1], slot, 0, 1, sizes, masked)
+        key_scales, value_scales = (token_scales(scale_bufs, slot, 0, i, sizes) for i in (0, 1))
+        if masks is not None and value_scales is not None:
+            by_some = masks[0].astype(jnp.float32).max(axis=0, keepdims=True) > 0
+            value_scales = jnp.where(by_some, value_scales, 0.0)
         for part in range(parts):
             of_part = range(sizes.heads_at_once)
-            s = logits(part, [next(keys) for _ in of_part], key_position)
+            s = logits(part, [next(keys) for _ in of_part], key_scales, key_position)
             v = [next(values)[:, : problem.value_head_dim] for _ in of_part]
             if masks is not None:
                 visible, is_seen = masks
                 s = hide_logits(s, visible)
                 v = [jnp.where(is_seen, x, jnp.zeros_like(x)) for x in v]
-            take(part, s, v)
+            take(part, s, v, value_scales)
 
     def block_of_item(_, slot):
         paging.start_round(other_slot(slot))
@@ -201,7 +219,10 @@ def ragged_page_attention_kernel(
         state = State(m_ref[part], l_ref[part], acc_ref[part])
         saw_any = state.l != 0
         l = jnp.where(saw_any, state.l, 1.0)
-        out = (state.acc / across(l, problem.value_head_dim)).astype(problem.out_dtype)
+        out = state.acc / across(l, problem.value_head_dim)
+        if value_scale_ref is not None:
+            out = out * value_scale_ref[part]
+        out = out.astype(problem.out_dtype)
         lse = jnp.where(saw_any, state.m + jnp.log(l), -jnp.inf)
         for i in range(sizes.heads_at_once):
             of_head = slice(i * sizes.head_rows, (i + 1) * sizes.head_rows)

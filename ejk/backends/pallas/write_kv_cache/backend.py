@@ -11,10 +11,13 @@ from ejk.backends.pallas._backend import PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES
 from ejk.backends.pallas.write_kv_cache.sizes import WriteSizes
 from ejk.backends.write_kv_cache import (
+    CACHES,
     WriteKVCacheBackend,
     WriteKVCacheOperands,
     WriteKVCacheProblem,
 )
+
+TPU_WRITES = CACHES - {"key_cache.dtype=uint8 (int4)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +32,13 @@ class PallasWriteKVCache(PallasBackend, WriteKVCacheBackend):
 
     interpret: bool | Hashable = False
 
-    features = POOLS | {"latent_pools"}
+    features = POOLS | TPU_WRITES | {"latent_pools"}
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)
 
     def limits(self, problem: WriteKVCacheProblem, platform: str) -> tuple[str, ...]:
-        reasons = self.first_refusals(problem.cache_dtype, "the chip")
+        reasons = self.first_refusals("the chip", problem.row_dtype, problem.cache_dtype)
         if 4 * problem.num_tokens > SMEM_LIMIT_BYTES:
             reasons.append(
                 f"num_tokens={problem.num_tokens}: their slots must fit in {SMEM_LIMIT_BYTES} "

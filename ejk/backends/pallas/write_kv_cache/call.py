@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ejk.backends.pallas._call import Blocked, call
 from ejk.backends.pallas.write_kv_cache.kernel import write_kv_cache_kernel
 from ejk.backends.pallas.write_kv_cache.sizes import WriteSizes
+from ejk.backends.stored_rows import stored
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, by_slot
 
 
@@ -17,44 +18,30 @@ def write(
     sizes: WriteSizes, operands: WriteKVCacheOperands, vmem_limit_bytes: int, interpret: Any
 ) -> tuple[jax.Array, ...]:
     """Launch the kernel once; returns the results of `sizes.problem`."""
-    problem = sizes.problem
+    problem, of_tokens = sizes.problem, sizes.problem.scales == "token"
     slots, order = by_slot(operands.slot_mapping, problem.num_slots)
     pad = sizes.num_blocks * sizes.block_tokens - problem.num_tokens
     slots, order = jnp.pad(slots, (0, pad), constant_values=-1), jnp.pad(order, (0, pad))
-
-    def rows(x: jax.Array | None, width: int) -> Blocked | None:
-        """Give each step a block of tokens."""
-        if x is None:
-            return None
-        shape = sizes.row_shape(width)
-        spec = pl.BlockSpec((sizes.block_tokens, *shape), lambda i, _: (i, *(0 for _ in shape)))
-        return x[order].reshape(-1, *shape), spec
-
-    def windows(width: int) -> Any:
-        if not (width and sizes.has_windows):
-            return None
-        shape = (sizes.block_tokens, *sizes.window_shape(width))
-        return pltpu.VMEM(shape, problem.cache_dtype)
-
+    key, key_scale = rows(sizes, operands.key, operands.key_scale, order)
+    value, value_scale = rows(sizes, operands.value, operands.value_scale, order)
     return tuple(
         call(
             write_kv_cache_kernel,
             scalars=dict(slot_mapping_ref=slots),
             inputs=dict(
-                key_ref=rows(operands.key, problem.head_dim),
-                value_ref=rows(operands.value, problem.value_head_dim),
+                key_ref=key,
+                value_ref=value,
+                key_scale_ref=key_scale,
+                value_scale_ref=value_scale,
             ),
             outputs={},
             in_place=dict(
                 key_cache_hbm_ref=operands.key_cache,
                 value_cache_hbm_ref=operands.value_cache,
+                key_scale_hbm_ref=operands.key_scale if of_tokens else None,
+                value_scale_hbm_ref=operands.value_scale if of_tokens else None,
             ),
-            scratch=dict(
-                key_buf=windows(problem.head_dim),
-                value_buf=windows(problem.value_head_dim),
-                leader_ref=pltpu.SMEM((sizes.block_tokens,), jnp.int32),
-                sem=pltpu.SemaphoreType.DMA,
-            ),
+            scratch=scratch(sizes),
             sizes=sizes,
             grid=(sizes.num_blocks,),
             dimension_semantics=("arbitrary",),  # a window may go on in the next block
@@ -62,6 +49,52 @@ def write(
             vmem_limit_bytes=vmem_limit_bytes,
             interpret=interpret,
         )
+    )
+
+
+def rows(
+    sizes: WriteSizes, x: jax.Array | None, scale: jax.Array | None, order: jax.Array
+) -> tuple[Blocked | None, Blocked | None]:
+    """Return what is written of tokens in the order of their slots, and their own scales."""
+    if x is None:
+        return None, None
+    problem = sizes.problem
+
+    def blocks(x: jax.Array, shape: tuple[int, ...]) -> Blocked:
+        """Give each step a block of tokens."""
+        spec = pl.BlockSpec((sizes.block_tokens, *shape), lambda i, _: (i, *(0 for _ in shape)))
+        return x.reshape(-1, *shape), spec
+
+    codes, scale = stored(problem, x[order], scale)
+    if sizes.row_dtype != problem.cache_dtype:
+        codes = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(sizes.row_dtype)
+    codes = blocks(codes, sizes.row_shape(x.shape[-1]))
+    if problem.scales != "token":
+        return codes, None
+    assert scale is not None
+    return codes, blocks(scale, sizes.scale_row_shape)
+
+
+def scratch(sizes: WriteSizes) -> dict[str, Any]:
+    """Return the windows in VMEM, and what is known of them."""
+    problem, of_tokens = sizes.problem, sizes.problem.scales == "token"
+
+    def windows(width: int) -> Any:
+        if not (width and sizes.has_windows):
+            return None
+        shape = (sizes.block_tokens, *sizes.window_shape(width))
+        return pltpu.VMEM(shape, problem.cache_dtype)
+
+    pages = pltpu.VMEM((sizes.block_tokens, *sizes.scale_window_shape), jnp.float32)
+    leaders = pltpu.SMEM((sizes.block_tokens,), jnp.int32)
+    return dict(
+        key_buf=windows(problem.head_dim),
+        value_buf=windows(problem.value_head_dim),
+        key_scale_buf=pages if of_tokens else None,
+        value_scale_buf=pages if of_tokens and not problem.latent else None,
+        leader_ref=leaders,
+        page_leader_ref=leaders if of_tokens else None,
+        sem=pltpu.SemaphoreType.DMA,
     )
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from ejk.backends.pallas._tiles import SUBLANES, tiled
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
@@ -46,6 +48,23 @@ class WriteSizes:
         tile = SUBLANES * 4 // self.problem.cache_dtype.itemsize
         return tile if self.problem.page_size % tile == 0 else self.problem.page_size
 
+    @property
+    def row_dtype(self) -> np.dtype:
+        """What rows are given to the kernel as: a byte for a window comes as an integer."""
+        is_byte = self.problem.cache_dtype.itemsize == 1 and self.has_windows
+        return np.dtype(np.int32) if is_byte else self.problem.cache_dtype
+
+    @property
+    def scale_row_shape(self) -> tuple[int, int]:
+        """Return the shape of a token's scales in VMEM: as a page of one slot."""
+        heads = self.problem.num_kv_heads
+        return (1, heads) if self.problem.cache_layout == "NHD" else (heads, 1)
+
+    @property
+    def scale_window_shape(self) -> tuple[int, int]:
+        heads, slots = self.problem.num_kv_heads, self.problem.page_size
+        return (slots, heads) if self.problem.cache_layout == "NHD" else (heads, slots)
+
     def row_shape(self, head_dim: int) -> tuple[int, ...]:
         """Return the shape of a token's row in VMEM: with windows, as a window of one slot."""
         heads = self.problem.num_kv_heads
@@ -64,9 +83,13 @@ class WriteSizes:
             # On a v5p a row of one slot takes a tile's eight, where others pad it to two.
             row = self.row_shape(width)
             row = (row[0], SUBLANES, width) if self.has_windows else row
-            needs[f"{name} rows"] = 2 * tiled((tokens, *row), problem.row_dtype)
+            needs[f"{name} rows"] = 2 * tiled((tokens, *row), self.row_dtype)
             if self.has_windows:
                 window = self.window_shape(width)
                 needs[f"{name}_buf"] = tiled((tokens, *window), problem.cache_dtype)
-                needs[f"a window of {name}s"] = 4 * tiled(window, problem.cache_dtype)
+                needs[f"a window of {name}s"] = 4 * tiled(window, self.row_dtype)
+            if problem.scales == "token":
+                f32, page = np.dtype(np.float32), self.scale_window_shape
+                needs[f"{name} scales"] = 2 * tiled((tokens, *self.scale_row_shape), f32)
+                needs[f"pages of {name} scales"] = tiled((tokens, *page), f32)
         return needs

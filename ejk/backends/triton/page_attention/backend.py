@@ -9,6 +9,7 @@ from ejk.backends.gpu import H100, MAX_GRID, Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
     AXIS,
+    CACHES,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
@@ -21,7 +22,7 @@ from ejk.backends.triton.page_attention.sizes import Sizes
 
 INPUTS = (
     "query", "key", "value", "context_lens", "block_tables", "attn_scale", "sliding_window",
-    "sinks", "alibi_slopes", "page_distances", "work",
+    "sinks", "alibi_slopes", "key_scale", "value_scale", "page_distances", "work",
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
     num_sms: int | None = None
     interpret: bool = False
 
-    features = POOLS | AXIS | {
+    features = POOLS | AXIS | CACHES | {
         "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
         "return_lse",
     }  # fmt: skip
@@ -82,7 +83,7 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
             page_attention_kernel,
             kernel_inputs(operands, INPUTS, work),
             {**sizes.part_types(problem), "out_ptr": out_type, "lse_ptr": lse_type},
-            sizes.constants(problem),
+            sizes.constants(problem, target),
             grid=sizes.grid(problem),
             num_warps=sizes.blocks.num_warps,
             num_stages=sizes.blocks.num_stages,

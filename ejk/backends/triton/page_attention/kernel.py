@@ -27,16 +27,26 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._products import load_queries, query_key_products
+from ejk.backends.triton._products import (
+    for_products,
+    interleaved,
+    load_queries,
+    of_tokens,
+    query_key_products,
+    slot_offsets,
+)
+from ejk.backends.triton._quantised import pool_ptr
 from ejk.backends.triton._softmax import (
-    LN2,
+    LEAST_UNIT,
     LOG2E,
     add_block,
-    add_sink,
-    rounded,
+    power_of_two,
     scaled,
+    scaled_rows,
     where_visible,
+    zero_acc,
 )
+from ejk.backends.triton.page_attention.writing import write_part, write_result
 
 
 @triton.jit
@@ -52,6 +62,8 @@ def page_attention_kernel(
     sliding_window_ptr,  # int32 [], or [num_seqs]
     sinks_ptr,  # float32 [num_heads]
     alibi_slopes_ptr,  # float32 [num_heads]
+    key_scale_ptr,  # float32 [num_kv_heads], or of each token: the pool without its last axis
+    value_scale_ptr,  # the same
     page_distances_ptr,  # int32 [num_seqs, max_blocks]: to a page's first token
     work_ptr,  # int32 [1 + pieces, 4]: the plan
     # outputs
@@ -86,6 +98,13 @@ def page_attention_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_DISTANCES: tl.constexpr,  # of pages that do not lie one after the other
+    # types
+    CACHE: tl.constexpr,  # "int8", "int4", "e4m3", "e5m2"; "" for floats
+    PARTS: tl.constexpr,  # values of a pool that are loaded as one element
+    PTX: tl.constexpr,  # converts them
+    PRODUCTS: tl.constexpr,  # "float16", "float32"; "" for the type of queries and cache
+    SCALES: tl.constexpr,  # "head", "token", or "none"
+    LATENT: tl.constexpr,  # the values are the keys' first entries
     # blocks
     BLOCK_GROUP: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -103,6 +122,10 @@ def page_attention_kernel(
     tl.static_assert(NUM_HEADS % NUM_KV_HEADS == 0)
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
+    tl.static_assert(HEAD_DIM % PARTS == 0 and VALUE_HEAD_DIM % PARTS == 0)
+    PER_TOKEN: tl.constexpr = SCALES == "token"
+    # The scale and the subtraction of the maximum are one instruction.
+    FOLDED: tl.constexpr = PRODUCTS == "float16" and SOFT_CAP == 0 and not HAS_ALIBI
 
     # Which work is mine: a KV head, a block of its query heads, a piece of a context.
     pid = tl.program_id(0)
@@ -162,20 +185,22 @@ def page_attention_kernel(
     if BY_PAGE:
         begin = begin // BLOCK_KV * BLOCK_KV  # where it is, unless the plan is wrong
     query_row_ptrs = query_ptr + (seq * NUM_HEADS + offs_head[:, None]) * HEAD_DIM
-    q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    mask_dv = offs_dv < VALUE_HEAD_DIM
-    acc_rest = 0.0
+    q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN, PARTS)
+    offs_dv = (tl.arange(0, BLOCK_DV),)
     if BLOCK_DV_REST > 0:
-        offs_dv_rest = BLOCK_DV + tl.arange(0, BLOCK_DV_REST)
-        mask_dv_rest = offs_dv_rest < VALUE_HEAD_DIM
-        acc_rest = tl.zeros([BLOCK_GROUP, BLOCK_DV_REST], tl.float32)
+        offs_dv += (BLOCK_DV + tl.arange(0, BLOCK_DV_REST),)
     scale = tl.load(attn_scale_ptr)
+    if SCALES == "head":
+        scale *= tl.load(key_scale_ptr + kv_head)
+    q, scale = for_products(q, scale, PRODUCTS)
+    key_pool_ptr = pool_ptr(key_ptr, CACHE, PARTS)
+    value_pool_ptr = pool_ptr(value_ptr, CACHE, PARTS)
     if HAS_ALIBI:
         slopes = tl.load(alibi_slopes_ptr + offs_head, mask=mask_group, other=0.0)
     m = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_GROUP], tl.float32)
-    acc = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
+    unit = LEAST_UNIT
+    acc = zero_acc(BLOCK_GROUP, BLOCK_DV, BLOCK_DV_REST, PARTS)
     table_ptr = block_tables_ptr + seq * MAX_BLOCKS
     # These loads do not wait for the length: they go up to `reach`, not to `end`, and begin where
     # the plan's window began.
@@ -200,78 +225,75 @@ def page_attention_kernel(
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
     for start in range(begin, end, STEP):
         positions = start + offs_kv
-        page = _of_tokens(pages, PAGES, PAGE_SIZE)  # [BLOCK_KV], or [1]
+        page = of_tokens(pages, PAGES, PAGE_SIZE)  # [BLOCK_KV], or [1]
         visible = (page >= 0) & (page < NUM_PAGES)  # [BLOCK_KV]
         visible = visible & (positions < end if BY_PAGE else positions >= first)
         offs_page = page.to(tl.int64)
         offs_slot = positions % PAGE_SIZE
-        k_ptrs = key_ptr + kv_head * stride_k_head
-        k_ptrs += (offs_page * stride_k_page + offs_slot * stride_k_slot)[:, None]
-        v_ptrs = value_ptr + stride_half + kv_head * stride_v_head
-        v_ptrs += (offs_page * stride_v_page + offs_slot * stride_v_slot)[:, None]
+        k_ptrs = key_pool_ptr + kv_head * (stride_k_head // PARTS)
+        k_ptrs += slot_offsets(offs_page, offs_slot, stride_k_page, stride_k_slot, PARTS)[:, None]
+        v_ptrs = value_pool_ptr + stride_half // PARTS + kv_head * (stride_v_head // PARTS)
+        v_ptrs += slot_offsets(offs_page, offs_slot, stride_v_page, stride_v_slot, PARTS)[:, None]
         ahead = start + offs_entry + STEP
         pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
 
         # [BLOCK_GROUP, BLOCK_KV]
         s, k = query_key_products(
-            q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS
-        )
-        s = scaled(s, scale, SOFT_CAP)
+            q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
+            CACHE, PARTS, PTX,
+        )  # fmt: skip
+        value_scale = unit
+        if PER_TOKEN:
+            scale_ptrs = key_scale_ptr + kv_head * (stride_k_head // HEAD_DIM)
+            offs_scale = slot_offsets(offs_page, offs_slot, stride_k_page, stride_k_slot, HEAD_DIM)
+            value_scale = tl.load(scale_ptrs + offs_scale, mask=visible, other=0.0)  # [BLOCK_KV]
+            s *= value_scale[None, :]
+            if not LATENT:
+                scale_ptrs = value_scale_ptr + kv_head * (stride_v_head // VALUE_HEAD_DIM)
+                offs_scale = stride_half // HEAD_DIM + slot_offsets(
+                    offs_page, offs_slot, stride_v_page, stride_v_slot, VALUE_HEAD_DIM
+                )
+                value_scale = tl.load(scale_ptrs + offs_scale, mask=visible, other=0.0)
+        if not FOLDED:
+            s = scaled(s, scale, SOFT_CAP)
         if HAS_ALIBI:
             behind = positions - (length - 1)
             if HAS_DISTANCES:
-                behind = _of_tokens(distances, PAGES, PAGE_SIZE) + offs_slot
+                behind = of_tokens(distances, PAGES, PAGE_SIZE) + offs_slot
                 distances = tl.load(distance_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=0)
             s += (slopes * LOG2E)[:, None] * behind.to(tl.float32)[None, :]
         s = where_visible(s, visible[None, :], start < end, SPLIT_LOGITS)
         values = k if SAME_TILE else v_ptrs
-        m, l, acc, acc_rest = add_block(
-            s, scale, m, l, acc, acc_rest, values, visible, VALUE_HEAD_DIM, True, False,
-            BLOCK_DV, BLOCK_DV_REST,
+        m, l, unit, acc = add_block(
+            s, scale, m, l, unit, acc, values, value_scale, visible, q[0].dtype, VALUE_HEAD_DIM,
+            True, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, PARTS, PTX,
         )  # fmt: skip
 
-    # Write the result, or this piece's part of it. Not with `write_rows`: its instructions come in
-    # another order.
+    # Write the result, or this piece's part of it.
+    tiles = acc
+    acc = (interleaved(tiles, 0, PARTS),)
+    if BLOCK_DV_REST > 0:
+        acc += (interleaved(tiles, PARTS, PARTS),)
+    if FOLDED:
+        # A logit that overflows makes a row NaN. As one instruction with the subtraction of `m` it
+        # does not overflow, and its weight is 0.
+        l = tl.where(m == float("inf"), float("nan"), l)
+    if SCALES != "none":
+        if PER_TOKEN:
+            value_scale = power_of_two(unit)
+        else:
+            value_scale = tl.load((key_scale_ptr if LATENT else value_scale_ptr) + kv_head)
+        # Of a head that saw nothing the scale may be NaN, and the result is zero.
+        acc = scaled_rows(acc, tl.where(l == 0, 0.0, value_scale))
     if NUM_PARTS > 0:
         if part >= 0:
             row = part.to(tl.int64) * NUM_HEADS + offs_head
-            lse = tl.where(l == 0, float("-inf"), m + tl.log2(l))
-            tl.store(part_lse_ptr + row, lse, mask=mask_group)
-            inverse = 1 / tl.where(l == 0, 1.0, l)
-            part_row_ptrs = part_out_ptr + row[:, None] * VALUE_HEAD_DIM
-            part_out = acc * inverse[:, None]
-            tl.store(part_row_ptrs + offs_dv, part_out, mask=mask_group[:, None] & mask_dv)
-            if BLOCK_DV_REST > 0:
-                part_out = acc_rest * inverse[:, None]
-                part_mask = mask_group[:, None] & mask_dv_rest
-                tl.store(part_row_ptrs + offs_dv_rest, part_out, mask=part_mask)
+            write_part(
+                part_out_ptr, part_lse_ptr, row, m, l, acc, offs_dv, mask_group, VALUE_HEAD_DIM
+            )
             return
-    sinks = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-    saw_nothing = l == 0
-    if HAS_SINKS:
-        sinks = tl.load(sinks_ptr + offs_head, mask=mask_group, other=float("-inf"))
-        m, l, alpha, saw_nothing = add_sink(m, l, sinks)
-        acc *= alpha[:, None]
-        if BLOCK_DV_REST > 0:
-            acc_rest *= alpha[:, None]
     row = seq * NUM_HEADS + offs_head
-    # From base 2 and back would cost a sink that stands alone its last bit.
-    lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
-    tl.store(lse_ptr + row, lse, mask=mask_group)
-    l = tl.where(l == 0, 1.0, l)
-    out_row_ptrs = out_ptr + row[:, None] * VALUE_HEAD_DIM
-    out = rounded(acc / l[:, None], out_ptr.dtype.element_ty)
-    tl.store(out_row_ptrs + offs_dv, out, mask=mask_group[:, None] & mask_dv)
-    if BLOCK_DV_REST > 0:
-        out = rounded(acc_rest / l[:, None], out_ptr.dtype.element_ty)
-        tl.store(out_row_ptrs + offs_dv_rest, out, mask=mask_group[:, None] & mask_dv_rest)
-
-
-@triton.jit
-@typing.no_type_check
-def _of_tokens(entries, PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """Repeat what a block's pages have once for each of their tokens."""
-    if PAGES > 1:
-        entries = tl.broadcast_to(entries[:, None], [PAGES, PAGE_SIZE])
-        entries = tl.reshape(entries, [PAGES * PAGE_SIZE])
-    return entries
+    write_result(
+        out_ptr, lse_ptr, sinks_ptr, row, offs_head, m, l, acc, offs_dv, mask_group,
+        VALUE_HEAD_DIM, HAS_SINKS,
+    )  # fmt: skip

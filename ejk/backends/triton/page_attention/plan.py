@@ -15,9 +15,11 @@ from ejk.backends.page_attention_plan import (
 from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton._sizes import (
     GRANULE,
+    QUANTISED_ROWS,
     block_group,
     power_of_two,
     programs_per_sm,
+    quantised_per_sm,
     rows_of_one_tile,
 )
 
@@ -54,24 +56,32 @@ class TritonPlan(TritonBackend, PlanBackend):
     def limits_on(self, target: Target, problem: PlanProblem) -> tuple[str, ...]:
         return ()
 
-    def plan_problem(self, facts: PlanFacts, value_head_dim: int) -> PlanProblem:
+    def plan_problem(
+        self, facts: PlanFacts, value_head_dim: int, is_quantised: bool
+    ) -> PlanProblem:
         group = facts.num_heads // facts.num_kv_heads
         target = self.target(self.platforms[0])
         # Values of another width are mostly those of latent attention, in 16 bits.
         is_latent = value_head_dim < facts.head_dim
         most_rows = rows_of_one_tile(is_latent, target) if target else None
         rows = block_group(group, value_head_dim, most_rows)
+        rows = min(rows, QUANTISED_ROWS) if is_quantised else rows
         window, capacity = facts.sliding_window, facts.capacity
         longest = least(capacity, window) if isinstance(window, int) else capacity
         num_sms = self.num_sms or H100["num_sms"]
-        tokens = facts.num_seqs * longest // num_sms
+        programs = facts.num_kv_heads * -(-group // rows)
+        if is_quantised:
+            per_sm = quantised_per_sm(is_latent, facts.num_seqs * programs, num_sms)
+        else:
+            tokens = facts.num_seqs * longest // num_sms
+            per_sm = programs_per_sm(is_latent, rows, value_head_dim, tokens, target)
         return own_plan(
             num_seqs=facts.num_seqs,
             capacity=capacity,
             longest=longest,
-            programs=facts.num_kv_heads * -(-group // rows),
+            programs=programs,
             width=facts.head_dim + (0 if is_latent else value_head_dim),
-            slots=num_sms * programs_per_sm(is_latent, rows, value_head_dim, tokens, target),
+            slots=num_sms * per_sm,
             memory_bound=not is_latent,
             has_window=window is not None,
         )

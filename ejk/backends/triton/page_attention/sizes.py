@@ -17,6 +17,8 @@ from ejk.backends.triton._sizes import (
     same_tile,
     shape_constants,
     stride_constants,
+    type_constants,
+    value_bytes,
     width_constants,
 )
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning, choose_blocks, rows_of
@@ -113,7 +115,7 @@ class Sizes:
             "part_lse_ptr": jax.ShapeDtypeStruct(rows, jnp.float32),
         }
 
-    def constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
+    def constants(self, problem: PageAttentionProblem, target: Target) -> dict[str, Any]:
         return {
             "NUM_SEQS": problem.num_seqs,
             **shape_constants(problem),
@@ -124,6 +126,7 @@ class Sizes:
             "stride_window_seq": int(problem.own_windows),
             **feature_constants(problem),
             "HAS_DISTANCES": problem.own_distances,
+            **type_constants(problem, target),
             "BLOCK_GROUP": self.blocks.block_group,
             "BLOCK_KV": self.blocks.block_kv,
             **width_constants(problem, self.blocks.block_group),
@@ -191,6 +194,7 @@ def _strided_parts(problem: PageAttentionProblem, blocks: DecodeBlocks, target: 
         # on an H100 (8 KV heads, 132 multiprocessors) 16 were done first, in 182.8 us; 24, a wave
         # and a half, took 194.1. Two where they find room.
         resident = 2 if 2 * blocks.shared_memory <= target.shared_memory else 1
+        resident = max(resident, blocks.per_sm)
         in_all = -(-problem.visible_bound // blocks.block_kv)
         parts = max(1, min(resident * target.num_sms // programs, in_all, MAX_STRIDE))
         parts = -(-in_all // -(-in_all // parts))  # no more than make the longest one shorter
@@ -202,9 +206,10 @@ def _is_worth_cutting(problem: PageAttentionProblem, programs: int, target: Targ
     """Whether parts of its contexts would save a call more than their combination takes."""
     if problem.visible_bound <= GRANULE:
         return False
-    token_bytes = _width(problem) * problem.cache_dtype.itemsize
-    granules = problem.visible_bound / 128 * token_bytes / 512
-    together = SHARED_US * granules * programs / target.num_sms
+    # A program that has memory to itself takes codes no faster than 16 bits.
+    values = problem.visible_bound / 128 * _width(problem) / 256
+    alone = ALONE_US * values * max(1.0, value_bytes(problem) / 2)
+    together = SHARED_US * values * value_bytes(problem) / 2 * programs / target.num_sms
     most = max(1, target.num_sms // programs)
-    whole, cut = (max(ALONE_US * granules / n, together) for n in (1, most))
+    whole, cut = (max(alone / n, together) for n in (1, most))
     return whole - cut > COMBINATION_US

@@ -20,7 +20,7 @@ class Cell(NamedTuple):
     """What the choice of blocks may follow from."""
 
     compute_capability: int | None
-    itemsize: int  # bytes of an element of queries, keys and values
+    itemsize: float  # bytes of an entry of keys and values
     head_dim: int  # of keys and of values
     rows: int  # of the product: query heads of a group, padded
     large: bool  # the call fills the GPU

@@ -5,6 +5,7 @@ from typing import Any
 
 from ejk.backends.gpu import MAX_GRID, Target
 from ejk.backends.layouts import POOLS
+from ejk.backends.page_attention import CACHES
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,
@@ -20,7 +21,7 @@ from ejk.backends.triton.ragged_page_attention.sizes import (
 
 INPUTS = (
     "query", "cu_q_lens", "key", "value", "block_tables", "attn_scale", "sliding_window", "sinks",
-    "alibi_slopes", "positions", "tree_mask", "work",
+    "alibi_slopes", "key_scale", "value_scale", "positions", "tree_mask", "work",
 )  # fmt: skip
 
 Memory = dict[str, Any]
@@ -52,7 +53,7 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
     num_sms: int | None = None
     interpret: bool = False
 
-    features = POOLS | {
+    features = POOLS | CACHES | {
         "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
         "return_lse", "positions", "tree_mask",
     }  # fmt: skip
@@ -81,7 +82,7 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         call: Call,
     ) -> tuple[Any, ...]:
         sizes = RaggedSizes.of(problem, self, target)
-        steps = TritonSteps(problem, operands, sizes, call)
+        steps = TritonSteps(problem, operands, sizes, call, target)
         work, memory = steps.list_work(), {}
         for kind in range(len(sizes.kinds)):
             memory = steps.attend(kind, work, memory)
@@ -157,6 +158,7 @@ class TritonSteps(RaggedSteps):
     """All steps of a run: each kind of block attends to its items and combines its pieces."""
 
     sizes: RaggedSizes
+    target: Target
 
     def attend(self, kind: int, work: Any, memory: Memory) -> Memory:
         """Attend to the items of a kind; return the memory, which the first kind makes."""
@@ -170,7 +172,7 @@ class TritonSteps(RaggedSteps):
             ragged_page_attention_kernel,
             kernel_inputs(self.operands, INPUTS, work) | absent,
             outputs,
-            self.sizes.constants(self.problem, kind),
+            self.sizes.constants(self.problem, kind, self.target),
             in_place=in_place,
             grid=self.sizes.grid(self.problem, kind),
             num_warps=rows.num_warps,

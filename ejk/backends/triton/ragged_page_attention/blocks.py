@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ejk.backends.gpu import Target
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
-from ejk.backends.triton._sizes import same_tile, widths
+from ejk.backends.triton._sizes import product_dtype, same_tile, value_bytes, widths
 from ejk.backends.triton.page_attention.blocks import Tuning, choose_blocks
 
 # Query rows that one narrow block may have: more are wide, or several narrow ones.
@@ -18,6 +18,9 @@ MOST_NARROW_ROWS = 64
 # of one, by the tokens that a row may see, on one machine:
 #     1,024   2,048   4,096          8,192          32,768   with ALiBi
 #     0.92    0.98    0.98 to 0.99   1.03 to 1.06   1.10     1.04
+# On an H200 8 x 4,096 tokens of an e4m3 cache took 3,961 us in two programs, 4,349 in one and 4,101
+# to 4,259 with all registers; of bfloat16 2,513. What is converted is written to shared memory
+# before each product, for which all warps wait.
 # With ALiBi two programs spill more. The 16 warps are worth 28 spilled bytes, and products that
 # wait for one another (ptxas, C7512): 8 x 4,096 tokens take 2,498 us; with 8 warps, which have
 # twice the registers, they take 2,860.
@@ -87,8 +90,10 @@ def wide_rows(
 ) -> RaggedBlocks:
     """Choose the largest blocks that fit the target's shared memory and registers."""
     fixed = (tuning.block_rows, tuning.block_kv, tuning.num_warps, tuning.num_stages)
+    is_converted = problem.cache_dtype != product_dtype(problem)
     if _fills_hopper(problem, target):
         is_short = problem.visible_bound <= SHORT_TOKENS and not problem.has_alibi
+        is_short = is_short or is_converted
         for choice in (HOPPER_SHORT, HOPPER_LONG) if is_short else (HOPPER_LONG, HOPPER_SHORT):
             rows, num_warps, num_stages = choice
             blocks = (rows, HOPPER_TILE // max(widths(problem)), num_warps, num_stages)
@@ -116,12 +121,15 @@ def _fills_hopper(problem: RaggedPageAttentionProblem, target: Target) -> bool:
     On an H100 128 blocks of 256 rows, 4 chunks of 256 on 4,096, took 165.6 us and of 128 rows with
     all registers 182.0; 64 of them, a chunk of 512 on 16,384, took 371.1 and the others 327.8. The
     same number of rows is asked of two programs of 128, for which it was not measured.
+    Scales of tokens spill too much: 8 x 4,096 tokens, int8, took 5,858 us on an H200, and with all
+    registers 5,264.
     """
     is_16_bit = problem.query_dtype.itemsize == 2
     fits = is_16_bit and 64 <= max(widths(problem)) <= 128 and not problem.tree_width
     rows = problem.total_tokens * problem.num_heads  # of all KV heads
     are_many = 4 * rows >= 3 * HOPPER_LONG[0] * target.num_sms
-    return target.compute_capability == 90 and fits and are_many
+    has_few_spills = problem.scales != "token"
+    return target.compute_capability == 90 and fits and are_many and has_few_spills
 
 
 def _is_hopper(target: Target) -> bool:
@@ -134,7 +142,9 @@ def _fits_registers(
     problem: RaggedPageAttentionProblem, target: Target, rows: RaggedBlocks
 ) -> bool:
     d, dv = widths(problem)
-    if problem.query_dtype == jnp.float32:  # taken on the ordinary cores, operands from registers
+    if (
+        product_dtype(problem) == jnp.float32
+    ):  # taken on the ordinary cores, operands from registers
         return rows.rows <= 32 and rows.block_kv <= 32
     limit = HELD_AMD if target.is_amd else HELD_MMA
     logits = rows.block_kv * 3 // 2  # and the weights, in 16 bits
@@ -157,11 +167,15 @@ def _wide_shared_memory(
 ) -> int:
     """Bound the shared memory of a program, in bytes."""
     d, dv = widths(problem)
-    size = problem.query_dtype.itemsize
+    size = product_dtype(problem).itemsize
     # A product that is waited for later keeps its block of values, and so a buffer.
     buffers = num_stages if _is_hopper(target) else num_stages - 1
     entries = (d + (0 if same_tile(problem) else dv)) * buffers if buffers else max(d, dv)
-    streamed = problem.cache_dtype.itemsize * block_kv * entries
+    streamed = int(value_bytes(problem) * block_kv * entries)
+    if problem.cache_dtype != product_dtype(problem):  # what a product takes from shared memory
+        streamed += size * block_kv * max(d, dv)
+    if problem.scales == "token":
+        streamed += 2 * 4 * block_kv * buffers
     queries = size * rows * d
     weights = rows * block_kv * (4 if problem.tree_width else size) + SCRATCH
     if target.compute_capability == 90 and size == 2 and not problem.tree_width:

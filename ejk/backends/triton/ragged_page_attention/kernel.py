@@ -26,15 +26,25 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._products import load_queries, query_key_products, token_ptrs
+from ejk.backends.triton._products import (
+    for_products,
+    interleaved,
+    load_queries,
+    query_key_products,
+    token_ptrs,
+)
+from ejk.backends.triton._quantised import pool_ptr
 from ejk.backends.triton._softmax import (
+    LEAST_UNIT,
     LN2,
     LOG2E,
     add_block,
     add_sink,
+    power_of_two,
     scaled,
     where_visible,
     write_rows,
+    zero_acc,
 )
 from ejk.backends.triton.ragged_page_attention.rows import clear_rows, rows_of_block
 
@@ -54,6 +64,8 @@ def ragged_page_attention_kernel(
     sliding_window_ptr,  # int32 []
     sinks_ptr,  # float32 [num_heads]
     alibi_slopes_ptr,  # float32 [num_heads]
+    key_scale_ptr,  # float32 [num_kv_heads], or of each token: the pool without its last axis
+    value_scale_ptr,  # the same
     positions_ptr,  # int32 [total_tokens]
     tree_mask_ptr,  # bool [total_tokens, tree_width]
     work_ptr,  # int32 [rows, ITEM]: the plan
@@ -93,6 +105,13 @@ def ragged_page_attention_kernel(
     HAS_ALIBI: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     TREE_WIDTH: tl.constexpr,  # 0 for none
+    # types
+    CACHE: tl.constexpr,  # "int8", "int4", "e4m3", "e5m2"; "" for floats
+    PARTS: tl.constexpr,  # values of a pool that are loaded as one element
+    PTX: tl.constexpr,  # converts them
+    PRODUCTS: tl.constexpr,  # "float16", "float32"; "" for the type of queries and cache
+    SCALES: tl.constexpr,  # "head", "token", or "none"
+    LATENT: tl.constexpr,  # the values are the keys' first entries
     # blocks
     PEEL: tl.constexpr,
     GRANULE: tl.constexpr,
@@ -115,8 +134,12 @@ def ragged_page_attention_kernel(
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
     tl.static_assert(BLOCK_KV % EDGE_KV == 0)
-    # Without a mask the scale and the subtraction of the maximum are one instruction.
+    tl.static_assert(HEAD_DIM % PARTS == 0 and VALUE_HEAD_DIM % PARTS == 0)
+    # Without a mask the scale and the subtraction of the maximum are one instruction; with one,
+    # too, where `page_attention_kernel` does so.
     FOLDED: tl.constexpr = SOFT_CAP == 0 and not HAS_ALIBI
+    EDGE_FOLDED: tl.constexpr = FOLDED and PRODUCTS == "float16"
+    PER_TOKEN: tl.constexpr = SCALES == "token"
 
     # Which work is mine: a KV head, a block of rows, a piece of what they see.
     kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
@@ -179,20 +202,25 @@ def ragged_page_attention_kernel(
 
     # Load once: queries, scale, slopes; which blocks of the context need no mask.
     query_row_ptrs = query_ptr + (tokens * NUM_HEADS + heads)[:, None] * HEAD_DIM
-    q = load_queries(query_row_ptrs, mask_rows, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN)
+    q = load_queries(query_row_ptrs, mask_rows, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN, PARTS)
     scale = tl.load(attn_scale_ptr)
+    if SCALES == "head":
+        scale *= tl.load(key_scale_ptr + kv_head)
+    q, scale = for_products(q, scale, PRODUCTS)
     slopes = scale
     if HAS_ALIBI:
         slopes = tl.load(alibi_slopes_ptr + heads)
     m = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_ROWS], tl.float32)
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_DV], tl.float32)
-    acc_rest = l
-    if BLOCK_DV_REST > 0:
-        acc_rest = tl.zeros([BLOCK_ROWS, BLOCK_DV_REST], tl.float32)
+    unit = LEAST_UNIT
+    acc = zero_acc(BLOCK_ROWS, BLOCK_DV, BLOCK_DV_REST, PARTS)
     table_ptr = block_tables_ptr + seq * MAX_BLOCKS
-    k_head_ptr = key_ptr + kv_head * stride_k_head
-    v_head_ptr = value_ptr + stride_half + kv_head * stride_v_head
+    k_head_ptr = pool_ptr(key_ptr, CACHE, PARTS) + kv_head * (stride_k_head // PARTS)
+    v_head_ptr = pool_ptr(value_ptr, CACHE, PARTS) + stride_half // PARTS
+    v_head_ptr += kv_head * (stride_v_head // PARTS)
+    k_scale_ptr = key_scale_ptr + kv_head * (stride_k_head // HEAD_DIM)
+    v_scale_ptr = value_scale_ptr + stride_half // HEAD_DIM
+    v_scale_ptr += kv_head * (stride_v_head // VALUE_HEAD_DIM)
     offs_kv = tl.arange(0, BLOCK_KV)
     # Tokens whose table entries are loaded: the first of a block alone if it lies in one page.
     offs_entry = tl.arange(0, 1 if ONE_PAGE else BLOCK_KV)
@@ -206,7 +234,10 @@ def ragged_page_attention_kernel(
         first = bulk_begin + offs_entry
         pages = tl.load(table_ptr + first // PAGE_SIZE, mask=first < end, other=0)
         # A negative scale would make the largest product the smallest logit: see `FOLDED`.
-        bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
+        if PRODUCTS == "float16":
+            bulk_end = tl.minimum(all_end, end)
+        else:
+            bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
         bulk_end = _first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
         bulk_end = bulk_begin + tl.maximum(bulk_end - bulk_begin, 0) // BLOCK_KV * BLOCK_KV
 
@@ -224,8 +255,13 @@ def ragged_page_attention_kernel(
         exists = (edge_pages >= 0) & (edge_pages < NUM_PAGES)  # [EDGE_KV]
         if ONE_PAGE:
             exists = exists & (key < end)
-        k_ptrs = token_ptrs(k_head_ptr, edge_pages, key, PAGE_SIZE, stride_k_page, stride_k_slot)
-        v_ptrs = token_ptrs(v_head_ptr, edge_pages, key, PAGE_SIZE, stride_v_page, stride_v_slot)
+        k_ptrs = token_ptrs(
+            k_head_ptr, edge_pages, key, PAGE_SIZE, stride_k_page // PARTS, stride_k_slot // PARTS
+        )
+        v_ptrs = token_ptrs(
+            v_head_ptr, edge_pages, key, PAGE_SIZE, stride_v_page // PARTS, stride_v_slot // PARTS
+        )
+        edge_page = edge_pages
         ahead = tl.where(block + 1 < before, begin, bulk_end - before * EDGE_KV)
         ahead += (block + 1) * EDGE_KV + offs_edge_entry
         edge_pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
@@ -251,28 +287,50 @@ def ragged_page_attention_kernel(
             exists = tl.max(visible.to(tl.int32), 0) > 0
         # [BLOCK_ROWS, EDGE_KV]
         s, k = query_key_products(
-            q, k_ptrs, exists, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS
-        )
-        s = scaled(s, scale, SOFT_CAP)
+            q, k_ptrs, exists, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
+            CACHE, PARTS, PTX,
+        )  # fmt: skip
+        value_scale = unit
+        if PER_TOKEN:
+            s, value_scale = _with_scales(
+                s, k_scale_ptr, v_scale_ptr, edge_page, key, exists, True, HEAD_DIM,
+                VALUE_HEAD_DIM, PAGE_SIZE, stride_k_page, stride_k_slot, stride_v_page,
+                stride_v_slot, LATENT,
+            )  # fmt: skip
+        if not EDGE_FOLDED:
+            s = scaled(s, scale, SOFT_CAP)
         if HAS_ALIBI:
             s += _biases(slopes, key_position, position)
         s = where_visible(s, visible, block < before + after, SPLIT_LOGITS)
         values = k if SAME_TILE else v_ptrs
-        m, l, acc, acc_rest = add_block(
-            s, scale, m, l, acc, acc_rest, values, exists, VALUE_HEAD_DIM, True, False,
-            BLOCK_DV, BLOCK_DV_REST,
+        m, l, unit, acc = add_block(
+            s, scale, m, l, unit, acc, values, value_scale, exists, q[0].dtype, VALUE_HEAD_DIM,
+            True, EDGE_FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, PARTS, PTX,
         )  # fmt: skip
     if PEEL:
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
             seen = start + offs_kv
-            k_tokens = token_ptrs(k_head_ptr, pages, seen, PAGE_SIZE, stride_k_page, stride_k_slot)
-            v_tokens = token_ptrs(v_head_ptr, pages, seen, PAGE_SIZE, stride_v_page, stride_v_slot)
+            k_tokens = token_ptrs(
+                k_head_ptr, pages, seen, PAGE_SIZE, stride_k_page // PARTS, stride_k_slot // PARTS
+            )
+            v_tokens = token_ptrs(
+                v_head_ptr, pages, seen, PAGE_SIZE, stride_v_page // PARTS, stride_v_slot // PARTS
+            )
+            page = pages
             later = start + offs_entry + BLOCK_KV
             pages = tl.load(table_ptr + later // PAGE_SIZE, mask=later < bulk_end, other=0)
             # [BLOCK_ROWS, BLOCK_KV]
             s, k = query_key_products(
-                q, k_tokens, seen, HEAD_DIM, False, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS
-            )
+                q, k_tokens, seen, HEAD_DIM, False, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
+                CACHE, PARTS, PTX,
+            )  # fmt: skip
+            value_scale = unit
+            if PER_TOKEN:
+                s, value_scale = _with_scales(
+                    s, k_scale_ptr, v_scale_ptr, page, seen, seen, False, HEAD_DIM,
+                    VALUE_HEAD_DIM, PAGE_SIZE, stride_k_page, stride_k_slot, stride_v_page,
+                    stride_v_slot, LATENT,
+                )  # fmt: skip
             if SPLIT_LOGITS:  # every token is visible: for the sake of the branch alone
                 s = where_visible(s, (seen < bulk_end)[None, :], start < bulk_end, True)
             if not FOLDED:
@@ -280,9 +338,9 @@ def ragged_page_attention_kernel(
             if HAS_ALIBI:
                 s += _biases(slopes, seen, position)
             values = k if SAME_TILE else v_tokens
-            m, l, acc, acc_rest = add_block(
-                s, scale, m, l, acc, acc_rest, values, seen, VALUE_HEAD_DIM, False, FOLDED,
-                BLOCK_DV, BLOCK_DV_REST,
+            m, l, unit, acc = add_block(
+                s, scale, m, l, unit, acc, values, value_scale, seen, q[0].dtype, VALUE_HEAD_DIM,
+                False, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, PARTS, PTX,
             )  # fmt: skip
         # Loaded anew, or they would hold registers in the loop that needs them most; volatile, or
         # the compiler would remember what it has loaded.
@@ -295,11 +353,25 @@ def ragged_page_attention_kernel(
         )
 
     # Write the result, or this piece's part of it.
-    if PEEL:
+    if PEEL or EDGE_FOLDED:
         # A logit that overflows makes a row NaN. Where scale and maximum are one instruction it
         # does not overflow before `m` is subtracted, and its weight is 0.
         l = tl.where(m == float("inf"), float("nan"), l)
+    tiles = acc
+    acc = interleaved(tiles, 0, PARTS)
+    if BLOCK_DV_REST > 0:
+        acc_rest = interleaved(tiles, PARTS, PARTS)
     saw_nothing = l == 0
+    if SCALES != "none":
+        if PER_TOKEN:
+            value_scale = power_of_two(unit)
+        else:
+            value_scale = tl.load((key_scale_ptr if LATENT else value_scale_ptr) + kv_head)
+        # Of a row that saw nothing the scale may be NaN, and the result is zero.
+        units = tl.where(saw_nothing, 0.0, value_scale)
+        acc *= units[:, None]
+        if BLOCK_DV_REST > 0:
+            acc_rest *= units[:, None]
     if HAS_PARTS:
         if part >= 0:
             row = (part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
@@ -342,6 +414,34 @@ def _first_bad(table_ptr, begin, end, NUM_PAGES: tl.constexpr, PAGE_SIZE: tl.con
         is_bad = (pages < 0) | (pages >= NUM_PAGES)
         bad = tl.minimum(bad, tl.min(tl.where(is_bad, entries * PAGE_SIZE, end), 0))
     return bad
+
+
+@triton.jit
+@typing.no_type_check
+def _with_scales(
+    s, key_ptr, value_ptr, pages, key, exists, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, stride_k_page: tl.constexpr,
+    stride_k_slot: tl.constexpr, stride_v_page: tl.constexpr, stride_v_slot: tl.constexpr,
+    LATENT: tl.constexpr,
+):  # fmt: skip
+    """Return products times the scales of the tokens' keys, and the scales of their values."""
+    offs_page = pages.to(tl.int64)
+    offs = offs_page * (stride_k_page // HEAD_DIM) + key % PAGE_SIZE * (stride_k_slot // HEAD_DIM)
+    key_scale = _load_scales(key_ptr + offs, exists, MASKED)
+    value_scale = key_scale
+    if not LATENT:
+        offs = offs_page * (stride_v_page // VALUE_HEAD_DIM)
+        offs += key % PAGE_SIZE * (stride_v_slot // VALUE_HEAD_DIM)
+        value_scale = _load_scales(value_ptr + offs, exists, MASKED)
+    return s * key_scale[None, :], value_scale
+
+
+@triton.jit
+@typing.no_type_check
+def _load_scales(ptrs, exists, MASKED: tl.constexpr):
+    scales = tl.load(ptrs, mask=exists, other=0.0) if MASKED else tl.load(ptrs)
+    # Else every thread would load those of all columns that it has, 16 or 32 at a time.
+    return tl.gather(scales, tl.arange(0, ptrs.shape[0]), 0)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from ejk.backends.triton._sizes import (
     shape_constants,
     size_refusals,
     stride_constants,
+    type_constants,
     width_constants,
 )
 from ejk.backends.triton.ragged_page_attention.blocks import (
@@ -147,7 +148,9 @@ class RaggedSizes(RaggedCut):
         clearing = -(-problem.total_tokens // BLOCK_TOKENS) if kind == 0 else 0
         return self.plan.kinds[kind].max_items * problem.num_kv_heads + clearing
 
-    def constants(self, problem: RaggedPageAttentionProblem, kind: int) -> dict[str, Any]:
+    def constants(
+        self, problem: RaggedPageAttentionProblem, kind: int, target: Target
+    ) -> dict[str, Any]:
         rows, items = self.kinds[kind], self.plan.kinds[kind]
         return {
             "ITEM": ITEM,
@@ -163,6 +166,7 @@ class RaggedSizes(RaggedCut):
             **feature_constants(problem),
             "HAS_POSITIONS": problem.has_positions,
             "TREE_WIDTH": problem.tree_width,
+            **type_constants(problem, target),
             "PEEL": rows.peel,
             "GRANULE": self.plan.granule,
             "BLOCK_ROWS": rows.rows,

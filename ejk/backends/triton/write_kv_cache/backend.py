@@ -10,11 +10,17 @@ from ejk.backends.layouts import POOLS
 from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton.write_kv_cache.sizes import WriteSizes, is_compared
 from ejk.backends.write_kv_cache import (
+    CACHES,
     WriteKVCacheBackend,
     WriteKVCacheOperands,
     WriteKVCacheProblem,
     last_writes,
 )
+
+INPUTS = ("key", "value", "slot_mapping")
+# Of each token and head scales are written, too. An absent one counts as an input.
+IN_PLACE = ("value_scale", "key_scale", "key_cache", "value_cache")
+RESULTS = ("key_cache", "value_cache", "key_scale", "value_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,7 @@ class TritonWriteKVCache(TritonBackend, WriteKVCacheBackend):
     compute_capability: int | None = None
     interpret: bool = False
 
-    features = POOLS | {"latent_pools"}
+    features = POOLS | CACHES | {"latent_pools"}
 
     def limits_on(self, target: Target, problem: WriteKVCacheProblem) -> tuple[str, ...]:
         if (grid := WriteSizes.of(problem, target).grid(problem)) > MAX_GRID:
@@ -48,17 +54,20 @@ class TritonWriteKVCache(TritonBackend, WriteKVCacheBackend):
         slots, sizes = operands.slot_mapping, WriteSizes.of(problem, target)
         if not is_compared(problem):
             slots = jnp.where(last_writes(slots, problem.num_slots), slots, -1)
-        pools = {"key_cache_ptr": operands.key_cache}
-        if operands.value_cache is not None:
-            pools["value_cache_ptr"] = operands.value_cache
+        arrays = operands._asdict() | {"slot_mapping": slots}
+        written = IN_PLACE if problem.scales == "token" else IN_PLACE[2:]
+        in_place = {f"{name}_ptr": arrays[name] for name in written if arrays[name] is not None}
+        outputs = {} if "value_cache_ptr" in in_place else {"value_cache_ptr": None}
+        inputs = {f"{name}_ptr": arrays[name] for name in (*INPUTS, *IN_PLACE)}
         results = call(
             write_kv_cache_kernel,
-            {"key_ptr": operands.key, "value_ptr": operands.value, "slot_mapping_ptr": slots},
-            {} if "value_cache_ptr" in pools else {"value_cache_ptr": None},
-            sizes.constants(problem),
-            in_place=pools,
+            {name: x for name, x in inputs.items() if name not in in_place | outputs},
+            outputs,
+            sizes.constants(problem, target),
+            in_place=in_place,
             grid=sizes.grid(problem),
             num_warps=sizes.num_warps,
             num_stages=1,
         )
-        return tuple(x for x in results if x is not None)
+        found = dict(zip((*outputs, *in_place), results))
+        return tuple(found[f"{name}_ptr"] for name in RESULTS if f"{name}_ptr" in in_place)

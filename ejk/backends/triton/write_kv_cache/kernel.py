@@ -1,8 +1,8 @@
-"""Copies new tokens' keys and values to their slots, in place.
+"""Writes new tokens' keys and values to their slots, in place: copied, or converted and quantised.
 
-Grid, one axis, fastest first: block of `BLOCK_ROW` elements of a token's keys and values, block of
-`BLOCK_TOKENS` tokens. In registers: the keys and values of the block, on their way while the slots
-are looked at.
+Grid, one axis, fastest first: block of `BLOCK_ROW` elements of a token's keys and values, or of
+`BLOCK_HEADS` heads where they are converted, block of `BLOCK_TOKENS` tokens. In registers: the keys
+and values of the block, on their way while the slots are looked at.
 
 Programs run in any order, so no two may write to one slot. A token writes nothing if a later one
 has its slot:
@@ -24,6 +24,8 @@ import typing
 import triton
 import triton.language as tl
 
+from ejk.backends.triton.write_kv_cache.quantise import load_heads, store_heads
+
 
 @triton.jit
 @typing.no_type_check
@@ -32,6 +34,9 @@ def write_kv_cache_kernel(
     key_ptr,  # [num_tokens, num_kv_heads, head_dim]
     value_ptr,  # [num_tokens, num_kv_heads, value_head_dim]
     slot_mapping_ptr,  # int32 [num_tokens]
+    # inputs, or of each token and head inputs and outputs, which are there as the caches are
+    value_scale_ptr,  # float32 [num_kv_heads], or the axes of a cache without the last
+    key_scale_ptr,  # the same
     # inputs and outputs: what is not written stays
     key_cache_ptr,  # four axes, or five of fused pools
     value_cache_ptr,  # absent if there are no values, or in fused pools
@@ -42,7 +47,7 @@ def write_kv_cache_kernel(
     VALUE_HEAD_DIM: tl.constexpr,  # 0: there are no values
     NUM_SLOTS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    # strides
+    # strides, in codes
     stride_k_page: tl.constexpr,
     stride_k_head: tl.constexpr,
     stride_k_slot: tl.constexpr,
@@ -52,27 +57,50 @@ def write_kv_cache_kernel(
     stride_half: tl.constexpr,  # of fused pools, from a page's keys to its values; 0: two pools
     # features
     HAS_DUPLICATES: tl.constexpr,  # two tokens may have one slot
+    CONVERTS: tl.constexpr,  # or bits are copied
+    SCALES: tl.constexpr,  # "none", "head", or "token": these are computed
+    CACHE: tl.constexpr,  # what codes are: "int8", "int4", "e4m3", "e5m2", or "" for other floats
+    LARGEST: tl.constexpr,  # code; 0 of floats of 16 bits and more
+    PER_ELEMENT: tl.constexpr,  # codes
+    NATIVE: tl.constexpr,  # the target rounds to 8-bit floats itself
     # blocks
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,  # 1 where bits are copied
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     K_ROW: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
     V_ROW: tl.constexpr = NUM_KV_HEADS * VALUE_HEAD_DIM
     ROW: tl.constexpr = K_ROW if K_ROW > V_ROW else V_ROW
 
+    BLOCKS: tl.constexpr = (
+        tl.cdiv(NUM_KV_HEADS, BLOCK_HEADS) if CONVERTS else tl.cdiv(ROW, BLOCK_ROW)
+    )
+
     # Which work is mine.
     pid = tl.program_id(0)
-    offs_row = pid % tl.cdiv(ROW, BLOCK_ROW) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
-    first_token = pid // tl.cdiv(ROW, BLOCK_ROW) * BLOCK_TOKENS
+    if CONVERTS:
+        heads = pid % BLOCKS * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    else:
+        offs_row = pid % BLOCKS * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    first_token = pid // BLOCKS * BLOCK_TOKENS
     tokens = first_token + tl.arange(0, BLOCK_TOKENS)
     is_token = tokens < NUM_TOKENS
 
     # Load once: slots, keys and values.
     slots = tl.load(slot_mapping_ptr + tokens, mask=is_token, other=-1)
-    keys = _load_rows(key_ptr, tokens, offs_row, is_token, K_ROW)  # [BLOCK_TOKENS, BLOCK_ROW]
-    if V_ROW > 0:
-        values = _load_rows(value_ptr, tokens, offs_row, is_token, V_ROW)
+    if CONVERTS:  # [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_D]
+        keys = load_heads(key_ptr, tokens, heads, is_token, NUM_KV_HEADS, HEAD_DIM, BLOCK_D)
+        if V_ROW > 0:
+            values = load_heads(
+                value_ptr, tokens, heads, is_token, NUM_KV_HEADS, VALUE_HEAD_DIM, BLOCK_DV
+            )
+    else:  # [BLOCK_TOKENS, BLOCK_ROW]
+        keys = _load_rows(key_ptr, tokens, offs_row, is_token, K_ROW)
+        if V_ROW > 0:
+            values = _load_rows(value_ptr, tokens, offs_row, is_token, V_ROW)
     writes = (slots >= 0) & (slots < NUM_SLOTS)  # [BLOCK_TOKENS]
 
     # Loop over the later tokens: which of mine are overwritten?
@@ -88,14 +116,34 @@ def write_kv_cache_kernel(
     # Write.
     page = (slots // PAGE_SIZE).to(tl.int64)
     offset = (slots % PAGE_SIZE).to(tl.int64)
-    k_slots = page * stride_k_page + offset * stride_k_slot
-    _store_rows(key_cache_ptr, keys, k_slots, offs_row, writes, K_ROW, HEAD_DIM, stride_k_head)
     if V_ROW > 0:
-        pool_ptr = key_cache_ptr + stride_half if stride_half > 0 else value_cache_ptr
-        v_slots = page * stride_v_page + offset * stride_v_slot
-        _store_rows(
-            pool_ptr, values, v_slots, offs_row, writes, V_ROW, VALUE_HEAD_DIM, stride_v_head
-        )
+        pool_ptr = value_cache_ptr
+        if stride_half > 0:
+            pool_ptr = key_cache_ptr + stride_half // PER_ELEMENT
+    if CONVERTS:
+        writes = writes[:, None] & (heads < NUM_KV_HEADS)[None, :]
+        store_heads(
+            key_cache_ptr, key_scale_ptr, keys, page, offset, heads, writes, HEAD_DIM,
+            stride_k_page, stride_k_head, stride_k_slot, SCALES, CACHE, LARGEST, PER_ELEMENT,
+            NATIVE,
+        )  # fmt: skip
+        if V_ROW > 0:
+            scale_ptr = value_scale_ptr
+            if SCALES == "token" and stride_half > 0:
+                scale_ptr = key_scale_ptr + stride_half // HEAD_DIM
+            store_heads(
+                pool_ptr, scale_ptr, values, page, offset, heads, writes, VALUE_HEAD_DIM,
+                stride_v_page, stride_v_head, stride_v_slot, SCALES, CACHE, LARGEST, PER_ELEMENT,
+                NATIVE,
+            )  # fmt: skip
+    else:
+        k_slots = page * stride_k_page + offset * stride_k_slot
+        _store_rows(key_cache_ptr, keys, k_slots, offs_row, writes, K_ROW, HEAD_DIM, stride_k_head)
+        if V_ROW > 0:
+            v_slots = page * stride_v_page + offset * stride_v_slot
+            _store_rows(
+                pool_ptr, values, v_slots, offs_row, writes, V_ROW, VALUE_HEAD_DIM, stride_v_head
+            )
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple
 
+from ejk._indices import Size
 from ejk.backends.gpu import Target
-from ejk.backends.triton._sizes import power_of_two, stride_constants
+from ejk.backends.triton._sizes import KERNEL_TYPES, power_of_two, stride_constants
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
 # What a program holds of the keys, and of the values, in bytes: 4 times 16 in each of 128 threads.
@@ -13,6 +14,8 @@ MAX_BLOCK_ROW, MAX_TOKENS = 2048, 64
 COMPARISONS = 1024  # at a time on a warp: 32 registers of a thread. Not measured.
 # A program takes a second token once there are so many programs: eight to a multiprocessor.
 ENOUGH_PROGRAMS = 1024
+# From it on a GPU rounds float32 to 8-bit floats; sm_89 rounds to e5m2 by way of float16.
+ROUNDS_TO_8_BITS = 90
 # Above it the comparisons of every token with every later one would take as long as the copy.
 MAX_COMPARED = 16384
 
@@ -22,18 +25,23 @@ class WriteSizes(NamedTuple):
 
     tokens: int
     row: int  # elements of a token's keys, and as many of its values
+    heads: int | None  # that these are of, each padded; None where elements are copied
     num_warps: int
 
     @classmethod
     def of(cls, problem: WriteKVCacheProblem, target: Target) -> "WriteSizes":
-        itemsize = problem.row_dtype.itemsize
+        itemsize, heads = problem.row_dtype.itemsize, None
         row = min(power_of_two(_row(problem)), MAX_BLOCK_ROW)
-        programs = problem.num_tokens * -(-_row(problem) // row)
+        if converts(problem):
+            width = power_of_two(max(problem.head_dim, problem.value_head_dim))
+            heads = min(power_of_two(problem.num_kv_heads), max(1, MAX_BLOCK_ROW // width))
+            row = heads * width
+        programs = problem.num_tokens * _blocks(problem, row, heads)
         shared = power_of_two(-(-programs // ENOUGH_PROGRAMS))
         tokens = min(shared, max(1, BLOCK_BYTES // (itemsize * row)), MAX_TOKENS)
         # No more threads than copy 16 bytes each.
         warps = tokens * row * itemsize // (16 * target.warp_size)
-        return cls(tokens, row, min(4, max(1, warps)))
+        return cls(tokens, row, heads, min(4, max(1, warps)))
 
     def others(self, problem: WriteKVCacheProblem) -> int:
         """Tokens that the program's own are compared with at a time."""
@@ -41,9 +49,11 @@ class WriteSizes(NamedTuple):
         return min(at_once, max(32, power_of_two(problem.num_tokens)))
 
     def grid(self, problem: WriteKVCacheProblem) -> int:
-        return -(-problem.num_tokens // self.tokens) * -(-_row(problem) // self.row)
+        blocks = _blocks(problem, self.row, self.heads)
+        return -(-problem.num_tokens // self.tokens) * blocks
 
-    def constants(self, problem: WriteKVCacheProblem) -> dict[str, Any]:
+    def constants(self, problem: WriteKVCacheProblem, target: Target) -> dict[str, Any]:
+        cache, capability = problem.cache_type, target.compute_capability
         return {
             "NUM_TOKENS": problem.num_tokens,
             "NUM_KV_HEADS": problem.num_kv_heads,
@@ -53,10 +63,24 @@ class WriteSizes(NamedTuple):
             "PAGE_SIZE": problem.page_size,
             **stride_constants(problem),
             "HAS_DUPLICATES": problem.num_tokens > 1 and is_compared(problem),
+            "CONVERTS": converts(problem),
+            "SCALES": problem.scales,
+            "CACHE": KERNEL_TYPES.get(problem.cache_dtype.name, ""),
+            "LARGEST": cache.largest or 0.0,
+            "PER_ELEMENT": cache.per_element,
+            "NATIVE": capability is not None and capability >= ROUNDS_TO_8_BITS,
             "BLOCK_TOKENS": self.tokens,
             "BLOCK_OTHERS": self.others(problem),
             "BLOCK_ROW": self.row,
+            "BLOCK_HEADS": self.heads or 1,
+            "BLOCK_D": power_of_two(problem.head_dim),
+            "BLOCK_DV": power_of_two(problem.value_head_dim),
         }
+
+
+def converts(problem: WriteKVCacheProblem) -> bool:
+    """Say whether rows are written otherwise than bit for bit."""
+    return problem.row_dtype != problem.cache_dtype or problem.scales != "none"
 
 
 def is_compared(problem: WriteKVCacheProblem) -> bool:
@@ -67,3 +91,8 @@ def is_compared(problem: WriteKVCacheProblem) -> bool:
 def _row(problem: WriteKVCacheProblem) -> int:
     """Elements of a token's keys or of its values, whichever are more."""
     return problem.num_kv_heads * max(problem.head_dim, problem.value_head_dim)
+
+
+def _blocks(problem: WriteKVCacheProblem, row: int, heads: int | None) -> Size:
+    """In how many blocks the keys and values of a token are taken."""
+    return -(-problem.num_kv_heads // heads) if heads else -(-_row(problem) // row)

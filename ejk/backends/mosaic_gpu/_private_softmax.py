@@ -1,0 +1,288 @@
+"""What becomes of logits in registers, by private means and by public ones: see `_private.py`."""
+
+# The types that come with MLIR's bindings are stricter than they are.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import math as math_dialect
+
+from ejk.backends.mosaic_gpu._arithmetic import LOG2E, spread
+from ejk.backends.mosaic_gpu._private import ROW, SCALAR, TILE
+from ejk.backends.mosaic_gpu._registers import (
+    accumulated,
+    any_in_warp,
+    array_of,
+    lane,
+    one_operand,
+    scalar_of,
+)
+
+# tanh(x) / x in powers of x^2 below an end, to 4.0e-7 and 5.8e-8 of it: of all such polynomials the
+# largest error is the least (Remez).
+NEAR_END, NEAR = 0.25, (0.999999604, -0.333219082, 0.128416134)
+SERIES_END = 0.8
+SERIES = (0.999999942, -0.333326749, 0.133210483, -0.0531143154, 0.0190933003, -0.00435529949)
+
+
+def of_rows(x: Any, rows: int) -> Any:
+    """Return a number as an array that has it for each row."""
+    return plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), ROW)
+
+
+def in_log2(x: Any, units: tuple[Any, ...]) -> Any:
+    """Return logits in log2 units: an odd polynomial of numbers, whose factors the units are.
+
+    Each has an entry for a row. Most often there is one: what scales all logits.
+    """
+    if x.ndim > 1:
+        units = tuple(spread(unit, x.shape[1]) for unit in units)
+    return _odd(x, units, jnp.multiply, lambda a, b, c: a * b + c)
+
+
+def raised(plain: bool, m: Any, s: Any, units: tuple[Any, ...], slack: float) -> tuple[Any, Any]:
+    """Raise those maxima `m` that logits exceed by more than `slack`, see `in_log2`.
+
+    Also returns what sums up to now are to be scaled by, 1 for other rows. A warp none of whose
+    rows does so neither exchanges what its threads have found nor computes these: 0.7 %. ptxas
+    moves nothing over its branch: keys are released before the softmax, not after it.
+    """
+    if plain:
+        top = in_log2(s.max(axis=1), units)
+        new = jnp.where(top > m + slack, top, m)
+        return new, jnp.where(top > m + slack, jnp.exp2(m - new), 1.0)
+    row = plgpu.ShapeDtypeStruct(m.shape, jnp.float32, layout=ROW)
+
+    @plgpu.inline_mgpu(arg_types=(ROW, TILE, *[ROW] * len(units)), return_type=(row, row))
+    def raise_maxima(ctx: Any, m: Any, s: Any, *units: Any) -> Any:
+        del ctx
+        f32 = ir.F32Type.get()
+        old, *factors = ([scalar_of(x) for x in y.registers.flat] for y in (m, *units))
+        own = [scalar_of(x) for x in s.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
+        tops, limits, exceeded = [], [], None
+        for row, maximum in enumerate(old):  # in registers, two of each row take turns
+            in_row = [x for i, x in enumerate(own) if i // 2 % 2 == row]
+            while len(in_row) > 1:
+                in_row = [arith.maximumf(*in_row[i : i + 2]) for i in range(0, len(in_row), 2)]
+            own_factors = [x[row] for x in factors]
+            tops.append(_odd(in_row[0], own_factors, arith.mulf, math_dialect.fma))
+            limits.append(arith.addf(maximum, arith.constant(f32, slack)))
+            this = arith.cmpf(arith.CmpFPredicate.OGT, tops[-1], limits[-1])
+            exceeded = this if exceeded is None else arith.ori(exceeded, this)
+        one = arith.constant(f32, 1.0)
+        branch = scf.IfOp(any_in_warp(exceeded), [f32] * 4, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            new, alpha = [], []
+            for maximum, top, limit in zip(old, tops, limits):
+                for distance in (1, 2):  # four threads share a row
+                    top = arith.maximumf(top, mgpu_utils.shfl_bfly(top, distance))
+                is_above = arith.cmpf(arith.CmpFPredicate.OGT, top, limit)
+                new.append(arith.select(is_above, top, maximum))
+                power = one_operand("ex2.approx.ftz.f32", arith.subf(maximum, new[-1]))
+                alpha.append(arith.select(is_above, power, one))
+            scf.yield_([*new, *alpha])
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_([*old, one, one])
+        results = list(branch.results)
+        pairs = results[:2], results[2:]
+        return tuple(array_of(pair, m.registers.shape, m.layout) for pair in pairs)
+
+    return raise_maxima(m, s, *units)
+
+
+def rescaled(plain: bool, acc: Any, alpha: Any) -> Any:
+    """Multiply rows by `alpha`; a warp does nothing where it is 1 for all of its rows: 1.7 %."""
+    if plain:
+        return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+    result = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, ROW), return_type=result)
+    def rescale(ctx: Any, acc: Any, alpha: Any) -> Any:
+        del ctx
+        one, changed = arith.constant(ir.F32Type.get(), 1.0), None
+        for register in alpha.registers.flat:
+            this = arith.cmpf(arith.CmpFPredicate.UNE, scalar_of(register), one)
+            changed = this if changed is None else arith.ori(changed, this)
+        types = [x.type for x in acc.registers.flat]
+        branch = scf.IfOp(any_in_warp(changed), types, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scaled = acc * alpha.broadcast_minor(acc.shape[1])
+            scf.yield_(list(scaled.registers.flat))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(list(acc.registers.flat))
+        return array_of(list(branch.results), acc.registers.shape, acc.layout)
+
+    return rescale(acc, alpha)
+
+
+def capped(plain: bool, s: Any, scale: Any, cap: float) -> tuple[Any, tuple[Any, ...]]:
+    """Return numbers and units that give `cap * tanh(s * scale / cap)`: see `in_log2`.
+
+    A warp takes as much trouble as its largest logit wants. While all are below 1/4 of the cap,
+    the units are three, and their polynomial is computed under the exponentials of the weights.
+    Else the numbers are hyperbolic tangents, by a longer one below 0.8; beyond that they take
+    exponentials themselves, on the unit whose rate limits the softmax.
+    """
+    unit, largest = scale / cap, cap * LOG2E
+    if plain:
+        x = s * unit
+        far = 1 - 2 / (jnp.exp2(x * (2 * LOG2E)) + 1)
+        series = _odd(x, SERIES, jnp.multiply, lambda a, b, c: a * b + c)
+        return jnp.where(jnp.abs(x) < SERIES_END, series, far), (of_rows(largest, s.shape[0]),)
+    # Factors and the end for logits as they are. Where float32 does not hold these, none is near.
+    square = unit * unit
+    end = NEAR_END**2 / square
+    end = jnp.where((end > 1e-17) & (end < 1e17), end, 0.0)
+    c0, c1, c2 = (unit * (c * largest) for c in NEAR)
+    scalars = end, c0, c1 * square, c2 * square * square
+    tile = plgpu.ShapeDtypeStruct(s.shape, jnp.float32, layout=TILE)
+    row = plgpu.ShapeDtypeStruct(s.shape[:1], jnp.float32, layout=ROW)
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, *[SCALAR] * len(scalars)), return_type=(tile, row, row, row)
+    )
+    def cap_logits(ctx: Any, s: Any, *scalars: Any) -> Any:
+        del ctx
+        end, *near = (x.registers.item() for x in scalars)
+        own = [scalar_of(x) for x in s.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
+
+        def far(own: list[Any]) -> list[Any]:
+            # Unknown to the compiler, or it would keep the unit in a register that there is not.
+            c0 = one_operand("mov.b32", near[0], has_side_effects=True)
+            unit = arith.mulf(c0, _f32(1 / (NEAR[0] * largest)))
+            own = _tangents([arith.mulf(x, unit) for x in own])
+            return [*own, _f32(largest), _f32(0.0), _f32(0.0)]
+
+        found = _by_size(own, end, lambda own: [*own, *near], far, len(near))
+        own, units = found[: len(own)], found[len(own) :]
+        layout = fa.WGMMA_ROW_LAYOUT
+        shape = layout.registers_shape(s.shape[:1])
+        return accumulated(own, s.shape), *(array_of([x, x], shape, layout) for x in units)
+
+    s, *units = cap_logits(s, *scalars)
+    return s, tuple(units)
+
+
+def _tangents(own: list[Any]) -> list[Any]:
+    def inside(x: Any) -> Any:
+        return _odd(x, [_f32(c) for c in SERIES], arith.mulf, math_dialect.fma)
+
+    def beyond(x: Any) -> Any:
+        power = one_operand("ex2.approx.ftz.f32", arith.mulf(x, _f32(2 * LOG2E)))
+        inverse = one_operand("rcp.approx.ftz.f32", arith.addf(power, _f32(1.0)))
+        outside = math_dialect.fma(inverse, _f32(-2.0), _f32(1.0))
+        size = math_dialect.absf(x)
+        is_inside = arith.cmpf(arith.CmpFPredicate.OLT, size, _f32(SERIES_END))
+        return arith.select(is_inside, inside(x), outside)
+
+    return _by_size(
+        own, _f32(SERIES_END**2), lambda own: [inside(x) for x in own],
+        lambda own: [beyond(x) for x in own],
+    )  # fmt: skip
+
+
+def _by_size(
+    own: list[Any], end: Any, inside: Callable, outside: Callable, more: int = 0
+) -> list[Any]:
+    """Map a thread's numbers by `inside`, or by `outside` if its warp has a square past `end`.
+
+    Signs of differences tell: of what is past it, NaN included, they are not negative.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    end = arith.negf(end)
+    signs = (arith.bitcast(i32, math_dialect.fma(x, x, end)) for x in own)
+    signs = functools.reduce(arith.andi, signs)
+    is_beyond = arith.cmpi(arith.CmpIPredicate.sge, signs, _i32(0))
+    f32 = ir.F32Type.get()
+    branch = scf.IfOp(any_in_warp(is_beyond), [f32] * (len(own) + more), has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.yield_(outside(own))
+    with ir.InsertionPoint(branch.else_block):
+        scf.yield_(inside(own))
+    return list(branch.results)
+
+
+def _odd(x: Any, coefficients: Sequence[Any], multiply: Callable, fma: Callable) -> Any:
+    """Return a polynomial of `x` whose powers are odd."""
+    if len(coefficients) == 1:
+        return multiply(x, coefficients[0])
+    square = multiply(x, x)
+    even = functools.reduce(lambda found, c: fma(found, square, c), reversed(coefficients))
+    return multiply(x, even)
+
+
+def _f32(value: float) -> Any:
+    return arith.constant(ir.F32Type.get(), value)
+
+
+def kept(plain: bool, s: Any, begins: Any, ends: Any, exist: Any, pages: int) -> Any:
+    """Keep logits of tokens from `begins` to before `ends` that have a page; others are -inf.
+
+    All count from a block's first token; `exist` has a bit for each of its pages. A thread makes a
+    bit for each of its tokens, of which one instruction moves several to predicates: a masked block
+    takes 200 instructions less.
+    """
+    tokens = s.shape[1]
+    page_size = tokens // pages
+    if plain:
+        token = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
+        page = lax.shift_right_logical(token, jnp.full_like(token, page_size.bit_length() - 1))
+        seen = lax.shift_right_logical(lax.broadcast(exist, s.shape), page) & 1 == 1
+        seen &= token >= lax.broadcast_in_dim(begins, s.shape, [0])
+        seen &= token < lax.broadcast_in_dim(ends, s.shape, [0])
+        return jnp.where(seen, s, -jnp.inf)
+    result = plgpu.ShapeDtypeStruct(s.shape, jnp.float32, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, ROW, ROW, SCALAR), return_type=result)
+    def keep(ctx: Any, s: Any, begins: Any, ends: Any, exist: Any) -> Any:
+        del ctx
+        own = [scalar_of(x) for x in s.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
+        limits = zip(*([_own_tokens(x, tokens) for x in y.registers.flat] for y in (begins, ends)))
+        there = _bits_of_tokens(exist.registers.item(), pages, tokens // 4)
+        masks = [arith.andi(_bits(begin, end), there) for begin, end in limits]
+        nothing, found = _f32(float("-inf")), []
+        for i, x in enumerate(own):  # two of each row take turns
+            own_bit = arith.andi(masks[i // 2 % 2], _i32(1 << (i // 4 * 2 + i % 2)))
+            is_kept = arith.cmpi(arith.CmpIPredicate.ne, own_bit, _i32(0))
+            found.append(arith.select(is_kept, x, nothing))
+        return accumulated(found, s.shape)
+
+    return keep(s, begins, ends, exist)
+
+
+def _own_tokens(limit: Any, tokens: int) -> Any:
+    """Return how many of a thread's tokens, two of each eight, are before a block's `limit`."""
+    first = arith.shli(arith.andi(lane(), _i32(3)), _i32(1))
+    own = arith.subi(scalar_of(limit), first)
+    own = arith.minsi(arith.maxsi(own, _i32(0)), _i32(tokens))
+    last = arith.minsi(arith.andi(own, _i32(7)), _i32(2))
+    return arith.addi(arith.shli(arith.shrui(own, _i32(3)), _i32(1)), last)
+
+
+def _bits(begin: Any, end: Any) -> Any:
+    i32, count = ir.IntegerType.get_signless(32), arith.maxsi(arith.subi(end, begin), _i32(0))
+    return llvm.inline_asm(i32, [begin, count], "bmsk.clamp.b32 $0, $1, $2;", "=r,r,r")
+
+
+def _bits_of_tokens(exist: Any, pages: int, bits: int) -> Any:
+    """Repeat the bit of each page for a thread's tokens in it."""
+    each = bits // pages
+    found = []
+    for page in range(pages):
+        is_there = arith.shrsi(arith.shli(exist, _i32(31 - page)), _i32(31))
+        found.append(arith.andi(is_there, _i32(((1 << each) - 1) << (page * each))))
+    return functools.reduce(arith.ori, found)
+
+
+def _i32(value: int) -> Any:
+    signed = (value + 2**31) % 2**32 - 2**31
+    return arith.constant(ir.IntegerType.get_signless(32), signed)

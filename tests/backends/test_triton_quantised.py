@@ -1,0 +1,160 @@
+"""How the Triton kernels make numbers of the codes of a quantised cache, and of queries."""
+
+import importlib.util
+import typing
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import triton
+import triton.language as tl
+
+import ejk.backends.triton._quantised as quantised
+from ejk._cache_types import cache_type_of, dequantise
+from ejk.backends.triton import _launch
+from ejk.backends.triton._quantised import normalised, pool_ptr, tiles_of
+
+CACHES = {"int8": "int8", "int4": "uint8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
+
+
+@triton.jit
+@typing.no_type_check
+def codes_kernel(
+    pool_ptr_, out_ptr, ELEMENTS: tl.constexpr, CACHE: tl.constexpr, PARTS: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    offs = tl.arange(0, ELEMENTS)
+    tiles = tiles_of(
+        tl.load(pool_ptr(pool_ptr_, CACHE, PARTS) + offs), tl.float16, CACHE, PARTS, PTX
+    )
+    for i in tl.static_range(PARTS):
+        tl.store(out_ptr + offs * PARTS + i, tiles[i])
+
+
+def codes(cache: str, is_words: bool, ptx: bool, interpret: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the kernel makes of every code, and what they are."""
+    every = np.arange(256, dtype=np.uint8)
+    pool = jnp.asarray(every).view(CACHES[cache])
+    parts = (2 if cache == "int4" else 1) * (2 if is_words else 1)
+    elements = 256 // (2 if is_words else 1)
+    [found] = _launch.call(
+        codes_kernel,
+        {"pool_ptr_": pool},
+        {"out_ptr": jax.ShapeDtypeStruct((elements * parts,), jnp.float16)},
+        {"ELEMENTS": elements, "CACHE": cache, "PARTS": parts, "PTX": ptx},
+        grid=1,
+        num_warps=1,
+        num_stages=1,
+        compute_capability=None,
+        interpret=interpret,
+    )
+    return np.asarray(found), np.asarray(dequantise(pool, cache_type_of(pool.dtype)))
+
+
+each_form = pytest.mark.parametrize("is_words", [True, False], ids=["words", "bytes"])
+each_cache = pytest.mark.parametrize("cache", CACHES)
+
+
+@pytest.mark.cpu
+@each_form
+@each_cache
+def test_every_code_is_its_number(cache, is_words):
+    found, expected = codes(cache, is_words, ptx=False, interpret=True)
+    np.testing.assert_array_equal(found, expected)  # NaN where NaN is
+
+
+@pytest.mark.gpu
+@each_form
+@each_cache
+@pytest.mark.parametrize("ptx", [True, False], ids=["PTX", "plain"])
+def test_every_code_is_its_number_on_a_gpu(cache, is_words, ptx):
+    found, expected = codes(cache, is_words, ptx, interpret=False)
+    np.testing.assert_array_equal(found, expected)
+
+
+BUGS = {
+    "halves of a byte swapped": ("int4", ">> (i * (4 if", ">> ((i ^ 1) * (4 if"),
+    "bytes of a word swapped": ("int8", ">> (i * (4 if", ">> ((1 - i) * (4 if"),
+    "no sign of four bits": ("int4", "^ 0x6408).to(tl.float16, bitcast=True) - 1032.0",
+        "^ 0x6400).to(tl.float16, bitcast=True) - 1024.0",
+    ),
+    "NaN of e4m3 becomes 480": ("e4m3", "0x3F80, 0x7E00", "0x3F80, 0x3F80"),
+    "the bias of e5m2": ("e4m3", "* 256.0", "* 1.0"),
+}  # fmt: skip
+
+
+@triton.jit
+@typing.no_type_check
+def normalised_kernel(q_ptr, scale_ptr, out_ptr, row_scale_ptr, ROWS: tl.constexpr):
+    offs = tl.arange(0, ROWS)[:, None] * 16 + tl.arange(0, 16)
+    q, scale = normalised((tl.load(q_ptr + offs),), tl.load(scale_ptr))
+    tl.store(out_ptr + offs, q[0])
+    tl.store(row_scale_ptr + tl.arange(0, ROWS), scale)
+
+
+def normalise(q, scale):
+    """Return queries `[rows, 16]` in float16, and what scales their products."""
+    rows = len(q)
+    outputs = {
+        "out_ptr": jax.ShapeDtypeStruct((rows, 16), jnp.float16),
+        "row_scale_ptr": jax.ShapeDtypeStruct((rows,), jnp.float32),
+    }
+    inputs = {"q_ptr": jnp.asarray(q), "scale_ptr": jnp.asarray(scale, jnp.float32)}
+    found = _launch.call(
+        normalised_kernel, inputs, outputs, {"ROWS": rows}, grid=1, num_warps=1, num_stages=1,
+        compute_capability=None, interpret=True,
+    )  # fmt: skip
+    return [np.asarray(x, np.float64) for x in found]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("scale", [0.25, -3.0])
+def test_bfloat16_queries_are_exact_in_float16(scale):
+    """From the least normal number to the largest, with entries 2^20 times smaller than a row's."""
+    rng = np.random.default_rng(0)
+    exponents = np.array([-126, -60, -14, 0, 7, 60, 107, 127.0])
+    q = rng.uniform(1, 2, (8, 16)) * 2 ** (exponents[:, None] - rng.integers(0, 20, (8, 16)))
+    q = np.where(q < 2.0**-126, 2.0**-126, q) * rng.choice([-1, 1], (8, 16))
+    q = q.astype(ml_dtypes.bfloat16)
+    half, row_scale = normalise(q, scale)
+    assert (row_scale > 0).all() and (np.abs(half).max(1) < 2**16).all()
+    exact = np.asarray(q, np.float64) * scale
+    held = np.abs(exact) >= 1e-37  # what the scale's own range holds
+    np.testing.assert_array_equal((half * row_scale[:, None])[held], exact[held])
+
+
+@pytest.mark.cpu
+def test_queries_that_are_not_finite_stay_so():
+    q = np.ones((4, 16), ml_dtypes.bfloat16)
+    q[0, 3], q[1, 5], q[2] = np.nan, -np.inf, 0
+    half, row_scale = normalise(q, 0.5)
+    assert np.isnan(half[0, 3]) and np.isfinite(np.delete(half[0], 3)).all()
+    assert half[1, 5] == -np.inf and np.isfinite(np.delete(half[1], 5)).all()
+    assert (half[2] == 0).all() and (row_scale > 0).all()
+    _, row_scale = normalise(q, np.nan)
+    assert np.isnan(row_scale).all()
+    assert (normalise(q, 0.0)[1] > 0).all()  # or a token that is not seen, -inf, would be NaN
+
+
+@pytest.mark.cpu
+@pytest.mark.fast
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_in_a_conversion_is_caught(bug, monkeypatch, tmp_path):
+    cache, old, new = BUGS[bug]
+    source = importlib.util.find_spec(quantised.__name__)
+    assert source is not None and source.origin is not None
+    with open(source.origin) as file:
+        text = file.read()
+    assert text.count(old) == 1, f"{old!r} is not there once"
+    path = tmp_path / "faulty.py"
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("faulty", path)
+    assert spec is not None and spec.loader is not None
+    faulty = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faulty)
+    monkeypatch.setitem(globals(), "tiles_of", faulty.tiles_of)
+    found, expected = codes(cache, True, ptx=False, interpret=True)
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(found, expected)
