@@ -72,7 +72,7 @@ def timers(tiny: bool) -> dict[str, dict[str, Callable[[], Timer]]]:
             "map": each(of_calls, workloads.TINY_MAP),
             "ragged": each(of_ragged, ragged_batches.each(ragged_batches.TINY)),
         }
-    ways = {"map": of_calls, "latent": of_calls}
+    ways = dict.fromkeys(("map", "latent", "quantised"), of_calls)
     found = {
         suite: each(ways.get(suite, of_chain), chosen) for suite, chosen in workloads.SUITES.items()
     }

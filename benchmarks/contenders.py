@@ -62,6 +62,7 @@ def _plan(backend, workload, arrays):
         max_blocks=workload.max_blocks,
         sliding_window=dict(workload.options).get("sliding_window"),
         value_head_dim=workload.value_head_dim,
+        cache_dtype=arrays.key_cache.dtype,
         backend=backend,
     )
 
@@ -71,6 +72,9 @@ def _ejk(backend, workload, arrays, query, plan, tables):
     for name in ("sinks", "alibi_slopes"):
         if name in options:
             options[name] = jnp.full((workload.num_heads,), options[name], jnp.float32)
+    for name in ("key_scale", "value_scale"):
+        if (scale := getattr(arrays, name)) is not None:
+            options[name] = scale
     result = ejk.page_attention(
         query,
         arrays.key_cache,

@@ -8,9 +8,11 @@
     python benchmarks/decode.py --suite waves              few more programs than multiprocessors
     python benchmarks/decode.py --suite small              batches whose time is that of launches
     python benchmarks/decode.py --suite latent             keys whose first entries are the values
+    python benchmarks/decode.py --suite quantised          caches of 8 and 4 bits, beside bfloat16
     python benchmarks/decode.py --suite shapes order waves latent map      side by side: see below
     python benchmarks/decode.py --suite map                batches, heads and contexts
-    python benchmarks/decode.py --suite map --tiny --output x.jsonl   interpreted on a CPU
+    python benchmarks/decode.py --suite map --tiny --output x.jsonl   interpreted on a CPU; or
+                                                           quantised
 
 Device time is how long the device was busy with a program of eight chained calls, over eight, from
 CUPTI through `jax.profiler`: the mean of five runs. Of short contexts there are 64 calls, each on
@@ -21,10 +23,12 @@ one pool that holds as many layers as fit, twenty or fifty programs queued witho
 
 The read ceiling is measured at some sizes, and interpolated between them.
 
-Five suites are timed by `ejk` alone, in processes that compile side by side and take turns on the
-device: shapes, order, waves, latent, map. There each call is a program of its own, and no wall time
-is measured. The map ends with every place that is short of what it should reach; a call that failed
-makes the script fail.
+Six suites are timed by `ejk` alone, in processes that compile side by side and take turns on the
+device: shapes, order, waves, latent, map, quantised. There each call is a program of its own, and
+no wall time is measured. The map ends with every place that is short of what it should reach; a
+call that failed makes the script fail. The caches of a quantised batch take turns, call by call;
+each line has its time over that of the first: bfloat16, or the queries' float32. Scales count as
+bytes that are read.
 """
 
 import argparse
@@ -110,9 +114,9 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="of the map, interpreted on a CPU")
     parser.add_argument("--output", type=Path, help="instead of results/<device>.jsonl")
     args = parser.parse_args()
-    if args.tiny and (args.suite != ["map"] or args.output is None):
-        parser.error("--tiny needs --suite map and --output: it measures nothing to be kept")
-    suites = {"map": workloads.TINY_MAP} if args.tiny else workloads.SUITES
+    if args.tiny and (args.suite not in (["map"], ["quantised"]) or args.output is None):
+        parser.error("--tiny needs --suite map, or quantised, and --output: nothing is to be kept")
+    suites = workloads.TINY if args.tiny else workloads.SUITES
     known = {w.name for suite in args.suite for w in suites[suite]}
     if unknown := {*(args.workload or ())} - known:
         parser.error(f"--suite {' '.join(args.suite)} has no {', '.join(sorted(unknown))}")
@@ -165,7 +169,7 @@ def judge(lines: dict[tuple[str, str], dict]) -> None:
 
 
 def show(line):
-    head = f"{line['workload']:<36} {line['contender']:<30}"
+    head = f"{line['workload']:<48} {line['contender']:<18}"
     if "failed" in line:
         print(f"{head} {line['failed'][:100]}", flush=True)
         return
@@ -174,9 +178,10 @@ def show(line):
         f", {line['wall_us_per_layer']:.1f} us wall a layer" if "wall_us_per_layer" in line else ""
     )
     plan = f", plan {line['plan_us']} us" if line.get("plan_us") else ""
+    base = f", {line['of_base']:.3f} of {line['base_us']} us" if "of_base" in line else ""
     print(
         f"{head} {line['device_us']:9.1f} us  {line['of_ceiling']:6.1%} of the ceiling"
-        f"{floor}{wall}{plan}",
+        f"{floor}{wall}{plan}{base}",
         flush=True,
     )
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import caches
 import contenders
 import jax
 import jax.numpy as jnp
@@ -76,12 +77,16 @@ def prepare(workload, contender) -> tuple[Checked, Callable[[], Any]]:
     return Checked(error, calls, lambda: run(query, rest, tables)), step
 
 
+def uncached_layers(workload) -> int:
+    return max(2, min(2 * LAYERS, -(-2 * CACHED // workload.pool_bytes)))
+
+
 def compile_calls(workload, contender, layers: int | None = None) -> Callable[[], Checked]:
     """Compile a program of one call, which needs no device; return what draws and checks.
 
     There are calls on the pages of so many layers: if None, of more bytes than a cache holds.
     """
-    layers = layers or max(2, min(2 * LAYERS, -(-2 * CACHED // workload.pool_bytes)))
+    layers = layers or uncached_layers(workload)
 
     @jax.jit
     def draw(key):
@@ -139,15 +144,20 @@ def expected(workload, cache_layout: str, arrays, seq) -> jax.Array:
     """Return one sequence's attention in float32, without a product that a GPU would round."""
     pages = jnp.maximum(arrays.block_tables[seq], 0)
     axis = 1 if cache_layout == "KV_HEADS_FIRST" else 0
+    head_axis = workloads.HEAD_AXIS[cache_layout]
     order = {"HND": (1, 0, 2, 3), "NHD": (2, 0, 1, 3), "KV_HEADS_FIRST": (0, 1, 2, 3)}
 
-    def contiguous(pool):
-        own = jnp.take(pool, pages, axis=axis).transpose(order[cache_layout])
-        return own.reshape(workload.num_kv_heads, 1, -1, workload.head_dim).astype(jnp.float32)
+    def contiguous(codes, scale):
+        if scale is not None and scale.ndim > 1:
+            scale = jnp.take(scale, pages, axis=axis)
+        own = caches.Pool(jnp.take(codes, pages, axis=axis), scale)
+        rows = caches.dequantise(workload.held, own, head_axis).transpose(order[cache_layout])
+        return rows.reshape(workload.num_kv_heads, 1, -1, workload.head_dim)
 
-    keys = contiguous(arrays.key_cache)  # [num_kv_heads, 1, tokens, head_dim]
-    latent_values = keys[..., : workload.value_head_dim]
-    values = latent_values if workload.latent else contiguous(arrays.value_cache)
+    keys = contiguous(arrays.key_cache, arrays.key_scale)  # [num_kv_heads, 1, tokens, head_dim]
+    values = keys[..., : workload.value_head_dim]
+    if not workload.latent:
+        values = contiguous(arrays.value_cache, arrays.value_scale)
     query = arrays.query[seq].astype(jnp.float32)
     query = query.reshape(workload.num_kv_heads, -1, 1, workload.head_dim)
     logits = (query * keys).sum(-1) * workload.head_dim**-0.5

@@ -7,11 +7,11 @@
     python benchmarks/ragged.py --tiny --output x.jsonl   small batches, interpreted on a CPU
 
 Prefills, chunks of prefills, mixed batches with their parts alone, verified drafts with the decode
-call for the same contexts, options. The contenders are the backends of `ejk`, and cuDNN's dense
-causal attention to contiguous tensors where all prompts are equally long. All contenders on all
-batches of a suite take turns. Suites compile side by side, each in a process of its own, and wait
-for each other to use the device. Another yardstick is the rate of a bfloat16 product of 8,192 x
-8,192 matrices.
+call for the same contexts, options, quantised caches beside bfloat16. The contenders are the
+backends of `ejk`, and cuDNN's dense causal attention to contiguous tensors where all prompts are
+equally long. All contenders on all batches of a suite take turns. Suites compile side by side, each
+in a process of its own, and wait for each other to use the device. Another yardstick is the rate of
+a bfloat16 product of 8,192 x 8,192 matrices.
 
 Each program is awaited, and each turn is timed by CUPTI through `jax.profiler`. Device time is how
 long the device was busy, over the calls of the program: one, or four chained ones where one is
@@ -131,6 +131,8 @@ def with_ratios(lines: list[dict], jobs: Sequence[Job]) -> list[dict]:
             line["of_cudnn"] = round(dense_us / line["device_us"], 4)
         if base_us:
             line["base_us"] = base_us
+        if base_us and batch.cache is not None and "device_us" in line:
+            line["of_base"] = round(line["device_us"] / base_us, 4)
     return lines
 
 

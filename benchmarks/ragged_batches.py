@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import caches
 import jax
 import jax.numpy as jnp
 import numpy as np
 import workloads
+from caches import Cache
 
 FAR = 2**20  # a window that exceeds every context: it hides nothing, and the kernel has to ask
 PLAIN = "prefill 8 x 4,096, page 16"
@@ -27,6 +30,7 @@ class Batch:
     value_head_dim: int | None = None  # of latent attention
     options: tuple[tuple[str, float | int | bool], ...] = ()
     base: str | None = None  # the batch of the same suite that its time is compared with
+    cache: Cache | None = None  # None: bfloat16
 
     @property
     def total_tokens(self) -> int:
@@ -59,6 +63,7 @@ class Batch:
         return workloads.Workload(
             self.name, self.num_heads, self.num_kv_heads, self.head_dim, self.context_lens,
             self.page_size, max(self.context_lens), value_head_dim=self.value_head_dim,
+            cache=self.cache,
         )  # fmt: skip
 
     def num_blocks(self, rows: int = 128, block_kv: int = 128) -> int:
@@ -141,6 +146,15 @@ def _with(name: str, batch: Batch, option) -> Batch:
     )
 
 
+def _of_caches(batch: Batch, kinds: Sequence[Cache]) -> list[Batch]:
+    """Return the same batch over each kind of cache, all compared with the first."""
+    names = [f"{batch.name}: {kind.name}" for kind in kinds]
+    return [
+        dataclasses.replace(batch, name=name, cache=kind, base=names[0] if i else None)
+        for i, (name, kind) in enumerate(zip(names, kinds))
+    ]
+
+
 def _suites() -> dict[str, list[Batch]]:
     """Batches of a suite take turns, so that their times compare.
 
@@ -165,6 +179,7 @@ def _suites() -> dict[str, list[Batch]]:
         _named("4 chunks of 64 on 1,024", [(4, 64, 1024)], 16),
     ]
     found["latent"] = [drafts(workload) for workload in workloads.LATENT]
+    found["quantised"] = _of_caches(plain, caches.FEW_CACHES)
     found["layers"] = [plain, found["mixed"][0], *found["small"]]
     return found
 
@@ -182,6 +197,7 @@ def _tiny() -> dict[str, list[Batch]]:
     found["options"] = [plain, *(_with(name, plain, option) for name, option in OPTIONS.items())]
     found["window"] = [long, _with("window of 20", long, ("sliding_window", 20))]
     found["latent"] = [drafts(workloads.latent("latent", 16, 2, 20, 16))]
+    found["quantised"] = _of_caches(plain, caches.TINY_CACHES)
     found["layers"] = [plain]
     found["hopper"] = [_named("Hopper", [(1, 24, 40)], 16, num_heads=2, num_kv_heads=1)]
     return found
@@ -205,6 +221,8 @@ class Arrays(NamedTuple):
     context_lens: jax.Array
     block_tables: jax.Array
     cu_q_lens: jax.Array
+    key_scale: jax.Array | None = None  # as `caches.Pool` has them
+    value_scale: jax.Array | None = None
 
 
 def arrays(batch: Batch) -> Arrays:
@@ -212,4 +230,4 @@ def arrays(batch: Batch) -> Arrays:
     shape = (batch.total_tokens, batch.num_heads, batch.head_dim)
     query = 1.5 * jax.random.normal(jax.random.key(9), shape, jnp.bfloat16)
     bounds = jnp.asarray(np.cumsum((0, *batch.q_lens)), jnp.int32)
-    return Arrays(query, *paged[1:], bounds)
+    return Arrays(query, *paged[1:5], bounds, paged.key_scale, paged.value_scale)

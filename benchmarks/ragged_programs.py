@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import caches
 import jax
 import jax.numpy as jnp
 import programs
@@ -34,7 +35,8 @@ def contenders(batch: Batch, interpret: bool) -> dict[str, Step]:
 def is_dense(batch: Batch) -> bool:
     """Say whether cuDNN's dense attention does the same, on tensors of the same shape."""
     equal = batch.q_lens == batch.context_lens and len(set(batch.q_lens)) == 1
-    return equal and not batch.options and batch.value_head_dim is None
+    plain = not batch.options and batch.value_head_dim is None and batch.cache is None
+    return equal and plain
 
 
 def _interpreted(batch: Batch) -> dict[str, Step]:
@@ -63,8 +65,11 @@ def attend(backend: Any, batch: Batch, given: Arrays) -> jax.Array:
     options = dict(batch.options)
     if "sinks" in options:
         options["sinks"] = jnp.full((batch.num_heads,), options["sinks"], jnp.float32)
+    for name in ("key_scale", "value_scale"):
+        if (scale := getattr(given, name)) is not None:
+            options[name] = scale
     result = ejk.ragged_page_attention(
-        *given,
+        *given[:6],
         max_q_len=max(batch.q_lens),
         value_head_dim=batch.value_head_dim,
         backend=backend,
@@ -74,7 +79,7 @@ def attend(backend: Any, batch: Batch, given: Arrays) -> jax.Array:
 
 
 def _decode(backend: Any, batch: Batch, given: Arrays) -> jax.Array:
-    return ejk.page_attention(*given[:-1], backend=backend)
+    return ejk.page_attention(*given[:5], backend=backend)
 
 
 def _dense(implementation: Any, batch: Batch, given: Arrays) -> jax.Array:
@@ -110,12 +115,14 @@ def row_error(
     """Compare one row, a new token, with sums in float32; of products a GPU would round some."""
     options, pages = dict(batch.options), jnp.maximum(given.block_tables[seq], 0)
 
-    def own(pool):  # [num_kv_heads, 1, tokens, head_dim]
-        tokens = pool[pages].transpose(1, 0, 2, 3).astype(jnp.float32)
-        return tokens.reshape(batch.num_kv_heads, 1, -1, batch.head_dim)
+    def own(codes, scale):  # [num_kv_heads, 1, tokens, head_dim]
+        if scale is not None and scale.ndim > 1:
+            scale = scale[pages]
+        tokens = caches.dequantise(batch.pages.held, caches.Pool(codes[pages], scale), 1)
+        return tokens.transpose(1, 0, 2, 3).reshape(batch.num_kv_heads, 1, -1, batch.head_dim)
 
-    keys = own(given.key_cache)
-    values = keys if given.value_cache is None else own(given.value_cache)
+    keys = own(given.key_cache, given.key_scale)
+    values = keys if given.value_cache is None else own(given.value_cache, given.value_scale)
     query = given.query[row].astype(jnp.float32)
     query = query.reshape(batch.num_kv_heads, -1, 1, batch.head_dim)
     logits = (query * keys).sum(-1) * batch.head_dim**-0.5

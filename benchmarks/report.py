@@ -1,7 +1,7 @@
-"""Writes the tables and the plot of `docs/performance.md` from `results/*.jsonl`.
+"""Writes the tables and plots of `docs/performance.md` and `docs/quantised.md` from `results/`.
 
     python benchmarks/report.py            writes them
-    python benchmarks/report.py --check    fails if the page is not what the results say
+    python benchmarks/report.py --check    fails if a page is not what the results say
 
 Of each workload and contender the newest line counts.
 """
@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 import map_report
+import quantised_report
 import ragged_report
 import workloads
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "performance.md"
+PAGE, QUANTISED = (ROOT / "docs" / f"{name}.md" for name in ("performance", "quantised"))
 OTHERS = ("tune_", "compare_", "first_call_", "plan_cost_", "paging_")  # no lines of the tables
 WITHOUT = "ejk without a plan"
-BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->\n"
 
 
 def load() -> dict[str, dict[tuple[str, str], dict]]:
@@ -62,6 +62,7 @@ def page(device: str, lines: dict) -> str:
         "Latent attention": latent_table(lines),
         "Prefills, chunks, mixed batches and drafts": ragged_report.section(lines),
         "Writes": write_table(lines),
+        "Quantised caches": quantised_report.section(lines),
         "The loop over layers": loop_table(lines),
         "Several GPUs": scaling_table(lines),
     }.items():
@@ -180,7 +181,7 @@ def loop_table(lines) -> str:
 
 def write_table(lines) -> str:
     """Write what `ejk.write_kv_cache` reaches of a copy."""
-    found = [w for w, _ in lines if w.startswith("write ")]
+    found = [w for w, _ in lines if w.startswith("write ") and ": " not in w]
     if not found:
         return ""
     text = "\nWrites of new tokens, 8 KV heads of 128, bfloat16, pages of 16:\n\n"
@@ -258,19 +259,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    old = PAGE.read_text()
-    head, rest = old.split(BEGIN)
     devices = load()
     body = "\n".join(page(device, lines) for device, lines in devices.items())
-    new = head + BEGIN + body + END + rest.split(END)[1]
+    for path, parts in ((PAGE, {"results": body}), (QUANTISED, quantised_report.sections())):
+        old = path.read_text()
+        new = quantised_report.replaced(old, parts)
+        if args.check and new != old:
+            sys.exit(f"docs/{path.name} is stale: python benchmarks/report.py")
+        path.write_text(new)
     if args.check:
-        sys.exit("docs/performance.md is stale: python benchmarks/report.py" if new != old else 0)
-    PAGE.write_text(new)
-    # One plot, of the device of which most is known, and one of each map.
+        return
+    # One plot, of the device of which most is known, one of each map, and one of a model.
     plot(*max(devices.items(), key=lambda item: len(item[1])))
     for device, lines in devices.items():
         if map_report.places(lines):
             save(map_report.plot(pyplot(), device, lines), map_report.file_name(device))
+    model = quantised_report.load(quantised_report.MODEL)
+    save(quantised_report.plot(pyplot(), model), quantised_report.PLOT)
 
 
 if __name__ == "__main__":

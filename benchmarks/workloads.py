@@ -1,12 +1,14 @@
 """The decode batches that are timed, by name, and their arrays."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import caches
 import jax
 import jax.numpy as jnp
 import numpy as np
+from caches import BFLOAT16, CACHES, E4M3, INT8, SOME_CACHES, TINY_CACHES, Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,12 @@ class Workload:
     in_order: bool = False  # pages of a sequence follow each other in the pool
     new_tokens: int = 1  # of each sequence; its context counts them
     value_head_dim: int | None = None  # of latent attention: values are the keys' first entries
+    cache: Cache | None = None  # None: keys and values of `dtype`
+    group: str | None = None  # what takes turns, and is compared with the first of the group
+
+    @property
+    def held(self) -> Cache:
+        return self.cache or Cache(self.dtype)
 
     @property
     def latent(self) -> bool:
@@ -32,9 +40,9 @@ class Workload:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token's keys and values."""
+        """Bytes of a token's keys and values, and of their scales."""
         pools = 1 if self.latent else 2
-        return pools * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+        return pools * self.num_kv_heads * self.held.row_bytes(self.head_dim)
 
     @property
     def num_seqs(self) -> int:
@@ -160,6 +168,32 @@ SMALL = (
 
 LATENT = tuple(latent(f"latent, {heads} heads", heads, 64, 4096, 64) for heads in (16, 32, 64, 128))
 
+
+def of_caches(shape: Workload, kinds: Sequence[Cache]) -> tuple[Workload, ...]:
+    """Return the same batch over each kind of cache."""
+    return tuple(
+        dataclasses.replace(shape, name=f"{shape.name}: {kind.name}", cache=kind, group=shape.name)
+        for kind in kinds
+    )
+
+
+QUANTISED = tuple(
+    workload
+    for shape, kinds in (
+        *((uniform(f"64 x 4,096, page {p}", 32, 8, 128, 64, 4096, p), CACHES) for p in (16, 64)),
+        (latent("latent 16 heads, 64 x 4,096", 16, 64, 4096, 64), (BFLOAT16, E4M3, INT8)),
+        *((uniform(f"{n} x {context:,}", 32, 8, 128, n, context, 16), SOME_CACHES)
+          for n, context in ((1, 32768), (1, 1024), (8, 2048))),
+        (uniform("32/32/128, 32 x 4,096", 32, 32, 128, 32, 4096, 16), SOME_CACHES),
+        (uniform("32/8/64, 64 x 4,096", 32, 8, 64, 64, 4096, 16), SOME_CACHES),
+        (uniform("16/8/256, 32 x 4,096", 16, 8, 256, 32, 4096, 16), SOME_CACHES),
+        (dataclasses.replace(uniform("float32 queries, 64 x 4,096", 32, 8, 128, 64, 4096, 16),
+                             dtype="float32"), (Cache("float32"), BFLOAT16, INT8)),
+    )
+    for workload in of_caches(shape, kinds)
+)  # fmt: skip
+TINY_QUANTISED = of_caches(uniform("tiny", 2, 1, 16, 1, 20, 16), TINY_CACHES)
+
 # The map: query heads of models, by head dimension and KV heads. A tensor parallel shard has fewer
 # KV heads than its model, and the same group.
 HEADS = {
@@ -229,9 +263,14 @@ SUITES = {
     "small": SMALL,
     "latent": LATENT,
     "map": MAP,
+    "quantised": QUANTISED,
 }
 # So small that they are interpreted on a CPU: 71 query heads of a KV head, and latent attention.
 TINY_MAP = tuple(equal_points((1, 3), (20, 70), most_bytes=2**16))[::21]
+TINY = {"map": TINY_MAP, "quantised": TINY_QUANTISED}
+
+
+HEAD_AXIS = {"HND": 1, "NHD": 2, "KV_HEADS_FIRST": 0}
 
 
 class Arrays(NamedTuple):
@@ -242,6 +281,8 @@ class Arrays(NamedTuple):
     value_cache: jax.Array | None  # None of latent attention
     context_lens: jax.Array  # [num_seqs]
     block_tables: jax.Array  # [num_seqs, max_blocks], pages of layer 0
+    key_scale: jax.Array | None = None  # as `caches.Pool` has them
+    value_scale: jax.Array | None = None
 
 
 def arrays(
@@ -259,8 +300,13 @@ def arrays(
         "KV_HEADS_FIRST": (w.num_kv_heads, layers * w.num_pages, w.page_size, w.head_dim),
     }[cache_layout]
     keys = jax.random.split(jax.random.key(seed) if key is None else key, 3)
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
     dtype = jnp.dtype(w.dtype)
+
+    @jax.jit
+    def pool_of(key):
+        rows = jax.random.normal(key, shape, dtype)
+        return caches.quantise(w.held, rows, HEAD_AXIS[cache_layout])
+
     pages = np.arange(w.num_pages, dtype=np.int32)
     if not w.in_order:
         pages = np.random.default_rng(seed).permutation(pages)
@@ -268,10 +314,14 @@ def arrays(
     for row, n in zip(tables, w.context_lens):
         used = -(-n // w.page_size)
         row[:used], pages = pages[:used], pages[used:]
+    key_pool = pool_of(keys[1])
+    value_pool = caches.Pool(None, None) if w.latent else pool_of(keys[2])
     return Arrays(
-        1.5 * normal(keys[0], (w.num_seqs, w.num_heads, w.head_dim), dtype),
-        normal(keys[1], shape, dtype),
-        None if w.latent else normal(keys[2], shape, dtype),
+        1.5 * jax.random.normal(keys[0], (w.num_seqs, w.num_heads, w.head_dim), dtype),
+        key_pool.codes,
+        value_pool.codes,
         jnp.asarray(w.context_lens, jnp.int32),
         jnp.asarray(tables),
+        key_pool.scale,
+        value_pool.scale,
     )

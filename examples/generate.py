@@ -3,6 +3,7 @@
     python examples/generate.py                           four messages of its own
     python examples/generate.py "Why is the sky blue?"    answer this one
     python examples/generate.py --prompt "Once upon a time" --backend triton --interpret
+    python examples/generate.py --cache int8              keys and values of 8 bits
 
 All prompts are read and continued as one batch. The model is in `smollm2.py`, the loop in
 `paged_decode.py`.
@@ -22,7 +23,7 @@ from typing import NoReturn, TypeAlias
 try:
     import jax
     import smollm2
-    from paged_decode import CacheSpec, Step, stream
+    from paged_decode import QUANTISED, CacheSpec, Step, stream
 
     import ejk
 except ImportError as error:
@@ -189,6 +190,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--backend", choices=("auto", "xla", "triton", "pallas"), default="auto")
     add("--interpret", action="store_true", help="interpret the triton or pallas kernels (slow)")
     add("--dtype", choices=DTYPES, help="default: f32 on a CPU, else bf16")
+    add("--cache", choices=QUANTISED, help="hold keys and values in 8 or 4 bits")
     add("--cache-layout", choices=("HND", "NHD", "KV_HEADS_FIRST"), default="HND")
     args = parser.parse_args(argv)
     args.chats = [*args.chat, *args.chats]
@@ -234,8 +236,9 @@ def backend_reports(args: argparse.Namespace):
     """Ask `ejk`, from shapes alone, which backends will run decoding, prefill and write."""
     config = smollm2.CONFIG
     # How many pages and rows there are decides nothing here.
-    spec = CacheSpec(num_pages=1, page_size=args.page_size, layout=args.cache_layout)
+    spec = CacheSpec(1, args.page_size, args.cache_layout, args.cache)
     pools = jax.eval_shape(lambda: spec.poisoned_pools(config, args.dtype))
+    key_and_value = pools.key, pools.value
 
     def rows(num_heads: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, num_heads, config.head_dim), args.dtype)
@@ -245,14 +248,22 @@ def backend_reports(args: argparse.Namespace):
 
     query, new = rows(config.num_heads), rows(config.num_kv_heads)
     calls = (
-        (ejk.page_attention, (query, *pools, integers(1), integers(1, 1))),
-        (ejk.ragged_page_attention, (query, *pools, integers(1), integers(1, 1), integers(2))),
-        (ejk.write_kv_cache, (new, new, *pools, integers(1))),
+        (ejk.page_attention, (query, *key_and_value, integers(1), integers(1, 1))),
+        (
+            ejk.ragged_page_attention,
+            (query, *key_and_value, integers(1), integers(1, 1), integers(2)),
+        ),
+        (ejk.write_kv_cache, (new, new, *key_and_value, integers(1))),
     )
     backends = backend_choices(args.backend, args.interpret).values()
     return [
         ejk.backend_report(
-            *operands, operation=operation, cache_layout=spec.layout, backend=backend
+            *operands,
+            operation=operation,
+            cache_layout=spec.layout,
+            backend=backend,
+            key_scale=pools.key_scale,
+            value_scale=pools.value_scale,
         )
         for (operation, operands), backend in zip(calls, backends)
     ]
@@ -294,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         [passage.prompt for passage in passages],
         max_new_tokens=args.max_new_tokens,
         prefill_chunk=args.prefill_chunk,
+        cache=args.cache,
         cache_layout=args.cache_layout,
         page_size=args.page_size,
         seed=args.seed,
@@ -323,22 +335,38 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"compilation excluded; sequences in the batch: {len(passages)})"
         )
 
-    def megabytes(num_tokens: int) -> float:
-        return CacheSpec(1, num_tokens).num_bytes(model.config, model.dtype) / 1e6
-
-    paged = round(megabytes(most_pages * args.page_size), 1)
-    dense = round(megabytes(len(passages) * most_tokens), 1)
-    print(
-        f"cache: at most {most_pages} pages of {args.page_size} tokens in use at once, "
-        f"{paged:.1f} MB; a dense cache of {len(passages)} x {most_tokens} tokens takes "
-        f"{dense:.1f} MB: pages {'save' if paged <= dense else 'cost'} {abs(dense - paged):.1f} MB"
-    )
+    for line in savings(args, model, most_pages, len(passages), most_tokens):
+        print(line)
     chosen = backend_reports(args)[0].chosen
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
     print(
         f"backend {chosen}{', interpreted,' if args.interpret else ''} on "
         f"{device.platform}{kind}, {args.dtype}, layout {args.cache_layout}"
     )
+
+
+def savings(
+    args: argparse.Namespace, model: smollm2.SmolLM2, most_pages: int, num_seqs: int, most: int
+) -> Iterator[str]:
+    """Say how many bytes pages have saved, and how many a quantised cache; `most` are tokens."""
+
+    def megabytes(num_tokens: int, cache: str | None = args.cache) -> float:
+        spec = CacheSpec(1, num_tokens, cache=cache)
+        return round(spec.num_bytes(model.config, model.dtype) / 1e6, 1)
+
+    num_tokens = most_pages * args.page_size
+    paged, dense = megabytes(num_tokens), megabytes(num_seqs * most)
+    yield (
+        f"cache: at most {most_pages} pages of {args.page_size} tokens in use at once, "
+        f"{paged:.1f} MB; a dense cache of {num_seqs} x {most} tokens takes "
+        f"{dense:.1f} MB: pages {'save' if paged <= dense else 'cost'} {abs(dense - paged):.1f} MB"
+    )
+    if args.cache:
+        whole = megabytes(num_tokens, None)
+        yield (
+            f"{args.cache}: these pages take {paged:.1f} MB, scales included, instead of the "
+            f"{whole:.1f} MB of {args.dtype}: saves {whole - paged:.1f} MB"
+        )
 
 
 def write_out(

@@ -12,6 +12,9 @@ writes the new tokens in place.
 
 The pools start as NaN, and nothing ever cleans them: what no token has been written to is never
 looked at.
+
+A quantised cache holds a value in 8 or 4 bits, and beside its pools two of scales, one for each
+token and head. `ejk.write_kv_cache` computes the scales, rounds keys and values, and stores both.
 """
 
 import dataclasses
@@ -30,11 +33,27 @@ import ejk
 CacheLayout: TypeAlias = Literal["HND", "NHD", "KV_HEADS_FIRST"]
 
 
+class CacheType(NamedTuple):
+    """How keys and values are held."""
+
+    dtype: str  # of the pools
+    values_per_element: int = 1
+
+
+QUANTISED = {
+    "int8": CacheType("int8"),
+    "fp8": CacheType("float8_e4m3fn"),
+    "int4": CacheType("uint8", values_per_element=2),
+}
+
+
 class Pools(NamedTuple):
     """The keys and the values of all layers."""
 
     key: jax.Array
     value: jax.Array
+    key_scale: jax.Array | None = None  # quantised: the shape of `key` without its last axis
+    value_scale: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +63,34 @@ class CacheSpec:
     num_pages: int
     page_size: int
     layout: CacheLayout = "HND"
+    cache: str | None = None  # a name in `QUANTISED`; None: the model's own type
+
+    def type_of(self, dtype: DTypeLike) -> CacheType:
+        """Look the type of the cache up; `dtype` is the model's."""
+        return QUANTISED[self.cache] if self.cache else CacheType(jnp.dtype(dtype).name)
 
     def num_bytes(self, config: smollm2.Config, dtype: DTypeLike) -> int:
-        """Count the bytes of all pages of all layers."""
+        """Count the bytes of all pages of all layers, scales included."""
+        held = self.type_of(dtype)
+        elements = config.head_dim // held.values_per_element
+        row = elements * jnp.dtype(held.dtype).itemsize + (4 if self.cache else 0)
         tokens = config.num_layers * self.num_pages * self.page_size
-        return 2 * tokens * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+        return 2 * tokens * config.num_kv_heads * row
 
     def poisoned_pools(self, config: smollm2.Config, dtype: DTypeLike) -> Pools:
-        """Make pools in which every slot holds NaN."""
+        """Make pools in which every slot, or its scale, holds NaN."""
         pages, heads = config.num_layers * self.num_pages, config.num_kv_heads
-        shape = {
-            "HND": (pages, heads, self.page_size, config.head_dim),
-            "NHD": (pages, self.page_size, heads, config.head_dim),
-            "KV_HEADS_FIRST": (heads, pages, self.page_size, config.head_dim),
+        rows = {
+            "HND": (pages, heads, self.page_size),
+            "NHD": (pages, self.page_size, heads),
+            "KV_HEADS_FIRST": (heads, pages, self.page_size),
         }[self.layout]
-        return Pools(jnp.full(shape, jnp.nan, dtype), jnp.full(shape, jnp.nan, dtype))
+        held = self.type_of(dtype)
+        shape = (*rows, config.head_dim // held.values_per_element)
+        poison = 127 if jnp.issubdtype(held.dtype, jnp.integer) else jnp.nan
+        pools = (jnp.full(shape, poison, held.dtype) for _ in range(2))
+        scales = (jnp.full(rows, jnp.nan, jnp.float32) for _ in range(2 if self.cache else 0))
+        return Pools(*pools, *scales)
 
     def slot_mapping(self, block_tables: jax.Array, positions: jax.Array) -> jax.Array:
         """Find the slot, `page * page_size + offset`, of each position (`[num_seqs, tokens]`).
@@ -113,7 +145,17 @@ def write(
 ) -> Pools:
     """Write the keys and values of new tokens to their `slots`, in place where JAX may."""
     return Pools(
-        *ejk.write_kv_cache(key, value, *pools, slots, cache_layout=spec.layout, backend=backend)
+        *ejk.write_kv_cache(
+            key,
+            value,
+            pools.key,
+            pools.value,
+            slots,
+            key_scale=pools.key_scale,
+            value_scale=pools.value_scale,
+            cache_layout=spec.layout,
+            backend=backend,
+        )
     )
 
 
@@ -182,6 +224,8 @@ def prefill_step(
             chunk.context_lens,
             layer_tables,
             chunk.cu_q_lens,
+            key_scale=pools.key_scale,
+            value_scale=pools.value_scale,
             cache_layout=spec.layout,
             backend=backend,
         )
@@ -226,6 +270,8 @@ def decode_step(
             pools.value,
             context_lens,
             layer_tables,
+            key_scale=pools.key_scale,
+            value_scale=pools.value_scale,
             cache_layout=spec.layout,
             backend=backend,
         )
@@ -255,6 +301,7 @@ def stream(
     backend: str | ejk.Backend | None = None,
     prefill_backend: str | ejk.Backend | None = None,
     write_backend: str | ejk.Backend | None = None,
+    cache: str | None = None,
     cache_layout: CacheLayout = "HND",
     page_size: int = 16,
     seed: int = 0,
@@ -270,6 +317,7 @@ def stream(
         backend: passed on to `ejk.page_attention`: None, a name or an object.
         prefill_backend: passed on to `ejk.ragged_page_attention`.
         write_backend: passed on to `ejk.write_kv_cache`.
+        cache: how keys and values are held, a name in `QUANTISED`; None: as the model has them.
         seed: of the order in which pages are taken from the pool.
     """
     num_seqs = len(prompts)
@@ -285,7 +333,8 @@ def stream(
             f"tokens, and the model has room for {model.config.max_context_len}"
         )
     blocks = -(-full_lens // page_size)
-    spec = CacheSpec(2 * int(blocks.sum()), page_size, cache_layout)  # half of it stays poison
+    # Half of the pool stays poison.
+    spec = CacheSpec(2 * int(blocks.sum()), page_size, cache_layout, cache)
     tables = PageTables(num_seqs, int(blocks.max()), spec, seed)
     for seq, prompt in enumerate(prompts):
         tables.reserve(seq, len(prompt))

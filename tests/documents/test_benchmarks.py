@@ -5,8 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from ejk._cache_types import cache_type_of
 from ejk.backends.mosaic_gpu._installed import missing
 
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
@@ -54,12 +58,12 @@ def test_the_kernel_of_hopper_is_checked_and_timed(tmp_path):
 def test_writes_are_checked_and_timed(tmp_path):
     path = tmp_path / "write.jsonl"
     run("write.py", "--output", str(path))
-    assert [line["workload"] for line in lines_of(path)] == [
-        "write 16, HND",
-        "write 16, NHD",
-        "write 3, HND",
-        "write 3, NHD",
-    ]
+    lines = {line["workload"]: line for line in lines_of(path)}
+    names = [f"write {n}, {layout}" for n in (16, 3) for layout in ("HND", "NHD")]
+    kinds = ("bfloat16", "e4m3 per head", "int4 per token")
+    assert list(lines) == [*names, *(f"{names[0]}: {kind}" for kind in kinds)]
+    for line in list(lines.values())[5:]:
+        assert line["base_us"] == lines[f"{names[0]}: bfloat16"]["device_us"]
 
 
 def test_steps_of_the_page_manager_are_timed(tmp_path):
@@ -83,6 +87,29 @@ def test_splits_are_checked_and_timed(tmp_path):
     assert not [line for line in lines.values() if "failed" in line or not line["wall_us"] > 0]
     moved = {contender: line.get("collectives") for (_, contender), line in lines.items()}
     assert moved["heads over 2"] == moved["sequences over 2"] == 0 and moved["pages over 2"] == 1
+
+
+def test_quantised_caches_are_timed_beside_bfloat16(tmp_path):
+    path = tmp_path / "decode.jsonl"
+    run("decode.py", "--suite", "quantised", "--output", str(path))
+    first, *others = lines_of(path)
+    assert first["workload"] == "tiny: bfloat16" and "of_base" not in first
+    assert [line["workload"] for line in others] == [
+        f"tiny: {name}" for name in ("e4m3 per head", "int4 per token")
+    ]
+    for line in others:
+        assert line["base_us"] == first["device_us"] > 0 and line["error"] < 1e-2
+        assert line["of_base"] == round(line["device_us"] / line["base_us"], 4)
+
+
+def test_prefills_over_quantised_caches_are_timed_beside_bfloat16(tmp_path):
+    path = tmp_path / "ragged.jsonl"
+    run("ragged.py", "--suite", "quantised", "--output", str(path))
+    first, *others = lines_of(path)
+    assert first["workload"].endswith(": bfloat16") and len(others) == 2
+    for line in others:
+        assert line["base_us"] == first["device_us"] > 0 and line["error"] < 1e-2
+        assert line["of_base"] == round(line["device_us"] / line["base_us"], 4)
 
 
 def test_ragged_tuning_names_the_best_of_each_batch():
@@ -190,8 +217,8 @@ def test_the_floor_of_latent_attention_is_the_larger_of_two():
     ("arguments", "said"),
     [
         ("--suite waves --workload W1a", "--suite waves has no W1a"),
-        ("--suite named map --contender cuDNN", "map are timed by ejk alone"),
-        ("--tiny --suite map", "--tiny needs --suite map and --output"),
+        ("--suite named map --contender cuDNN", "map, quantised are timed by ejk alone"),
+        ("--tiny --suite map", "--tiny needs --suite map, or quantised, and --output"),
     ],
 )
 def test_what_is_not_timed_is_refused(arguments, said, monkeypatch, capsys):
@@ -349,14 +376,116 @@ def test_table_of_splits(report):
     assert "Measured on 2026-11-26 with jax 0.11.2" in report.page("A device", only)
 
 
+def test_tables_of_quantised_caches(report):
+    import quantised_report
+
+    def line(us, of_base=None, **more):
+        return {"device_us": us, "of_base": of_base, **more}
+
+    shape, prefill = "64 x 4,096, page 16", "prefill 8 x 4,096, page 16"
+    lines = {
+        (f"{shape}: bfloat16", "ejk"): line(360.0),
+        (f"{shape}: int8 per head", "ejk"): line(185.0, 0.5139),
+        (f"{shape}: int4 per token", "ejk"): line(108.0, 0.3),
+        ("float32 queries, 64 x 4,096: float32", "ejk"): line(720.0),
+        ("float32 queries, 64 x 4,096: bfloat16", "ejk"): line(365.0, 0.507),
+        (f"{prefill}: int8 per token", "ejk triton"): line(2600.0, 1.04),
+        ("write 8192, HND", "ejk"): line(29.0, gb_per_s=2322.0, of_ceiling=0.8),
+        ("write 8192, HND: int8 per token", "ejk"): line(
+            22.5, 0.776, gb_per_s=2300.0, of_ceiling=0.79
+        ),
+    }
+    text = quantised_report.section(lines)
+    assert "| of the queries' type | bfloat16 | int8 per head | int4 per token |" in text
+    assert f"| {shape} | bfloat16: 360.0 | - | 0.514 | 0.300 |" in text
+    assert "| float32 queries, 64 x 4,096 | float32: 720.0 | 0.507 | - | - |" in text
+    assert "| 8 x 4,096, page 16: int8 per token | - | - | 2,600 | 1.040 |" in text
+    assert "| write 8192, HND: int8 per token | 22.50 | 2,300 | 79.0% | 0.776 |" in text
+    assert "int8" not in report.write_table(lines) and "| write 8192, HND | 29" not in text
+
+
+def test_what_a_time_is_compared_with_took_turns_with_it():
+    import side_by_side
+
+    found = {"a": {"device_us": 200.0}, "b": {"device_us": 101.0}, "c": ValueError("why")}
+    found = side_by_side.with_ratios(found, "a")
+    assert found["b"] == {"device_us": 101.0, "base": "a", "base_us": 200.0, "of_base": 0.505}
+    assert found["a"] == {"device_us": 200.0} and isinstance(found["c"], ValueError)
+    found = side_by_side.with_ratios({"a": ValueError(), "b": {"device_us": 101.0}}, "a")
+    assert found["b"] == {"device_us": 101.0}
+
+
+def test_what_a_cache_holds_is_what_ejk_writes():
+    """Codes and scales of the yardstick that timed caches are checked against."""
+    import caches
+
+    import ejk
+
+    rows = jax.random.normal(jax.random.key(0), (5, 3, 16))
+    for cache in caches.ALL:
+        pool = caches.quantise(cache, rows, head_axis=1)
+        cache_type = cache_type_of(pool.codes.dtype)
+        empty = jnp.zeros((5, 3, 1, pool.codes.shape[-1]), pool.codes.dtype)
+        scales = dict.fromkeys(("key_scale", "value_scale"), pool.scale)
+        if cache.scales == "token":
+            scales = dict.fromkeys(scales, jnp.zeros(empty.shape[:-1]))
+        codes, _, *stored = ejk.write_kv_cache(rows, rows, empty, empty, jnp.arange(5), **scales)
+        # A quotient of the yardstick may be the product with a reciprocal: the last bit is free.
+        assert (codes[:, :, 0] == pool.codes).mean() > 0.98
+        if stored:
+            np.testing.assert_allclose(stored[0][..., 0], pool.scale, rtol=1e-6)
+        near = caches.dequantise(cache, pool, head_axis=1)
+        assert (
+            0 < jnp.abs(near - rows).max() < (0.5 if cache in (caches.INT4, caches.E5M2) else 0.3)
+        )
+        assert caches.LARGEST.get(cache.dtype) == cache_type.largest
+        row_bytes = 16 // cache_type.per_element * pool.codes.dtype.itemsize
+        assert cache.row_bytes(16) == row_bytes + 4 * len(stored[:1])
+
+
+def test_caches_that_are_coarser_are_further_from_float64(monkeypatch):
+    import quantised_accuracy
+
+    monkeypatch.setattr(quantised_accuracy, "SEQS", 2)
+    monkeypatch.setattr(quantised_accuracy, "TOKENS", 32)
+    found = quantised_accuracy.measure(["normal", "keys with a large mean"])
+    for errors in found.values():
+        fine, coarse = errors["int8 per token"], errors["int4 per token"]
+        assert 0 < errors["bfloat16"] < fine < errors["e4m3"] < errors["e5m2"] < coarse
+    assert found["keys with a large mean"]["e4m3"] > 2 * found["normal"]["e4m3"]
+
+
 def test_what_was_not_measured_has_no_table(report):
+    import quantised_report
     import ragged_report
 
-    assert ragged_report.section({}) == report.write_table({}) == ""
+    assert ragged_report.section({}) == report.write_table({}) == quantised_report.section({}) == ""
     assert report.scaling_table({}) == report.small_table({}) == report.latent_table({}) == ""
 
 
-def test_the_page_is_what_the_results_say():
-    """But for the plot, which needs matplotlib."""
+def test_the_pages_are_what_the_results_say():
+    """But for the plots, which need matplotlib."""
     command = [sys.executable, str(FOLDER / "report.py"), "--check"]
     subprocess.run(command, check=True)
+
+
+def test_what_the_pages_recommend_is_what_was_measured(report):
+    """The prose of the README and of docs/quantised.md stands on these results."""
+    import quantised_report
+
+    model = quantised_report.load(quantised_report.MODEL)
+    kinds, tokens = model["kinds"], model["tokens"]
+    changed = round(tokens * (1 - kinds["int8 per token"]["agreement"]))
+    readme = (FOLDER.parent / "README.md").read_text()
+    assert f"chose another next token {changed} times in {tokens:,}:" in readme
+    eight_bits = [own["agreement"] for own in kinds.values() if 1 <= own["bytes"] < 2]
+    assert kinds["int8 per token"]["agreement"] == max(eight_bits)
+    assert kinds["int8 per head"]["agreement"] > kinds["e4m3"]["agreement"]
+    assert kinds["e5m2 per token"]["agreement"] < kinds["e4m3"]["agreement"]
+    errors = quantised_report.load(quantised_report.ACCURACY)["error"]
+    outliers, normal = errors["outlier channels in keys"], errors["normal"]
+    assert outliers["e4m3 per token"] < outliers["int8 per token"] < outliers["e4m3"]
+    assert 3 * normal["int8 per token"] < normal["e4m3"] < 1.1 * normal["e4m3 per head"]
+    assert min(errors["keys with a large mean"].values()) > 2 * max(
+        own["bfloat16"] for name, own in errors.items() if "mean" not in name
+    )

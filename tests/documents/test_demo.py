@@ -1,6 +1,8 @@
 """The parts of the demo in `examples/`, and, where asked for, the language model itself."""
 
+import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
 
@@ -52,7 +54,7 @@ def tiny():
         return jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.float32)
 
     params = {
-        "embedding": normal(vocabulary, width) * 4,
+        "embedding": normal(vocabulary, width) * 0.1,  # small: attention decides, not the token
         "output_norm": jnp.ones(width, jnp.float32),
         "layers": {name: normal(TINY.num_layers, *shape) for name, shape in shapes.items()},
     }
@@ -113,11 +115,14 @@ def test_tokenizer_round_trip():
     assert model.decode(model.encode("a🙂")[:-1]) == "a"  # a character still to be completed
 
 
-@pytest.fixture(scope="module")
-def read_anew(tiny):
-    """The tokens that follow when each is chosen by dense attention to all tokens before it."""
+def follow_anew(tiny, held=lambda rows: rows):
+    """The tokens that follow when each is chosen by dense attention to all tokens before it.
+
+    `held` says what a cache makes of rows of keys and values.
+    """
 
     def attend(layer, query, key, value, cache):
+        key, value = held(key), held(value)
         out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True)
         return out[0], cache
 
@@ -135,6 +140,11 @@ def read_anew(tiny):
         return row[len(prompt) :]
 
     return [follow(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def read_anew(tiny):
+    return follow_anew(tiny)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +168,35 @@ def test_tokens_are_those_of_reading_everything_anew(
         page_size=page_size, seed=page_size,
     )  # fmt: skip
     assert outputs == read_anew
+
+
+def rounded(largest, rows, to=jnp.round):
+    """The codes up to `largest` that come nearest, times a scale of each row."""
+    scale = jnp.abs(rows).max(-1, keepdims=True) / largest
+    return to(rows / scale).astype(rows.dtype) * scale
+
+
+HELD = {
+    "int8": functools.partial(rounded, 127),
+    "int4": functools.partial(rounded, 7),
+    "fp8": functools.partial(rounded, 448, to=lambda x: x.astype("float8_e4m3fn")),
+}
+
+
+@pytest.mark.parametrize(
+    ("cache", "layout", "page_size", "prefill_chunk"),
+    [("int8", "HND", 4, 3), ("int4", "NHD", 1, 5), ("fp8", "KV_HEADS_FIRST", 16, 512)],
+)
+def test_tokens_over_a_quantised_cache_are_those_of_rounded_keys_and_values(
+    tiny, read_anew, cache, layout, page_size, prefill_chunk
+):
+    outputs = paged_decode.generate(
+        tiny, PROMPTS, max_new_tokens=6, prefill_chunk=prefill_chunk, cache=cache,
+        cache_layout=layout, page_size=page_size,
+    )  # fmt: skip
+    expected = follow_anew(tiny, HELD[cache])
+    assert outputs == expected
+    assert expected != read_anew or cache != "int4"  # four bits show
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 14, 99])
@@ -220,6 +259,7 @@ def test_the_most_pages_in_use_are_counted(tiny):
         (["--page-size", "9" * 5000], "must be a whole number from 1 to 1024"),
         (["--prefill-chunk", "1.5"], "'1.5' must be a whole number from 1 to 65536"),
         (["--seed", "many"], "'many' must be a whole number from 0 to 4294967295"),
+        (["--cache", "int2"], "choose from 'int8', 'fp8', 'int4'"),
         (["--cache-layout", "nhd"], "choose from 'HND', 'NHD', 'KV_HEADS_FIRST'"),
         (["--dtype", "f64"], "choose from 'f32', 'bf16', 'f16'"),
         (["--backend", "cudnn"], "choose from 'auto', 'xla', 'triton', 'pallas'"),
@@ -252,12 +292,27 @@ def test_a_prompt_beyond_the_model_is_refused(tiny, monkeypatch, capsys):
     assert "make 73 tokens; the model has room for 64" in capsys.readouterr().err
 
 
-def test_the_demo_says_what_pages_did(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("options", [[], ["--cache", "int8"]], ids=["float", "int8"])
+def test_the_demo_says_what_pages_did(tiny, options, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "load", lambda dtype: tiny)
-    generate.main(["--prompt", "aaaa", "--max-new-tokens", "3", "--page-size", "4"])
+    generate.main(["--prompt", "aaaa", "--max-new-tokens", "3", "--page-size", "4", *options])
     out = capsys.readouterr().out
     assert "at most 2 pages of 4 tokens in use at once" in out
     assert "a dense cache of 1 x 7 tokens" in out
+    assert ("int8: these pages take" in out) == bool(options)
+
+
+@pytest.mark.parametrize(("cache", "row_bytes"), [("int8", 12), ("fp8", 12), ("int4", 8)])
+def test_the_demo_says_what_a_quantised_cache_saved(cache, row_bytes, tiny):
+    args = argparse.Namespace(cache=cache, page_size=1000, dtype="float32")
+    pages, quantised = generate.savings(args, tiny, most_pages=10, num_seqs=1, most=9000)
+    rows = 10000 * 2 * TINY.num_layers * TINY.num_kv_heads
+    paged, whole = (round(rows * size / 1e6, 1) for size in (row_bytes, 4 * TINY.head_dim))
+    assert f"in use at once, {paged} MB" in pages
+    assert quantised == (
+        f"{cache}: these pages take {paged} MB, scales included, instead of the {whole} MB of "
+        f"float32: saves {whole - paged:.1f} MB"
+    )
 
 
 @hypothesis.given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 9))

@@ -21,6 +21,7 @@ OWN = {name for operation in OPERATIONS for name in inspect.signature(operation)
 FIRST_COLUMN = re.compile(r"^\| ([^|]+) \|", re.MULTILINE)
 # Code in the first column that is no argument, besides operations: values, and what pools hold.
 OTHERS = {"plan", "run", "cuda", "triton", "pallas", "xla", "num_blocks", "layout"}
+OTHERS |= {"uint8", "weight", "scales"}
 
 
 def listed():
