@@ -136,8 +136,9 @@ FAULTS = {
     "parts of both warpgroups in one place": (
         "writing", "row = tile.part + first * group", "row = tile.part", "cut",
     ),
-    "an empty piece begins where it ends": (
-        "tiles", "jnp.where(begin < end, x, 0) for x", "x for x", "empty_piece",
+    "an empty piece sees what is left": (
+        "tiles", "begin = jnp.minimum(begin + item.piece * size, end)",
+        "begin = jnp.minimum(begin + item.piece * size, end - 1)", "empty_piece",
     ),
     "pieces begin together": ("tiles", "begin + item.piece * size, end)", "begin, end)", "cut"),
     "LSE of parts is natural": (
