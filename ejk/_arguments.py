@@ -66,7 +66,7 @@ def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
         key_cache, cache_layout, num_heads=num_heads, head_dim=head_dim
     )
     check_rows("query", given.query, key_cache)
-    cache_type = check_cache_dtype(key_cache)
+    cache_type = check_cache_dtype("key_cache.dtype", key_cache.dtype)
     check_floats(sinks=given.sinks, alibi_slopes=given.alibi_slopes)
     if num_heads % num_kv_heads:
         raise ValueError(
@@ -135,17 +135,22 @@ def check_sizes(**sizes: tuple[Array | None, str, Size]) -> None:
             raise ValueError(f"{name}.shape[0]={x.shape[0]} must be {axis}={size}")
 
 
-def check_pool(key_cache: Array, cache_layout: Any, **sizes: Size) -> tuple[Size, int, int]:
-    """Check a pool's axes, and that `sizes` and its own are not 0.
-
-    Returns its pages, its KV heads and the slots of a page.
-    """
+def check_layout(cache_layout: Any) -> None:
+    """Check that a layout is one of those that there are."""
     if not isinstance(cache_layout, str) or cache_layout not in LAYOUTS:
         near = did_you_mean(cache_layout, LAYOUTS) if isinstance(cache_layout, str) else ""
         raise ValueError(
             f"cache_layout={describe(cache_layout)} must be one of "
             f"{', '.join(map(repr, LAYOUTS))}{near}"
         )
+
+
+def check_pool(key_cache: Array, cache_layout: Any, **sizes: Size) -> tuple[Size, int, int]:
+    """Check a pool's axes, and that `sizes` and its own are not 0.
+
+    Returns its pages, its KV heads and the slots of a page.
+    """
+    check_layout(cache_layout)
     layout = layout_of(key_cache, cache_layout)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
     if layout.halves is not None and key_cache.shape[layout.halves] != 2:

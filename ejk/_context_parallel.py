@@ -99,7 +99,7 @@ def own_ragged_part(
         return part, operands
     own = _own_pages(part, operands, axis_name, page_offset)
     bounds = sane_bounds(part, jnp.asarray(operands.cu_q_lens))
-    is_new, seq = sequences_of_rows(part, bounds)
+    is_new, seq = sequences_of_rows(part.num_seqs, part.total_tokens, bounds)
     lens = jnp.clip(operands.context_lens, 0, part.capacity)
     left = bounds[seq + 1] - jnp.arange(part.total_tokens, dtype=jnp.int32)
     position = jnp.where(is_new, jnp.maximum(lens[seq] - left, -1), -1)

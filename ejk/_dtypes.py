@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ejk._cache_types import CACHE_DTYPES, CacheType, cache_type_of
+from ejk._describe import describe
 from ejk._typing import Array
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,16 +29,19 @@ def check_rows(name: str, rows: Array, key_cache: Array) -> None:
     raise TypeError(f"{name}.dtype={rows.dtype.name} must be one of {', '.join(DTYPES)}: {how}")
 
 
-def check_cache_dtype(key_cache: Array) -> CacheType:
-    """Check that a cache is of a type that it may have, and return which."""
-    name = key_cache.dtype.name
+def check_cache_dtype(argument: str, dtype: Any) -> CacheType:
+    """Check that `dtype` is one that a cache may have, and return what it holds."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = describe(dtype)
     if name not in CACHE_DTYPES:
         packed = ": int4 has two values a byte" if name in ("int4", "uint4") else ""
         raise ValueError(
-            f"key_cache.dtype={name} must be one of {', '.join(CACHE_DTYPES)}, of which uint8 "
+            f"{argument}={name} must be one of {', '.join(CACHE_DTYPES)}, of which uint8 "
             f"holds int4{packed}"
         )
-    return cache_type_of(key_cache.dtype)
+    return cache_type_of(name)
 
 
 def check_floats(**arrays: Array | None) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ejk._arguments import check_layout
 from ejk._cache_types import CACHE_DTYPES, CacheType, cache_type_of
 from ejk._describe import describe
 from ejk._indices import exceeds, static_int
@@ -136,12 +137,7 @@ def _check_options(
     cache_layout: Any, value_head_dim: StaticInt | None, fused: bool, latent: bool
 ) -> None:
     """Check the layout and that no option excludes another."""
-    if cache_layout not in LAYOUTS:
-        near = did_you_mean(cache_layout, LAYOUTS) if isinstance(cache_layout, str) else ""
-        raise ValueError(
-            f"cache_layout={describe(cache_layout)} must be one of "
-            f"{', '.join(map(repr, LAYOUTS))}{near}"
-        )
+    check_layout(cache_layout)
     if fused and latent:
         raise ValueError("fused=True must not come with latent=True, whose values are the keys")
     if (fused or latent) and value_head_dim is not None:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from ejk import _dispatch, _registry
 from ejk._arguments import check_window
 from ejk._backend import Backend, Choice
-from ejk._cache_types import CACHE_DTYPES, CacheType, cache_type_of
-from ejk._describe import describe
+from ejk._dtypes import check_cache_dtype
 from ejk._indices import as_int32, exceeds, static_size
 from ejk._page_attention import BACKENDS
 from ejk._typing import Lengths, ScalarInt, StaticInt, StaticSize, typed
@@ -109,7 +108,9 @@ def plan_page_attention(
     candidates = _registry.choose(backend, PageAttentionProblem, BACKENDS).backends
     own = (b.planner for b in candidates if isinstance(b, PageAttentionBackend))
     planners = (*filter(None, own), XlaPlan())
-    is_quantised = cache_dtype is not None and _cache_type(cache_dtype).is_quantised
+    is_quantised = False
+    if cache_dtype is not None:
+        is_quantised = check_cache_dtype("cache_dtype", cache_dtype).is_quantised
     problem = planners[0].plan_problem(facts, width, is_quantised)
     if 0 in (facts.num_seqs, facts.capacity):
         return PageAttentionPlan(jnp.zeros(problem.results[0].shape, jnp.int32), problem, facts)
@@ -119,20 +120,6 @@ def plan_page_attention(
     )
     [work] = _dealt_out(problem, _registry.choose(None, PlanProblem, planners), operands)
     return PageAttentionPlan(work, problem, facts)
-
-
-def _cache_type(dtype: Any) -> CacheType:
-    """Check `cache_dtype` and return what it holds."""
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = None
-    if name not in CACHE_DTYPES:
-        raise ValueError(
-            f"cache_dtype={describe(dtype)} must be one of {', '.join(CACHE_DTYPES)}, of which "
-            "uint8 holds int4"
-        )
-    return cache_type_of(name)
 
 
 @_dispatch.compiled

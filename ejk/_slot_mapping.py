@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from ejk._arguments import check_sizes
-from ejk._indices import as_int32, count_up_to, exceeds, static_int, static_size
+from ejk._indices import as_int32, exceeds, static_int, static_size
 from ejk._typing import Array, Bounds, Lengths, StaticInt, StaticSize, Tables, typed
+from ejk.backends.ragged_page_attention import sequences_of_rows
 
 
 @typed
@@ -106,9 +107,7 @@ def ragged_slot_mapping(
         return jnp.full_like(rows, -1)
     bounds = jnp.clip(jnp.asarray(as_int32(cu_q_lens, num_rows)), 0, num_rows)
     bounds = jax.lax.cummax(bounds)
-    seqs = count_up_to(bounds[1:], rows)
-    is_new = (rows >= bounds[0]) & (seqs < num_seqs)
-    seqs = jnp.minimum(seqs, num_seqs - 1)
+    is_new, seqs = sequences_of_rows(num_seqs, num_rows, bounds)
     # Not clipped to the table, as attention does: the last slots would be written once more.
     lens = jnp.maximum(jnp.asarray(as_int32(context_lens, 2**31 - 1)), 0)
     positions = lens[seqs] - (bounds[seqs + 1] - rows)

@@ -166,7 +166,7 @@ def _problem_of(
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
     if key.shape[1] != num_kv_heads:
         raise ValueError(f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}")
-    cache_type = check_cache_dtype(key_cache)
+    cache_type = check_cache_dtype("key_cache.dtype", key_cache.dtype)
     check_width(key_cache, head_dim, "the keys'")
     _check_values(key, value, key_cache, value_cache)
     check_sizes(slot_mapping=(slot_mapping, "num_tokens", num_tokens))

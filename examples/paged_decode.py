@@ -93,20 +93,17 @@ class CacheSpec:
         return Pools(*pools, *scales)
 
     def slot_mapping(self, block_tables: jax.Array, positions: jax.Array) -> jax.Array:
-        """Find the slot, `page * page_size + offset`, of each position (`[num_seqs, tokens]`).
-
-        A negative position has no slot, nor has one whose table entry is invalid: -1.
-        """
-        column = jnp.maximum(positions, 0) // self.page_size
-        pages = jnp.take_along_axis(block_tables, column, axis=1)
-        slots = pages * self.page_size + positions % self.page_size
-        return jnp.where((positions >= 0) & (pages >= 0), slots, -1)
+        """Find the slot of one position a row of the table; -1 where it has none."""
+        sizes = {"page_size": self.page_size, "num_pages": self.num_pages}
+        return ejk.slot_mapping(block_tables, positions, **sizes)
 
     def of_layer(self, layer: jax.Array, slots: jax.Array, block_tables: jax.Array):
         """Move the slots and the table of one layer to where that layer's pages begin."""
-        first_page = layer * self.num_pages
-        slots = jnp.where(slots >= 0, slots + first_page * self.page_size, -1)
-        return slots, jnp.where(block_tables >= 0, block_tables + first_page, -1)
+        sizes = {"page_size": self.page_size, "num_pages": self.num_pages}
+        return (
+            ejk.layer_slot_mapping(slots, layer, **sizes),
+            ejk.layer_block_tables(block_tables, layer, num_pages=self.num_pages),
+        )
 
 
 class PageTables:
@@ -212,7 +209,7 @@ def prefill_step(
 
     Each token sees what its sequence has in the pages: earlier chunks, and this one up to itself.
     """
-    slots = spec.slot_mapping(block_tables[chunk.seqs], chunk.positions[:, None])[:, 0]
+    slots = spec.slot_mapping(block_tables[chunk.seqs], chunk.positions)
 
     def attend(layer, query, key, value, pools):
         layer_slots, layer_tables = spec.of_layer(layer, slots, block_tables)
@@ -259,7 +256,7 @@ def decode_step(
     0: it writes nothing, reads nothing and costs next to nothing.
     """
     positions = context_lens - 1
-    slots = spec.slot_mapping(block_tables, positions[:, None])[:, 0]
+    slots = spec.slot_mapping(block_tables, positions)
 
     def attend(layer, query, key, value, pools):
         layer_slots, layer_tables = spec.of_layer(layer, slots, block_tables)

@@ -104,13 +104,13 @@ def sane_bounds(problem: RaggedPageAttentionProblem, cu_q_lens: jax.Array) -> ja
 
 
 def sequences_of_rows(
-    problem: RaggedPageAttentionProblem, bounds: jax.Array
+    num_seqs: Size, total_tokens: Size, bounds: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Say of each row, by sane bounds, whether it is a new token, and of which sequence."""
-    rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
+    rows = jnp.arange(total_tokens, dtype=jnp.int32)
     seq = count_up_to(bounds[1:], rows)
-    is_new = (rows >= bounds[0]) & (seq < problem.num_seqs)
-    return is_new, jnp.minimum(seq, len(bounds) - 2)
+    is_new = (rows >= bounds[0]) & (seq < num_seqs)
+    return is_new, jnp.minimum(seq, num_seqs - 1)
 
 
 class Items(NamedTuple):

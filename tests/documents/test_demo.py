@@ -83,9 +83,10 @@ def test_slots_follow_the_table():
     spec = paged_decode.CacheSpec(num_pages=9, page_size=4)
     tables = jnp.array([[7, 2, -1], [0, -1, -1]], jnp.int32)
     positions = jnp.array([[0, 5, 8, -1], [3, 4, -1, -1]], jnp.int32)
-    slots = spec.slot_mapping(tables, positions)
+    slots = jax.vmap(lambda column: spec.slot_mapping(tables, column), 1, 1)(positions)
     np.testing.assert_array_equal(slots, [[28, 9, -1, -1], [3, -1, -1, -1]])
-    slots, tables = spec.of_layer(jnp.int32(2), slots, tables)
+    of_layer = jax.vmap(lambda column: spec.of_layer(jnp.int32(2), column, tables), 1, (1, None))
+    slots, tables = of_layer(slots)
     np.testing.assert_array_equal(slots, [[100, 81, -1, -1], [75, -1, -1, -1]])
     np.testing.assert_array_equal(tables, [[25, 20, -1], [18, -1, -1]])
 

@@ -41,7 +41,7 @@ def attend(
     """Launch the kernel once for each of `launches`; results of nobody's rows stay as they are."""
     problem = launches[0].problem
     bounds = sane_bounds(problem, operands.cu_q_lens)
-    is_new, seq = sequences_of_rows(problem, bounds)
+    is_new, seq = sequences_of_rows(problem.num_seqs, problem.total_tokens, bounds)
     rows = jnp.arange(problem.total_tokens, dtype=jnp.int32)
     for sizes in launches:
         counts = item_counts(bounds, sizes)
