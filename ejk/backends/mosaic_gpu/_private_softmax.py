@@ -191,7 +191,11 @@ def _tangents(own: list[Any]) -> list[Any]:
 
 
 def _by_size(
-    own: list[Any], end: Any, inside: Callable, outside: Callable, more: int = 0
+    own: list[Any],
+    end: Any,
+    inside: Callable[[list[Any]], list[Any]],
+    outside: Callable[[list[Any]], list[Any]],
+    more: int = 0,
 ) -> list[Any]:
     """Map a thread's numbers by `inside`, or by `outside` if its warp has a square past `end`.
 
@@ -211,7 +215,12 @@ def _by_size(
     return list(branch.results)
 
 
-def _odd(x: Any, coefficients: Sequence[Any], multiply: Callable, fma: Callable) -> Any:
+def _odd(
+    x: Any,
+    coefficients: Sequence[Any],
+    multiply: Callable[[Any, Any], Any],
+    fma: Callable[[Any, Any, Any], Any],
+) -> Any:
     """Return a polynomial of `x` whose powers are odd."""
     if len(coefficients) == 1:
         return multiply(x, coefficients[0])
