@@ -72,7 +72,7 @@ static:
 	@$(MAKE) --no-print-directory prices VENV=$(VENV)-static
 
 prices: $(VENV)/.static
-	@$(PY) -m benchmarks.tpu_static --check $(ARGS)
+	@$(PY) benchmarks/tpu_static.py --check $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Times `ejk.page_attention` on a TPU, and prints what was predicted next to it.
 
-    python -m benchmarks.tpu                        every workload of tpu_kernels.py
-    python -m benchmarks.tpu --only "page 16"
+    python benchmarks/tpu.py                        every workload of tpu_kernels.py
+    python benchmarks/tpu.py --only "page 16"
 
 Each workload is first compared with the XLA backend. The time is that of a program of `CALLS`
 chained calls, over `CALLS`: the median of five rounds of programs queued without waiting.
@@ -14,12 +14,15 @@ from collections.abc import Iterable
 
 import jax
 import numpy as np
+import timing
+import tpu_kernels
+import tpu_prices
+import workloads
 from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
+from workloads import Arrays, Workload
 
 import ejk
-from benchmarks import timing, tpu_kernels, tpu_prices, workloads
-from benchmarks.workloads import Arrays, Workload
 
 CALLS = 64
 TOLERANCE = 2e-2  # of the largest value; what is timed must first be right
@@ -43,7 +46,9 @@ def generation() -> str:
     """Return the name of the TPU that is here, or end and say that there is none."""
     found = jax.devices()[0]
     if found.platform != "tpu":
-        sys.exit(f"no TPU here: JAX sees {found.device_kind}. `benchmarks.tpu_static` needs none")
+        sys.exit(
+            f"no TPU here: JAX sees {found.device_kind}. `benchmarks/tpu_static.py` needs none"
+        )
     version = str(pltpu.get_tpu_info().chip_version)
     return {"7x": "v7x"}.get(version, version)
 

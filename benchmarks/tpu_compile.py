@@ -20,12 +20,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tpu_kernels
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
-
-from benchmarks import tpu_kernels
 
 TOPOLOGIES = {
     "v4": "v4:2x2x1",

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from workloads import Workload, uniform
 
 import ejk
-from benchmarks.workloads import Workload, uniform
 
 POOL_BYTES = 2**30  # far more than fits next to a core, where XLA would put smaller ones
 

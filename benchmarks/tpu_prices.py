@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from benchmarks import tpu_kernels
+import tpu_kernels
 
 RESULTS = Path(__file__).parent / "results" / "tpu_static.json"
 TOLERANCE = 0.03

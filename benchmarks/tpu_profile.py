@@ -133,16 +133,14 @@ def compile_in_process(case: dict, folder: str) -> dict:
     """Run `tpu_compile` with libtpu's dumps in `folder`; returns what it printed."""
     flags = FLAGS + (() if case["generation"] in NOT_PROFILED else PROFILE_FLAGS)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(
-            [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": " ".join(flag.format(folder=folder) for flag in flags),
     }
-    command = [sys.executable, "-m", "benchmarks.tpu_compile", json.dumps(case)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "tpu_compile.py"), json.dumps(case)]
     try:
         done = subprocess.run(
             command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS

@@ -1,9 +1,9 @@
 """Prices TPU decode kernels by what libtpu's static profiler says of them; needs no TPU.
 
-    python -m benchmarks.tpu_static                               all, into results/tpu_static.json
-    python -m benchmarks.tpu_static --only ejk v6e "page 16"      some kernels, chips, workloads
-    python -m benchmarks.tpu_static --only ejk --check            fails if worse than the results
-    python -m benchmarks.tpu_static --only ejk --field pages_per_compute_block=32
+    python benchmarks/tpu_static.py                               all, into results/tpu_static.json
+    python benchmarks/tpu_static.py --only ejk v6e "page 16"      some kernels, chips, workloads
+    python benchmarks/tpu_static.py --only ejk --check            fails if worse than the results
+    python benchmarks/tpu_static.py --only ejk --field pages_per_compute_block=32
 
 Nothing here was measured on a TPU. `docs/tpu.md` has the formula and what it leaves out.
 """
@@ -18,10 +18,11 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import tpu_kernels, tpu_profile
-from benchmarks.tpu_prices import CHIPS, RESULTS, Price, bytes_a_bundle, compare, load, predict
-from benchmarks.tpu_profile import ProfileError
-from benchmarks.workloads import Workload
+import tpu_kernels
+import tpu_profile
+from tpu_prices import CHIPS, RESULTS, Price, bytes_a_bundle, compare, load, predict
+from tpu_profile import ProfileError
+from workloads import Workload
 
 GENERATIONS = (*tpu_profile.NOT_PROFILED, *CHIPS)
 
@@ -174,7 +175,7 @@ def write(path: Path, prices: dict[tuple[str, str, str], Price]) -> None:
     facts = dict(
         versions=versions(),
         date=datetime.date.today().isoformat(),
-        command="python -m benchmarks.tpu_static",
+        command="python benchmarks/tpu_static.py",
         prices=[
             {name: value for name, value in dataclasses.asdict(price).items() if value is not None}
             for _, price in sorted(prices.items())

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from benchmarks import tpu_kernels, tpu_prices
-from benchmarks.tpu_prices import CHIPS, Price
+import tpu_kernels
+import tpu_prices
+from tpu_prices import CHIPS, Price
 
 PAGE = pathlib.Path(__file__).with_name("tpu.md")
 BEGIN, END = "<!-- tables:begin -->\n", "<!-- tables:end -->\n"

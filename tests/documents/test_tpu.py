@@ -4,10 +4,11 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
+import tpu
+import tpu_prices
+from workloads import uniform
 
 import ejk
-from benchmarks import tpu, tpu_prices
-from benchmarks.workloads import uniform
 
 TINY = uniform("tiny", 4, 2, 8, 2, 24, 8, sliding_window=20)
 

@@ -8,10 +8,12 @@ import sys
 import tomllib
 
 import pytest
-
-from benchmarks import tpu_kernels, tpu_prices, tpu_profile, tpu_static
-from benchmarks.tpu_prices import Price, compare, predict
-from benchmarks.tpu_profile import ProfileError, Run, parse_program, parse_run
+import tpu_kernels
+import tpu_prices
+import tpu_profile
+import tpu_static
+from tpu_prices import Price, compare, predict
+from tpu_profile import ProfileError, Run, parse_program, parse_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
