@@ -59,9 +59,9 @@ def measure(workload: Workload, backend: ejk.Backend, calls: int = CALLS, **time
     options = dict(workload.options)
 
     def call(query, rest, backend):
-        keys, values, context_lens, tables = rest
-        arguments = (query, keys, values, context_lens, tables)
-        return ejk.page_attention(*arguments, backend=backend, **options)
+        *rest, key_scale, value_scale = rest
+        scales = dict(key_scale=key_scale, value_scale=value_scale)
+        return ejk.page_attention(query, *rest, backend=backend, **scales, **options)
 
     query, *rest = arrays
     check(workload, *(jax.jit(call, static_argnums=2)(query, rest, b) for b in (backend, "xla")))
@@ -118,11 +118,7 @@ def table(rows: Iterable[Measured]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    names = [
-        name
-        for name, of in tpu_kernels.WORKLOADS.items()
-        if of.new_tokens == 1 and not isinstance(of, tpu_kernels.OfCache)
-    ]
+    names = [name for name, of in tpu_kernels.WORKLOADS.items() if of.new_tokens == 1]
     parser.add_argument("--only", nargs="+", choices=names, help="workloads")
     args = parser.parse_args(argv)
     chip = generation()

@@ -7,41 +7,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from caches import E4M3, INT8, INT8_TOKEN
 from workloads import Workload, uniform
 
 import ejk
 
 POOL_BYTES = 2**30  # far more than fits next to a core, where XLA would put smaller ones
 
-
-@dataclasses.dataclass(frozen=True)
-class OfCache(Workload):
-    """A workload whose cache is of another type than its queries."""
-
-    cache_dtype: str = "int8"
-    scales: str = "head"  # or "token", or "none"
-
-    @property
-    def token_bytes(self) -> int:
-        head_bytes = self.head_dim * jnp.dtype(self.cache_dtype).itemsize
-        return 2 * self.num_kv_heads * (head_bytes + 4 * (self.scales == "token"))
-
-
-def of_cache(workload: Workload, name: str, cache_dtype: str, scales: str) -> OfCache:
-    return OfCache(**vars(workload) | dict(name=name, cache_dtype=cache_dtype, scales=scales))
-
-
 _PAGE_16 = uniform("page 16", 32, 8, 128, 16, 2048, 16)
 _PAGE_32 = uniform("page 32", 32, 8, 128, 16, 2048, 32)
 _PAGE_128 = uniform("page 128", 32, 8, 128, 16, 2048, 128)
 
-QUANTISED = (
-    of_cache(_PAGE_16, "int8, page 16", "int8", "head"),
-    of_cache(_PAGE_128, "int8, page 128", "int8", "head"),
-    of_cache(_PAGE_128, "int8 per token, page 128", "int8", "token"),
-    of_cache(_PAGE_16, "e4m3, page 16", "float8_e4m3fn", "head"),
-    of_cache(_PAGE_32, "e4m3, page 32", "float8_e4m3fn", "head"),
-    of_cache(_PAGE_128, "e4m3, page 128", "float8_e4m3fn", "head"),
+QUANTISED = tuple(
+    dataclasses.replace(workload, name=f"{name}, {workload.name}", cache=cache)
+    for name, cache, workload in (
+        ("int8", INT8, _PAGE_16),
+        ("int8", INT8, _PAGE_128),
+        ("int8 per token", INT8_TOKEN, _PAGE_128),
+        ("e4m3", E4M3, _PAGE_16),
+        ("e4m3", E4M3, _PAGE_32),
+        ("e4m3", E4M3, _PAGE_128),
+    )
 )
 QUANTISED_CHIPS = ("v6e", "v7x")
 
@@ -101,8 +87,8 @@ def _ejk(w: Workload, where: jax.sharding.Sharding, fused: bool = False, **field
     backend = Known(**fields)
     arrays = _arrays(w, where, fused)
     scales = {}
-    if isinstance(w, OfCache) and w.scales != "none":
-        shape = (w.num_kv_heads,) if w.scales == "head" else arrays[1].shape[:-1]
+    if w.held.scales != "none":
+        shape = (w.num_kv_heads,) if w.held.scales == "head" else arrays[1].shape[:-1]
         scale = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
         scales = dict(key_scale=scale, value_scale=scale)
     jax.jit(functools.partial(ejk.page_attention, backend=backend, **options)).lower(
@@ -154,8 +140,8 @@ def _arrays(w: Workload, where: jax.sharding.Sharding, fused: bool) -> list[Any]
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     halves = (2,) if fused else ()
-    dtype = w.cache_dtype if isinstance(w, OfCache) else w.dtype
-    pool = array((_num_pages(w), *halves, w.num_kv_heads, w.page_size, w.head_dim), dtype)
+    pool_shape = (_num_pages(w), *halves, w.num_kv_heads, w.page_size, w.head_dim)
+    pool = array(pool_shape, w.held.held_as)
     return [
         array((w.num_seqs * w.new_tokens, w.num_heads, w.head_dim), w.dtype),
         pool,

@@ -142,7 +142,7 @@ def chosen(only: list[str]) -> list[tuple[str, ...]]:
 
 def is_priced(kernel: str, generation: str, workload: str) -> bool:
     """Say whether a case is priced: but for one kernel only where something is predicted."""
-    quantised = isinstance(tpu_kernels.WORKLOADS[workload], tpu_kernels.OfCache)
+    quantised = tpu_kernels.WORKLOADS[workload].held.quantised
     chips = tpu_kernels.QUANTISED_CHIPS if quantised else GENERATIONS if kernel == "ejk" else CHIPS
     return workload in tpu_kernels.PRICED[kernel] and generation in chips
 

@@ -46,12 +46,8 @@ def workloads() -> str:
     for w in tpu_kernels.WORKLOADS.values():
         context = f"{w.num_seqs} x {w.context_lens[0]:,}"
         heads = f"{w.num_heads}/{w.num_kv_heads}/{w.head_dim}"
-        dtypes = (
-            f"{w.dtype}, cache {w.cache_dtype}, scales per {w.scales}"
-            if (isinstance(w, tpu_kernels.OfCache))
-            else w.dtype
-        )
-        rest = ", ".join([dtypes, *(f"`{name}={value}`" for name, value in w.options)])
+        cache = f", cache {w.held.dtype}, scales per {w.held.scales}" if w.cache else ""
+        rest = ", ".join([w.dtype + cache, *(f"`{name}={value}`" for name, value in w.options)])
         rest += f", {w.new_tokens} new tokens each" * (w.new_tokens > 1)
         rows.append(f"| {w.name} | {heads} | {context} | {w.page_size} | {rest} |")
     return "\n" + "\n".join(rows) + "\n"

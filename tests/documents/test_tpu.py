@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 import tpu
 import tpu_prices
+from caches import INT8, INT8_TOKEN
 from workloads import uniform
 
 import ejk
@@ -19,9 +20,11 @@ def test_a_machine_without_a_tpu_says_so():
     assert end.value.code != 0
 
 
-def test_a_workload_is_checked_and_timed():
+@pytest.mark.parametrize("cache", [None, INT8, INT8_TOKEN], ids=str)
+def test_a_workload_is_checked_and_timed(cache):
     backend = ejk.PallasPageAttention(interpret=True)
-    assert tpu.measure(TINY, backend, calls=2, repeats=1, rounds=1) > 0
+    workload = dataclasses.replace(TINY, cache=cache)
+    assert tpu.measure(workload, backend, calls=2, repeats=1, rounds=1) > 0
 
 
 def test_what_is_wrong_is_not_timed():
