@@ -17,10 +17,20 @@ from ejk._dtypes import (
 )
 from ejk._indices import Size, as_int32, exceeds, least, rounded_bound, static_int
 from ejk._nearest import did_you_mean
+from ejk._prefix_groups import num_prefix_groups, prefix_operands
 from ejk._scales import GivenScales
-from ejk._typing import Array, Flag, Scalar, ScalarInt, ScaleArgument, StaticFloat, StaticInt
+from ejk._typing import (
+    Array,
+    Flag,
+    PrefixGroups,
+    Scalar,
+    ScalarInt,
+    ScaleArgument,
+    StaticFloat,
+    StaticInt,
+)
 from ejk.backends.layouts import LAYOUTS, layout_of
-from ejk.backends.page_attention import PagedFacts
+from ejk.backends.paged_facts import PagedFacts
 
 # A logit that such a cap would change is so large that only the largest logit has weight anyway.
 CAPS_NOTHING = 1e30
@@ -47,6 +57,7 @@ class Arguments:
     return_lse: Flag
     key_scale: ScaleArgument | None = None
     value_scale: ScaleArgument | None = None
+    prefix_groups: PrefixGroups | None = None
 
     @property
     def latent(self) -> bool:
@@ -96,6 +107,7 @@ def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
         has_alibi=given.alibi_slopes is not None,
         return_lse=bool(given.return_lse),
         scales=given.scales.kind(num_kv_heads),
+        num_prefix_groups=num_prefix_groups(given.prefix_groups, num_seqs),
     )
 
 
@@ -125,6 +137,7 @@ def shared_operands(given: Arguments, facts: PagedFacts, num_pages: Size) -> dic
         "sinks": as_float32(given.sinks),
         "alibi_slopes": as_float32(given.alibi_slopes),
         **given.scales.operands(facts.scales, facts.num_kv_heads),
+        **prefix_operands(given.prefix_groups, facts.max_blocks),
     }
 
 

@@ -17,7 +17,12 @@ from ejk._merge_attention_states import merge_attention_states
 from ejk._own_pages import OwnPages
 from ejk._rounding import rounded
 from ejk._typing import Array, AxisName, ScalarInt
-from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem, PagedProblem
+from ejk.backends.page_attention import (
+    NO_GROUPS,
+    PageAttentionOperands,
+    PageAttentionProblem,
+    PagedProblem,
+)
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
@@ -74,7 +79,7 @@ def own_part(
     page_offset: ScalarInt,
 ) -> tuple[PageAttentionProblem, PageAttentionOperands]:
     """Return a device's part of a call: its own pages, in a table of their own."""
-    part, operands = _part_of(problem, choice), operands._replace(sinks=None)
+    part, operands = _part_of(problem, choice), operands._replace(sinks=None, **NO_GROUPS)
     if part.is_empty:
         return part, operands
     own = _own_pages(part, operands, axis_name, page_offset, operands.sliding_window)
@@ -94,7 +99,7 @@ def own_ragged_part(
     page_offset: ScalarInt,
 ) -> tuple[RaggedPageAttentionProblem, RaggedPageAttentionOperands]:
     """Return a device's part of a call: all new tokens, and of the pages its own."""
-    part, operands = _part_of(problem, choice), operands._replace(sinks=None)
+    part, operands = _part_of(problem, choice), operands._replace(sinks=None, **NO_GROUPS)
     if part.is_empty:
         return part, operands
     own = _own_pages(part, operands, axis_name, page_offset)
@@ -103,10 +108,12 @@ def own_ragged_part(
     lens = jnp.clip(operands.context_lens, 0, part.capacity)
     left = bounds[seq + 1] - jnp.arange(part.total_tokens, dtype=jnp.int32)
     position = jnp.where(is_new, jnp.maximum(lens[seq] - left, -1), -1)
-    row_lens, windows = own.up_to(seq, position, part.page_size), operands.sliding_window
+    last = position if part.causal else jnp.where(is_new, lens[seq] - 1, -1)
+    row_lens, windows = own.up_to(seq, last, part.page_size), operands.sliding_window
     if windows is not None:
         behind = jnp.maximum(windows, 0)
-        windows = row_lens - own.up_to(seq, position - behind, part.page_size)
+        hidden = own.up_to(seq, position - behind, part.page_size)
+        windows = jnp.where(behind > 0, row_lens - hidden, 0)
     return part, operands._replace(
         context_lens=own.lens,
         block_tables=own.tables,
@@ -134,7 +141,9 @@ def merged(
 
 def _part_of(problem: P, choice: Choice) -> P:
     """Return the problem of one device. The sinks are one part more, once."""
-    part = dataclasses.replace(problem, is_part=True, has_sinks=False, return_lse=True)
+    part = dataclasses.replace(
+        problem, is_part=True, has_sinks=False, return_lse=True, num_prefix_groups=0
+    )
     _dispatch.refuse_undeclared(part, choice)  # here: an empty call asks no backend
     return part
 

@@ -156,7 +156,7 @@ class HostCallbacks:
     XLA is given all callbacks of a computation before it asks for them: these stand in.
     """
 
-    MOST = 8  # as many as the kernels of a call, where each is interpreted
+    MOST = 12  # as many as the kernels of a call, where each is interpreted
 
     def __init__(self, ctx: Context, count: int):
         self.first, self.count = len(ctx.module_context.host_callbacks), count

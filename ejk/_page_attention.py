@@ -6,16 +6,17 @@ import jax
 
 from ejk import _registry
 from ejk._answer import attend_or_answer
-from ejk._arguments import Arguments, facts_of, shared_operands, visible_bound
+from ejk._arguments import Arguments, shared_operands
 from ejk._backend import Backend
 from ejk._context_parallel import all_pages, check_axis, merged, own_part
-from ejk._indices import static_int
+from ejk._problems import page_attention_problem
 from ejk._typing import (
     AxisName,
     Cache,
     Flag,
     Lengths,
     PerHead,
+    PrefixGroups,
     Query,
     Scalar,
     ScalarInt,
@@ -28,7 +29,7 @@ from ejk._typing import (
 from ejk.backends.layouts import CacheLayout
 from ejk.backends.mosaic_gpu.page_attention.backend import MosaicGpuPageAttention
 from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
-from ejk.backends.page_attention_plan import PageAttentionPlan, PlanFacts
+from ejk.backends.page_attention_plan import PageAttentionPlan
 from ejk.backends.pallas.page_attention.backend import PallasPageAttention
 from ejk.backends.reverse_mode.page_attention import differentiable
 from ejk.backends.triton.page_attention.backend import TritonPageAttention
@@ -60,6 +61,7 @@ def page_attention(
     value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
+    prefix_groups: PrefixGroups | None = None,
     axis_name: AxisName | None = None,
     page_offset: ScalarInt = 0,
     return_lse: Literal[False] = False,
@@ -85,6 +87,7 @@ def page_attention(
     value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
+    prefix_groups: PrefixGroups | None = None,
     axis_name: AxisName | None = None,
     page_offset: ScalarInt = 0,
     return_lse: Literal[True],
@@ -110,6 +113,7 @@ def page_attention(
     value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
+    prefix_groups: PrefixGroups | None = None,
     axis_name: AxisName | None = None,
     page_offset: ScalarInt = 0,
     return_lse: Flag,
@@ -135,6 +139,7 @@ def page_attention(
     value_scale: ScaleArgument | None = None,
     value_head_dim: StaticInt | None = None,
     plan: PageAttentionPlan | None = None,
+    prefix_groups: PrefixGroups | None = None,
     axis_name: AxisName | None = None,
     page_offset: ScalarInt = 0,
     return_lse: Flag = False,
@@ -208,6 +213,14 @@ def page_attention(
         value_head_dim: for latent attention only.
         plan: from `ejk.plan_page_attention` for the same lengths: how to deal out the work. Saves
             each of a model's layers the making of its own. Refused with `axis_name`.
+        prefix_groups: sequences whose tables begin with the same pages, such as those of an
+            `ejk.paging.PrefixGroups`: `groups[s]` is the group of sequence `s`, -1 or another
+            number outside `[0, num_groups)` for none, and `num_pages[g]` how many first pages its
+            sequences share. These may then be read once for the group. A hint: it changes speed
+            and the last bits, nothing else. Pages that a sequence of the group does not fill are
+            cut off, and a group whose tables differ in the others is read sequence by sequence, as
+            is one that would not pay. A sequence has one group: what some of them share beyond it
+            is read for each. Left out of account with `axis_name` and under `vmap`.
         axis_name: the mesh axis, or axes, of the `jax.shard_map` around the call that the pages
             are split over. None: all are on this device. `docs/scaling.md` has an example.
         page_offset: with `axis_name`, added to a page's place on its device, after it was found.
@@ -257,9 +270,10 @@ def page_attention(
         return_lse=return_lse,
         key_scale=key_scale,
         value_scale=value_scale,
+        prefix_groups=prefix_groups,
     )
     check_axis(axis_name, page_offset, given)
-    problem = problem_of(given, num_splits, plan)
+    problem = page_attention_problem(given, num_splits, plan)
     choice = _registry.choose(backend, PageAttentionProblem, BACKENDS)
     num_pages = all_pages(axis_name, problem.num_pages)
     operands = PageAttentionOperands(
@@ -271,22 +285,6 @@ def page_attention(
         part, own = own_part(problem, operands, choice, axis_name, page_offset)
         results = merged(problem, _attend(part, choice, own), operands.sinks, axis_name)
     return (results[0], results[1]) if return_lse else results[0]
-
-
-def problem_of(
-    given: Arguments, num_splits: StaticInt, plan: PageAttentionPlan | None
-) -> PageAttentionProblem:
-    """Check the arguments and collect the static facts of the call."""
-    facts = facts_of(given, num_seqs=given.query.shape[0])
-    bound = visible_bound(given, facts)
-    if plan is not None:
-        plan.check(PlanFacts.of(facts, given.sliding_window))
-    return PageAttentionProblem(
-        **vars(facts),
-        num_splits=static_int("num_splits", num_splits, at_least=0),
-        plan=None if plan is None else plan.problem,
-        visible_bound=bound,
-    )
 
 
 def _sinks(problem: PageAttentionProblem, operands: PageAttentionOperands) -> jax.Array | None:

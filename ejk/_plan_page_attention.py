@@ -11,7 +11,17 @@ from ejk._backend import Backend, Choice
 from ejk._dtypes import check_cache_dtype
 from ejk._indices import as_int32, exceeds, static_size
 from ejk._page_attention import BACKENDS
-from ejk._typing import Lengths, ScalarInt, StaticInt, StaticSize, typed
+from ejk._prefix_groups import num_prefix_groups, prefix_operands
+from ejk._typing import (
+    Array,
+    Lengths,
+    PrefixGroups,
+    ScalarInt,
+    StaticInt,
+    StaticSize,
+    Tables,
+    typed,
+)
 from ejk.backends.page_attention import PageAttentionBackend, PageAttentionProblem
 from ejk.backends.page_attention_plan import (
     PageAttentionPlan,
@@ -35,6 +45,8 @@ def plan_page_attention(
     sliding_window: ScalarInt | None = None,
     value_head_dim: StaticInt | None = None,
     cache_dtype: Any = None,
+    prefix_groups: PrefixGroups | None = None,
+    block_tables: Tables | None = None,
     backend: str | Backend | None = None,
 ) -> PageAttentionPlan:
     """Deal out the work of `ejk.page_attention` over a batch of contexts, on the device.
@@ -61,6 +73,10 @@ def plan_page_attention(
         value_head_dim: of the values; `head_dim` if None.
         cache_dtype: of the pools, such as `key_cache.dtype`: more programs fit a multiprocessor on
             quantised ones. The queries' if None. As the lengths, it may be wrong: calls are slower.
+        prefix_groups: those of the calls, as in `ejk.page_attention`, so that layers need not each
+            find out which groups agree and pay. Must come with `block_tables`.
+        block_tables: those of the calls: what is shared is compared once, here. Looked at for
+            `prefix_groups` alone.
         backend: that of the calls: an `ejk.TritonPageAttention` says for which GPU to plan where
             none is present.
 
@@ -104,6 +120,8 @@ def plan_page_attention(
         )
     if exceeds(facts.capacity, 2**31 - 1):
         raise ValueError(f"max_blocks * page_size={facts.capacity} must be below 2**31")
+    groups = num_prefix_groups(prefix_groups, facts.num_seqs)
+    _check_tables(facts, prefix_groups, block_tables)
 
     candidates = _registry.choose(backend, PageAttentionProblem, BACKENDS).backends
     own = (b.planner for b in candidates if isinstance(b, PageAttentionBackend))
@@ -117,9 +135,28 @@ def plan_page_attention(
     operands = PlanOperands(
         context_lens=as_int32(context_lens, facts.capacity),
         sliding_window=None if sliding_window is None else as_int32(sliding_window, 2**31 - 1),
+        **prefix_operands(prefix_groups, facts.max_blocks),
+        block_tables=as_int32(block_tables, 2**31 - 1) if groups else None,
     )
     [work] = _dealt_out(problem, _registry.choose(None, PlanProblem, planners), operands)
     return PageAttentionPlan(work, problem, facts)
+
+
+def _check_tables(
+    facts: PlanFacts, prefix_groups: PrefixGroups | None, block_tables: Array | None
+) -> None:
+    if block_tables is None:
+        if prefix_groups is not None:
+            raise ValueError(
+                "block_tables=None must be given with prefix_groups: pass those of the calls, "
+                "whose first pages are compared"
+            )
+        return
+    shape = (facts.num_seqs, facts.max_blocks)
+    if block_tables.shape != shape:
+        raise ValueError(
+            f"block_tables.shape={block_tables.shape} must be [num_seqs, max_blocks]={list(shape)}"
+        )
 
 
 @_dispatch.compiled

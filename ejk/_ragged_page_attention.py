@@ -1,5 +1,6 @@
 """`ejk.ragged_page_attention`: the signature and its prose, once for every backend."""
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 
 from ejk import _registry
 from ejk._answer import attend_or_answer
-from ejk._arguments import Arguments, check_sizes, facts_of, shared_operands, visible_bound
-from ejk._backend import Backend
+from ejk._arguments import Arguments, shared_operands
+from ejk._backend import Backend, Choice
 from ejk._context_parallel import all_pages, check_axis, merged, own_ragged_part
-from ejk._indices import as_int32, exceeds, least, rounded_bound
+from ejk._indices import as_int32
+from ejk._problems import ragged_page_attention_problem
 from ejk._typing import (
     Array,
     AxisName,
@@ -20,6 +22,7 @@ from ejk._typing import (
     Lengths,
     PerHead,
     PerToken,
+    PrefixGroups,
     Scalar,
     ScalarInt,
     ScaleArgument,
@@ -41,7 +44,6 @@ from ejk.backends.reverse_mode.ragged_page_attention import differentiable
 from ejk.backends.triton.ragged_page_attention.backend import TritonRaggedPageAttention
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention
 
-FEW_TOKENS = 8  # new tokens of a decode step or a draft: rounded up they could ask for wide blocks
 BACKENDS = (
     MosaicGpuRaggedPageAttention(), TritonRaggedPageAttention(), PallasRaggedPageAttention(),
     XlaRaggedPageAttention(),
@@ -60,6 +62,7 @@ def ragged_page_attention(
     *,
     max_q_len: StaticInt | None = None,
     max_context_len: StaticInt | None = None,
+    causal: Flag = True,
     cache_layout: CacheLayout = "HND",
     sliding_window: ScalarInt | None = None,
     attn_logits_soft_cap: StaticFloat | None = None,
@@ -70,6 +73,7 @@ def ragged_page_attention(
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
+    prefix_groups: PrefixGroups | None = None,
     axis_name: AxisName | None = None,
     page_offset: ScalarInt = 0,
     return_lse: Literal[False] = False,
@@ -87,6 +91,7 @@ def ragged_page_attention(
     *,
     max_q_len: StaticInt | None = None,
     max_context_len: StaticInt | None = None,
+    causal: Flag = True,
     cache_layout: CacheLayout = "HND",
     sliding_window: ScalarInt | None = None,
     attn_logits_soft_cap: StaticFloat | None = None,
@@ -97,6 +102,7 @@ def ragged_page_attention(
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
+    prefix_groups: PrefixGroups | None = None,
     axis_name: AxisName | None = None,
     page_offset: ScalarInt = 0,
     return_lse: Literal[True],
@@ -114,6 +120,7 @@ def ragged_page_attention(
     *,
     max_q_len: StaticInt | None = None,
     max_context_len: StaticInt | None = None,
+    causal: Flag = True,
     cache_layout: CacheLayout = "HND",
     sliding_window: ScalarInt | None = None,
     attn_logits_soft_cap: StaticFloat | None = None,
@@ -124,6 +131,7 @@ def ragged_page_attention(
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
+    prefix_groups: PrefixGroups | None = None,
     axis_name: AxisName | None = None,
     page_offset: ScalarInt = 0,
     return_lse: Flag,
@@ -141,6 +149,7 @@ def ragged_page_attention(
     *,
     max_q_len: StaticInt | None = None,
     max_context_len: StaticInt | None = None,
+    causal: Flag = True,
     cache_layout: CacheLayout = "HND",
     sliding_window: ScalarInt | None = None,
     attn_logits_soft_cap: StaticFloat | None = None,
@@ -151,6 +160,7 @@ def ragged_page_attention(
     value_head_dim: StaticInt | None = None,
     positions: PerToken | None = None,
     tree_mask: TreeMask | None = None,
+    prefix_groups: PrefixGroups | None = None,
     axis_name: AxisName | None = None,
     page_offset: ScalarInt = 0,
     return_lse: Flag = False,
@@ -176,6 +186,10 @@ def ragged_page_attention(
     With a `tree_mask`, `t` sees all tokens before the new ones, and of these not those up to
     itself but token `j` exactly where `tree_mask[row, j - (n - q_len)]`. A row with `t < 0`, of
     more new tokens than tokens, sees nothing, whatever its mask says.
+
+    With `causal=False`, each new token sees all tokens `0 <= j < n` that its window leaves, also
+    those after itself, and with `t < 0`, too: as the queries of an encoder, or of another sequence
+    whose keys and values the pages hold. `positions` are then those of queries alone: `pos_j = j`.
 
     A row that sees no token, such as one with `t < 0`, is exactly 0, its LSE the sink or -inf. A
     row of no sequence is 0, its LSE -inf. What is said of bad table entries, of memory that no
@@ -204,6 +218,7 @@ def ragged_page_attention(
         max_context_len: a bound on the lengths, used to size work; the table's width if None. Too
             small a bound may be slow, never wrong. Both bounds are rounded up, so that values that
             follow each other compile a few programs.
+        causal: a token sees no later ones. False: it sees them, too, and `tree_mask` is None.
         cache_layout: as in `ejk.page_attention`.
         sliding_window: only positions less than so many behind are visible. At least 1. May be
             traced: one that exceeds every length is no window.
@@ -219,6 +234,8 @@ def ragged_page_attention(
         tree_mask: which new tokens of its own sequence a new token sees; column `j` is the
             sequence's `j`-th, and those past the last column are not seen. A new token before the
             first token sees nothing, whatever the mask says. Usually `positions` are given, too.
+        prefix_groups: as in `ejk.page_attention`. New tokens never lie in what is shared. Left
+            out of account with `axis_name`.
         axis_name: as in `ejk.page_attention`.
         page_offset: as in `ejk.page_attention`.
         return_lse: also return the natural-log LSE, float32 `[total_tokens, num_heads]`.
@@ -263,9 +280,12 @@ def ragged_page_attention(
         return_lse=return_lse,
         key_scale=key_scale,
         value_scale=value_scale,
+        prefix_groups=prefix_groups,
     )
     check_axis(axis_name, page_offset, given, cu_q_lens=cu_q_lens)
-    problem = problem_of(given, cu_q_lens, max_q_len, positions, tree_mask)
+    problem = ragged_page_attention_problem(
+        given, cu_q_lens, max_q_len, positions, tree_mask, causal
+    )
     choice = _registry.choose(backend, RaggedPageAttentionProblem, BACKENDS)
     operands = RaggedPageAttentionOperands(
         **shared_operands(given, problem, all_pages(axis_name, problem.num_pages)),
@@ -273,50 +293,23 @@ def ragged_page_attention(
         positions=as_int32(positions, 2**31 - 1) if problem.has_positions else None,
         tree_mask=_without_empty_axis(tree_mask),
     )
-    if axis_name is None:
-        results = _attend(problem, choice, operands)
-    else:
-        part, own = own_ragged_part(problem, operands, choice, axis_name, page_offset)
-        found = _attend(part, choice, own)
-        results = merged(problem, found, _row_sinks(problem, operands), axis_name)
+    results = _attend_along(axis_name, page_offset, problem, choice, operands)
     return (results[0], results[1]) if return_lse else results[0]
 
 
-def problem_of(
-    given: Arguments,
-    cu_q_lens: Array,
-    max_q_len: StaticInt | None,
-    positions: Array | None,
-    tree_mask: Array | None,
-) -> RaggedPageAttentionProblem:
-    """Check the arguments and collect the static facts of the call."""
-    total_tokens, num_seqs = given.query.shape[0], given.context_lens.shape[0]
-    facts = facts_of(given, num_seqs)
-    if cu_q_lens.shape[0] != num_seqs + 1:
-        rule = f"cu_q_lens.shape[0]={cu_q_lens.shape[0]} must be num_seqs + 1={num_seqs + 1}"
-        lengths = cu_q_lens.shape[0] == num_seqs
-        raise ValueError(rule + ": of lengths pass jnp.pad(jnp.cumsum(q_lens), (1, 0))" * lengths)
-    if exceeds(total_tokens, 2**31 - 1):
-        raise ValueError(
-            f"total_tokens={total_tokens} must be below 2**31: rows are counted in 32 bits"
-        )
-    check_sizes(
-        positions=(positions, "total_tokens", total_tokens),
-        tree_mask=(tree_mask, "total_tokens", total_tokens),
-    )
-    q_len_bound = total_tokens
-    if max_q_len is not None:
-        rounded = rounded_bound("max_q_len", max_q_len, exact_up_to=FEW_TOKENS)
-        q_len_bound = least(q_len_bound, rounded)
-    counts_positions = facts.has_window or facts.has_alibi
-    return RaggedPageAttentionProblem(
-        **vars(facts),
-        total_tokens=total_tokens,
-        has_positions=positions is not None and counts_positions,
-        tree_width=0 if tree_mask is None else max(tree_mask.shape[1], 1),
-        q_len_bound=max(q_len_bound, 1),
-        visible_bound=visible_bound(given, facts),
-    )
+def _attend_along(
+    axis_name: AxisName | None,
+    page_offset: ScalarInt,
+    problem: RaggedPageAttentionProblem,
+    choice: Choice,
+    operands: RaggedPageAttentionOperands,
+) -> Sequence[jax.Array]:
+    """Attend to all pages, or to a device's own and merge what those along the axis found."""
+    if axis_name is None:
+        return _attend(problem, choice, operands)
+    part, own = own_ragged_part(problem, operands, choice, axis_name, page_offset)
+    found = _attend(part, choice, own)
+    return merged(problem, found, _row_sinks(problem, operands), axis_name)
 
 
 def _without_empty_axis(tree_mask: Array | None) -> jax.Array | None:

@@ -33,6 +33,10 @@ TreeMask = Annotated[
     Bool[Array, "total_tokens max_q_len"], "a boolean array [total_tokens, max_q_len]"
 ]
 PerHead = Float[Array, " num_heads"]
+PrefixGroups = Annotated[
+    tuple[Integer[Array, " num_seqs"], Integer[Array, " num_groups"]],
+    "a pair of integer arrays, groups [num_seqs] and num_pages [num_groups]",
+]
 Scalar = Annotated[
     float | int | np.floating | np.integer | Float[Array, ""] | Integer[Array, ""],
     "a number or a 0-d array",

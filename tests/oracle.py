@@ -49,6 +49,7 @@ def ragged_page_attention(
     sliding_window=None,
     positions=None,
     tree_mask=None,
+    causal=True,
     key_scale=None,
     value_scale=None,
     **options,
@@ -57,12 +58,14 @@ def ragged_page_attention(
     scales = key_scale, value_scale
     key_cache, value_cache = dequantised(key_cache, value_cache, *scales, cache_layout)
     lens = [length_of(key_cache, n, t, cache_layout) for n, t in zip(context_lens, block_tables)]
-    rows = ragged_rows(len(query), lens, cu_q_lens, sliding_window, positions, tree_mask)
+    rows = ragged_rows(len(query), lens, cu_q_lens, sliding_window, positions, tree_mask, causal)
     rows = only_pages(rows, key_cache, block_tables, cache_layout)
     return attend(query, key_cache, value_cache, block_tables, cache_layout, rows, **options)
 
 
-def ragged_rows(total, lens, cu_q_lens, sliding_window=None, positions=None, tree_mask=None):
+def ragged_rows(
+    total, lens, cu_q_lens, sliding_window=None, positions=None, tree_mask=None, causal=True
+):
     """List each row's sequence and what it sees, tokens and their distances; or None for it."""
     rows = [None] * total
     bounds = [min(max(int(c), 0), total) for c in cu_q_lens]
@@ -78,11 +81,13 @@ def ragged_rows(total, lens, cu_q_lens, sliding_window=None, positions=None, tre
         for row in range(begin, end):
             t = context + row - begin
             seen = range(t + 1) if t >= 0 else []
+            if not causal:
+                seen = range(n)
             if tree_mask is not None and t >= 0:
                 columns = tree_mask[row][max(-context, 0) : n - context]
                 new = [max(context, 0) + int(column) for column in np.flatnonzero(columns)]
                 seen = [*range(context), *new]
-            distances = [(j, position(j) - position(t)) for j in seen]
+            distances = [(j, (position(j) if causal else j) - position(t)) for j in seen]
             if sliding_window is not None:
                 # Below 1 it shows nothing, whatever the positions.
                 distances = [(j, d) for j, d in distances if -d < int(sliding_window) >= 1]

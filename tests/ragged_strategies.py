@@ -44,7 +44,7 @@ class RaggedCase(Case):
     @functools.cached_property
     def rows_seen(self):
         """Each row's sequence and the tokens that it sees, valid pages or not."""
-        names = ("sliding_window", *EXTRAS)
+        names = ("sliding_window", "causal", *EXTRAS)
         options = {name: self.options[name] for name in names if name in self.options}
         return oracle.ragged_rows(len(self.query), self.lengths(), self.cu_q_lens, **options)
 
@@ -104,7 +104,7 @@ class RaggedCase(Case):
 
 
 @st.composite
-def ragged_cases(draw, configurations=CONFIGURATIONS, extras=EXTRAS) -> RaggedCase:
+def ragged_cases(draw, configurations=CONFIGURATIONS, extras=EXTRAS, causal=True) -> RaggedCase:
     """Draw a call of one of `configurations`, with any of `extras`."""
     config = draw(one_of(configurations))
     shape = config.shape
@@ -126,6 +126,7 @@ def ragged_cases(draw, configurations=CONFIGURATIONS, extras=EXTRAS) -> RaggedCa
         invalid=draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),
         magnitudes=(draw(st.sampled_from((0.1, 1.0, 2.0))), draw(st.sampled_from((0.01, 1.0, 99)))),
         as_jax=draw(st.booleans()),
+        causal=causal,
     )
 
 
@@ -161,11 +162,16 @@ def build_ragged(
     invalid=0.0,
     magnitudes=(1.0, 1.0),
     as_jax=False,
+    causal=True,
+    prefix_groups=None,
 ) -> RaggedCase:
-    """Make a call; the arguments are those of `strategies.build`, and the bounds of the rows."""
+    """Make a call; the arguments are those of `strategies.build`, and the bounds of the rows.
+
+    Of the sequences of each of the `prefix_groups` the tables name the same first pages.
+    """
     rng = np.random.default_rng(seed)
     shape, dtype = config.shape, config.dtype
-    options = draw_options(config, rng, window)
+    options = draw_options(config, rng, window) | ({} if causal else {"causal": False})
     if "positions" in extras:
         spread = rng.integers(0, shape.capacity + 3, total)
         # A slope times 2**31 would leave nothing of a float32 logit.
@@ -175,10 +181,12 @@ def build_ragged(
     if "tree_mask" in extras:
         options["tree_mask"] = rng.random((total, TOTAL - 4)) < 0.6
     query = magnitudes[0] * rng.standard_normal((total, shape.num_heads, shape.head_dim))
+    tables = draw_tables(rng, shape, len(context_lens), tables_dtype, share, invalid)
+    in_groups = share_pages(tables, prefix_groups)
     case = RaggedCase(
         shape, dtype, config.cache_layout, query.astype(dtype), np.zeros(0), None, context_lens,
-        draw_tables(rng, shape, len(context_lens), tables_dtype, share, invalid), options,
-        config.num_splits, np.zeros(0), np.zeros(0), as_jax, config.fused, cu_q_lens=cu_q_lens,
+        tables, options, config.num_splits, np.zeros(0), np.zeros(0), as_jax, config.fused,
+        cu_q_lens=cu_q_lens,
     )  # fmt: skip
     seen: list[set[int]] = [set() for _ in context_lens]
     for s, tokens in filter(None, case.rows_seen):
@@ -186,7 +194,19 @@ def build_ragged(
     *pools, scales = draw_pools(rng, config, case.block_tables, seen, magnitudes)
     named = dict(zip(("keys", "values", "live", "needed"), pools))
     case = case.replace(**named, scales=scales)
-    return case.with_other_junk(seed)
+    return case.replace(needed=case.needed | in_groups).with_other_junk(seed)
+
+
+def share_pages(tables, prefix_groups):
+    """Let the tables of each group name the pages of its first sequence; return where they do."""
+    shared = np.zeros(tables.shape, bool)
+    groups, num_pages = ((), ()) if prefix_groups is None else prefix_groups
+    for group, count in enumerate(num_pages):
+        rows = np.flatnonzero(np.asarray(groups) == group)
+        if len(rows) and count > 0:
+            tables[rows, :count] = tables[rows[0], :count]
+            shared[rows, :count] = True
+    return shared
 
 
 def narrow(x):

@@ -17,17 +17,15 @@ from ejk._batching import merge_axis
 from ejk._cache_types import (
     QUANTISED,
     SCALES,
-    CacheType,
-    Scales,
-    cache_type_of,
     features_of,
     told_of_gradients,
 )
 from ejk._indices import Size
 from ejk._shards import Axes, Shards
-from ejk.backends.layouts import LAYOUTS, POOLS, Layout
+from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention_plan import PlanBackend, PlanProblem
 from ejk.backends.page_attention_shards import axes_of, shards_of
+from ejk.backends.paged_facts import PagedFacts
 
 AXIS = frozenset({"axis_name", "axis_name with alibi_slopes"})
 """The features of pages that are split over devices: `axis_name=`."""
@@ -37,6 +35,10 @@ OTHER_FLOAT = "key_cache.dtype other than query.dtype"
 
 CACHES = QUANTISED | SCALES | {OTHER_FLOAT}
 """The features of caches that hold something else than the query's type."""
+
+
+NO_GROUPS = {"prefix_groups": None, "prefix_pages": None}
+"""The operands of a call whose sequences share nothing that is known."""
 
 
 class PageAttentionOperands(NamedTuple):
@@ -59,56 +61,8 @@ class PageAttentionOperands(NamedTuple):
     key_scale: Any = None  # float32 [num_kv_heads], or of the pool's axes but the last; or None
     value_scale: Any = None  # the same; None where `key_scale` has all: see `scales`
     page_distances: Any = None  # int32 [num_seqs, max_blocks], or None: see `is_part`
-
-
-@dataclasses.dataclass(frozen=True)
-class PagedFacts:
-    """What is known of pools and options of any attention to pages when a call is traced."""
-
-    num_seqs: Size
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_head_dim: int
-    num_pages: Size
-    page_size: int
-    max_blocks: Size
-    query_dtype: np.dtype
-    cache_dtype: np.dtype
-    cache_layout: str
-    fused: bool
-    """`key_cache` has five axes, keys and values on one of them."""
-    latent: bool
-    """The values are the first `value_head_dim` entries of the keys."""
-    has_window: bool
-    soft_cap: float | None
-    has_sinks: bool
-    has_alibi: bool
-    return_lse: bool
-    scales: Scales = dataclasses.field(default="none", kw_only=True)
-    """What has a scale: a KV head, or a token and KV head. Latent attention's are `key_scale`
-    alone, and so are those of tokens in fused pools, which lie as the pool does."""
-
-    @property
-    def cache_type(self) -> CacheType:
-        """What the elements of the pools hold."""
-        return cache_type_of(self.cache_dtype)
-
-    @property
-    def group(self) -> int:
-        """Query heads that read one KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def capacity(self) -> Size:
-        """Tokens that a row of the block table can name."""
-        return self.max_blocks * self.page_size
-
-    @property
-    def layout(self) -> Layout:
-        """Where the axes of the pools are, as they were handed over."""
-        layout = LAYOUTS[self.cache_layout]
-        return layout.fused if self.fused else layout
+    prefix_groups: Any = None  # int32 [num_seqs], or None: see `num_prefix_groups`
+    prefix_pages: Any = None  # int32 [num_prefix_groups], or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +93,12 @@ class PagedProblem(PagedFacts, Problem):
     positions from the query to the first token of each page.
     """
 
+    keeps_float32: bool = dataclasses.field(default=False, kw_only=True)
+    """The output is float32: a backend's own part of a call, which it merges with another."""
+
     @property
     def out_dtype(self) -> np.dtype:
-        return np.dtype(np.float32) if self.is_part else self.query_dtype
+        return np.dtype(np.float32) if self.is_part or self.keeps_float32 else self.query_dtype
 
     @property
     def own_windows(self) -> bool:
@@ -208,6 +165,12 @@ class PagedProblem(PagedFacts, Problem):
         scale = of[self.scales]
         return {"key_scale": scale, "value_scale": None if key_has_all else scale}
 
+    def group_axes(self, seqs: Any) -> Mapping[str, tuple[Any, ...] | None]:
+        """Say what the axes of `prefix_groups` and `prefix_pages` are."""
+        if not self.num_prefix_groups:
+            return NO_GROUPS
+        return {"prefix_groups": (seqs,), "prefix_pages": (None,)}
+
     @property
     def axes(self) -> Axes:
         return axes_of(self)
@@ -249,15 +212,18 @@ class PageAttentionProblem(PagedProblem):
         self, size: int, operands: PageAttentionOperands, axes: PageAttentionOperands
     ) -> "tuple[PageAttentionProblem, PageAttentionOperands] | None":
         """Make a `vmap` axis over sequences alone part of `num_seqs`."""
-        shared = (x for name, x in axes._asdict().items() if name not in (*self.per_seq, "plan"))
+        own = (*self.per_seq, "plan", *NO_GROUPS)
+        shared = (x for name, x in axes._asdict().items() if name not in own)
         if any(axis is not None and axis >= 0 for axis in shared):
             return None
 
         per_seq = {name: (getattr(operands, name), getattr(axes, name)) for name in self.per_seq}
-        # A plan is for one batch; the folded one makes its own.
-        folded = dataclasses.replace(self, num_seqs=size * self.num_seqs, plan=None)
+        # A plan is for one batch, as groups are; the folded one makes its own.
+        folded = dataclasses.replace(
+            self, num_seqs=size * self.num_seqs, plan=None, num_prefix_groups=0
+        )
         rows = {name: merge_axis(x, axis, size) for name, (x, axis) in per_seq.items()}
-        return folded, operands._replace(plan=None, **rows)
+        return folded, operands._replace(plan=None, **NO_GROUPS, **rows)
 
     def shards(self, specs: PageAttentionOperands, mesh: Mapping[str, int]) -> Shards:
         # A plan is for all sequences and sized for all heads: each device makes its own.
@@ -278,6 +244,7 @@ class PageAttentionProblem(PagedProblem):
             plan=None,
             **self.scale_axes(kv_heads),
             page_distances=(seqs, None) if self.own_distances else None,
+            **self.group_axes(seqs),
         )
 
 

@@ -17,6 +17,9 @@ class PlanOperands(NamedTuple):
 
     context_lens: Any  # int32 [num_seqs]
     sliding_window: Any  # int32 [], or None; [num_seqs] with `own_windows`
+    prefix_groups: Any = None  # as in `PageAttentionOperands`, and so is what follows
+    prefix_pages: Any = None
+    block_tables: Any = None  # int32 [num_seqs, max_blocks]; None without groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,8 @@ class RaggedPageAttentionOperands(NamedTuple):
     value_scale: Any = None
     row_lens: Any = None  # int32 [total_tokens]: tokens that each sees, where the problem `is_part`
     page_distances: Any = None  # as in `PageAttentionOperands`, but from the last token of each
+    prefix_groups: Any = None  # as in `PageAttentionOperands`
+    prefix_pages: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class RaggedPageAttentionProblem(PagedProblem):
     feature_names: ClassVar[frozenset[str]] = PagedProblem.feature_names | {
         "positions",
         "tree_mask",
+        "causal=False",
         "axis_name with positions",
         "axis_name with tree_mask",
     }
@@ -60,6 +63,9 @@ class RaggedPageAttentionProblem(PagedProblem):
     visible_bound: Size
     """No token is expected to see more tokens than this: for sizing work, nothing else."""
 
+    causal: bool = dataclasses.field(default=True, kw_only=True)
+    """A new token sees its sequence up to itself; else all of it, and keys have no `positions`."""
+
     @property
     def num_rows(self) -> Size:
         return self.total_tokens
@@ -69,6 +75,7 @@ class RaggedPageAttentionProblem(PagedProblem):
         used = {
             "positions": self.has_positions,
             "tree_mask": self.tree_width > 0,
+            "causal=False": not self.causal,
             "axis_name with positions": self.is_part and self.has_positions,
             "axis_name with tree_mask": self.is_part and self.tree_width > 0,
         }
@@ -95,6 +102,7 @@ class RaggedPageAttentionProblem(PagedProblem):
             **self.scale_axes(kv_heads),
             row_lens=(None,) if self.is_part else None,
             page_distances=(None, None) if self.own_distances else None,
+            **self.group_axes(None),
         )
 
 

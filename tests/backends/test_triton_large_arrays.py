@@ -17,7 +17,7 @@ from bits import bits_equal
 
 import ejk
 from ejk._arguments import Arguments
-from ejk._page_attention import problem_of
+from ejk._problems import page_attention_problem
 from ejk.backends.page_attention import PageAttentionOperands
 from ejk.backends.triton import _launch
 from ejk.backends.triton._sizes import MAX_CAPACITY
@@ -60,7 +60,7 @@ def attend(query, keys, values, lens, tables, layout="HND", *, window=None, num_
         cache_layout=layout, sliding_window=window, soft_cap=None, sinks=None, alibi_slopes=None,
         value_head_dim=None, return_lse=True,
     )  # fmt: skip
-    problem = problem_of(given, num_splits, plan=None)
+    problem = page_attention_problem(given, num_splits, plan=None)
     if reasons := backend.refusals(problem, "cpu"):
         raise ejk.UnsupportedError("; ".join(reasons))
     scale = np.array(query.shape[2] ** -0.5, np.float32)

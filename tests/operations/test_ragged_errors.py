@@ -45,6 +45,12 @@ RANK_AND_KIND = {
         "tree_mask=float32[5, 2] must be a boolean array [total_tokens, max_q_len] or None",
     ),
     "a mask of rank 1": ({"tree_mask": zeros(5, dtype=bool)}, "tree_mask=bool[5] must be"),
+    "groups alone": (
+        {"prefix_groups": zeros(2, dtype=np.int32)},
+        "prefix_groups=int32[2] must be a pair of integer arrays, groups [num_seqs] and num_pages "
+        "[num_groups] or None",
+    ),
+    "a number for a truth": ({"causal": 0}, "causal=0 must be a bool"),
     "a bound on the device": ({"max_q_len": jnp.int32(1)}, "max_q_len="),
     "a truth as bound": ({"max_q_len": True}, "max_q_len=True must be an int"),
 }
@@ -71,6 +77,14 @@ MISFIT_AND_RANGE = {
     "heads that no group divides": (
         {"query": zeros(5, 7, 64)},
         "num_heads=7 must be a multiple of num_kv_heads=2",
+    ),
+    "a tree that is not causal": (
+        {"tree_mask": zeros(5, 2, dtype=bool), "causal": False},
+        "causal=False must come without tree_mask, which says itself what new tokens see",
+    ),
+    "groups of other sequences": (
+        {"prefix_groups": (zeros(3, dtype=np.int32), zeros(2, dtype=np.int32))},
+        "prefix_groups[0].shape[0]=3 must be num_seqs=2: the group of each sequence, -1 for none",
     ),
     "a window of nothing": ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
 }

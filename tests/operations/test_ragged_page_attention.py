@@ -62,6 +62,14 @@ def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 
 
+@each_ragged(ragged_cases(extras=("positions",), causal=False), share=0.5)
+def test_without_a_causal_mask_agrees_with_the_oracle(entry, case):
+    """Rows see all of their sequence, if it has fewer tokens than new ones, too."""
+    result = entry(case)
+    assert_close(case, *result)
+    bits_equal(result, entry(case.with_other_junk(seed=1)))
+
+
 @each_ragged(share=0.5)
 def test_order_of_pages_changes_no_bit(entry, case):
     bits_equal(entry(case), entry(case.permuted(seed=1)))

@@ -13,7 +13,9 @@ from ejk.backends.triton import _launch
 # What a field must at least be; blocks and warps must be powers of two, too.
 BLOCKS = {"block_rows": 16, "block_kv": 16, "few_block_kv": 16}
 WARPS = {"num_warps": 1, "few_num_warps": 1}
-OTHERS = {"num_stages": 1, "few_num_stages": 1, "split_tokens": 1, "num_sms": 1}
+OTHERS = {
+    "num_stages": 1, "few_num_stages": 1, "split_tokens": 1, "num_sms": 1, "least_saved_bytes": 0,
+}  # fmt: skip
 LEAST = BLOCKS | WARPS | OTHERS | {"compute_capability": 80}
 
 Call = Callable[..., tuple[Any, ...]]

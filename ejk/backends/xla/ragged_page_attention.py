@@ -25,6 +25,7 @@ from ejk.backends.ragged_page_attention import (
     number_items,
     sane_bounds,
 )
+from ejk.backends.ragged_prefixes import attend_in_groups
 from ejk.backends.xla._backend import XlaBackend
 from ejk.backends.xla._softmax import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE, Block, attend
 from ejk.backends.xla.page_attention import XlaPageAttention
@@ -40,15 +41,17 @@ class XlaRaggedPageAttention(XlaBackend, RaggedPageAttentionBackend):
         block_q: new tokens of a sequence that are taken at a time. None: at most 64.
         block_kv: tokens of the context that a step of the loop takes, in whole pages. None: at
             most 512, fewer where their keys exceed 2 MiB of float32 on a CPU, 32 MiB elsewhere.
+        least_saved_bytes: as of `ejk.TritonRaggedPageAttention`.
     """
 
     block_q: int | None = None
     block_kv: int | None = None
+    least_saved_bytes: int | None = None
 
-    features = XlaPageAttention.features | {"positions", "tree_mask"}
+    features = XlaPageAttention.features | {"positions", "tree_mask", "causal=False"}
 
     def __post_init__(self):
-        at_least(self, block_q=1, block_kv=1)
+        at_least(self, block_q=1, block_kv=1, least_saved_bytes=0)
 
     def run(
         self,
@@ -57,9 +60,12 @@ class XlaRaggedPageAttention(XlaBackend, RaggedPageAttentionBackend):
         platform: str,
     ) -> tuple[jax.Array, ...]:
         block_bytes = BLOCK_BYTES.get(platform, BLOCK_BYTES_ELSEWHERE)
-        sizes = Sizes.of(problem, block_bytes, self.block_q, self.block_kv)
-        out, lse = _attend(problem, operands, sizes)
-        return (out, lse) if problem.return_lse else (out,)
+
+        def attend(problem: Any, operands: Any) -> tuple[jax.Array, ...]:
+            sizes = Sizes.of(problem, block_bytes, self.block_q, self.block_kv)
+            return _attend(problem, operands, sizes)[: len(problem.results)]
+
+        return attend_in_groups(problem, operands, attend, self.least_saved_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +107,7 @@ class Queries(NamedTuple):
     position: jax.Array  # int32 [items, tokens]: what window and slopes count from
     context: jax.Array  # int32 [items]: tokens of the sequence before its new ones
     inside: jax.Array  # bool [items, tokens]: it is a token, and of this sequence
+    sees: jax.Array  # bool [items, tokens]: it sees a token at all, if its window shows one
     first: jax.Array  # int32 [items, tokens]: no token before it is visible
     last: jax.Array  # int32 [items, tokens]: nor this one or one after it
     window: Any  # int32 [items, tokens], or None
@@ -135,19 +142,16 @@ class Queries(NamedTuple):
                 window = _of_tokens(window, token)
             window = jnp.broadcast_to(window, place.shape)
             first = jnp.maximum(position - (jnp.maximum(window, 0) - 1), 0)
-            if problem.has_positions:  # those of new tokens may be anything
+            if problem.has_positions and problem.causal:  # those of new tokens may be anything
                 first = jnp.minimum(first, jnp.maximum(items.context, 0)[:, None])
         last = place + 1
-        if problem.tree_width:
+        if problem.tree_width or not problem.causal:
             last = jnp.broadcast_to(items.length[:, None], place.shape)
+        sees = inside & (place >= 0) if problem.causal else inside
         return cls(
-            items.seq, token, place, position, items.context, inside, first, last, window, newer
-        )
-
-    @property
-    def sees(self) -> jax.Array:
-        """Which of them see a token at all, if their window shows one: bool `[items, tokens]`."""
-        return self.inside & (self.place >= 0)
+            items.seq, token, place, position, items.context, inside, sees, first, last, window,
+            newer,
+        )  # fmt: skip
 
     def span(self, problem: RaggedPageAttentionProblem, sizes: Sizes) -> tuple[Any, Any]:
         """Return the blocks of pages `[begin, end)` that some of them sees a token of."""
@@ -204,15 +208,13 @@ def _visible(
     key_position: jax.Array,
 ) -> jax.Array:
     """Say which of the tokens `key` each new token sees: `[items, tokens, keys]`."""
+    visible = key[None, None] < queries.last[..., None]
     if problem.tree_width:
         column = key[None] - queries.context[:, None]  # [items, keys]
         rows = _of_tokens(operands.tree_mask, queries.token)
         is_column = (column >= 0) & (column < problem.tree_width)
         among_new = jnp.take_along_axis(rows, jnp.where(is_column, column, 0)[:, None], axis=2)
-        visible = (column < 0)[:, None] | (among_new & is_column[:, None])
-        visible = visible & (key[None] < (queries.last[:, :1]))[:, None]
-    else:
-        visible = key[None, None] <= queries.place[..., None]
+        visible = visible & ((column < 0)[:, None] | (among_new & is_column[:, None]))
     if problem.has_window:
         behind = queries.position[..., None] - key_position[:, None]
         # New tokens may lie ahead of each other: a window below 1 still shows nothing.
@@ -229,12 +231,11 @@ def _key_positions(
     key: jax.Array,
 ) -> jax.Array:
     """Return the positions of keys, `[items, keys]`: new ones may have been given others."""
-    if not problem.has_positions:
+    if not (problem.has_positions and problem.causal):
         return jnp.broadcast_to(key[None], (queries.seq.shape[0], key.shape[0]))
     new = key[None] - queries.context[:, None]
     token = jnp.where(new >= 0, bounds[queries.seq][:, None] + new, problem.total_tokens)
-    given = _of_tokens(operands.positions, token)
-    return jnp.where(new >= 0, jnp.maximum(given, 0), key[None])
+    return jnp.where(new >= 0, jnp.maximum(_of_tokens(operands.positions, token), 0), key[None])
 
 
 def by_kv_head(problem: RaggedPageAttentionProblem, x: jax.Array) -> jax.Array:

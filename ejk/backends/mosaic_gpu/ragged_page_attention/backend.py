@@ -39,6 +39,9 @@ FEW_ROWS = 16
 # Modelled by bytes. For 8 x 4,096 new tokens the copies do not show: on an H200 the call takes
 # 1.98 ms with float8_e4m3fn and 2.02 ms in bfloat16.
 FEW_ROWS_OF_COPIES = 512
+# Up to so many of a sequence, on average, memory bounds a call, and a shared prefix is worth being
+# read once, which Triton's kernels alone do. By an H100's bytes and products a second, unmeasured.
+MEMORY_BOUND_ROWS = 256
 # Bytes of these copies. Only pages that are seen are copied, but tables must have room in them.
 MOST_COPIED = 2**30
 
@@ -90,6 +93,12 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
             return "triton", (
                 f"for max_q_len={problem.q_len_bound} and {problem.group} query heads a KV head, "
                 f"up to {FEW_ROWS} rows, triton is as fast and compiled sooner"
+            )
+        if problem.num_prefix_groups and each <= MEMORY_BOUND_ROWS * problem.num_seqs:
+            return "triton", (
+                f"for total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs} and "
+                f"{problem.group} query heads a KV head, up to {MEMORY_BOUND_ROWS} rows each, "
+                "triton reads what prefix_groups share once, and this backend for each sequence"
             )
         if problem.cache_type.is_quantised and each <= FEW_ROWS_OF_COPIES * problem.num_seqs:
             return "triton", (

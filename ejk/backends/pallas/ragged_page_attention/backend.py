@@ -19,6 +19,7 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem,
     sane_bounds,
 )
+from ejk.backends.ragged_prefixes import attend_in_groups
 
 # Tokens of the context, at most: 256 are priced 1.7 times as dear on v5e, 2.3 times on v6e.
 BLOCK_KV = 512
@@ -40,24 +41,26 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         pages_per_block: pages of the context that are fetched and computed together. None: by
             sizes and chip.
         vmem_limit_bytes: memory next to the cores that the kernel may use. None: by chip.
+        least_saved_bytes: as of `ejk.TritonRaggedPageAttention`.
         interpret: as of `ejk.PallasPageAttention`.
     """
 
     block_q: int | None = None
     pages_per_block: int | None = None
     vmem_limit_bytes: int | None = None
+    least_saved_bytes: int | None = None
     interpret: bool | Hashable = False
 
     features = (
         frozenset({"attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes"})
-        | {"value_head_dim", "return_lse", "positions", "tree_mask"}
+        | {"value_head_dim", "return_lse", "positions", "tree_mask", "causal=False"}
         | POOLS
         | TPU_CACHES
     )
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)
-        at_least(self, block_q=1, pages_per_block=1, vmem_limit_bytes=1)
+        at_least(self, block_q=1, pages_per_block=1, vmem_limit_bytes=1, least_saved_bytes=0)
 
     def limits(self, problem: RaggedPageAttentionProblem, platform: str) -> tuple[str, ...]:
         reasons = self.first_refusals("the matrix unit", problem.query_dtype, problem.cache_dtype)
@@ -76,6 +79,15 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         return tuple(reasons)
 
     def launch(
+        self, problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
+    ) -> Results:
+        def fits(problem: RaggedPageAttentionProblem) -> bool:
+            return not self.limits(problem, "tpu")
+
+        attend = self._launch
+        return attend_in_groups(problem, operands, attend, self.least_saved_bytes, fits)
+
+    def _launch(
         self, problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
     ) -> Results:
         from ejk.backends.pallas.ragged_page_attention.call import nothing_seen

@@ -93,7 +93,8 @@ def attend_items(
     position = first[:, None] + token - token[:, :1]  # [items, block_q]
     if problem.has_positions:
         position = jnp.maximum(operands.positions, 0)[token]
-    has_new = problem.has_positions or problem.tree_width
+    keys_have = problem.has_positions and problem.causal
+    has_new = keys_have or problem.tree_width
     window = operands.sliding_window
 
     def result(width: int, dtype: Any) -> Blocked:
@@ -107,7 +108,7 @@ def attend_items(
             firsts_ref=first,
             **ranges(problem, window, items, first, position),
             contexts_ref=items.context if has_new else None,
-            packed_ref=bounds[items.seq] if problem.has_positions else None,
+            packed_ref=bounds[items.seq] if keys_have else None,
             block_tables_ref=operands.block_tables.reshape(-1),
             attn_scale_ref=operands.attn_scale.reshape(1),
             sliding_window_ref=None if window is None else window.reshape(1),
@@ -171,6 +172,7 @@ def inputs(
         of_rows = (len(position), sizes.heads_at_once, *heads[1:])
         of_rows = jnp.broadcast_to(position[:, None, :, None], of_rows)
         positions = per_item(sizes, of_rows.reshape(len(position), -1, 1))
+    if problem.has_positions and problem.causal:
         whole = pl.BlockSpec(memory_space=pltpu.VMEM)
         new_positions = (in_lanes(jnp.maximum(operands.positions, 0)[None]), whole)
     if problem.tree_width:
@@ -203,7 +205,9 @@ def ranges(
     if problem.tree_width:
         end = jnp.where(last >= 0, items.length, 0)
         all_end = items.context
-    if problem.has_positions:
+    if not problem.causal:
+        end = all_end = items.length
+    elif problem.has_positions:
         all_end = jnp.minimum(all_end, items.context)
     end = jnp.where(items.num_tokens > 0, end, 0)
     begin = all_begin = None
@@ -212,7 +216,7 @@ def ranges(
         # Positions may be as large as integers get, and places as low as minus the new tokens.
         begin = jnp.maximum(jnp.maximum(position.min(axis=1), 0) - before, 0)
         all_begin = jnp.maximum(jnp.maximum(position.max(axis=1), 0) - before, 0)
-        if problem.has_positions:  # those of new tokens may be anything
+        if problem.has_positions and problem.causal:  # those of new tokens may be anything
             begin = jnp.minimum(begin, jnp.maximum(items.context, 0))
         begin = jnp.minimum(begin, end)
         end = jnp.where(window > 0, end, begin)

@@ -137,7 +137,7 @@ def ragged_page_attention_kernel(
         key = key_places(block)
         exists = (key < block.base + block.left) & (hidden == 0)
         if tree_mask_ref is None:
-            visible = exists & (key <= place)
+            visible = exists & (key <= place) if problem.causal else exists
         else:
             column = key - contexts_ref[item]
             masks = from_lane(tree_mask_ref[0], block.base - contexts_ref[item], sizes.block_kv)

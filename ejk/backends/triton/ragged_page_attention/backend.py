@@ -11,6 +11,7 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
 )
+from ejk.backends.ragged_prefixes import attend_in_groups
 from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
 from ejk.backends.triton.ragged_page_attention.blocks import RaggedTuning
 from ejk.backends.triton.ragged_page_attention.sizes import (
@@ -44,18 +45,21 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         few_block_kv: as `block_kv`, for blocks of few query rows.
         few_num_warps: as `num_warps`, for these.
         few_num_stages: as `num_stages`, for these.
+        least_saved_bytes: of keys and values that a group of `prefix_groups` has to save for its
+            prefix to be read once. None: what that costs. 0: every group is read so.
         compute_capability: compile for it, 90 for sm_90; the device's own if None.
         num_sms: streaming multiprocessors to keep busy; the device's own if None.
         interpret: run the kernels on the CPU with Triton's interpreter.
     """
 
+    least_saved_bytes: int | None = None
     compute_capability: int | None = None
     num_sms: int | None = None
     interpret: bool = False
 
     features = POOLS | CACHES | {
         "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
-        "return_lse", "positions", "tree_mask",
+        "return_lse", "positions", "tree_mask", "causal=False",
     }  # fmt: skip
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
@@ -81,13 +85,19 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         operands: RaggedPageAttentionOperands,
         call: Call,
     ) -> tuple[Any, ...]:
-        sizes = RaggedSizes.of(problem, self, target)
-        steps = TritonSteps(problem, operands, sizes, call, target)
-        work, memory = steps.list_work(), {}
-        for kind in range(len(sizes.kinds)):
-            memory = steps.attend(kind, work, memory)
-            memory = steps.combine(kind, work, memory)
-        return steps.results(memory)
+        def attend(problem: Any, operands: Any) -> tuple[Any, ...]:
+            sizes = RaggedSizes.of(problem, self, target)
+            steps = TritonSteps(problem, operands, sizes, call, target)
+            work, memory = steps.list_work(), {}
+            for kind in range(len(sizes.kinds)):
+                memory = steps.attend(kind, work, memory)
+                memory = steps.combine(kind, work, memory)
+            return steps.results(memory)
+
+        def fits(problem: Any) -> bool:
+            return not self.limits_on(target, problem)
+
+        return attend_in_groups(problem, operands, attend, self.least_saved_bytes, fits)
 
 
 @dataclasses.dataclass(frozen=True)

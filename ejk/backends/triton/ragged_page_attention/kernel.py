@@ -105,6 +105,7 @@ def ragged_page_attention_kernel(
     HAS_ALIBI: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     TREE_WIDTH: tl.constexpr,  # 0 for none
+    CAUSAL: tl.constexpr,  # else every row sees all tokens, and keys have no `positions`
     # types
     CACHE: tl.constexpr,  # "int8", "int4", "e4m3", "e5m2"; "" for floats
     PARTS: tl.constexpr,  # values of a pool that are loaded as one element
@@ -182,6 +183,9 @@ def ragged_page_attention_kernel(
     if TREE_WIDTH > 0:
         end = tl.where(last_place >= 0, length, 0)
         all_end = context
+    if not CAUSAL:
+        end = length
+        all_end = length
     window = 0
     if HAS_WINDOW:
         window = tl.maximum(tl.load(sliding_window_ptr), 0)
@@ -189,11 +193,11 @@ def ragged_page_attention_kernel(
         farthest = tl.max(position, 0) if HAS_POSITIONS else last_place
         begin = tl.maximum(tl.maximum(nearest, 0) - (window - 1), 0)
         all_begin = tl.maximum(tl.maximum(farthest, 0) - (window - 1), 0)
-        if HAS_POSITIONS:  # new tokens may have any
+        if HAS_POSITIONS and CAUSAL:  # new tokens may have any
             begin = tl.minimum(begin, tl.maximum(context, 0))
         begin = tl.minimum(begin, end)
         end = tl.where(window > 0, end, begin)
-    if HAS_POSITIONS:
+    if HAS_POSITIONS and CAUSAL:
         all_end = tl.minimum(all_end, context)
     if HAS_PARTS:
         size = tl.cdiv(tl.cdiv(end - begin, GRANULE), pieces) * GRANULE
@@ -266,7 +270,7 @@ def ragged_page_attention_kernel(
         ahead += (block + 1) * EDGE_KV + offs_edge_entry
         edge_pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
         key_position = key
-        if HAS_POSITIONS:
+        if HAS_POSITIONS and CAUSAL:
             is_new = exists & (key >= context)
             given = tl.load(positions_ptr + first_token + (key - context), mask=is_new, other=0)
             key_position = tl.where(is_new, tl.maximum(given, 0), key)
@@ -278,7 +282,7 @@ def ragged_page_attention_kernel(
             is_column = visible & (column >= 0) & (column < TREE_WIDTH)
             sees = tl.load(tree_ptrs, mask=is_column, other=0)
             visible = visible & ((column < 0) | (sees != 0))
-        else:
+        elif CAUSAL:
             visible = visible & (key[None, :] <= place[:, None])
         if HAS_WINDOW:
             visible = visible & (position[:, None] - key_position[None, :] < window)

@@ -166,6 +166,7 @@ class RaggedSizes(RaggedCut):
             **feature_constants(problem),
             "HAS_POSITIONS": problem.has_positions,
             "TREE_WIDTH": problem.tree_width,
+            "CAUSAL": problem.causal,
             **type_constants(problem, target),
             "PEEL": rows.peel,
             "GRANULE": self.plan.granule,
