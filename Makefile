@@ -30,7 +30,7 @@ GPU_TESTS := $(foreach name,gpu page_attention edges gradients vmap fused_pools 
 
 SMOKE_TESTS = $(shell grep -rl --include='test_*.py' pytest.mark.smoke tests)
 
-.PHONY: help demo test test-all smoke gpu lint static prices clean
+.PHONY: help demo test test-all smoke gpu lint static prices stranger resolve release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +42,9 @@ help:
 	@echo 'make gpu     the tests of the real kernels, on an NVIDIA GPU; ARGS="-n 10": side by side'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make static  the static prices of the TPU kernels, against the results that are committed'
+	@echo 'make stranger   builds the wheel, and tries it as somebody who has never seen it'
+	@echo 'make resolve    the versions that each extra gets on every Python: minutes'
+	@echo 'make release    checks the version and builds into dist/; see CONTRIBUTING.md'
 	@echo 'make clean   removes $(VENV) and all caches'
 	@echo 'PYTHON=python3.13 picks the Python that $(VENV) is made with'
 
@@ -73,6 +76,15 @@ static:
 
 prices: $(VENV)/.static
 	@$(PY) benchmarks/tpu_static.py --check $(ARGS)
+
+stranger: $(VENV)/.created
+	@$(PY) .ci/stranger.py $(ARGS)
+
+resolve: $(VENV)/.release
+	@$(PY) .ci/resolve.py $(ARGS)
+
+release: $(VENV)/.release
+	@$(PY) .ci/release.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .hypothesis
@@ -114,6 +126,10 @@ $(VENV)/.lint: pyproject.toml $(VENV)/.test
 $(VENV)/.static: pyproject.toml $(VENV)/.created
 	@echo "Installing ejk, and the jax and libtpu of benchmarks/results/tpu_static.json"
 	@$(PIP) install -e '.[static]'
+	@touch $@
+
+$(VENV)/.release: pyproject.toml $(VENV)/.created
+	@$(PIP) install -e '.[release]'
 	@touch $@
 
 # A name on the PATH may be a pyenv shim of a version that is not active: run it to know.

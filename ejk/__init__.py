@@ -2,9 +2,10 @@
 
 import typing
 
-from ejk import _foreign_names
+from ejk import _foreign_names, _public
 from ejk import paging as paging
 from ejk._backend import Backend as Backend
+from ejk._backend_report import BackendReport as BackendReport
 from ejk._backend_report import backend_report as backend_report
 from ejk._check_page_attention_inputs import (
     check_page_attention_inputs as check_page_attention_inputs,
@@ -68,8 +69,11 @@ from ejk.backends.xla.page_attention import XlaPageAttention as XlaPageAttention
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention as XlaRaggedPageAttention
 from ejk.backends.xla.write_kv_cache import XlaWriteKVCache as XlaWriteKVCache
 
-if not typing.TYPE_CHECKING:  # a type checker would take every name for an attribute
+if not typing.TYPE_CHECKING:  # which reads the names above
+    __all__ = _public.publish(globals(), hidden={"backends"})
+    paging.__all__ = _public.publish(vars(paging))
 
+    # A type checker would take every name for an attribute.
     def __getattr__(name: str):
         raise AttributeError(_foreign_names.missing_attribute(name, globals()))
 

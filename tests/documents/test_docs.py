@@ -14,7 +14,7 @@ import ejk
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MODULES = [
+MODULES = ["ejk", "ejk.paging"] + [  # classes say that they are of these
     info.name
     for info in pkgutil.walk_packages(ejk.__path__, "ejk.")
     if not info.name.endswith("kernel")  # Triton's and Pallas' own: no examples, heavy imports
