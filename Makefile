@@ -30,7 +30,8 @@ GPU_TESTS := $(foreach name,gpu page_attention edges gradients vmap fused_pools 
 
 SMOKE_TESTS = $(shell grep -rl --include='test_*.py' pytest.mark.smoke tests)
 
-.PHONY: help demo test test-all smoke gpu lint static prices stranger resolve release clean
+.PHONY: help demo test test-all smoke gpu lint static prices docs docs-external stranger resolve \
+	release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +42,8 @@ help:
 	@echo 'make test-all   all of them; ARGS="-k name" is passed on to pytest'
 	@echo 'make gpu     the tests of the real kernels, on an NVIDIA GPU; ARGS="-n 10": side by side'
 	@echo 'make lint    ruff and pyright'
+	@echo 'make docs    the documentation as a site, in docs/_build/html; a warning or a dead link fails'
+	@echo '             make docs-external asks for the links that lead elsewhere, too'
 	@echo 'make static  the static prices of the TPU kernels, against the results that are committed'
 	@echo 'make stranger   builds the wheel, and tries it as somebody who has never seen it'
 	@echo 'make resolve    the versions that each extra gets on every Python: minutes'
@@ -86,8 +89,16 @@ resolve: $(VENV)/.release
 release: $(VENV)/.release
 	@$(PY) .ci/release.py $(ARGS)
 
+docs: $(VENV)/.docs
+	@$(PY) -m sphinx -b html -W --keep-going -q -E docs docs/_build/html
+	@$(PY) docs/links.py docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+docs-external: $(VENV)/.docs
+	@$(PY) -m sphinx -b linkcheck -q -E docs docs/_build/linkcheck
+
 clean:
-	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .hypothesis docs/_build docs/generated
 	find ejk benchmarks docs examples tests -name __pycache__ -prune -exec rm -rf {} +
 
 # What has been installed is remembered in empty files, and done again when pyproject.toml changes.
@@ -121,6 +132,11 @@ $(VENV)/.smoke: pyproject.toml $(VENV)/.created
 $(VENV)/.lint: pyproject.toml $(VENV)/.test
 	@echo "Installing ruff, pyright and mypy"
 	@$(PIP) install -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.created
+	@echo "Installing ejk and Sphinx"
+	@$(PIP) install -e '.[docs]'
 	@touch $@
 
 $(VENV)/.static: pyproject.toml $(VENV)/.created

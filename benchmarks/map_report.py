@@ -106,10 +106,10 @@ def plot(plt, device: str, lines):
         axes.set_xscale("log")
         axes.legend(fontsize=7, loc="lower right")
     for axes in grid[-1]:
-        axes.set_xlabel("sequences")
+        axes.set_xlabel("sequences in the batch")
         axes.set_xticks([1, 3, 10, 30, 100, 200], ["1", "3", "10", "30", "100", "200"])
     for axes in grid[:, 0]:
-        axes.set_ylabel("% of the read ceiling")
+        axes.set_ylabel("% of the fastest possible reading")
         axes.set_ylim(0, 104)
     figure.suptitle(f"Decode attention on one {device}; hollow: at most 256 MiB of keys and values")
     return figure

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import map_report
+import plots
 import quantised_report
 import ragged_report
 import workloads
@@ -238,23 +239,6 @@ def save(figure, name: str) -> None:
     pyplot().close(figure)
 
 
-def plot(device: str, lines: dict) -> None:
-    """Draw the share of the read ceiling that each contender reaches."""
-    found = names(lines, "named")
-    contenders = contenders_of(lines, found)
-    figure, axes = pyplot().subplots(figsize=(10, 4), layout="constrained")
-    width = 0.8 / len(contenders)
-    for i, contender in enumerate(contenders):
-        heights = [100 * lines.get((w, contender), {}).get("of_ceiling", 0) for w in found]
-        positions = [x + i * width - 0.4 + width / 2 for x in range(len(found))]
-        axes.bar(positions, heights, width, label=contender)
-    axes.set_xticks(range(len(found)), found)
-    axes.set_ylabel("% of the read ceiling")
-    axes.set_title(f"Decode attention on one {device}")
-    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    save(figure, "performance.svg")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
@@ -269,8 +253,12 @@ def main():
         path.write_text(new)
     if args.check:
         return
-    # One plot, of the device of which most is known, one of each map, and one of a model.
-    plot(*max(devices.items(), key=lambda item: len(item[1])))
+    # Of the device of which most is known; one of each map, and one of a model.
+    device, lines = max(devices.items(), key=lambda item: len(item[1]))
+    save(plots.decode(pyplot(), device, lines, workloads.NAMED), "performance.svg")
+    few = [w for w in workloads.NAMED if w.name in ("W1a", "W3", "W6", "W8")]
+    save(plots.decode(pyplot(), device, lines, few), "decode.svg")
+    save(plots.prefills(pyplot(), device, lines), "prefills.svg")
     for device, lines in devices.items():
         if map_report.places(lines):
             save(map_report.plot(pyplot(), device, lines), map_report.file_name(device))

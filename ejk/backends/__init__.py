@@ -14,8 +14,8 @@ are its tuning, and give it
 and, if nobody has run it on some of its platforms, `only_if_asked`; if XLA can see into what it
 runs, as into a program of JAX's own operations, `is_opaque = False`. An object of the class is
 accepted as `backend=` at once; `ejk.register_backend` offers it for automatic choice. It needs no
-rule for gradients or `vmap`: those stand above every backend. `docs/backends.md` has a complete
-example.
+rule for gradients or `vmap`: those stand above every backend. `docs/own_backend.md` has a
+complete example.
 
 `features` may hold the `feature_names` of the operation's problem; another name is a TypeError.
 

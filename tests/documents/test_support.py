@@ -33,9 +33,9 @@ def test_check_fails_on_a_stale_page(tmp_path, monkeypatch):
 
 def test_reference_lists_every_public_name():
     page = (ROOT / "docs" / "api.md").read_text()
-    listed = set(re.findall(r"^::: ejk\.(\w+)$", page, re.MULTILINE))
+    listed = set(re.findall(r"^   ejk\.(\w+)$", page, re.MULTILINE))
     assert listed == {name for name in vars(ejk) if name[0].isupper() or _is_function(name)}
-    listed = set(re.findall(r"^::: ejk\.paging\.(\w+)$", page, re.MULTILINE))
+    listed = set(re.findall(r"^   ejk\.paging\.(\w+)$", page, re.MULTILINE))
     assert listed == {name for name in vars(ejk.paging) if name[0].isupper()}
 
 
