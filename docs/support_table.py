@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 
 import ejk
-from ejk import _backend, _dispatch, _page_attention, _ragged_page_attention, _write_kv_cache
+from ejk import (
+    _backend,
+    _copy_kv_cache,
+    _dispatch,
+    _page_attention,
+    _ragged_page_attention,
+    _write_kv_cache,
+)
 from ejk.backends.layouts import CacheLayout
 
 PAGE = pathlib.Path(__file__).with_name("support.md")
@@ -57,6 +64,7 @@ def columns(backends: Sequence[ejk.Backend]) -> list[ejk.Backend]:
 BACKENDS = columns(_page_attention.BACKENDS)
 RAGGED_BACKENDS = columns(_ragged_page_attention.BACKENDS)
 WRITE_BACKENDS = columns(_write_kv_cache.BACKENDS)
+COPY_BACKENDS = columns(_copy_kv_cache.BACKENDS)
 TARGETS = (
     Target("`xla`", ejk.XlaPageAttention(), "cpu"),
     triton("`triton`, sm_80", 80, 108),
@@ -278,6 +286,8 @@ def add_features(page: Page) -> None:
         "Features of `ejk.write_kv_cache`; `latent_pools` means keys alone, with `value=None`:"
     )
     add_feature_table(page, WRITE_BACKENDS)
+    page.add("Features of `ejk.copy_kv_slots` and `ejk.copy_kv_pages`, which copy bits:")
+    add_feature_table(page, COPY_BACKENDS)
 
 
 def add_feature_table(page: Page, backends: Sequence[ejk.Backend]) -> None:
@@ -363,7 +373,7 @@ def add_fields(page: Page) -> None:
 
 
 def fields() -> Iterator[list[str]]:
-    for backend in (*BACKENDS, *RAGGED_BACKENDS, *WRITE_BACKENDS):
+    for backend in (*BACKENDS, *RAGGED_BACKENDS, *WRITE_BACKENDS, *COPY_BACKENDS):
         for parameter in inspect.signature(type(backend)).parameters.values():
             yield [f"`ejk.{type(backend).__name__}.{parameter.name}`", f"`{parameter.default!r}`"]
 

@@ -4,6 +4,7 @@ import typing
 
 from ejk import _foreign_names, _public
 from ejk import paging as paging
+from ejk._accepted_slots import accepted_slots as accepted_slots
 from ejk._backend import Backend as Backend
 from ejk._backend_report import BackendReport as BackendReport
 from ejk._backend_report import backend_report as backend_report
@@ -16,6 +17,8 @@ from ejk._check_ragged_page_attention_inputs import (
 from ejk._check_write_kv_cache_inputs import (
     check_write_kv_cache_inputs as check_write_kv_cache_inputs,
 )
+from ejk._copy_kv_cache import copy_kv_pages as copy_kv_pages
+from ejk._copy_kv_cache import copy_kv_slots as copy_kv_slots
 from ejk._dense_block_tables import dense_block_tables as dense_block_tables
 from ejk._empty_kv_cache import KVCache as KVCache
 from ejk._empty_kv_cache import empty_kv_cache as empty_kv_cache
@@ -33,6 +36,9 @@ from ejk._slot_mapping import ragged_slot_mapping as ragged_slot_mapping
 from ejk._slot_mapping import slot_mapping as slot_mapping
 from ejk._version import __version__ as __version__
 from ejk._write_kv_cache import write_kv_cache as write_kv_cache
+from ejk.backends.copy_kv_cache import CopyKVCacheBackend as CopyKVCacheBackend
+from ejk.backends.copy_kv_cache import CopyKVCacheOperands as CopyKVCacheOperands
+from ejk.backends.copy_kv_cache import CopyKVCacheProblem as CopyKVCacheProblem
 from ejk.backends.mosaic_gpu.page_attention.backend import (
     MosaicGpuPageAttention as MosaicGpuPageAttention,
 )
@@ -43,6 +49,7 @@ from ejk.backends.page_attention import PageAttentionBackend as PageAttentionBac
 from ejk.backends.page_attention import PageAttentionOperands as PageAttentionOperands
 from ejk.backends.page_attention import PageAttentionProblem as PageAttentionProblem
 from ejk.backends.page_attention_plan import PageAttentionPlan as PageAttentionPlan
+from ejk.backends.pallas.copy_kv_cache.backend import PallasCopyKVCache as PallasCopyKVCache
 from ejk.backends.pallas.page_attention.backend import PallasPageAttention as PallasPageAttention
 from ejk.backends.pallas.ragged_page_attention.backend import (
     PallasRaggedPageAttention as PallasRaggedPageAttention,
@@ -57,6 +64,7 @@ from ejk.backends.ragged_page_attention import (
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem as RaggedPageAttentionProblem,
 )
+from ejk.backends.triton.copy_kv_cache.backend import TritonCopyKVCache as TritonCopyKVCache
 from ejk.backends.triton.page_attention.backend import TritonPageAttention as TritonPageAttention
 from ejk.backends.triton.ragged_page_attention.backend import (
     TritonRaggedPageAttention as TritonRaggedPageAttention,
@@ -65,6 +73,7 @@ from ejk.backends.triton.write_kv_cache.backend import TritonWriteKVCache as Tri
 from ejk.backends.write_kv_cache import WriteKVCacheBackend as WriteKVCacheBackend
 from ejk.backends.write_kv_cache import WriteKVCacheOperands as WriteKVCacheOperands
 from ejk.backends.write_kv_cache import WriteKVCacheProblem as WriteKVCacheProblem
+from ejk.backends.xla.copy_kv_cache import XlaCopyKVCache as XlaCopyKVCache
 from ejk.backends.xla.page_attention import XlaPageAttention as XlaPageAttention
 from ejk.backends.xla.ragged_page_attention import XlaRaggedPageAttention as XlaRaggedPageAttention
 from ejk.backends.xla.write_kv_cache import XlaWriteKVCache as XlaWriteKVCache

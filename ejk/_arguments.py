@@ -13,6 +13,7 @@ from ejk._dtypes import (
     check_cache_dtype,
     check_floats,
     check_rows,
+    check_value_cache,
     check_width,
 )
 from ejk._indices import Size, as_int32, exceeds, least, rounded_bound, static_int
@@ -255,11 +256,12 @@ def _value_head_dim(given: Arguments, cache_type: CacheType) -> int:
     key_cache, value_cache, head_dim = given.key_cache, given.value_cache, given.query.shape[-1]
     value_head_dim = given.value_head_dim
     if key_cache.ndim == 5:
-        fused = "with a key_cache of five axes, which holds keys and values"
-        if value_cache is not None:
-            raise ValueError(f"value_cache{list(value_cache.shape)} must be None {fused}")
+        check_value_cache(key_cache, value_cache)
         if value_head_dim is not None:
-            raise ValueError(f"value_head_dim={value_head_dim} must be None {fused}")
+            raise ValueError(
+                f"value_head_dim={value_head_dim} must be None with a key_cache of five axes, "
+                "which holds keys and values"
+            )
         return head_dim
     if value_cache is None:
         if value_head_dim is None:
@@ -281,15 +283,5 @@ def _value_head_dim(given: Arguments, cache_type: CacheType) -> int:
         raise ValueError(
             f"value_head_dim={value_head_dim} must be None where a value_cache is given"
         )
-    if value_cache.dtype != key_cache.dtype:
-        raise ValueError(
-            f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}"
-        )
-    if value_cache.shape[:-1] != key_cache.shape[:-1]:
-        raise ValueError(
-            f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} "
-            "but for the last axis"
-        )
-    if value_cache.shape[-1] < 1:
-        raise ValueError(f"value_cache.shape[3]={value_cache.shape[-1]} must be at least 1")
+    check_value_cache(key_cache, value_cache)
     return value_cache.shape[-1] * cache_type.per_element

@@ -119,6 +119,7 @@ _OPERATIONS = {  # each with what it is called elsewhere
     "BatchPrefillWithPagedKVCacheWrapper",
     "write_kv_cache": "reshape_and_cache reshape_and_cache_flash concat_and_cache_mla "
     "append_paged_kv_cache append_paged_mla_kv_cache update_kv_cache",
+    "copy_kv_pages": "copy_blocks swap_blocks",
     "merge_attention_states": "merge_state merge_states merge_state_in_place merge_attn_states",
     "plan_page_attention": "plan begin_forward get_scheduler_metadata",
 }

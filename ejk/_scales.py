@@ -42,6 +42,15 @@ class GivenScales(NamedTuple):
         self._check_enough(cache_type_of(self.key_cache.dtype), kind)
         return kind
 
+    def check_in_place(self) -> None:
+        """Check that scales of tokens can be changed where they lie."""
+        for name, pool in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
+            if isinstance(pool, Array) and pool.dtype != jnp.float32:
+                raise ValueError(
+                    f"{name}.dtype={pool.dtype} must be float32 to be written in place: "
+                    f"pass {name}.astype(jnp.float32)"
+                )
+
     def operands(self, kind: Scales, num_kv_heads: int) -> dict[str, Any]:
         """Return both as backends see them: None, float32 `[num_kv_heads]`, or those of tokens."""
         scales = {"key_scale": self.key_scale, "value_scale": self.value_scale}

@@ -10,8 +10,14 @@ from ejk._arguments import check_pool, check_sizes
 from ejk._backend import Backend
 from ejk._cache_types import CacheType, cache_type_of
 from ejk._describe import describe
-from ejk._dtypes import check_cache_dtype, check_rows, check_width
-from ejk._indices import as_int32, exceeds
+from ejk._dtypes import (
+    check_cache_dtype,
+    check_rows,
+    check_slots,
+    check_value_cache,
+    check_width,
+)
+from ejk._indices import as_int32
 from ejk._scales import GivenScales
 from ejk._typing import Array, Cache, ScaleArgument, Slots, StaticFloat, TokenRows, typed
 from ejk.backends.layouts import CacheLayout
@@ -170,11 +176,7 @@ def _problem_of(
     check_width(key_cache, head_dim, "the keys'")
     _check_values(key, value, key_cache, value_cache)
     check_sizes(slot_mapping=(slot_mapping, "num_tokens", num_tokens))
-    if exceeds(num_pages * page_size, 2**31 - 1):
-        raise ValueError(
-            f"num_pages * page_size={num_pages * page_size} must be below 2**31: slots are 32-bit "
-            f"{pool}"
-        )
+    check_slots(key_cache, cache_layout, num_pages, page_size)
     kind = scales.kind(num_kv_heads)
     if kind == "token":
         _check_computed(scales, cache_type)
@@ -196,24 +198,15 @@ def _check_computed(scales: GivenScales, cache_type: CacheType) -> None:
             f"key_scale={describe(scales.key_scale)} must be a number or one per KV head with "
             f"key_cache.dtype={cache_type.name}: scales per token are computed for quantised caches"
         )
-    for name, pool in (("key_scale", scales.key_scale), ("value_scale", scales.value_scale)):
-        if isinstance(pool, Array) and pool.dtype != jnp.float32:
-            raise ValueError(
-                f"{name}.dtype={pool.dtype} must be float32 to be written in place: "
-                f"pass {name}.astype(jnp.float32)"
-            )
+    scales.check_in_place()
 
 
 def _check_values(
     key: Array, value: Array | None, key_cache: Array, value_cache: Array | None
 ) -> None:
     """Check that there are values exactly where there is room for them, and that they fit."""
+    check_value_cache(key_cache, value_cache)
     if key_cache.ndim == 5:
-        if value_cache is not None:
-            raise ValueError(
-                f"value_cache{list(value_cache.shape)} must be None with a key_cache of five axes, "
-                "which holds keys and values"
-            )
         if value is None:
             raise ValueError(
                 "value=None must be an array with a key_cache of five axes, which holds values"
@@ -231,24 +224,15 @@ def _check_values(
             f"value.dtype={value.dtype} must be the keys' dtype {key.dtype}: "
             "pass value.astype(key.dtype)"
         )
-    if value_cache is not None and value_cache.dtype != key_cache.dtype:
-        raise ValueError(
-            f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}"
-        )
     if value.shape[:2] != key.shape[:2]:
         raise ValueError(
             f"value.shape={value.shape} must be key.shape={key.shape} but for the last axis"
         )
-    if value_cache is not None and value_cache.shape[:-1] != key_cache.shape[:-1]:
-        raise ValueError(
-            f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} but "
-            "for the last axis"
-        )
     cache, name = (key_cache, "key_cache") if value_cache is None else (value_cache, "value_cache")
     per_element, width = cache_type_of(cache.dtype).per_element, value.shape[-1]
-    if cache.shape[-1] * per_element != width or width < 1:
+    if cache.shape[-1] * per_element != width:
         half = " half of" * (per_element == 2)
         raise ValueError(
             f"{name}.shape[{cache.ndim - 1}]={cache.shape[-1]} must be{half} the values' "
-            f"value_head_dim={width}, and at least 1"
+            f"value_head_dim={width}"
         )

@@ -87,6 +87,17 @@ class Writer(Entry):
 
 
 @dataclasses.dataclass(frozen=True)
+class Copier(Entry):
+    """One backend of `ejk.copy_kv_slots` and `ejk.copy_kv_pages` under test."""
+
+    def __call__(self, case):
+        """Run a case; return the pools that there are as NumPy arrays."""
+        with self.refusing():
+            pools = case.operation(*case.arguments(), **case.keywords(), backend=self.backend)
+        return [np.asarray(pool) for pool in pools if pool is not None]
+
+
+@dataclasses.dataclass(frozen=True)
 class RaggedEntry(Entry):
     """One backend of `ejk.ragged_page_attention` under test.
 
@@ -196,6 +207,10 @@ if os.environ.get("EJK_TEST_GPU"):
         Writer("xla on gpu, writing", ejk.XlaWriteKVCache(), 20),
         Writer("triton on gpu, writing", ejk.TritonWriteKVCache(), 80),
     ]
+    COPIERS = [
+        Copier("xla on gpu, copying", ejk.XlaCopyKVCache(), 20),
+        Copier("triton on gpu, copying", ejk.TritonCopyKVCache(), 80),
+    ]
 else:
     ENTRIES = [
         Entry("xla", ejk.XlaPageAttention(), 10, invariant=False),
@@ -224,6 +239,14 @@ else:
         Writer("triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), 20),
         Writer(
             "pallas interpreted, writing", ejk.PallasWriteKVCache(interpret=True), 10,
+            may_refuse=NO_FLOAT16,
+        ),
+    ]  # fmt: skip
+    COPIERS = [
+        Copier("xla, copying", ejk.XlaCopyKVCache(), 12),
+        Copier("triton interpreted, copying", ejk.TritonCopyKVCache(interpret=True), 12),
+        Copier(
+            "pallas interpreted, copying", ejk.PallasCopyKVCache(interpret=True), 6,
             may_refuse=NO_FLOAT16,
         ),
     ]  # fmt: skip
@@ -266,6 +289,11 @@ def ragged_edge(body):
 def writer_edge(body):
     """The same on every backend that writes."""
     return each_of(WRITERS)(counted(body))
+
+
+def copier_edge(body):
+    """The same on every backend that copies."""
+    return each_of(COPIERS)(counted(body))
 
 
 def each_case(strategy, share: float = 1.0, entries=ENTRIES):

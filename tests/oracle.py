@@ -284,6 +284,35 @@ def write_kv_cache(
     return [*caches, *scales] if per_token else caches
 
 
+def copy_kv_cache(
+    unit, key_cache, value_cache, sources, targets, *, cache_layout="HND", key_scale=None,
+    value_scale=None,
+):  # fmt: skip
+    """Return the caches, then the scales if each token has some, after one copy after the other.
+
+    Of slots, or of pages slot by slot. Sources are read in the arrays that were given.
+    """
+    given = [key_cache, value_cache]
+    if np.ndim(key_scale) > 1:
+        given += [key_scale, value_scale]
+    copied = [None if x is None else x.copy() for x in given]
+    pairs = [(old, new) for old, new in zip(given, copied) if old is not None]
+    if key_cache.ndim == 5:
+        split = [(halves(old, cache_layout), halves(new, cache_layout)) for old, new in pairs]
+        pairs = [pair for olds, news in split for pair in zip(olds, news)]
+    num_pages, page_size, _ = _axis_sizes(key_cache, cache_layout)
+    slots = page_size if unit == "page" else 1
+    num_units = num_pages * page_size // slots
+    for source, target in zip(map(int, sources), map(int, targets)):
+        if not (0 <= source < num_units and 0 <= target < num_units):
+            continue
+        for i in range(slots):
+            at, to = (divmod(x * slots + i, page_size) for x in (source, target))
+            for old, new in pairs:
+                row(new, *to, cache_layout)[...] = row(old, *at, cache_layout)
+    return copied
+
+
 def row(pool, page, offset, cache_layout):
     """All heads of one slot, `[num_kv_heads, head_dim]`."""
     if cache_layout == "HND":

@@ -33,7 +33,7 @@ def fast():
     return ids
 
 
-OPERATIONS = ("page_attention", "ragged_page_attention", "write_kv_cache")
+OPERATIONS = ("page_attention", "ragged_page_attention", "write_kv_cache", "copy_kv_cache")
 POOLS = ("separate", "fused")
 
 
@@ -57,6 +57,7 @@ MUTATED = {
     "pallas/page_attention_kernel": "test_pallas_faults",
     "pallas/ragged_page_attention_kernel": "test_ragged_pallas_interpret",
     "pallas/write_kv_cache_kernel": "test_write_pallas_interpret",
+    "pallas/copy_kv_cache_kernel": "test_copy_seeded_bugs",
     "mosaic_gpu/page_attention_kernel": "test_mosaic_gpu_faults",
     "mosaic_gpu/ragged_page_attention_kernel": "test_mosaic_gpu_ragged_faults",
     "xla/page_attention": "test_seeded_bugs",
@@ -64,6 +65,8 @@ MUTATED = {
     "xla/ragged_page_attention": "test_ragged_seeded_bugs",
     "xla/write_kv_cache": "test_write_seeded_bugs",
     "reverse_mode/write_kv_cache": "test_write_seeded_bugs",
+    "xla/copy_kv_cache": "test_copy_seeded_bugs",
+    "reverse_mode/copy_kv_cache": "test_copy_seeded_bugs",
 }
 KERNELS = {
     f"{backend}/{name}"

@@ -1,8 +1,8 @@
 """The backends: ways to run an operation. To add one is to write one class.
 
 In a package of your own, subclass the operation's abstract backend, `ejk.PageAttentionBackend`,
-`ejk.RaggedPageAttentionBackend` or `ejk.WriteKVCacheBackend`, as a frozen dataclass whose fields
-are its tuning, and give it
+`ejk.RaggedPageAttentionBackend`, `ejk.WriteKVCacheBackend` or `ejk.CopyKVCacheBackend`, as a frozen
+dataclass whose fields are its tuning, and give it
 
     name        a short word for `backend="..."` and for error messages
     features    the optional features that it honours, of its problem's `feature_names`; what is

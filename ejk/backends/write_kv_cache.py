@@ -1,31 +1,19 @@
 """What every backend of `ejk.write_kv_cache` is given."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from ejk._backend import Backend, Problem
+from ejk._backend import Backend
 from ejk._batching import merge_axis
-from ejk._cache_types import (
-    QUANTISED,
-    SCALES,
-    CacheType,
-    Scales,
-    cache_type_of,
-    features_of,
-)
+from ejk._cache_types import QUANTISED, SCALES, Scales
 from ejk._indices import Size, exceeds
-from ejk._shards import Axes, Shards, is_split, mesh_axes
-from ejk.backends.layouts import LAYOUTS, POOLS, Layout
-
-Shape = tuple[Size, ...]
+from ejk.backends.layouts import POOLS
+from ejk.backends.pools import PoolsProblem, Shape, merge_indices
 
 OTHER_FLOAT = "key_cache.dtype other than key.dtype"
 """The feature of a cache of another float type than the new keys'."""
@@ -51,7 +39,7 @@ class WriteKVCacheOperands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class WriteKVCacheProblem(Problem):
+class WriteKVCacheProblem(PoolsProblem):
     """The static facts of one `ejk.write_kv_cache` call. No axis is empty."""
 
     operation: ClassVar[str] = "write_kv_cache"
@@ -72,44 +60,6 @@ class WriteKVCacheProblem(Problem):
     of keys and values in fused pools."""
 
     @property
-    def cache_type(self) -> CacheType:
-        """What the elements of the pools hold."""
-        return cache_type_of(self.cache_dtype)
-
-    @property
-    def fused(self) -> bool:
-        """`key_cache` has five axes, keys and values on one of them."""
-        return len(self.key_shape) == 5
-
-    @property
-    def latent(self) -> bool:
-        """There are no values: they are read out of the keys."""
-        return not self.fused and self.value_shape is None
-
-    @property
-    def layout(self) -> Layout:
-        """Where the axes of the pools are, as they were handed over."""
-        layout = LAYOUTS[self.cache_layout]
-        return layout.fused if self.fused else layout
-
-    @property
-    def num_pages(self) -> Size:
-        return self.key_shape[self.layout.pages]
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.key_shape[self.layout.kv_heads]
-
-    @property
-    def page_size(self) -> int:
-        return self.key_shape[self.layout.slots]
-
-    @property
-    def num_slots(self) -> Size:
-        """Below 2**31."""
-        return self.num_pages * self.page_size
-
-    @property
     def head_dim(self) -> int:
         """Values of a key: twice the pool's elements with int4."""
         return self.key_shape[-1] * self.cache_type.per_element
@@ -123,22 +73,9 @@ class WriteKVCacheProblem(Problem):
 
     @property
     def features(self) -> frozenset[str]:
-        used = {
-            "fused_pools": self.fused,
-            "latent_pools": self.latent,
-            f'cache_layout="{self.cache_layout}"': True,
-            OTHER_FLOAT: self.cache_dtype != self.row_dtype and not self.cache_type.is_quantised,
-            **features_of(self.cache_type, self.scales),
-        }
+        is_other = self.cache_dtype != self.row_dtype and not self.cache_type.is_quantised
+        used = self.pool_features | {OTHER_FLOAT: is_other}
         return frozenset(feature for feature, is_used in used.items() if is_used)
-
-    @property
-    def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shapes = [shape for shape in (self.key_shape, self.value_shape) if shape is not None]
-        pools = [jax.ShapeDtypeStruct(shape, self.cache_dtype) for shape in shapes]
-        if self.scales == "token":
-            pools += [jax.ShapeDtypeStruct(shape[:-1], jnp.float32) for shape in shapes]
-        return tuple(pools)
 
     @property
     def without_gradient(self) -> dict[str, str]:
@@ -150,10 +87,6 @@ class WriteKVCacheProblem(Problem):
         )
         names = ("key", "value", "key_cache", "value_cache", "key_scale", "value_scale")
         return {name: told.format(name, self.cache_type.name) for name in names}
-
-    @property
-    def folded_axis(self) -> int:
-        return self.layout.pages
 
     def fold(
         self, size: int, operands: WriteKVCacheOperands, axes: WriteKVCacheOperands
@@ -167,97 +100,26 @@ class WriteKVCacheProblem(Problem):
         def merged(x: Any, axis: Any, to: int) -> Any:
             return None if x is None else merge_axis(x, axis, size, to)
 
-        def longer(shape: Shape | None) -> Shape | None:
-            return shape and tuple(n * (size if a == self.folded_axis else 1)
-                                   for a, n in enumerate(shape))  # fmt: skip
-
-        # A slot outside its own call's pool must not be one of the next call's.
-        slots = merge_axis(operands.slot_mapping, axes.slot_mapping, size).reshape(size, -1)
-        first = self.num_slots * jnp.arange(size, dtype=jnp.int32)
-        is_inside = (slots >= 0) & (slots < self.num_slots)
-        slots = jnp.where(is_inside, slots + first[:, None], -1).reshape(-1)
+        slots = merge_indices(operands.slot_mapping, axes.slot_mapping, size, self.num_slots)
         pages = self.folded_axis
         to = WriteKVCacheOperands(0, 0, pages, pages, 0, pages, pages)
-        problem = dataclasses.replace(
-            self,
-            num_tokens=size * self.num_tokens,
-            key_shape=longer(self.key_shape),
-            value_shape=longer(self.value_shape),
-        )
         kept: dict[str, Any] = {"slot_mapping": slots}
         if self.scales == "head":
             kept |= {name: getattr(operands, name) for name in ("key_scale", "value_scale")}
         pools = operands._replace(**dict.fromkeys(kept))
         operands = WriteKVCacheOperands(*map(merged, pools, axes, to))
+        problem = dataclasses.replace(self.with_pages_of(size), num_tokens=size * self.num_tokens)
         return problem, operands._replace(**kept)
 
-    @property
-    def axes(self) -> Axes:
-        operands = self._operands("kv_heads")
-        return Axes(operands, results=self._pools_of(operands), sizes={})
-
-    def shards(self, specs: WriteKVCacheOperands, mesh: Mapping[str, int]) -> Shards:
-        """Follow the pools, which stay where they are; the new tokens are small."""
-        heads, pools = self.layout.kv_heads, {}
-        for name in self._pool_names:
-            if (spec := getattr(specs, name)) is not None:
-                pools[name] = spec
-        split = mesh_axes(specs.key_cache[heads])
-        for name, spec in pools.items():
-            if any(is_split(entry, mesh) for axis, entry in enumerate(spec) if axis != heads):
-                raise ValueError(
-                    f"{name} is split as {spec}, but only its KV heads, axis {heads}, can be. "
-                    "Where pages are split over devices, write inside jax.shard_map, each device "
-                    "with slots of its own"
-                )
-            if mesh_axes(spec[heads]) != split:
-                raise ValueError(f"{' and '.join(pools)} must be split alike, not {pools}")
-        parts = math.prod(mesh[axis] for axis in split)
-        if self.num_kv_heads % parts:
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} must be a multiple of the {parts} devices of "
-                f"the mesh axes {split} that key_cache is split over"
-            )
-
-        def local(shape: Shape | None) -> Shape | None:
-            return shape and tuple(n // parts if a == heads else n for a, n in enumerate(shape))
-
-        problem = dataclasses.replace(
-            self, key_shape=local(self.key_shape), value_shape=local(self.value_shape)
-        )
-        operands = self._operands(split or None)
-        specs = WriteKVCacheOperands(*(of and PartitionSpec(*of) for of in operands))
-        results = tuple(PartitionSpec(*of) for of in self._pools_of(operands))
-        return Shards(problem, specs, results)
-
-    @property
-    def _pool_names(self) -> list[str]:
-        """The operands that are written, in the order of the results."""
-        scales = ["key_scale", "value_scale"] if self.scales == "token" else []
-        return ["key_cache", "value_cache", *scales]
-
-    def _pools_of(self, operands: WriteKVCacheOperands) -> tuple[Any, ...]:
-        pools = (getattr(operands, name) for name in self._pool_names)
-        return tuple(pool for pool in pools if pool is not None)
-
-    def _operands(self, kv_heads: Any) -> WriteKVCacheOperands:
-        """Say what the axes of each operand are."""
+    def operand_axes(self, kv_heads: Any) -> WriteKVCacheOperands:
         rows = (None, kv_heads, None)
-        pool = tuple(
-            kv_heads if axis == self.layout.kv_heads else None
-            for axis in range(len(self.key_shape))
-        )
-        whole = self.scales != "head"  # a pool of scales lies as that of the keys or values
-        scale = {"none": None, "head": (kv_heads,), "token": pool[:-1]}[self.scales]
-        return WriteKVCacheOperands(
-            key=rows,
-            value=None if self.latent else rows,
-            key_cache=pool,
-            value_cache=None if self.value_shape is None else pool,
-            slot_mapping=(None,),
-            key_scale=scale,
-            value_scale=None if self.latent or (self.value_shape is None and whole) else scale,
-        )
+        values = None if self.latent else rows
+        pools = {"value_cache": None, **self.pool_axes(kv_heads)}
+        operands = WriteKVCacheOperands(rows, values, slot_mapping=(None,), **pools)
+        if self.scales != "head":
+            return operands
+        of_values = None if self.latent else (kv_heads,)
+        return operands._replace(key_scale=(kv_heads,), value_scale=of_values)
 
 
 def by_slot(slots: jax.Array, num_slots: Size) -> tuple[jax.Array, jax.Array]:

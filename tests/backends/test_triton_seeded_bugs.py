@@ -14,7 +14,9 @@ import numpy_launch
 import pytest
 import test_plan
 from bits import assert_written
-from entries import RAGGED_TRITON, Entry, RaggedEntry, Writer
+from copies import CopyConfiguration, assert_copied
+from copies import build as build_copy
+from entries import RAGGED_TRITON, Copier, Entry, RaggedEntry, Writer
 from kernels import kernel_modules
 from memory_checker import RaceError, memory_checked
 from planned import long_case
@@ -33,6 +35,7 @@ SHAPE = Shape("of seeded bugs", 4, 2, 16, page_size=32, max_blocks=12, num_pages
 LATENT = Shape("latent", 33, 1, 20, 32, 12, 40, value_head_dim=17, latent=True)
 PAGED = dataclasses.replace(LATENT, page_size=8, max_blocks=48, num_pages=160)
 LENS = np.array([383, 40, 3])
+COPY = WriteShape("copied", 9, 2, 16, None, page_size=8)
 WRITE = WriteShape("of seeded bugs", 9, 2, 16, None, page_size=8)
 
 
@@ -45,6 +48,11 @@ class Mutant(ejk.TritonPageAttention):
 
 @dataclasses.dataclass(frozen=True)
 class RaggedMutant(ejk.TritonRaggedPageAttention):
+    bug: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyMutant(ejk.TritonCopyKVCache):
     bug: str = ""
 
 
@@ -122,6 +130,16 @@ def widen(bug):
     np.testing.assert_array_equal(copies[:, named], codes[:, pages[named]].astype(F32))
 
 
+def copy(bug):
+    config = CopyConfiguration(COPY, "slot", INT8, "HND", "token")
+    sources = np.array([1, 0, 3, 3, -1, 40, 41, 5, 9])
+    targets = np.array([0, 1, 2, 39, 6, 7, 6, 39, 48])
+    entry = Copier(bug, CopyMutant(interpret=True, bug=bug), examples=0)
+    for unit, ends in (("slot", (sources, targets)), ("page", (sources % 7 - 1, targets % 7 - 1))):
+        case = build_copy(config._replace(unit=unit), *ends)
+        assert_copied(case, entry(case))
+
+
 HOLDS = {
     "page_attention_kernel": decode,
     "page_attention_combine_kernel": combine,
@@ -131,6 +149,8 @@ HOLDS = {
     "ragged_page_attention_plan_kernel": ragged,
     "ragged_page_attention_widen_kernel": widen,
     "write_kv_cache_kernel": write,
+    "copy_kv_cache_kernel": copy,
+    "copy_kv_cache_stage_kernel": copy,
 }
 
 BUGS = {
@@ -286,6 +306,32 @@ BUGS = {
         ),
         "one slot on": ("offset = (slots % PAGE_SIZE)", "offset = ((slots + 1) % PAGE_SIZE)"),
         "the slot past the pool is written": ("slots < NUM_SLOTS", "slots <= NUM_SLOTS"),
+    },
+    "copy_kv_cache_kernel": {
+        "what is staged is read from the pool": (
+            "tl.load(staged, mask=is_staged & in_unit)",
+            "tl.load(pool_ptr + source, mask=is_staged & in_unit)",
+        ),
+        "scales are left behind": ("if SCALE_WIDTH > 0:", "if SCALE_WIDTH < 0:"),
+        "the end of a unit is missing": (
+            "in_unit = (offs < UNIT)[None, :]", "in_unit = (offs < UNIT - 1)[None, :]",
+        ),
+        "what goes nowhere is written": (
+            "mask=(routes >= 0)[:, None] & in_unit", "mask=(targets >= 0)[:, None] & in_unit",
+        ),
+    },
+    "copy_kv_cache_stage_kernel": {
+        "the first of several stays": (
+            "others[None, :] > copies[:, None]", "others[None, :] < copies[:, None]",
+        ),
+        "nothing is in conflict": ("stays, tl.max(staged, 1), -1)", "stays, 0, -1)"),
+        "a copy from nowhere overwrites": (
+            "tl.where(is_unit(other_sources, NUM_PAGES, SLOTS), other",
+            "tl.where(others >= 0, other",
+        ),
+        "the target is staged": (
+            "source = in_pool(sources, offs", "source = in_pool(sources + 1, offs",
+        ),
     },
 }  # fmt: skip
 

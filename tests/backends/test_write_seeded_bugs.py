@@ -44,7 +44,7 @@ def holds_backward(entry):
 
 
 last_writes, places, gather, pools_and_rows = (
-    xla.last_writes, xla.places, reverse._gather, xla._pools_and_rows
+    xla.last_writes, xla.places, reverse.gather, xla._pools_and_rows
 )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ BACKWARD = {
     "what was overwritten has a gradient": ("places", places_of_all),
     "what was replaced has a gradient": ("scatter", lambda problem, pool, to, rows: pool),
     "rows have their neighbours' gradient": ("places", one_slot_on),
-    "keys have the values' gradient": ("_gather", other_half),
+    "keys have the values' gradient": ("gather", other_half),
 }
 
 

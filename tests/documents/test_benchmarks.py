@@ -66,6 +66,15 @@ def test_writes_are_checked_and_timed(tmp_path):
         assert line["base_us"] == lines[f"{names[0]}: bfloat16"]["device_us"]
 
 
+def test_copies_are_checked_and_timed(tmp_path):
+    path = tmp_path / "copy_kv.jsonl"
+    run("copy_kv.py", "--output", str(path))
+    lines = {(line["workload"], line["contender"]): line for line in lines_of(path)}
+    names = ("copy 3 pages, HND", "copy 5 slots, NHD", "copy 4 slots, HND, in conflict")
+    assert [*lines] == [(name, of) for name in names for of in ("ejk", "xla")]
+    assert all(line["device_us"] > 0 for line in lines.values())
+
+
 def test_steps_of_the_page_manager_are_timed(tmp_path):
     path = tmp_path / "paging.jsonl"
     run("paging.py", "--output", str(path))

@@ -37,6 +37,12 @@ def write(**changes):
     return functools.partial(ejk.write_kv_cache, **right | changes)
 
 
+def copy(**changes):
+    ids = zeros(3, dtype=INT)
+    right = dict(key_cache=POOL, value_cache=POOL, source_slots=ids, target_slots=ids)
+    return functools.partial(ejk.copy_kv_slots, **right | changes)
+
+
 def checked_ragged(**changes):
     right = dict(context_lens=np.array([20, 5]), cu_q_lens=np.array([0, 2, 5]))
     ejk.check_ragged_page_attention_inputs(**test_ragged_errors.arguments(**right | changes))
@@ -229,6 +235,20 @@ MISTAKES = {
     "values and no pool for them, or the reverse": write(value_cache=None),
     "fused pools without values": write(key_cache=FUSED, value_cache=None, value=None),
     "another number of slots": write(slot_mapping=zeros(4, dtype=INT)),
+    # Copies
+    "more sources than targets": copy(target_slots=zeros(2, dtype=INT)),
+    "pages of a batch, `[copies, 2]`": lambda: ejk.copy_kv_pages(
+        POOL, POOL, zeros(3, 2, dtype=INT), zeros(3, dtype=INT)
+    ),
+    "codes without the scales that move with them": copy(
+        key_cache=INT8_POOL, value_cache=INT8_POOL
+    ),
+    "a gradient through copies of codes": lambda: jax.grad(
+        lambda pool: copy(key_cache=pool, value_cache=pool)()[0].astype(jnp.float32).sum()
+    )(jnp.zeros((8, 2, 16, 64), jnp.float8_e4m3fn)),
+    "paths of other sequences": lambda: ejk.accepted_slots(
+        zeros(3, dtype=INT), TABLES, zeros(2, dtype=INT)
+    ),
     # Checks
     "a length past the table": lambda: ejk.check_page_attention_inputs(
         **test_errors.arguments(context_lens=np.array([20, 49]))

@@ -79,6 +79,7 @@ def test_many_unknown_keywords_are_a_short_message():
         ("paged_attention", "page_attention"),
         ("flash_attn_varlen_func", "ragged_page_attention"),
         ("reshape_and_cache_flash", "write_kv_cache"),
+        ("copy_blocks", "copy_kv_pages"),
         ("merge_state", "merge_attention_states"),
         ("context_parallel_attention", "page_attention with axis_name="),
         ("context_parallel_ragged_attention", "ragged_page_attention with axis_name="),

@@ -6,7 +6,9 @@ But for the prefill kernel for Hopper, which takes no float32: `test_mosaic_gpu_
 import numpy as np
 import pytest
 from bits import assert_written
-from entries import ENTRIES, RAGGED, WRITERS, counted
+from copies import CopyConfiguration, assert_copied
+from copies import build as build_copy
+from entries import COPIERS, ENTRIES, RAGGED, WRITERS, counted
 from ragged_strategies import build_ragged
 from shapes import Shape
 from strategies import LAYOUTS, Configuration, build
@@ -35,7 +37,18 @@ def write_kv_cache(layout, fused):
     return build_write(shape, F32, layout, np.array([3, 17, 3, -1, 48, 40], np.int32))
 
 
-OPERATIONS = {page_attention: ENTRIES, ragged_page_attention: RAGGED, write_kv_cache: WRITERS}
+def copy_kv_cache(layout, fused):
+    shape = WriteShape("of every layout", 6, 2, 32, None if fused else 32, page_size=8)
+    ends = np.array([[3, 17, 3, -1, 48, 40], [17, 40, 3, 2, 1, 9]], np.int32)
+    return build_copy(CopyConfiguration(shape, "slot", F32, layout), *ends)
+
+
+OPERATIONS = {
+    page_attention: ENTRIES,
+    ragged_page_attention: RAGGED,
+    write_kv_cache: WRITERS,
+    copy_kv_cache: COPIERS,
+}
 CASES = {
     f"{operation.__name__}-{entry.name}-{layout}-{'fused' if fused else 'separate'}": (
         entry, operation(layout, fused),
@@ -52,5 +65,9 @@ CASES = {
 @pytest.mark.parametrize(("entry", "case"), CASES.values(), ids=CASES)
 @counted
 def test_a_call(entry, case):
-    check = assert_written if entry in WRITERS else lambda case, result: assert_close(case, *result)
-    check(case, entry(case))
+    if entry in WRITERS:
+        assert_written(case, entry(case))
+    elif entry in COPIERS:
+        assert_copied(case, entry(case))
+    else:
+        assert_close(case, *entry(case))

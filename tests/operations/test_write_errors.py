@@ -96,7 +96,7 @@ MISFIT_AND_RANGE = {
     ),
     "values of no width": (
         {"value": zeros(3, 2, 0), "value_cache": zeros(8, 2, 16, 0)},
-        "value_cache.shape[3]=0 must be the values' value_head_dim=0, and at least 1",
+        "value_cache.shape[3]=0 must be at least 1",
     ),
     "values of fewer pages": (
         {"value_cache": zeros(7, 2, 16, 64)},

@@ -7,13 +7,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ejk import _backend, _dispatch, _partition
 from ejk.backends.reverse_mode import with_pull_back
-from ejk.backends.stored_rows import stored
+from ejk.backends.stored_rows import gather, halves_axis, stored
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
-from ejk.backends.xla.write_kv_cache import halves_axis, places, scatter
+from ejk.backends.xla._pools import scatter
+from ejk.backends.xla.write_kv_cache import places
 
 Results = tuple[jax.Array, ...]
 
@@ -38,7 +38,7 @@ def _pull_back(
     problem: WriteKVCacheProblem, kept: WriteKVCacheOperands, cotangents: Results
 ) -> WriteKVCacheOperands:
     at = places(problem, kept.slot_mapping)
-    rows = [_gather(problem, pool, at) for pool in cotangents]
+    rows = [gather(problem, pool, at) for pool in cotangents]
     pools = [scatter(problem, pool, at, jnp.zeros_like(x)) for pool, x in zip(cotangents, rows)]
     if problem.fused:
         rows = [rows[0].take(half, halves_axis(problem)) for half in (0, 1)]
@@ -57,19 +57,6 @@ def _of_rows(
     """Return the cotangents of new rows and their scales, of that of what the cache holds."""
     _, pull = jax.vjp(lambda rows, scale: stored(problem, rows, scale)[0], rows, scale)
     return pull(d)
-
-
-def _gather(problem: WriteKVCacheProblem, pool: jax.Array, at: jax.Array) -> jax.Array:
-    axes = (problem.layout.pages, problem.layout.slots)
-    dimensions = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(1, pool.ndim - 1)),
-        collapsed_slice_dims=axes,
-        start_index_map=axes,
-    )
-    sizes = tuple(1 if axis in axes else size for axis, size in enumerate(pool.shape))
-    return lax.gather(
-        pool, at, dimensions, sizes, mode=lax.GatherScatterMode.FILL_OR_DROP, fill_value=0
-    )
 
 
 differentiable = _dispatch.compiled(with_pull_back(_forward, _backward))

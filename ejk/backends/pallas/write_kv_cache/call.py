@@ -18,28 +18,54 @@ def write(
     sizes: WriteSizes, operands: WriteKVCacheOperands, vmem_limit_bytes: int, interpret: Any
 ) -> tuple[jax.Array, ...]:
     """Launch the kernel once; returns the results of `sizes.problem`."""
-    problem, of_tokens = sizes.problem, sizes.problem.scales == "token"
+    problem = sizes.problem
     slots, order = by_slot(operands.slot_mapping, problem.num_slots)
     pad = sizes.num_blocks * sizes.block_tokens - problem.num_tokens
     slots, order = jnp.pad(slots, (0, pad), constant_values=-1), jnp.pad(order, (0, pad))
-    key, key_scale = rows(sizes, operands.key, operands.key_scale, order)
-    value, value_scale = rows(sizes, operands.value, operands.value_scale, order)
+
+    def held(rows: jax.Array | None, scale: jax.Array | None) -> Held:
+        return (None, None) if rows is None else stored(problem, rows[order], scale)
+
+    key, value = (
+        held(operands.key, operands.key_scale),
+        held(operands.value, operands.value_scale),
+    )
+    return put(sizes, operands, slots, key, value, vmem_limit_bytes, interpret)
+
+
+Held = tuple[jax.Array | None, jax.Array | None]
+"""What the pools get of tokens in the order of their slots: codes, and scales of their own."""
+
+
+def put(
+    sizes: WriteSizes,
+    pools: Any,
+    slots: jax.Array,
+    key: Held,
+    value: Held,
+    vmem_limit_bytes: int,
+    interpret: Any,
+) -> tuple[jax.Array, ...]:
+    """Put rows, as `pools` hold them, in slots that ascend; -1 is none."""
+    of_tokens = sizes.problem.scales == "token"
+    key_rows, key_scales = blocks(sizes, *key)
+    value_rows, value_scales = blocks(sizes, *value)
     return tuple(
         call(
             write_kv_cache_kernel,
             scalars=dict(slot_mapping_ref=slots),
             inputs=dict(
-                key_ref=key,
-                value_ref=value,
-                key_scale_ref=key_scale,
-                value_scale_ref=value_scale,
+                key_ref=key_rows,
+                value_ref=value_rows,
+                key_scale_ref=key_scales,
+                value_scale_ref=value_scales,
             ),
             outputs={},
             in_place=dict(
-                key_cache_hbm_ref=operands.key_cache,
-                value_cache_hbm_ref=operands.value_cache,
-                key_scale_hbm_ref=operands.key_scale if of_tokens else None,
-                value_scale_hbm_ref=operands.value_scale if of_tokens else None,
+                key_cache_hbm_ref=pools.key_cache,
+                value_cache_hbm_ref=pools.value_cache,
+                key_scale_hbm_ref=pools.key_scale if of_tokens else None,
+                value_scale_hbm_ref=pools.value_scale if of_tokens else None,
             ),
             scratch=scratch(sizes),
             sizes=sizes,
@@ -52,27 +78,26 @@ def write(
     )
 
 
-def rows(
-    sizes: WriteSizes, x: jax.Array | None, scale: jax.Array | None, order: jax.Array
+def blocks(
+    sizes: WriteSizes, codes: jax.Array | None, scale: jax.Array | None
 ) -> tuple[Blocked | None, Blocked | None]:
-    """Return what is written of tokens in the order of their slots, and their own scales."""
-    if x is None:
+    """Return the blocks of a step: rows of tokens, and their scales if they have their own."""
+    if codes is None:
         return None, None
     problem = sizes.problem
 
-    def blocks(x: jax.Array, shape: tuple[int, ...]) -> Blocked:
+    def block(x: jax.Array, shape: tuple[int, ...]) -> Blocked:
         """Give each step a block of tokens."""
         spec = pl.BlockSpec((sizes.block_tokens, *shape), lambda i, _: (i, *(0 for _ in shape)))
         return x.reshape(-1, *shape), spec
 
-    codes, scale = stored(problem, x[order], scale)
+    shape = sizes.row_shape(codes.shape[-1])
     if sizes.row_dtype != problem.cache_dtype:
         codes = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(sizes.row_dtype)
-    codes = blocks(codes, sizes.row_shape(x.shape[-1]))
     if problem.scales != "token":
-        return codes, None
+        return block(codes, shape), None
     assert scale is not None
-    return codes, blocks(scale, sizes.scale_row_shape)
+    return block(codes, shape), block(scale, sizes.scale_row_shape)
 
 
 def scratch(sizes: WriteSizes) -> dict[str, Any]:

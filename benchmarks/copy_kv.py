@@ -1,0 +1,167 @@
+"""Times `ejk.copy_kv_slots` and `ejk.copy_kv_pages`; checks them first, and records each result.
+
+    python benchmarks/copy_kv.py                          slots and pages, many and few
+    python benchmarks/copy_kv.py --tiny --output x.jsonl  few, interpreted on a CPU
+
+Pools hold 8 KV heads of 128 in bfloat16, pages of 16. Each call of a program copies units of its
+own, so that no cache holds them; the pools are donated. XLA's gather and scatter does the same, and
+takes turns with it, run by run. The yardstick is the best rate at which a kernel that does nothing
+else copies as many bytes, of the same run. Bytes are those of the units, read once and written
+once, whatever moves: "in conflict" means that each target is another copy's source.
+"""
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ceiling
+import jax
+import jax.numpy as jnp
+import numpy as np
+import timing
+from ragged import append
+from side_by_side import attempt
+
+import ejk
+
+NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 128, 16
+SLOT_BYTES = 2 * NUM_KV_HEADS * HEAD_DIM * 2  # of a token's key and value
+MOVED = 2**29  # bytes that a program moves, at least: more than the GPU's caches hold
+ROUNDS = 15
+
+
+class Workload(NamedTuple):
+    """Copies of one call."""
+
+    count: int
+    unit: str
+    layout: str = "HND"
+    in_conflict: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"copy {self.count} {self.unit}s, {self.layout}" + ", in conflict" * self.in_conflict
+
+    @property
+    def slots(self) -> int:
+        """Of a unit."""
+        return PAGE_SIZE if self.unit == "page" else 1
+
+    @property
+    def moved_bytes(self) -> int:
+        return 2 * self.count * self.slots * SLOT_BYTES
+
+
+WORKLOADS = (
+    *(Workload(1024, "page", layout) for layout in ("HND", "NHD", "KV_HEADS_FIRST")),
+    Workload(1024, "page", in_conflict=True),
+    Workload(16, "page"),
+    *(Workload(count, "slot", layout) for count in (8192, 2048, 64) for layout in ("HND", "NHD")),
+    Workload(2048, "slot", in_conflict=True),
+)
+TINY = (Workload(3, "page"), Workload(5, "slot", "NHD"), Workload(4, "slot", in_conflict=True))
+
+
+def draw(workload: Workload, calls: int) -> tuple[np.ndarray, int]:
+    """Return sources and targets of each call, `[calls, 2, count]`, and the number of pages."""
+    count, ends = workload.count, 1 if workload.in_conflict else 2
+    units = calls * ends * count
+    num_pages = -(-units * workload.slots // PAGE_SIZE)
+    ids = np.random.default_rng(0).permutation(units).reshape(calls, ends, count)
+    if workload.in_conflict:  # each to the place of the next, and round
+        ids = np.concatenate([ids, np.roll(ids, -1, axis=2)], axis=1)
+    return ids.astype(np.int32), num_pages
+
+
+def pools_of(num_pages: int, layout: str) -> tuple[jax.Array, jax.Array]:
+    shape = {
+        "HND": (num_pages, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM),
+        "NHD": (num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM),
+        "KV_HEADS_FIRST": (NUM_KV_HEADS, num_pages, PAGE_SIZE, HEAD_DIM),
+    }[layout]
+    keys, values = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2))
+    return keys, values
+
+
+def prepare(workload: Workload, backend: Any, tiny: bool) -> tuple[int, Callable[[], Any]]:
+    """Check the copies; return how many calls a program has, and what runs it."""
+    calls = 2 if tiny else max(2, min(64, MOVED // workload.moved_bytes))
+    ids, num_pages = draw(workload, calls)
+    operation = {"slot": ejk.copy_kv_slots, "page": ejk.copy_kv_pages}[workload.unit]
+    copy = functools.partial(operation, cache_layout=workload.layout, backend=backend)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(pools, ids):
+        for sources, targets in ids:
+            pools = copy(*pools, sources, targets)
+        return pools
+
+    given = jnp.asarray(ids)
+    pools = run(pools_of(num_pages, workload.layout), given)
+    check(workload, pools, ids, num_pages)
+
+    def step():
+        nonlocal pools
+        pools = run(pools, given)
+        return pools
+
+    return calls, step
+
+
+def check(workload: Workload, pools, ids: np.ndarray, num_pages: int) -> None:
+    """Every bit must be where it belongs."""
+    pages, slots = {"HND": (0, 2), "NHD": (0, 1), "KV_HEADS_FIRST": (1, 2)}[workload.layout]
+    for pool, given in zip(pools, pools_of(num_pages, workload.layout)):
+        by_slot, old = (
+            np.moveaxis(np.asarray(x).view(np.uint16), (pages, slots), (0, 1)).reshape(
+                num_pages * PAGE_SIZE // workload.slots, -1
+            )
+            for x in (pool, given)
+        )
+        expected = old.copy()
+        for sources, targets in ids:
+            expected[targets] = expected[sources]
+        if not np.array_equal(by_slot, expected):
+            raise AssertionError(f"{workload.name}: a {workload.unit} is not where it belongs")
+
+
+def results(tiny: bool) -> Iterator[dict]:
+    """Yield a line for each workload and contender; both take turns."""
+    triton = ejk.TritonCopyKVCache(interpret=True) if tiny else "triton"
+    contenders = {"ejk": triton, "xla": "xla"}
+    for workload in TINY if tiny else WORKLOADS:
+        ready = {name: attempt(prepare, workload, b, tiny) for name, b in contenders.items()}
+        right = {name: own for name, own in ready.items() if not isinstance(own, Exception)}
+        times = dict(zip(right, timing.interleaved([run for _, run in right.values()], ROUNDS)))
+        copied = None if tiny else ceiling.copy_ceiling(workload.moved_bytes // 2)
+        for name, own in ready.items():
+            line: dict[str, Any] = {"workload": workload.name, "contender": name}
+            if name not in right:
+                yield line | {"failed": f"{type(own).__name__}: {own}"[:300]}
+                continue
+            busy_us = statistics.median(timing.busy_us(turn) for turn in times[name])
+            device_us = busy_us / own[0]
+            rate = workload.moved_bytes / device_us / 1e3
+            line |= {"device_us": round(device_us, 2), "gb_per_s": round(rate, 1)}
+            if copied is not None:
+                line |= {
+                    "of_ceiling": round(rate / copied, 4), "ceiling_gb_per_s": round(copied, 1),
+                }  # fmt: skip
+            yield line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="few copies, interpreted on a CPU")
+    parser.add_argument("--output", type=Path, help="instead of results/<device>.jsonl")
+    args = parser.parse_args()
+    if args.tiny and args.output is None:
+        parser.error("--tiny needs --output: it measures nothing that is to be kept")
+    append(args.output, results(args.tiny), "copy_kv.py")
+
+
+if __name__ == "__main__":
+    main()

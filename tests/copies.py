@@ -1,0 +1,146 @@
+"""Hypothesis strategies that draw a whole copy of slots or pages, of random bits."""
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from bits import bits_equal
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from strategies import BF16, E4M3, F16, F32, INT4, INT8, INTEGERS, LAYOUTS, one_of
+from writes import WriteShape, hostile_slots
+from writes import build as build_write
+
+import ejk
+
+SHAPES = (
+    WriteShape("llama-3-8b, a quarter", 7, 2, 128, 128, page_size=16),
+    WriteShape("fused", 9, 2, 64, None, page_size=8, num_pages=7),
+    WriteShape("deepseek-v3", 5, 1, 576, 0, page_size=16),
+    WriteShape("odd everything", 12, 3, 34, 18, page_size=3),
+    WriteShape("one of everything", 2, 1, 1, 1, page_size=1, num_pages=1),
+    WriteShape("fused, single slots", 30, 3, 8, None, page_size=1, num_pages=30),
+)
+"""`num_tokens` is the number of copies."""
+
+UNITS = ("slot", "page")
+
+
+class CopyConfiguration(NamedTuple):
+    """What a program is compiled for."""
+
+    shape: WriteShape
+    unit: str
+    dtype: np.dtype  # of the pools
+    cache_layout: str
+    scales: str = "none"  # or "head" or "token"
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.dtype in (INT8, INT4, E4M3)
+
+
+TYPES = (
+    (F32, "none"), (INT8, "token"), (BF16, "none"), (E4M3, "token"), (F16, "none"),
+    (INT8, "head"), (INT4, "token"), (BF16, "token"), (E4M3, "none"),
+)  # fmt: skip
+
+_DEALT = zip(
+    itertools.cycle(SHAPES[:4] + SHAPES[5:]),
+    itertools.cycle(UNITS),
+    itertools.cycle(TYPES),
+    itertools.cycle((*LAYOUTS, *LAYOUTS[1:], LAYOUTS[0], LAYOUTS[2])),
+)
+# Every type and layout, dealt out over the shapes.
+CONFIGURATIONS = (
+    *(
+        CopyConfiguration(shape, unit, dtype, layout, scales)
+        for shape, unit, (dtype, scales), layout in itertools.islice(_DEALT, 40)
+    ),
+    CopyConfiguration(SHAPES[4], "slot", F32, "HND"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyCase:
+    """One call."""
+
+    unit: str
+    key_cache: np.ndarray
+    value_cache: np.ndarray | None
+    sources: np.ndarray
+    targets: np.ndarray
+    cache_layout: str
+    scales: tuple[Any, Any] = (None, None)
+    as_jax: bool = True
+
+    @property
+    def operation(self):
+        return {"slot": ejk.copy_kv_slots, "page": ejk.copy_kv_pages}[self.unit]
+
+    def operands(self):
+        """The four positional arguments, as NumPy arrays."""
+        return self.key_cache, self.value_cache, self.sources, self.targets
+
+    def arguments(self):
+        """The same, as JAX arrays where `as_jax` (64-bit integers never)."""
+        return tuple(
+            jnp.asarray(x) if self.as_jax and x is not None and x.dtype.itemsize < 8 else x
+            for x in self.operands()
+        )
+
+    def keywords(self):
+        """The layout, and the scales that there are."""
+        named = zip(("key_scale", "value_scale"), self.scales)
+        return {"cache_layout": self.cache_layout, **{n: x for n, x in named if x is not None}}
+
+    def replace(self, **changes) -> "CopyCase":
+        return dataclasses.replace(self, **changes)
+
+
+def build(config: CopyConfiguration, sources, targets, *, seed=0, as_jax=True) -> CopyCase:
+    """Make a call on pools of random bits, NaN of every payload among them."""
+    shape, unit, dtype, layout, scales = config
+    is_float = dtype in (F32, BF16, F16)
+    pools = build_write(
+        shape, dtype if is_float else F32, layout, np.zeros(0, np.int32), seed=seed,
+        cache_dtype=None if is_float else dtype, scales=scales,
+    )  # fmt: skip
+    return CopyCase(
+        unit, pools.key_cache, pools.value_cache, sources, targets, layout, pools.scales, as_jax
+    )
+
+
+def num_units(config: CopyConfiguration) -> int:
+    shape = config.shape
+    return shape.num_slots if config.unit == "slot" else shape.num_pages
+
+
+@st.composite
+def copies(draw, configurations=CONFIGURATIONS) -> CopyCase:
+    """Draw a call: anywhere, or among a few, so that they meet; permuted; some outside."""
+    config = draw(one_of(configurations))
+    count, units = config.shape.num_tokens, num_units(config)
+    kind = draw(st.sampled_from(INTEGERS))
+    top = min(units - 1, np.iinfo(kind).max)
+    few, outside = st.integers(max(0, top - 4), top), hostile_slots(kind, units)
+    anywhere = draw(st.sampled_from((st.integers(0, top), few, few | st.sampled_from(outside))))
+    sources, targets = (
+        draw(arrays(kind, count, elements=anywhere, fill=st.nothing())) for _ in range(2)
+    )
+    if draw(st.booleans()):  # nothing but cycles
+        targets = np.array(draw(st.permutations(sources.tolist())), kind)
+    seed = draw(st.integers(0, 2**32 - 1))
+    return build(config, sources, targets, seed=seed, as_jax=draw(st.booleans()))
+
+
+def assert_copied(case: CopyCase, pools) -> None:
+    """Every bit of every pool is the oracle's: of what is copied and of what is not."""
+    scales = dict(zip(("key_scale", "value_scale"), case.scales))
+    expected = oracle.copy_kv_cache(
+        case.unit, *case.operands(), cache_layout=case.cache_layout, **scales
+    )
+    bits_equal(pools, [pool for pool in expected if pool is not None])
