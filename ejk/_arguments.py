@@ -7,17 +7,16 @@ import jax
 import numpy as np
 
 from ejk._cache_types import CacheType
-from ejk._describe import ALL_LAYERS, describe
+from ejk._describe import describe
 from ejk._dtypes import (
     as_float32,
     check_cache_dtype,
     check_floats,
     check_rows,
-    check_value_cache,
     check_width,
 )
 from ejk._indices import Size, as_int32, exceeds, least, rounded_bound, static_int
-from ejk._nearest import did_you_mean
+from ejk._pools import both_in, check_pool, check_value_cache, holds_both
 from ejk._prefix_groups import num_prefix_groups, prefix_operands
 from ejk._scales import GivenScales
 from ejk._typing import (
@@ -63,11 +62,17 @@ class Arguments:
     @property
     def latent(self) -> bool:
         """The values are read out of the keys."""
-        return self.key_cache.ndim == 4 and self.value_cache is None
+        return self.value_cache is None and not self.fused
+
+    @property
+    def fused(self) -> bool:
+        """`key_cache` holds the keys and the values."""
+        return holds_both(self.key_cache, self.cache_layout)
 
     @property
     def scales(self) -> GivenScales:
-        return GivenScales(self.key_scale, self.value_scale, self.key_cache, self.latent)
+        pool = (self.key_cache, self.latent, self.fused)
+        return GivenScales(self.key_scale, self.value_scale, *pool)
 
 
 def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
@@ -84,7 +89,7 @@ def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
         raise ValueError(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads} "
             f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
-            + _other_layouts(key_cache, num_heads)
+            + _other_layouts(key_cache, num_heads, given.value_cache is not None)
         )
     check_width(key_cache, head_dim, "the query's")
     _check_axes(given, num_seqs, page_size)
@@ -100,7 +105,7 @@ def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
         query_dtype=given.query.dtype,
         cache_dtype=key_cache.dtype,
         cache_layout=cache_layout,
-        fused=key_cache.ndim == 5,
+        fused=given.fused,
         latent=given.latent,
         has_window=given.sliding_window is not None,
         soft_cap=_held_soft_cap(given.soft_cap),
@@ -149,39 +154,6 @@ def check_sizes(**sizes: tuple[Array | None, str, Size]) -> None:
             raise ValueError(f"{name}.shape[0]={x.shape[0]} must be {axis}={size}")
 
 
-def check_layout(cache_layout: Any) -> None:
-    """Check that a layout is one of those that there are."""
-    if not isinstance(cache_layout, str) or cache_layout not in LAYOUTS:
-        near = did_you_mean(cache_layout, LAYOUTS) if isinstance(cache_layout, str) else ""
-        raise ValueError(
-            f"cache_layout={describe(cache_layout)} must be one of "
-            f"{', '.join(map(repr, LAYOUTS))}{near}"
-        )
-
-
-def check_pool(key_cache: Array, cache_layout: Any, **sizes: Size) -> tuple[Size, int, int]:
-    """Check a pool's axes, and that `sizes` and its own are not 0.
-
-    Returns its pages, its KV heads and the slots of a page.
-    """
-    check_layout(cache_layout)
-    layout = layout_of(key_cache, cache_layout)
-    pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
-    if layout.halves is not None and key_cache.shape[layout.halves] != 2:
-        raise ValueError(
-            f"key_cache.shape[{layout.halves}]={key_cache.shape[layout.halves]} must be 2, keys "
-            f"and values {pool}: " + _unstack(key_cache)
-        )
-    num_pages, num_kv_heads, page_size = (
-        key_cache.shape[axis] for axis in (layout.pages, layout.kv_heads, layout.slots)
-    )
-    sizes |= {"num_kv_heads": num_kv_heads, "page_size": page_size}
-    for name, size in sizes.items():
-        if size == 0:
-            raise ValueError(f"{name}={size} must be at least 1 {pool}")
-    return num_pages, num_kv_heads, page_size
-
-
 def _check_axes(given: Arguments, num_seqs: Size, page_size: int) -> None:
     """Check the axes of all that is neither query nor pool."""
     num_heads, tables = given.query.shape[1], given.block_tables
@@ -198,19 +170,14 @@ def _check_axes(given: Arguments, num_seqs: Size, page_size: int) -> None:
         )
 
 
-def _unstack(pools: Array) -> str:
-    """Say how pools that are stacked on the first of five axes are passed."""
-    if pools.shape[0] == 2:
-        return "of [2, num_pages, ...] pass kv_cache[0], kv_cache[1] as key_cache, value_cache"
-    return ALL_LAYERS.format("key_cache")
-
-
-def _other_layouts(key_cache: Array, num_heads: int) -> str:
+def _other_layouts(key_cache: Array, num_heads: int, given_values: bool) -> str:
     """Name the layouts under which the heads would group."""
     fits = {}
     for name in LAYOUTS:
         layout = layout_of(key_cache, name)
-        num_kv_heads = key_cache.shape[layout.kv_heads]
+        if layout.num_axes != key_cache.ndim or (layout.interleaved and given_values):
+            continue
+        num_kv_heads = key_cache.shape[layout.kv_heads] // layout.heads_of_head
         if num_kv_heads and num_heads % num_kv_heads == 0:
             fits[name] = num_kv_heads
     fit = (f"{count} under cache_layout={name!r}" for name, count in fits.items())
@@ -255,12 +222,12 @@ def _value_head_dim(given: Arguments, cache_type: CacheType) -> int:
     """Check the values, or where else they are to be read, and return their width."""
     key_cache, value_cache, head_dim = given.key_cache, given.value_cache, given.query.shape[-1]
     value_head_dim = given.value_head_dim
-    if key_cache.ndim == 5:
-        check_value_cache(key_cache, value_cache)
+    if given.fused:
+        check_value_cache(key_cache, value_cache, given.cache_layout)
         if value_head_dim is not None:
             raise ValueError(
-                f"value_head_dim={value_head_dim} must be None with a key_cache of five axes, "
-                "which holds keys and values"
+                f"value_head_dim={value_head_dim} must be None with {both_in(key_cache)}, which "
+                "holds keys and values"
             )
         return head_dim
     if value_cache is None:
@@ -268,7 +235,7 @@ def _value_head_dim(given: Arguments, cache_type: CacheType) -> int:
             raise ValueError(
                 "value_cache=None must come with value_head_dim, for latent attention: the values "
                 "are then the first value_head_dim entries of the keys. Or with a key_cache of "
-                "five axes that holds keys and values"
+                'five axes, or of cache_layout="INTERLEAVED", that holds keys and values'
             )
         width = static_int("value_head_dim", value_head_dim, at_least=1)
         if width > head_dim:
@@ -283,5 +250,5 @@ def _value_head_dim(given: Arguments, cache_type: CacheType) -> int:
         raise ValueError(
             f"value_head_dim={value_head_dim} must be None where a value_cache is given"
         )
-    check_value_cache(key_cache, value_cache)
+    check_value_cache(key_cache, value_cache, given.cache_layout)
     return value_cache.shape[-1] * cache_type.per_element

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ejk._arguments import check_pool, check_sizes
+from ejk._arguments import check_sizes
 from ejk._check_page_attention_inputs import NO_WINDOW, page_rule, sequence_rules
 from ejk._check_values import Rule, check_values
+from ejk._pools import check_pool
 from ejk._typing import (
     Bounds,
     Cache,

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ejk._arguments import check_pool, check_sizes
+from ejk._arguments import check_sizes
 from ejk._check_values import Rule, check_values
+from ejk._pools import check_pool
 from ejk._typing import Cache, Slots, Tables, TokenRows, typed
 from ejk.backends.layouts import CacheLayout
 

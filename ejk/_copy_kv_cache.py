@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch, _registry
-from ejk._arguments import check_pool, check_sizes
+from ejk._arguments import check_sizes
 from ejk._backend import Backend
-from ejk._dtypes import check_cache_dtype, check_slots, check_value_cache
+from ejk._dtypes import check_cache_dtype
 from ejk._indices import as_int32
+from ejk._pools import check_pool, check_slots, check_value_cache, holds_both
 from ejk._scales import GivenScales
 from ejk._typing import Array, Cache, Copies, ScaleArgument, typed
 from ejk.backends.copy_kv_cache import CopyKVCacheOperands, CopyKVCacheProblem, Unit
@@ -54,12 +55,13 @@ def copy_kv_slots(
 
     Args:
         key_cache: the pool of pages as `ejk.page_attention` reads it, its axes as `cache_layout`
-            says. With five axes it holds the keys and the values.
-        value_cache: the pool of the values; None if `key_cache` has five axes, or for latent
+            says. With five axes, or interleaved, it holds the keys and the values.
+        value_cache: the pool of the values; None if `key_cache` has them, or for latent
             attention.
         source_slots: where tokens are. Any integer dtype.
         target_slots: where they are to be. Any integer dtype.
-        cache_layout: `"HND"`, `"NHD"` or `"KV_HEADS_FIRST"`, as of `ejk.page_attention`.
+        cache_layout: `"HND"`, `"NHD"`, `"KV_HEADS_FIRST"` or `"INTERLEAVED"`, as of
+            `ejk.page_attention`.
         key_scale: as in `ejk.page_attention`. Of a number, or one a KV head, nothing is copied; the
             float32 pool of the scales of tokens is a pool like the others.
         value_scale: the same for the values.
@@ -87,7 +89,7 @@ def copy_kv_slots(
         Accepted paths of draft trees: SpecInfer (Miao et al., 2023, arXiv:2305.09781), EAGLE (Li et
         al., 2024, arXiv:2401.15077).
     """
-    scales = GivenScales(key_scale, value_scale, key_cache, _is_latent(key_cache, value_cache))
+    scales = _given_scales(key_scale, value_scale, key_cache, value_cache, cache_layout)
     check_sizes(target_slots=(target_slots, "num_copies", source_slots.shape[0]))
     return _copy(
         "slot", key_cache, value_cache, source_slots, target_slots, cache_layout, scales, backend
@@ -117,12 +119,13 @@ def copy_kv_pages(
 
     Args:
         key_cache: the pool of pages as `ejk.page_attention` reads it, its axes as `cache_layout`
-            says. With five axes it holds the keys and the values.
-        value_cache: the pool of the values; None if `key_cache` has five axes, or for latent
+            says. With five axes, or interleaved, it holds the keys and the values.
+        value_cache: the pool of the values; None if `key_cache` has them, or for latent
             attention.
         source_pages: the pages that are copied. Any integer dtype.
         target_pages: the pages that they are copied to. Any integer dtype.
-        cache_layout: `"HND"`, `"NHD"` or `"KV_HEADS_FIRST"`, as of `ejk.page_attention`.
+        cache_layout: `"HND"`, `"NHD"`, `"KV_HEADS_FIRST"` or `"INTERLEAVED"`, as of
+            `ejk.page_attention`.
         key_scale: as of `ejk.copy_kv_slots`.
         value_scale: the same for the values.
         backend: as of `ejk.copy_kv_slots`.
@@ -145,15 +148,23 @@ def copy_kv_pages(
     Source:
         Copies on write of vLLM (Kwon et al., 2023, arXiv:2309.06180).
     """
-    scales = GivenScales(key_scale, value_scale, key_cache, _is_latent(key_cache, value_cache))
+    scales = _given_scales(key_scale, value_scale, key_cache, value_cache, cache_layout)
     check_sizes(target_pages=(target_pages, "num_copies", source_pages.shape[0]))
     return _copy(
         "page", key_cache, value_cache, source_pages, target_pages, cache_layout, scales, backend
     )
 
 
-def _is_latent(key_cache: Array, value_cache: Array | None) -> bool:
-    return key_cache.ndim == 4 and value_cache is None
+def _given_scales(
+    key_scale: ScaleArgument | None,
+    value_scale: ScaleArgument | None,
+    key_cache: Array,
+    value_cache: Array | None,
+    cache_layout: Any,
+) -> GivenScales:
+    fused = holds_both(key_cache, cache_layout)
+    latent = value_cache is None and not fused
+    return GivenScales(key_scale, value_scale, key_cache, latent, fused)
 
 
 def _copy(
@@ -171,7 +182,7 @@ def _copy(
         key_cache, cache_layout, head_dim=key_cache.shape[-1]
     )
     check_cache_dtype("key_cache.dtype", key_cache.dtype)
-    check_value_cache(key_cache, value_cache)
+    check_value_cache(key_cache, value_cache, cache_layout)
     check_slots(key_cache, cache_layout, num_pages, page_size)
     of_tokens = scales.kind(num_kv_heads) == "token"
     if of_tokens:
@@ -182,7 +193,8 @@ def _copy(
         key_shape=tuple(key_cache.shape),
         value_shape=None if value_cache is None else tuple(value_cache.shape),
         cache_dtype=key_cache.dtype,
-        cache_layout=cache_layout,
+        # A copy moves a token's keys and values alike: interleaved, they are so many more heads.
+        cache_layout="NHD" if cache_layout == "INTERLEAVED" else cache_layout,
         scales="token" if of_tokens else "none",
     )
     choice = _registry.choose(backend, CopyKVCacheProblem, BACKENDS)

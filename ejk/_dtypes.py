@@ -7,7 +7,6 @@ import numpy as np
 
 from ejk._cache_types import CACHE_DTYPES, CacheType, cache_type_of
 from ejk._describe import describe
-from ejk._indices import Size, exceeds
 from ejk._typing import Array
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -71,35 +70,4 @@ def check_width(key_cache: Array, head_dim: int, whose: str) -> None:
         raise ValueError(
             f"{axis} must be half of {whose} head_dim={head_dim}: int4, held as uint8, has two "
             "values a byte"
-        )
-
-
-def check_value_cache(key_cache: Array, value_cache: Array | None) -> None:
-    """Check the pool of values, if there is one, against that of the keys."""
-    if value_cache is None:
-        return
-    if key_cache.ndim == 5:
-        raise ValueError(
-            f"value_cache{list(value_cache.shape)} must be None with a key_cache of five axes, "
-            "which holds keys and values"
-        )
-    if value_cache.dtype != key_cache.dtype:
-        raise ValueError(
-            f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}"
-        )
-    if value_cache.shape[:-1] != key_cache.shape[:-1]:
-        raise ValueError(
-            f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} "
-            "but for the last axis"
-        )
-    if value_cache.shape[-1] < 1:
-        raise ValueError(f"value_cache.shape[3]={value_cache.shape[-1]} must be at least 1")
-
-
-def check_slots(key_cache: Array, cache_layout: Any, num_pages: Size, page_size: int) -> None:
-    """Check that 32 bits number the slots of a pool."""
-    if exceeds(num_pages * page_size, 2**31 - 1):
-        raise ValueError(
-            f"num_pages * page_size={num_pages * page_size} must be below 2**31: slots are 32-bit "
-            f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
         )

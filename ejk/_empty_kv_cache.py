@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ejk._arguments import check_layout
 from ejk._cache_types import CACHE_DTYPES, CacheType, cache_type_of
 from ejk._describe import describe
 from ejk._indices import exceeds, static_int
 from ejk._nearest import did_you_mean
+from ejk._pools import check_layout
 from ejk._typing import Flag, StaticInt, typed
-from ejk.backends.layouts import LAYOUTS, CacheLayout
+from ejk.backends.layouts import LAYOUTS, CacheLayout, Layout
 
 
 class KVCache(NamedTuple):
@@ -67,7 +67,8 @@ def empty_kv_cache(
             `"float8_e5m2"`, or `"int4"`, which is held as uint8, two entries a byte.
         num_layers: that share the pools.
         value_head_dim: entries of a value; those of a key if None.
-        cache_layout: `"HND"`, `"NHD"` or `"KV_HEADS_FIRST"`, as of `ejk.page_attention`.
+        cache_layout: `"HND"`, `"NHD"`, `"KV_HEADS_FIRST"`, or `"INTERLEAVED"`, without values of
+            its own, as of `ejk.page_attention`.
         fused: keys and values in one pool, on an axis of 2.
         latent: there are no values: they are the first entries of the keys.
         token_scales: there is a scale per token and head, which the write computes. If None, it
@@ -88,7 +89,9 @@ def empty_kv_cache(
         ((32, 2, 16, 64), (32, 2, 16), 139264)
     """
     cache_type, element = _type_of(dtype)
-    _check_options(cache_layout, value_head_dim, bool(fused), bool(latent))
+    check_layout(cache_layout)
+    layout = LAYOUTS[cache_layout]
+    _check_options(layout, value_head_dim, bool(fused), bool(latent))
     sizes = {"num_layers": num_layers, "num_pages": num_pages, "page_size": page_size}
     layers, pages, slots = (static_int(name, size, at_least=1) for name, size in sizes.items())
     kv_heads = static_int("num_kv_heads", num_kv_heads, at_least=1)
@@ -97,9 +100,10 @@ def empty_kv_cache(
             f"num_layers * num_pages * page_size={layers * pages * slots} must be below 2**31: "
             "slots are 32-bit"
         )
-    layout = LAYOUTS[cache_layout].fused if fused else LAYOUTS[cache_layout]
+    layout = layout.fused if fused else layout
+    kv_heads *= layout.heads_of_head
     axes = {layout.pages: layers * pages, layout.kv_heads: kv_heads, layout.slots: slots}
-    shape = [2 if axis == layout.halves else axes[axis] for axis in range(3 + bool(fused))]
+    shape = [2 if axis == layout.halves else axes[axis] for axis in range(layout.num_axes - 1)]
 
     def pool(name: str, width: StaticInt) -> jax.Array:
         width = static_int(name, width, at_least=1)
@@ -107,7 +111,7 @@ def empty_kv_cache(
             raise ValueError(f"{name}={width} must be even with int4: a byte has two values")
         return jnp.zeros((*shape, width // cache_type.per_element), element)
 
-    has_values = not (fused or latent)
+    has_values = not (fused or latent or layout.interleaved)
     values = (
         ("head_dim", head_dim) if value_head_dim is None else ("value_head_dim", value_head_dim)
     )
@@ -134,10 +138,15 @@ def _type_of(dtype: Any) -> tuple[CacheType, np.dtype]:
 
 
 def _check_options(
-    cache_layout: Any, value_head_dim: StaticInt | None, fused: bool, latent: bool
+    layout: Layout, value_head_dim: StaticInt | None, fused: bool, latent: bool
 ) -> None:
-    """Check the layout and that no option excludes another."""
-    check_layout(cache_layout)
+    """Check that no option excludes another."""
+    if layout.interleaved and (fused or latent or value_head_dim is not None):
+        name = "fused" if fused else "latent" if latent else "value_head_dim"
+        raise ValueError(
+            f'{name} must not come with cache_layout="INTERLEAVED", which has a key and a value of '
+            "each head side by side"
+        )
     if fused and latent:
         raise ValueError("fused=True must not come with latent=True, whose values are the keys")
     if (fused or latent) and value_head_dim is not None:

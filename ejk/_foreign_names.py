@@ -25,6 +25,8 @@ _OWN_NAMES = {  # each with what it is called elsewhere
     "alibi_slopes": "slopes alibi",
     "key_scale": "k_scale k_scales k_scales_pages k_descale key_scales k_scale_cache",
     "value_scale": "v_scale v_scales v_scales_pages v_descale value_scales v_scale_cache",
+    "causal": "is_causal use_causal_mask",
+    "prefix_groups": "shared_prefixes cascade",
     "tree_mask": "custom_mask packed_custom_mask attn_mask mask qq_bias",
     "return_lse": "return_softmax_lse return_residual return_residuals",
     "backend": "platform implementation",
@@ -69,8 +71,8 @@ _MENDS = {
     "q_lens": "cu_q_lens is jnp.pad(jnp.cumsum(q_lens), (1, 0))",
     "kv_cache": _FUSED,
     "paged_kv_cache": _FUSED,
-    "kv_pages": "keys and values in turn are two pools here: kv_pages[:, :, 0::2] and "
-    'kv_pages[:, :, 1::2] with cache_layout="NHD". Split once, not in every step',
+    "kv_pages": "keys and values in turn are key_cache, with value_cache=None and "
+    'cache_layout="INTERLEAVED"',
     "kv_indptr": _ROWS,
     "kv_indices": _ROWS,
     "paged_kv_indptr": _ROWS,
@@ -124,6 +126,14 @@ _OPERATIONS = {  # each with what it is called elsewhere
     "plan_page_attention": "plan begin_forward get_scheduler_metadata",
 }
 _OPERATION = {name: own for own, names in _OPERATIONS.items() for name in names.split()}
+_DROP_INS = {
+    "paged_attention": "ejk.compat.jax_tpu.paged_attention",
+    "ragged_paged_attention": "ejk.compat.jax_tpu.ragged_paged_attention",
+    "ragged_page_attention_v2": "ejk.compat.ejkernel.ragged_page_attention_v2",
+    "ragged_page_attention_v3": "ejk.compat.ejkernel.ragged_page_attention_v3",
+    "flash_attn_with_kvcache": "ejk.compat.flash_attention.flash_attn_with_kvcache",
+    "reshape_and_cache_flash": "ejk.compat.vllm.reshape_and_cache_flash",
+}
 _WITH_AXIS_NAME = {  # functions of `ejk` until an argument took their place
     "context_parallel_attention": "page_attention",
     "context_parallel_ragged_attention": "ragged_page_attention",
@@ -163,7 +173,8 @@ def missing_attribute(name: str, public: Iterable[str]) -> str:
     """Say what to write instead of `ejk.name`."""
     message = f"module 'ejk' has no attribute {name!r}"
     if name in _OPERATION:
-        return f"{message}: it is ejk.{_OPERATION[name]} here"
+        same = f"; {_DROP_INS[name]} has its own signature" if name in _DROP_INS else ""
+        return f"{message}: it is ejk.{_OPERATION[name]} here{same}"
     if name in _WITH_AXIS_NAME:
         return f"{message}: it is ejk.{_WITH_AXIS_NAME[name]} with axis_name="
     near = nearest(name, (other for other in public if not other.startswith("_")))

@@ -183,7 +183,7 @@ def page_attention(
             int4, held as uint8 `[..., head_dim // 2]`: the low four bits of byte `i` are entry
             `2 * i`, the high four the next one, in two's complement.
         value_cache: the same; its last axis may differ and is then the output's. None for such
-            fused pools, and for latent attention: there the values are the first
+            and interleaved pools, and for latent attention: there the values are the first
             `value_head_dim` entries of the keys. With `axis_name`, pools are those of this device.
         context_lens: tokens of each sequence, the current one included. Any integer dtype.
         block_tables: the page that holds tokens `[p * page_size, (p + 1) * page_size)`. Any
@@ -199,7 +199,8 @@ def page_attention(
         cache_layout: `"HND"` `[num_pages, num_kv_heads, page_size, head_dim]`, `"NHD"`
             `[num_pages, page_size, num_kv_heads, head_dim]` or `"KV_HEADS_FIRST"`
             `[num_kv_heads, num_pages, page_size, head_dim]`; of fused pools `[num_pages, 2, ...]`
-            and `[num_kv_heads, num_pages, 2, ...]`. Read in place, never transposed.
+            and `[num_kv_heads, num_pages, 2, ...]`. `"INTERLEAVED"` `[num_pages, page_size,
+            2 * num_kv_heads, head_dim]`, of each head a key, then a value. Read in place.
         sliding_window: only the last so many positions are visible, the current one included. At
             least 1. May be traced: above every length it is no window, below 1 it shows nothing.
         attn_logits_soft_cap: above 0.
@@ -207,7 +208,8 @@ def page_attention(
         alibi_slopes: float32, a slope a head.
         key_scale: multiplies the keys. A number, one a KV head `[num_kv_heads]`, or one a token
             and head: `key_cache`'s shape without the last axis. int8 must come with scales, int4
-            with those of tokens. None is 1. Fused pools: scales of tokens are those of both.
+            with those of tokens. None is 1. Fused or interleaved pools: scales of tokens
+            are those of both.
         value_scale: the same for the values, if keys have one of each token then these, too. None
             for latent attention, whose values are the keys, scaled.
         value_head_dim: for latent attention only.

@@ -21,6 +21,8 @@ class GivenScales(NamedTuple):
     key_cache: Array
     latent: bool
     """There are no values but the keys."""
+    fused: bool
+    """The pool holds keys and values, and so do scales of tokens."""
 
     def kind(self, num_kv_heads: int) -> Scales:
         """Check the scales and say what has one of its own."""
@@ -81,12 +83,12 @@ class GivenScales(NamedTuple):
 
     def _check_per_token(self, kinds: dict[str, Scales]) -> None:
         """Check that keys and values both have scales per token, in as many arrays as pools."""
-        if self.key_cache.ndim == 5 and self.value_scale is not None:
+        if self.fused and self.value_scale is not None:
             raise ValueError(
                 f"value_scale={describe(self.value_scale)} must be None with scales per token of "
                 "fused pools: key_scale holds those of keys and values"
             )
-        needed = ("key_scale",) if self.key_cache.ndim == 5 or self.latent else tuple(kinds)
+        needed = ("key_scale",) if self.fused or self.latent else tuple(kinds)
         for name in needed:
             if kinds[name] != "token":
                 raise ValueError(

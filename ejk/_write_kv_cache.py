@@ -6,18 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from ejk import _dispatch, _registry
-from ejk._arguments import check_pool, check_sizes
+from ejk._arguments import check_sizes
 from ejk._backend import Backend
 from ejk._cache_types import CacheType, cache_type_of
 from ejk._describe import describe
-from ejk._dtypes import (
-    check_cache_dtype,
-    check_rows,
-    check_slots,
-    check_value_cache,
-    check_width,
-)
+from ejk._dtypes import check_cache_dtype, check_rows, check_width
 from ejk._indices import as_int32
+from ejk._pools import both_in, check_pool, check_slots, check_value_cache, holds_both
 from ejk._scales import GivenScales
 from ejk._typing import Array, Cache, ScaleArgument, Slots, StaticFloat, TokenRows, typed
 from ejk.backends.layouts import CacheLayout
@@ -98,10 +93,11 @@ def write_kv_cache(
         value: their values, `[num_tokens, num_kv_heads, value_head_dim]`; None for latent
             attention, whose values are read out of the keys.
         key_cache: the pool of pages as `ejk.page_attention` reads it, its axes as `cache_layout`
-            says. With five axes it holds the keys and the values.
-        value_cache: the pool of the values; None if `key_cache` has five axes or `value` is None.
+            says. With five axes, or interleaved, it holds the keys and the values.
+        value_cache: the pool of the values; None if `key_cache` has them or `value` is None.
         slot_mapping: `page * page_size + offset` of each token. Any integer dtype.
-        cache_layout: `"HND"`, `"NHD"` or `"KV_HEADS_FIRST"`, as of `ejk.page_attention`.
+        cache_layout: `"HND"`, `"NHD"`, `"KV_HEADS_FIRST"` or `"INTERLEAVED"`, as of
+            `ejk.page_attention`.
         key_scale: as in `ejk.page_attention`: a number or one a KV head, which keys are divided by;
             or the float32 pool that the scales of tokens are written to, of quantised caches.
         value_scale: the same for the values.
@@ -136,7 +132,8 @@ def write_kv_cache(
         scales a token and head: KVQuant (Hooper et al., 2024, arXiv:2401.18079), KIVI (Liu et al.,
         2024, arXiv:2402.02750).
     """
-    scales = GivenScales(key_scale, value_scale, key_cache, latent=value is None)
+    fused = holds_both(key_cache, cache_layout)
+    scales = GivenScales(key_scale, value_scale, key_cache, value is None, fused)
     problem = _problem_of(key, value, key_cache, value_cache, slot_mapping, cache_layout, scales)
     choice = _registry.choose(backend, WriteKVCacheProblem, BACKENDS)
     operands = WriteKVCacheOperands(
@@ -145,8 +142,10 @@ def write_kv_cache(
         key_cache=key_cache,
         value_cache=value_cache,
         slot_mapping=as_int32(slot_mapping, problem.num_slots),
-        **scales.operands(problem.scales, problem.num_kv_heads),
+        **scales.operands(problem.scales, key.shape[1]),
     )
+    if cache_layout == "INTERLEAVED":
+        operands = _side_by_side(problem, operands)
     names = ["key_cache", "value_cache"]
     names += ["key_scale", "value_scale"] * (problem.scales == "token")
     if 0 in (problem.num_tokens, problem.num_slots):
@@ -154,6 +153,22 @@ def write_kv_cache(
         return tuple(getattr(operands, name) for name in names)
     results = iter(differentiable(problem, choice, operands))
     return tuple(None if getattr(operands, name) is None else next(results) for name in names)
+
+
+def _side_by_side(
+    problem: WriteKVCacheProblem, operands: WriteKVCacheOperands
+) -> WriteKVCacheOperands:
+    """Put a key and a value of each head side by side: rows of twice as many heads, as they lie."""
+
+    def both(key: Any, value: Any) -> jax.Array:
+        return jnp.stack([key, value], axis=-1 if key.ndim == 1 else 2).reshape(
+            *key.shape[:-2], problem.num_kv_heads, *key.shape[2:]
+        )
+
+    if problem.scales == "head":
+        scale = both(operands.key_scale, operands.value_scale)
+        operands = operands._replace(key_scale=scale, value_scale=None)
+    return operands._replace(key=both(operands.key, operands.value), value=None)
 
 
 def _problem_of(
@@ -174,7 +189,7 @@ def _problem_of(
         raise ValueError(f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}")
     cache_type = check_cache_dtype("key_cache.dtype", key_cache.dtype)
     check_width(key_cache, head_dim, "the keys'")
-    _check_values(key, value, key_cache, value_cache)
+    _check_values(key, value, key_cache, value_cache, cache_layout)
     check_sizes(slot_mapping=(slot_mapping, "num_tokens", num_tokens))
     check_slots(key_cache, cache_layout, num_pages, page_size)
     kind = scales.kind(num_kv_heads)
@@ -186,7 +201,7 @@ def _problem_of(
         value_shape=None if value_cache is None else tuple(value_cache.shape),
         row_dtype=key.dtype,
         cache_dtype=key_cache.dtype,
-        cache_layout=cache_layout,
+        cache_layout="NHD" if cache_layout == "INTERLEAVED" else cache_layout,
         scales=kind,
     )
 
@@ -202,15 +217,14 @@ def _check_computed(scales: GivenScales, cache_type: CacheType) -> None:
 
 
 def _check_values(
-    key: Array, value: Array | None, key_cache: Array, value_cache: Array | None
+    key: Array, value: Array | None, key_cache: Array, value_cache: Array | None, cache_layout: Any
 ) -> None:
     """Check that there are values exactly where there is room for them, and that they fit."""
-    check_value_cache(key_cache, value_cache)
-    if key_cache.ndim == 5:
+    check_value_cache(key_cache, value_cache, cache_layout)
+    if holds_both(key_cache, cache_layout):
+        both = both_in(key_cache)
         if value is None:
-            raise ValueError(
-                "value=None must be an array with a key_cache of five axes, which holds values"
-            )
+            raise ValueError(f"value=None must be an array with {both}, which holds values")
     elif (value is None) != (value_cache is None):
         name = "value" if value is None else "value_cache"
         raise ValueError(

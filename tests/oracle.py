@@ -161,7 +161,7 @@ def visible_positions(key_cache, context_len, table, cache_layout="HND", sliding
 
 def dequantised(key_cache, value_cache, key_scale=None, value_scale=None, cache_layout="HND"):
     """Return keys and values as they are seen, in float64 where they have scales or are codes."""
-    if key_cache.ndim == 5:
+    if holds_both(key_cache, cache_layout):
         if np.ndim(key_scale) > 1:
             key_scale, value_scale = halves(key_scale, cache_layout)
         key_cache, value_cache = halves(key_cache, cache_layout)
@@ -186,14 +186,24 @@ def _times(cache, scale, cache_layout):
         return cache
     scale = np.asarray(scale).astype(np.float64)
     if scale.ndim == 1:
-        axis = {"HND": 1, "NHD": 2, "KV_HEADS_FIRST": 0}[cache_layout]
+        axis = {"HND": 1, "NHD": 2, "KV_HEADS_FIRST": 0, "INTERLEAVED": 2}[cache_layout]
         scale = np.expand_dims(scale, [a for a in range(3) if a != axis])
     with np.errstate(invalid="ignore"):  # of what nobody sees
         return cache.astype(np.float64) * (scale[..., None] if scale.ndim else scale)
 
 
+def holds_both(pool, cache_layout):
+    """Say whether a pool holds keys and values."""
+    return pool.ndim == 5 or cache_layout == "INTERLEAVED"
+
+
 def halves(pool, cache_layout):
-    """Take a fused pool apart: the axis right after the pages has the keys, then the values."""
+    """Take a fused pool apart: the axis right after the pages has the keys, then the values.
+
+    An interleaved one has a key and a value of each head in turn. Apart they lie as "NHD".
+    """
+    if cache_layout == "INTERLEAVED":
+        return pool[:, :, 0::2], pool[:, :, 1::2]
     if cache_layout == "KV_HEADS_FIRST":
         return pool[:, :, 0], pool[:, :, 1]
     return pool[:, 0], pool[:, 1]
@@ -205,7 +215,7 @@ def token(cache, table, position, kv_head, cache_layout="HND"):
     page, slot = int(table[position // page_size]), position % page_size
     if cache_layout == "HND":
         vector = cache[page, kv_head, slot]
-    elif cache_layout == "NHD":
+    elif cache_layout in ("NHD", "INTERLEAVED"):
         vector = cache[page, slot, kv_head]
     else:
         vector = cache[kv_head, page, slot]
@@ -260,8 +270,8 @@ def write_kv_cache(
     per_token = np.ndim(key_scale) > 1
     caches = [None if cache is None else cache.copy() for cache in (key_cache, value_cache)]
     scales = [x.copy() if np.ndim(x) > 1 else x for x in (key_scale, value_scale)]
-    is_fused, pools, scale_pools = key_cache.ndim == 5, caches, scales
-    if is_fused:
+    pools, scale_pools = caches, scales
+    if holds_both(key_cache, cache_layout):
         pools = halves(caches[0], cache_layout)
         scale_pools = halves(scales[0], cache_layout) if per_token else scales
     num_pages, page_size, _ = _axis_sizes(pools[0], cache_layout)
@@ -317,7 +327,7 @@ def row(pool, page, offset, cache_layout):
     """All heads of one slot, `[num_kv_heads, head_dim]`."""
     if cache_layout == "HND":
         return pool[page, :, offset]
-    if cache_layout == "NHD":
+    if cache_layout in ("NHD", "INTERLEAVED"):
         return pool[page, offset]
     return pool[:, page, offset]
 
@@ -358,6 +368,6 @@ def _axis_sizes(cache, cache_layout):
         cache, _ = halves(cache, cache_layout)
     if cache_layout == "HND":
         return cache.shape[0], cache.shape[2], cache.shape[1]
-    if cache_layout == "NHD":
+    if cache_layout in ("NHD", "INTERLEAVED"):
         return cache.shape[0], cache.shape[1], cache.shape[2]
     return cache.shape[1], cache.shape[2], cache.shape[0]

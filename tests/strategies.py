@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from shapes import SHAPES, Shape
 
 DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
-LAYOUTS = ("HND", "NHD", "KV_HEADS_FIRST")
+LAYOUTS = ("HND", "NHD", "KV_HEADS_FIRST")  # of two pools, or of a fused one
 FEATURES = ("sliding_window", "attn_logits_soft_cap", "sinks", "alibi_slopes", "attn_scale")
 INTEGERS = tuple(np.dtype(f"{kind}int{bits}") for kind in ("", "u") for bits in (8, 16, 32, 64))
 INT32_MAX = 2**31 - 1
@@ -97,7 +97,12 @@ def configurations(per_shape: int) -> list[Configuration]:
         for _ in range(per_shape - 1)
         for shape in SHAPES
     ]
-    return plain + rich + quantised_configurations()
+    made = plain + rich + quantised_configurations()
+    fused = [c for c in made if c.fused][::2]  # one in two is interleaved instead
+    return [
+        dataclasses.replace(c, fused=False, cache_layout="INTERLEAVED") if c in fused else c
+        for c in made
+    ]
 
 
 THOROUGH = bool(os.environ.get("EJK_TEST_THOROUGH"))
@@ -132,6 +137,9 @@ class Case:
 
     def in_layout(self, keys, values):
         """Arrange keys and values as they are passed, in memory."""
+        if self.cache_layout == "INTERLEAVED":
+            both = np.stack([keys, values], 3)
+            return [both.reshape(*keys.shape[:2], -1, *keys.shape[3:]), None]
         order = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "KV_HEADS_FIRST": (2, 0, 1, 3)}
         pools = [
             None

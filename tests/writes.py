@@ -36,6 +36,7 @@ class WriteShape:
             "HND": (pages, *fused, heads, slots, width),
             "NHD": (pages, *fused, slots, heads, width),
             "KV_HEADS_FIRST": (heads, pages, *fused, slots, width),
+            "INTERLEAVED": (pages, slots, 2 * heads, width),  # of fused pools alone
         }[layout]
 
 
@@ -89,6 +90,15 @@ CONFIGURATIONS += tuple(
     )
     if cache != INT4 or not (shape.head_dim | (shape.value_head_dim or 0)) % 2
 )
+
+
+CONFIGURATIONS += tuple(
+    WriteConfiguration(shape, dtype, "INTERLEAVED", cache, scales)
+    for shape, dtype, cache, scales in (
+        (SHAPES[1], BF16, None, "none"), (SHAPES[6], F32, INT8, "token"), (SHAPES[1], BF16, E4M3,
+         "head"),
+    )
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ class PageAttentionOperands(NamedTuple):
     """
 
     query: Any  # [num_seqs, num_heads, head_dim]
-    key_cache: Any  # four axes, or five of fused pools: see LAYOUTS
+    key_cache: Any  # the pool of keys, or of keys and values: see LAYOUTS
     value_cache: Any  # the same, its last axis value_head_dim; None: key_cache has the values, too
     context_lens: Any  # int32 [num_seqs]
     block_tables: Any  # int32 [num_seqs, max_blocks]
@@ -118,7 +118,7 @@ class PagedProblem(PagedFacts, Problem):
             "sinks": self.has_sinks,
             "alibi_slopes": self.has_alibi,
             "value_head_dim": self.latent,
-            "fused_pools": self.fused,
+            "fused_pools": self.layout.num_axes == 5,
             "return_lse": self.return_lse,
             "axis_name": self.is_part,
             "axis_name with alibi_slopes": self.own_distances,
@@ -155,7 +155,7 @@ class PagedProblem(PagedFacts, Problem):
 
     def pool_axes(self, kv_heads: Any) -> tuple[Any, ...]:
         """Say what the axes of a pool are."""
-        axes = range(4 + self.fused)
+        axes = range(self.layout.num_axes)
         return tuple(kv_heads if axis == self.layout.kv_heads else None for axis in axes)
 
     def scale_axes(self, kv_heads: Any) -> dict[str, tuple[Any, ...] | None]:

@@ -16,12 +16,29 @@ from ejk._shards import Axes, Shards, is_split, mesh_axes
 
 def axes_of(problem: Any) -> Axes:
     """Return the axes of operands and results of a `PagedProblem`."""
-    heads, sizes = ("kv_heads", "group"), {"group": problem.group}
+    heads = ("kv_heads", "group")
     if 1 in (problem.num_kv_heads, problem.group):  # an axis holds two names only where it has to
-        heads, sizes = "kv_heads" if problem.group == 1 else "group", {}
+        heads = "kv_heads" if problem.group == 1 else "group"
     seqs = "seqs" if problem.splits_sequences else None
     operands = problem.operand_axes(seqs=seqs, kv_heads="kv_heads", heads=heads)
-    return Axes(operands, _results(problem, seqs, heads), sizes)
+    if problem.layout.interleaved:
+        operands = operands._replace(**_interleaved(problem, operands))
+    results = _results(problem, seqs, heads)
+    entries = [entry for axes in (*operands, *results) for entry in axes or ()]
+    pairs = {name for entry in entries if isinstance(entry, tuple) for name in entry}
+    known = {"kv_heads": problem.num_kv_heads, "group": problem.group, "halves": 2}
+    return Axes(operands, results, {name: known[name] for name in pairs - {*entries}})
+
+
+def _interleaved(problem: Any, operands: Any) -> dict[str, Any]:
+    """Return the axes of pools, and of scales that lie as they do, with both halves of a head."""
+    both = ("kv_heads", "halves") if problem.num_kv_heads > 1 else None
+    pools = ["key_cache"] + ["key_scale"] * (problem.scales == "token")
+    at = problem.layout.kv_heads
+    return {
+        name: (*getattr(operands, name)[:at], both, *getattr(operands, name)[at + 1 :])
+        for name in pools
+    }
 
 
 def shards_of(problem: Any, specs: Any, mesh: Mapping[str, int]) -> Shards:

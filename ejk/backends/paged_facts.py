@@ -25,7 +25,7 @@ class PagedFacts:
     cache_dtype: np.dtype
     cache_layout: str
     fused: bool
-    """`key_cache` has five axes, keys and values on one of them."""
+    """`key_cache` holds the keys and the values."""
     latent: bool
     """The values are the first `value_head_dim` entries of the keys."""
     has_window: bool

@@ -20,7 +20,7 @@ class RaggedPageAttentionOperands(NamedTuple):
     """
 
     query: Any  # [total_tokens, num_heads, head_dim]
-    key_cache: Any  # four axes, or five of fused pools: see LAYOUTS
+    key_cache: Any  # the pool of keys, or of keys and values: see LAYOUTS
     value_cache: Any  # the same, its last axis value_head_dim; None: key_cache has the values, too
     context_lens: Any  # int32 [num_seqs]
     block_tables: Any  # int32 [num_seqs, max_blocks]

@@ -55,6 +55,10 @@ CALLS = {
     "llama-3-8b, an eighth, fused": dict(
         sizes=(4, 1, 128, 128), fused=True, more="sinks alibi window cap lse"
     ),
+    "llama-3-8b, interleaved": dict(sizes=(32, 8, 128, 16), fused=True, layout="INTERLEAVED"),
+    "int8, interleaved, per token": dict(
+        sizes=(8, 4, 128, 16), cache="int8", scales="token", fused=True, layout="INTERLEAVED"
+    ),
     "phi-2": dict(sizes=(32, 32, 80, 16), fused=True, more="lse"),
     "short pages": dict(sizes=(32, 8, 128, 8), fused=True),
     "odd sizes": dict(sizes=(34, 2, 33, 3), layout="NHD", pages_per_compute_block=4),
@@ -113,11 +117,12 @@ def call(
     """Return a jitted call and its abstract arguments, pools in memory as their axes say."""
     num_heads, num_kv_heads, head_dim, page_size = sizes
     pages, heads, slots = num_pages, num_kv_heads, page_size
-    axes = {"HND": (pages, heads, slots), "NHD": (pages, slots, heads)}.get(
-        layout, (heads, pages, slots)
-    )
+    axes = {
+        "HND": (pages, heads, slots), "NHD": (pages, slots, heads),
+        "INTERLEAVED": (pages, slots, 2 * heads),
+    }.get(layout, (heads, pages, slots))  # fmt: skip
     sharding = device(generation)
-    if fused:
+    if fused and layout != "INTERLEAVED":
         after_pages = axes.index(pages) + 1
         axes = (*axes[:after_pages], 2, *axes[after_pages:])
     row_major = Format(Layout(tuple(range(len(axes) + 1))), sharding)

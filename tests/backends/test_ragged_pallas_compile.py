@@ -28,6 +28,7 @@ CALLS = {
         sizes=(12, 4, 128, 16), more="sinks alibi window cap lse positions", tree_width=40
     ),
     "int8, per token": dict(sizes=(32, 8, 128, 16), cache="int8", scales="token"),
+    "interleaved": dict(sizes=(32, 8, 128, 16), fused=True, layout="INTERLEAVED"),
     "e4m3": dict(sizes=(32, 8, 128, 32), cache="float8_e4m3fn", max_q_len=8, fused=True),
     "float32 queries": dict(sizes=(32, 8, 128, 16), dtype="float32", cache="bfloat16"),
 }

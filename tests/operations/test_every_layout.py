@@ -1,7 +1,9 @@
-"""One call of every operation on every backend in every layout, of two pools and of fused ones.
+"""One call of every operation on every backend in every layout, of two pools and of one.
 
 But for the prefill kernel for Hopper, which takes no float32: `test_mosaic_gpu_ragged` has its.
 """
+
+import itertools
 
 import numpy as np
 import pytest
@@ -56,8 +58,7 @@ CASES = {
     for operation, entries in OPERATIONS.items()
     for entry in entries
     if "blocks" not in entry.name and entry.suits is None
-    for layout in LAYOUTS
-    for fused in (False, True)
+    for layout, fused in [*itertools.product(LAYOUTS, (False, True)), ("INTERLEAVED", True)]
 }  # fmt: skip
 
 

@@ -131,11 +131,15 @@ def test_layouts_equal_each_other(entry, case):
 
 @each_case(cases(FUSED), share=0.5)
 def test_fused_pools_equal_split_ones(entry, case):
-    results = [entry(case.replace(fused=fused)) for fused in (True, False)]
+    """And interleaved ones: no bit depends on where keys and values lie."""
+    layouts = {"cache_layout": "INTERLEAVED"}, {"fused": True}, {"fused": False}
+    cases = [case.replace(**layout) for layout in layouts]
+    results = [entry(case) for case in cases]
     if entry.invariant:
-        bits_equal(*results)
-    for fused, result in zip((True, False), results):
-        assert_close(case.replace(fused=fused), *result)
+        bits_equal(results[0], results[1])
+        bits_equal(results[0], results[2])
+    for case, result in zip(cases, results):
+        assert_close(case, *result)
 
 
 @each_case(cases(), share=0.25)

@@ -21,15 +21,18 @@ def token_scales(
     """
     if sizes.problem.scales != "token":
         return None
-    buf = bufs[half if sizes.scale_pools > 1 else 0]
-    if sizes.problem.fused:
+    buf, layout = bufs[half if sizes.scale_pools > 1 else 0], sizes.problem.layout
+    if layout.halves is not None:
         halves_first = sizes.problem.cache_layout != "KV_HEADS_FIRST"
         where = (half,) if halves_first else (slice(None), half)
         pages = [buf[(slot, k, page, *where)] for page in range(sizes.block_pages)]
     else:
         pages = [buf[slot, k, page] for page in range(sizes.block_pages)]
-    if sizes.problem.cache_layout == "NHD":  # [page_size, kv_heads] each
-        return jnp.concatenate(pages).T
+    if layout.heads_inside:  # [page_size, kv_heads] each
+        scales = jnp.concatenate(pages).T
+        if not layout.interleaved:
+            return scales
+        return jnp.concatenate([scales[2 * i + half][None] for i in range(sizes.kv_heads)])
     return jnp.concatenate(pages, axis=1)
 
 

@@ -55,11 +55,13 @@ def heads_of(
 
     As products take them: see `operand_dtype`.
     """
-    fused, dtype = (half,) if sizes.problem.fused else (), sizes.operand_dtype(masked)
-    if sizes.problem.cache_layout == "NHD":
+    layout, dtype = sizes.problem.layout, sizes.operand_dtype(masked)
+    fused = () if layout.halves is None else (half,)
+    if layout.heads_inside:
         pages = buf[(slot, k, slice(None), *fused)].astype(dtype)
         pages = jnp.transpose(pages, (2, 0, 1, 3))
-        blocks = (pages[head] for head in range(sizes.kv_heads))
+        heads = range(half if layout.interleaved else 0, pages.shape[0], layout.heads_of_head)
+        blocks = (pages[head] for head in heads)
     else:
         order = slice(None, None, -1 if sizes.problem.cache_layout == "KV_HEADS_FIRST" else 1)
         where = ((*fused, head)[order] for head in range(sizes.kv_heads))

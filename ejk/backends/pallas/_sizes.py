@@ -77,7 +77,8 @@ class PagedSizes[P: (PageAttentionProblem, RaggedPageAttentionProblem)](abc.ABC)
     def page_shape(self, head_dim: int) -> tuple[int, ...]:
         """Return the shape of a page in VMEM: that of the pool, less the pages."""
         layout = self.problem.layout
-        sizes = {layout.kv_heads: self.kv_heads, layout.slots: self.problem.page_size}
+        heads = self.kv_heads * layout.heads_of_head
+        sizes = {layout.kv_heads: heads, layout.slots: self.problem.page_size}
         if layout.halves is not None:
             sizes[layout.halves] = 2
         return (*(sizes[axis] for axis in sorted(sizes)), head_dim)
@@ -95,7 +96,7 @@ class PagedSizes[P: (PageAttentionProblem, RaggedPageAttentionProblem)](abc.ABC)
         problem = self.problem
         if not problem.cache_type.is_quantised:
             return problem.cache_dtype
-        in_order = problem.cache_layout != "NHD" and problem.page_size % (2 * SUBLANES) == 0
+        in_order = not problem.layout.heads_inside and problem.page_size % (2 * SUBLANES) == 0
         native = self.fp8_weights and not problem.cache_type.is_integer and in_order and not masked
         if native and (self.takes_again or not self.misses_nan):
             return problem.cache_dtype
@@ -154,12 +155,15 @@ class PagedSizes[P: (PageAttentionProblem, RaggedPageAttentionProblem)](abc.ABC)
         where a chip has no 16-bit vectors.
         """
         problem = self.problem
-        nhd, whole_tiles = problem.cache_layout == "NHD", problem.page_size % SUBLANES == 0
+        layout, whole_tiles = problem.layout, problem.page_size % SUBLANES == 0
         widest = max(problem.head_dim, problem.value_head_dim)
-        *lead, last = self.page_shape(widest)[problem.fused :]
+        *lead, last = self.page_shape(widest)[layout.num_axes - 4 :]
         page = tiled((*lead[:-1], round_up(lead[-1], SUBLANES), last), jnp.dtype(jnp.float32))
-        copies = max(1 + self.is_f32, self.round_blocks * self.reordered_copies)
-        return self.block_pages * page * (nhd * copies + 4 * (not whole_tiles))
+        copies = self.reordered_copies
+        if layout.interleaved:  # found by compiling: a page has keys and values
+            copies = max(1, copies) if problem.cache_type.is_quantised else copies - 1
+        copies = max(1 + self.is_f32, self.round_blocks * copies)
+        return self.block_pages * page * (layout.heads_inside * copies + 4 * (not whole_tiles))
 
     @property
     def is_f32(self) -> bool:

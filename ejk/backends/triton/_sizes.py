@@ -177,10 +177,11 @@ def stride_constants(problem: PagedProblem | WriteKVCacheProblem) -> dict[str, i
     """Return the strides of both pools, as the kernels take them."""
     keys = strides(problem, problem.head_dim)
     values = keys if problem.latent else strides(problem, problem.value_head_dim)
+    half = problem.head_dim if problem.layout.interleaved else keys["page"] // 2
     return {
         **{f"stride_k_{axis}": stride for axis, stride in keys.items()},
         **{f"stride_v_{axis}": stride for axis, stride in values.items()},
-        "stride_half": keys["page"] // 2 if problem.fused else 0,
+        "stride_half": half if problem.fused else 0,
     }
 
 
@@ -189,7 +190,7 @@ def strides(problem: PagedProblem | WriteKVCacheProblem, head_dim: int) -> dict[
     layout = problem.layout
     sizes = {
         layout.pages: problem.num_pages,
-        layout.kv_heads: problem.num_kv_heads,
+        layout.kv_heads: problem.num_kv_heads * layout.heads_of_head,
         layout.slots: problem.page_size,
     }
     if layout.halves is not None:
@@ -199,7 +200,7 @@ def strides(problem: PagedProblem | WriteKVCacheProblem, head_dim: int) -> dict[
     }
     return {
         "page": stride[layout.pages],
-        "head": stride[layout.kv_heads],
+        "head": stride[layout.kv_heads] * layout.heads_of_head,
         "slot": stride[layout.slots],
     }
 

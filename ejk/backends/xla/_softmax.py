@@ -110,6 +110,9 @@ KEYS, VALUES = 0, 1
 
 def page_index(problem: PagedProblem, pages: jax.Array, half: int) -> tuple[Any, ...]:
     """Return what selects `half` of `pages` in a pool: all of them where it holds nothing else."""
+    if problem.layout.interleaved:
+        places = 2 * jnp.arange(problem.num_kv_heads, dtype=jnp.int32) + half
+        return pages[:, :, None], slice(None), places
     chosen = (pages, half) if problem.fused else (pages,)
     return (slice(None),) * problem.layout.pages + chosen
 

@@ -77,10 +77,10 @@ def rows_of_page(
 ) -> Any:
     """Return a KV head's rows of a page of keys (`half` 0) or values (1), from `first` on."""
     problem = sizes.problem
-    layout = LAYOUTS[problem.cache_layout]
+    layout = LAYOUTS[problem.cache_layout]  # of `slabs`
     index: list[Any] = [None] * 3
-    index[layout.pages] = 2 * page + half if problem.fused else page
-    index[layout.kv_heads] = kv_head
+    index[layout.pages] = 2 * page + half if problem.layout.num_axes == 5 else page
+    index[layout.kv_heads] = 2 * kv_head + half if layout.interleaved else kv_head
     index[layout.slots] = pl.ds(first, sizes.copied_rows)
     return pool.at[tuple(index)]
 

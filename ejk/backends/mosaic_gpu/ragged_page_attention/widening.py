@@ -73,7 +73,9 @@ def ordered_scales(
 
     def ordered(pool: Any, half: int) -> Any:
         axes = [layout.kv_heads, layout.pages, layout.slots]
-        if layout.halves is not None:
+        if layout.interleaved:
+            pool = pool[..., half::2]
+        elif layout.halves is not None:
             pool = pool.take(half, axis=layout.halves)
             axes = [axis - (axis > layout.halves) for axis in axes]
         own = pool.take(pages, axis=axes[1]).transpose(axes)

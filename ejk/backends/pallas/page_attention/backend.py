@@ -166,4 +166,4 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
 def _shares_tiles(problem: PageAttentionProblem) -> bool:
     """Say whether KV heads lie in one tile, of the pools or of the scales of tokens."""
     of_scales = problem.scales == "token" and problem.cache_layout == "HND"
-    return problem.cache_layout == "NHD" or of_scales
+    return problem.layout.heads_inside or of_scales

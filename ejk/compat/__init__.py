@@ -1,0 +1,7 @@
+"""Drop-ins: functions of other libraries, by their own signatures, run by `ejk`.
+
+One module a library: `ejk.compat.jax_tpu`, `jax_gpu`, `tpu_inference`, `ejkernel`,
+`flash_attention` and `vllm`. Changing an import is the whole migration. Pools are read in place.
+Arguments that change the answer are honoured or refused by name; those that tune the other's
+kernel have no effect here. `docs/migrating.md` lists them all.
+"""

@@ -1,0 +1,47 @@
+"""What several libraries' arguments mean here."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ejk._describe import describe
+from ejk._errors import UnsupportedError
+
+# A masked logit of so much has weight 0 beside any of -9,000 or more, as one that is selected away.
+MASKS = -1e4
+
+
+def check_mask_value(mask_value: Any) -> None:
+    """Refuse a mask that would leave weight to what is masked: here it has none.
+
+    Raises:
+        ValueError: it is above -1e4.
+    """
+    if mask_value is not None and not mask_value <= MASKS:
+        raise ValueError(
+            f"mask_value={describe(mask_value)} must be None or at most {MASKS:g}: what is not "
+            "visible has no weight"
+        )
+
+
+def refuse(function: str, mends: dict[str, str], **given: Any) -> None:
+    """Refuse arguments that would change the answer and are not honoured: those that are not None.
+
+    Raises:
+        UnsupportedError: naming each of them, and what to do instead, as `mends` has it.
+    """
+    reasons = [
+        f"  {name}={describe(value)}: {mends[name]}"
+        for name, value in given.items()
+        if value is not None
+    ]
+    if reasons:
+        raise UnsupportedError("\n".join([f"ejk.compat: {function} does not honour", *reasons]))
+
+
+def first_sequences(cu_q_lens: Any, num_seqs: Any) -> jax.Array:
+    """Return bounds that give sequences from `num_seqs` on no tokens, whatever they held there."""
+    bounds = jnp.asarray(cu_q_lens)
+    last = jnp.clip(jnp.asarray(num_seqs).reshape(()), 0, bounds.shape[0] - 1)
+    return jnp.where(jnp.arange(bounds.shape[0]) <= last, bounds, bounds[last])

@@ -1,0 +1,80 @@
+"""vLLM's write of new tokens: `vllm._custom_ops.reshape_and_cache_flash`, on JAX arrays."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ejk._write_kv_cache import write_kv_cache
+
+_TYPES = {
+    "fp8": jnp.float8_e4m3fn, "fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2,
+}  # fmt: skip
+
+
+def reshape_and_cache_flash(
+    key: jax.Array,
+    value: jax.Array,
+    key_cache: jax.Array,
+    value_cache: jax.Array,
+    slot_mapping: jax.Array,
+    kv_cache_dtype: str,
+    k_scale: Any,
+    v_scale: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Write new tokens to their slots, as vLLM's function of this name does, and return the caches.
+
+    Donate the caches to your `jit`, so that they are written in place. A slot below 0 writes
+    nothing, nor does one past the pool. Of two tokens for one slot the later one stays.
+
+    Args:
+        key: `[num_tokens, num_kv_heads, head_dim]`. Rows past the slots are padding.
+        value: the same.
+        key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`. Quantised, it is float8, or
+            bytes of it as uint8, which it stays.
+        value_cache: the same.
+        slot_mapping: `[num_tokens]`.
+        kv_cache_dtype: `"auto"`, which uses no scales, `"fp8"`, `"fp8_e4m3"` or `"fp8_e5m2"`.
+        k_scale: keys are divided by it: a number, or an array of one or of `[num_kv_heads]`.
+        v_scale: the same of values.
+
+    Returns:
+        `(key_cache, value_cache)`.
+
+    Raises:
+        ValueError: another `kv_cache_dtype`, and what `ejk.write_kv_cache` refuses.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from ejk.compat.vllm import reshape_and_cache_flash
+        >>> pool, rows, slots = jnp.zeros((8, 16, 2, 64)), jnp.ones((2, 2, 64)), jnp.array([5, -1])
+        >>> pools = reshape_and_cache_flash(rows, rows, pool, pool, slots, "auto", 1.0, 1.0)
+        >>> print(pools[0][0, 4:7, 0, 0])
+        [0. 1. 0.]
+
+    Source: the signature of vLLM 0.11.
+    """
+    if kv_cache_dtype != "auto" and kv_cache_dtype not in _TYPES:
+        raise ValueError(
+            f"kv_cache_dtype={kv_cache_dtype!r} must be one of 'auto', "
+            f"{', '.join(map(repr, _TYPES))}: scales per token are ejk.write_kv_cache's"
+        )
+    tokens, held = slot_mapping.shape[0], key_cache.dtype
+    pools, scales = (key_cache, value_cache), (None, None)
+    if kv_cache_dtype != "auto":
+        scales = (_scale(k_scale), _scale(v_scale))
+        if held == jnp.uint8:
+            of = _TYPES[kv_cache_dtype]
+            pools = tuple(jax.lax.bitcast_convert_type(pool, of) for pool in pools)
+    keys, values = write_kv_cache(
+        key[:tokens], value[:tokens], *pools, slot_mapping,
+        cache_layout="NHD", key_scale=scales[0], value_scale=scales[1],
+    )[:2]  # fmt: skip
+    if keys.dtype != held:
+        keys, values = (jax.lax.bitcast_convert_type(pool, held) for pool in (keys, values))
+    return keys, values
+
+
+def _scale(scale: Any) -> Any:
+    """Return a number or one a KV head; an array of one is a number."""
+    return scale.reshape(()) if hasattr(scale, "shape") and scale.size == 1 else scale

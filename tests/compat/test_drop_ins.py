@@ -1,0 +1,320 @@
+"""Drop-ins give what the originals give: JAX's own references, and documentation as NumPy.
+
+Grids of sizes are drawn from those of the originals' tests.
+"""
+
+import importlib
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from definition import attend
+from jax.experimental.pallas.ops.tpu.paged_attention import quantization_utils
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
+
+import ejk
+from ejk.compat import ejkernel, flash_attention, jax_gpu, jax_tpu, tpu_inference, vllm
+
+RNG = np.random.default_rng(19)
+BF16, E4M3 = jnp.bfloat16, jnp.float8_e4m3fn
+
+
+def numbers(*shape, dtype=np.float32):
+    return jnp.asarray(RNG.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def close(actual, expected, atol=2e-6):
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, atol=atol, rtol=0)
+
+
+def tables_of(num_seqs, blocks, num_pages):
+    return jnp.asarray(RNG.permutation(num_pages)[: num_seqs * blocks].reshape(num_seqs, blocks))
+
+
+def tokens(pool, table, length):
+    """The first tokens of a sequence in pages `[num_pages, page_size, ...]`."""
+    pages = np.asarray(pool, np.float64)[np.asarray(table)]
+    return pages.reshape(-1, *pages.shape[2:])[:length]
+
+
+@pytest.mark.parametrize("module, own, foreign", [
+    ("jax.experimental.pallas.ops.tpu.paged_attention", jax_tpu, "paged_attention"),
+    ("jax.experimental.pallas.ops.tpu.ragged_paged_attention", jax_tpu, "ragged_paged_attention"),
+    ("jax.experimental.pallas.ops.gpu.paged_attention", jax_gpu, "paged_attention"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_signatures_are_those_of_jax(module, own, foreign):
+    theirs = inspect.signature(getattr(importlib.import_module(module), foreign)).parameters
+    ours = inspect.signature(getattr(own, foreign)).parameters
+    assert list(ours) == list(theirs)
+    for name, parameter in theirs.items():
+        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
+
+
+# JAX's TPU decode: no scale is applied, and scales of codes are largest magnitudes.
+@pytest.mark.parametrize("heads, quantised, cap", [((8, 8), False, None), ((8, 2), True, 1.0)])
+def test_jax_tpu_decode(heads, quantised, cap):
+    (num_heads, kv_heads), lens = heads, jnp.array([1, 37, 64])
+    q, tables = numbers(3, num_heads, 64), tables_of(3, 4, 13)
+    pools = [numbers(kv_heads, 13, 16, 64) for _ in range(2)]
+    given, seen = pools, pools
+    if quantised:
+        given = [quantization_utils.quantize_to_int8(x) for x in pools]
+        given = [quantization_utils.QuantizedTensor(*x) for x in given]
+        seen = [quantization_utils.from_int8(x.weight, x.scales, jnp.float32) for x in given]
+    args = (q, *given, lens, tables)
+    keywords = dict(pages_per_compute_block=4, attn_logits_soft_cap=cap)
+    out = jax_tpu.paged_attention(*args, **keywords)
+    for s, n in enumerate(lens):
+        k, v = (tokens(jnp.moveaxis(x, 0, 2), tables[s], int(n)) for x in seen)
+        close(out[s : s + 1], attend(q[s : s + 1], k, v, 1.0, np.ones((1, len(k)), bool), cap)[0])
+
+
+# JAX's TPU ragged: scale 1.0 by default, lengths with the new tokens, junk past `num_seqs`.
+RAGGED = [
+    dict(), dict(sm_scale=0.125, sliding_window=5, soft_cap=3.0),
+    dict(k_scale=0.5, v_scale=0.75, mask_value=None, vmem_limit_bytes=2**20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", RAGGED)
+def test_jax_tpu_ragged(options):
+    q, kv_pages = numbers(12, 8, 64), numbers(13, 16, 2 * 2, 64)
+    kv_lens, tables = jnp.array([18, 40, 5, 2**31 - 1]), tables_of(4, 3, 13)
+    cu_q_lens, num_seqs = jnp.array([0, 1, 8, 10, -7]), jnp.array([3])
+    args = (q, kv_pages, kv_lens, tables, cu_q_lens, num_seqs)
+    names = ("vmem_limit_bytes",)
+    known = {name: x for name, x in options.items() if name not in names}
+    before = ref_ragged_paged_attention(*args, **known)
+    after = jax_tpu.ragged_paged_attention(*args, **options)
+    close(after[:10], before, 1e-5)
+    assert not np.any(after[10:])  # rows of no sequence: undefined there, 0 here
+
+
+@pytest.mark.parametrize("lengths", [None, jnp.array([3, 48])])
+def test_jax_gpu(lengths):
+    """The tables come before the lengths; without lengths all that they name is seen."""
+    q, pools, tables = (
+        numbers(2, 8, 64),
+        [numbers(2, 9, 16, 64) for _ in range(2)],
+        tables_of(2, 3, 9),
+    )
+    out = jax_gpu.paged_attention(q, *pools, tables, lengths, k_splits=1, interpret=True)
+    for s, n in enumerate([48, 48] if lengths is None else lengths):
+        k, v = (tokens(jnp.moveaxis(x, 0, 2), tables[s], int(n)) for x in pools)
+        close(out[s : s + 1], attend(q[s : s + 1], k, v, 1.0, np.ones((1, len(k)), bool))[0])
+
+
+# Ragged paged attention v3: rows padded to 128 lanes, heads padded to a word, flat tables, lengths
+# with the new tokens, scale 1.0, a third entry of `distribution`, the update in the same call.
+V3 = {
+    "float32, 64 of 128 lanes": dict(sizes=(8, 2, 64, 16)),
+    "bfloat16, a window": dict(sizes=(4, 2, 128, 16), dtype=BF16, sliding_window=6, soft_cap=2.0),
+    "e4m3, one head of a word": dict(sizes=(4, 1, 128, 32), cache=E4M3, k_scale=0.5, v_scale=0.25),
+    "queries as codes": dict(sizes=(4, 2, 128, 32), cache=E4M3, q_scale=0.5),
+    "not causal": dict(sizes=(4, 2, 128, 16), use_causal_mask=False, out_dtype=BF16),
+    "written before": dict(sizes=(4, 2, 128, 16), update_kv_cache=False),
+}
+
+
+def v3_call(sizes, dtype=jnp.float32, cache=None):
+    """Return the arguments of a decode and a prefill, poisoned where nothing may be read."""
+    (heads, kv_heads, dim, page), cache = sizes, cache or dtype
+    packing = 4 // jnp.dtype(cache).itemsize
+    rows = -(-2 * kv_heads // packing) * packing
+    width = -(-dim // 128) * 128
+    lens, cu, num_pages = np.array([20, 7, 99], np.int32), np.array([0, 1, 6, 77], np.int32), 7
+    tables = np.arange(6).reshape(3, 2)[::-1].astype(np.int32)
+    pool = np.full((num_pages, page, rows, width), np.nan, np.float32)
+    for s in range(2):
+        for j in range(lens[s] - (cu[s + 1] - cu[s])):
+            row = np.zeros((rows, width))
+            row[: 2 * kv_heads, :dim] = RNG.standard_normal((2 * kv_heads, dim))
+            pool[tables[s, j // page], j % page] = row
+    pool = jnp.asarray(pool).astype(cache).reshape(num_pages, page, -1, packing, width)
+    new = [numbers(8, kv_heads, dim, dtype=cache) for _ in range(2)]
+    distribution = jnp.array([1, 1, 2], jnp.int32)
+    return (
+        numbers(8, heads, dim, dtype=dtype),
+        *new,
+        pool,
+        lens,
+        tables.reshape(-1),
+        cu,
+        distribution,
+    )
+
+
+def v3_expected(args, *, use_causal_mask=True, sliding_window=None, soft_cap=None, q_scale=None,
+                k_scale=1.0, v_scale=1.0, out_dtype=None, update_kv_cache=True):  # fmt: skip
+    q, keys, values, cache, lens, tables, cu, distribution = args
+    kv_heads, pool = keys.shape[1], np.asarray(cache, np.float32)
+    pool, tables = pool.reshape(*pool.shape[:2], -1, pool.shape[-1]).copy(), tables.reshape(3, -1)
+    out = np.zeros(q.shape)
+    for s in range(int(distribution[2])):
+        n, begin, end, page = lens[s], cu[s], cu[s + 1], pool.shape[1]
+        for i, j in enumerate(range(n - (end - begin), n)):
+            row = pool[tables[s, j // page], j % page]
+            if update_kv_cache:
+                row[...] = 0
+                row[: 2 * kv_heads : 2, : q.shape[2]] = keys[begin + i]
+                row[1 : 2 * kv_heads : 2, : q.shape[2]] = values[begin + i]
+        kv = tokens(pool, tables[s], n)[:, : 2 * kv_heads, : q.shape[2]]
+        query = np.asarray(q[begin:end], np.float32)
+        if q_scale is not None:
+            query = np.asarray(jnp.asarray(query / q_scale).astype(E4M3), np.float32) * q_scale
+        t, j = np.arange(n - (end - begin), n)[:, None], np.arange(n)[None]
+        visible = (j <= t) | (not use_causal_mask)
+        if sliding_window is not None:
+            visible &= j > t - sliding_window
+        scale = k_scale
+        out[begin:end] = (
+            v_scale * attend(query, kv[:, ::2], kv[:, 1::2], scale, visible, soft_cap)[0]
+        )
+    return out, pool.reshape(cache.shape)
+
+
+@pytest.mark.parametrize("name", V3)
+def test_tpu_inference(name):
+    options = dict(V3[name])
+    call = {x: options.pop(x) for x in ("sizes", "dtype", "cache") if x in options}
+    args = v3_call(**call)
+    if not options.get("update_kv_cache", True):  # as the layer before has left it
+        args = (*args[:3], jnp.asarray(v3_expected(args)[1]), *args[4:])
+    out, cache = tpu_inference.ragged_paged_attention(*args, **options)
+    expected, pool = v3_expected(args, **options)
+    half = jnp.bfloat16 in (call.get("dtype"), options.get("out_dtype"))
+    assert out.dtype == (BF16 if half else jnp.float32)
+    close(out, expected, 0.04 if half else 5e-5 if "cache" in call else 3e-6)
+    assert cache.dtype == args[3].dtype
+    np.testing.assert_array_equal(np.asarray(cache, np.float32), pool)
+
+
+def test_ejkernel():
+    q, k, v = numbers(2, 4, 64), numbers(9, 2, 16, 64), numbers(9, 2, 16, 64)
+    lens, tables = jnp.array([3, 40]), tables_of(2, 3, 9)
+    decode = ejkernel.page_attention(q, k, v, lens, tables, sliding_window=9, platform="xla")
+    close(decode, ejk.page_attention(q, k, v, lens, tables, sliding_window=9))
+
+    kv = jnp.stack([k, v], 2).transpose(0, 3, 1, 2, 4).reshape(9, 16, 4, 64)
+    rows, sinks = numbers(5, 4, 64), numbers(4)
+    options = dict(sinks=sinks, cache_layout="HND")
+    ragged = ejk.ragged_page_attention(rows, k, v, lens, tables, jnp.array([0, 1, 5]), **options)
+    args = (rows, kv, lens, tables, jnp.array([0, 1, 5]))  # scale D^-0.5, as of FlashAttention
+    close(ejkernel.ragged_page_attention_v2(*args, 2, sinks), ragged)
+
+    args = v3_call((8, 2, 64, 16))
+    v2 = ejkernel.ragged_page_attention_v3(*args)[0]  # scale 1.0
+    close(v2, v3_expected(args)[0], 3e-6)
+    with pytest.raises(ejk.UnsupportedError, match=r"mesh='m': call it inside jax.shard_map"):
+        ejkernel.ragged_page_attention_v3(*args, mesh="m")
+
+
+# FlashAttention: lengths before the new tokens, scale D^-0.5, not causal by default, a window's
+# left end one less than here, a soft cap of 0 for none, the LSE by head.
+FLASH = {
+    "defaults": dict(),
+    "causal, a window": dict(causal=True, window_size=(4, -1), softcap=2.0, softmax_scale=0.3),
+    "a window with a right end": dict(window_size=(3, 0)),
+    "not causal, a window": dict(window_size=(3, -1)),
+    "chunks": dict(causal=True, attention_chunk=8),
+    "left padding": dict(causal=True, cache_leftpad=jnp.array([0, 3, 19])),
+}
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention(name, paged):
+    options, lens, new = FLASH[name], np.array([0, 9, 21]), 3
+    q, k, v = numbers(3, new, 4, 64), numbers(3, new, 2, 64), numbers(3, new, 2, 64)
+    caches, where = [numbers(3, 32, 2, 64) for _ in range(2)], {}
+    order = [2, 0, 1]
+    if paged:
+        tables = tables_of(3, 4, 12)
+        pools = [numbers(12, 8, 2, 64) for _ in range(2)]
+        caches, where = pools, {"page_table": tables}
+    else:
+        where = {"cache_batch_idx": jnp.array(order)}
+    given = dict(cache_seqlens=jnp.asarray(lens), return_softmax_lse=True, **where, **options)
+    out, lse, *after = flash_attention.flash_attn_with_kvcache(q, *caches, k, v, **given)
+    assert lse.shape == (3, 4, new)
+    scale, window = options.get("softmax_scale", 64**-0.5), options.get("window_size", (-1, -1))
+    chunk, causal = options.get("attention_chunk", 0), options.get("causal", window[1] == 0)
+    for s, n in enumerate(lens + new):
+        rows = [
+            tokens(x, tables[s], n) if paged else np.asarray(x[order[s]][:n], np.float64)
+            for x in after
+        ]
+        for held, written in zip(rows, (k, v)):
+            close(held[n - new :], written[s])
+        t, j = np.arange(n - new, n)[:, None], np.arange(n)[None]
+        visible = (j <= t) | (not causal)
+        visible &= (j >= t - window[0]) | (window[0] < 0)
+        visible &= (j // chunk == t // chunk) if chunk else True
+        visible &= j >= options.get("cache_leftpad", np.zeros(3, int))[s]
+        expected = attend(q[s], *rows, scale, visible, options.get("softcap"))
+        close(out[s], expected[0], 3e-6)
+        close(
+            np.where(visible.any(1)[:, None], lse[s].T, 0),
+            np.where(visible.any(1)[:, None], expected[1], 0),
+            5e-6,
+        )
+
+
+def test_flash_attention_of_flat_queries():
+    """And of a cache that is read alone: the output is no tuple."""
+    q, cache = numbers(4, 4, 64), numbers(2, 32, 2, 64)
+    cu = jnp.array([0, 1, 4])
+    out = flash_attention.flash_attn_with_kvcache(
+        q, cache, cache, cache_seqlens=20, cu_seqlens_q=cu, max_seqlen_q=3
+    )
+    for s in range(2):
+        rows = q[cu[s] : cu[s + 1]]
+        k = np.asarray(cache[s][:20])
+        close(out[cu[s] : cu[s + 1]], attend(rows, k, k, 0.125, np.ones((len(rows), 20), bool))[0])
+
+
+REFUSED = [
+    (dict(rotary_cos=jnp.ones((4, 8))), "rotary_cos=.*rotate q and k before"),
+    (dict(k_descale=jnp.ones((2, 2))), "k_descale=.*key_scale"),
+    (dict(window_size=(3, 2)), "a window ends with the token itself"),
+    (dict(attention_chunk=8), "attention_chunk=8 must come with causal=True"),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSED)
+def test_what_changes_the_answer_is_refused_by_name(options, message):
+    q, cache = numbers(2, 1, 4, 64), numbers(2, 32, 2, 64)
+    with pytest.raises(ejk.UnsupportedError, match=message):
+        flash_attention.flash_attn_with_kvcache(q, cache, cache, **options)
+
+
+def test_a_mask_that_leaves_weight_is_refused():
+    pool, q, table = numbers(2, 4, 8, 64), numbers(1, 4, 64), jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match=r"mask_value=-1\.0 must be None or at most -10000"):
+        jax_tpu.paged_attention(
+            q, pool, pool, jnp.array([3]), table, mask_value=-1.0, pages_per_compute_block=1
+        )
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8", "fp8_e5m2"])
+def test_vllm(dtype):
+    """Bytes stay bytes; `auto` uses no scale; padding past the slots is left out."""
+    key, value, slots = numbers(4, 2, 64), numbers(4, 2, 64), jnp.array([5, -1, 30])
+    held = {"auto": jnp.float32, "fp8": E4M3, "fp8_e5m2": jnp.float8_e5m2}[dtype]
+    pool = jnp.zeros((4, 8, 2, 64), jnp.float32 if dtype == "auto" else jnp.uint8)
+    scale = jnp.array([0.5])
+    caches = vllm.reshape_and_cache_flash(key, value, pool, pool, slots, dtype, scale, scale)
+    for cache, rows in zip(caches, (key, value)):
+        assert cache.dtype == pool.dtype
+        codes = cache if dtype == "auto" else jax.lax.bitcast_convert_type(cache, held)
+        codes = np.asarray(codes, np.float32).reshape(32, 2, 64)
+        expected = rows if dtype == "auto" else (rows / 0.5).astype(held)
+        expected = np.asarray(expected, np.float32)
+        np.testing.assert_array_equal(codes[[5, 30]], expected[[0, 2]])
+        assert not codes[[i for i in range(32) if i not in (5, 30)]].any()
+    with pytest.raises(ValueError, match="kv_cache_dtype='int8' must be one of"):
+        vllm.reshape_and_cache_flash(key, value, pool, pool, slots, "int8", scale, scale)
