@@ -25,7 +25,7 @@ CUDA := $(if $(filter cuda12,$(ACCELERATOR)),cuda12,cuda13)
 # What runs the real kernels where there is a GPU; the other tests are the same on a CPU.
 GPU_TESTS := $(foreach name,gpu page_attention edges gradients vmap fused_pools \
 	ragged_page_attention ragged_gradients write_kv_cache write_transformations copy_kv_cache processes \
-	not_finite stale_plans long_products mosaic_gpu mosaic_gpu_ragged,\
+	not_finite stale_plans long_products mosaic_gpu mosaic_gpu_ragged cli_gpu,\
 	$(or $(wildcard tests/*/test_$(name).py),tests/test_$(name).py))
 
 SMOKE_TESTS = $(shell grep -rl --include='test_*.py' pytest.mark.smoke tests)

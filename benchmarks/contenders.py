@@ -7,16 +7,17 @@ A contender reads arrays in the layout it wants, all from the same draws, with o
 import dataclasses
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import timing  # noqa: F401  it says where `ejk.cli` is
 import workloads
 from workloads import Workload
 
 import ejk
+from ejk.cli import _peers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,40 +98,6 @@ def ejk_contender(name: str, backend: Any) -> Contender:
     return Contender(name, step, begin=begin)
 
 
-def _gather(workload, arrays, query, _, tables):
-    """Gather every page, einsum, softmax: what one writes without a kernel."""
-    w, tables = workload, jnp.maximum(tables, 0)
-    keys, values = (
-        pool[tables].transpose(0, 2, 1, 3, 4).reshape(w.num_seqs, w.num_kv_heads, -1, w.head_dim)
-        for pool in (arrays.key_cache, arrays.value_cache)
-    )
-    q = query.reshape(w.num_seqs, w.num_kv_heads, -1, w.head_dim)
-    logits = jnp.einsum("skgd,sktd->skgt", q, keys, preferred_element_type=jnp.float32)
-    visible = jnp.arange(keys.shape[2]) < arrays.context_lens[:, None]
-    logits = jnp.where(visible[:, None, None], logits * w.head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    return jnp.einsum("skgt,sktd->skgd", weights, values).reshape(query.shape)
-
-
-def _pallas_gpu(workload, arrays, query, _, tables):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
-
-    tables = jnp.maximum(tables, 0)
-    # Its default of 16 splits, where the table allows it.
-    splits = next(n for n in (16, 8, 4, 2, 1) if tables.shape[1] % (8 * n) == 0 or n == 1)
-    return paged_attention(
-        query * jnp.bfloat16(workload.head_dim**-0.5),
-        arrays.key_cache,
-        arrays.value_cache,
-        tables,
-        arrays.context_lens,
-        k_splits=splits,
-        pages_per_compute_block=min(8, tables.shape[1]),
-    )
-
-
 def _cudnn_paged(workload, arrays, query, _, tables):
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, paged_attention
 
@@ -157,18 +124,6 @@ def _cudnn_paged_refusal(workload):
     return "head dimension above 128" if workload.head_dim > 128 else None
 
 
-def _cudnn_dense(workload, arrays, query, _, tables):
-    out = jax.nn.dot_product_attention(
-        query[:, None],
-        arrays.key_cache,
-        arrays.value_cache,
-        query_seq_lengths=jnp.ones((workload.num_seqs,), jnp.int32),
-        key_value_seq_lengths=arrays.context_lens,
-        implementation="cudnn",
-    )
-    return out[:, 0]
-
-
 def contenders(tiny: bool = False) -> list[Contender]:
     """`ejk` first, then the others, as far as they are installed; or `ejk` alone, interpreted."""
     if tiny:
@@ -177,12 +132,14 @@ def contenders(tiny: bool = False) -> list[Contender]:
         ejk_contender("ejk", None),
         Contender("ejk without a plan", functools.partial(_ejk, None)),
         ejk_contender("ejk xla", "xla"),
-        Contender("gather and einsum", _gather),
-        Contender("Pallas GPU paged_attention", _pallas_gpu, cache_layout="KV_HEADS_FIRST"),
+        Contender("gather and einsum", _peers.gather),
+        Contender("Pallas GPU paged_attention", _peers.pallas_gpu, cache_layout="KV_HEADS_FIRST"),
         Contender(
             "cuDNN paged (private)", _cudnn_paged, can_run=_cudnn_paged_refusal, one_layer=True
         ),
-        Contender("cuDNN dense, contiguous cache", _cudnn_dense, contiguous=True, one_layer=True),
+        Contender(
+            "cuDNN dense, contiguous cache", _peers.cudnn_dense, contiguous=True, one_layer=True
+        ),
     ]
     if importlib.util.find_spec("ejkernel"):
         found.append(Contender("ejkernel", _ejkernel))

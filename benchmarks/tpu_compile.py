@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import functools
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,13 +25,8 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
 
-TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "v7x": "tpu7x:2x2x1",
-}
+from ejk.cli._tpu import TOPOLOGIES, used_vmem
+
 NAME = "priced_kernel"
 
 
@@ -144,15 +138,6 @@ def compile_alone(launch: Launch, call: Callable[..., Any], where: jax.sharding.
     return text
 
 
-def used_vmem(program: str) -> int:
-    """Read the bytes next to the core that the one kernel of a program uses."""
-    [kernel] = [line for line in program.splitlines() if "tpu_custom_call" in line]
-    [memories] = re.findall(r'"used_scoped_memory_configs":(\[.*?\])', kernel)
-    return max(
-        int(memory["size"]) for memory in json.loads(memories) if memory["memory_space"] == "1"
-    )
-
-
 def main() -> None:
     case = json.loads(sys.argv[1])
     workload = tpu_kernels.workload(case["workload"], case["num_seqs"])
@@ -163,7 +148,7 @@ def main() -> None:
         start = time.perf_counter()
         program = compile_alone(launch, call, where)
     seconds = time.perf_counter() - start
-    print(json.dumps({"vmem_bytes": used_vmem(program), "compile_s": round(seconds, 2)}))
+    print(json.dumps({"vmem_bytes": max(used_vmem(program)), "compile_s": round(seconds, 2)}))
 
 
 if __name__ == "__main__":

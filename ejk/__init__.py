@@ -22,10 +22,13 @@ from ejk._copy_kv_cache import copy_kv_slots as copy_kv_slots
 from ejk._dense_block_tables import dense_block_tables as dense_block_tables
 from ejk._empty_kv_cache import KVCache as KVCache
 from ejk._empty_kv_cache import empty_kv_cache as empty_kv_cache
+from ejk._errors import TuningError as TuningError
 from ejk._errors import UnsupportedError as UnsupportedError
 from ejk._export import export_disabled_checks as export_disabled_checks
 from ejk._layers import layer_block_tables as layer_block_tables
 from ejk._layers import layer_slot_mapping as layer_slot_mapping
+from ejk._load_tuning import load_tuning as load_tuning
+from ejk._load_tuning import tuning as tuning
 from ejk._merge_attention_states import merge_attention_states as merge_attention_states
 from ejk._page_attention import page_attention as page_attention
 from ejk._plan_page_attention import plan_page_attention as plan_page_attention

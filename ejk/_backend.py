@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import jax
 
+from ejk import _tuning
 from ejk._errors import Mendable, UnsupportedError
 from ejk._nearest import did_you_mean
 from ejk._shards import Axes, Shards
@@ -21,6 +22,9 @@ CPU_INSTEAD = (
     "interpret=True out"
 )
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+Tunable = Mapping[str, tuple[Any, ...]]
+"""Fields of a backend that a search sets, each with the values that it tries."""
 
 
 class Problem(abc.ABC):
@@ -97,6 +101,8 @@ class Backend(abc.ABC):
     features: ClassVar[frozenset[str]]
     is_opaque: ClassVar[bool] = True
     """XLA cannot see into what is run, nor therefore split it over devices."""
+    tunable: ClassVar[Tunable] = {}
+    """What `python -m ejk tune` searches. It changes speed and last-bit rounding, nothing else."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -203,6 +209,7 @@ class Choice:
 
     backends: tuple[Backend, ...]
     automatic: bool
+    tuning: _tuning.Tables = ()
 
     def select(
         self, problem: Problem, platform: str | None, obstacle: str | None = None
@@ -227,9 +234,14 @@ class Choice:
                 if obstacle and backend.is_opaque and not refusals:
                     refusals = (obstacle,)
                 if not refusals:
-                    return backend, refused
+                    return self._tuned(backend, problem, target), refused
                 refused += [(backend, refusal) for refusal in refusals]
         raise unsupported(problem, refused + self._interpreted(problem, platform))
+
+    def _tuned(self, backend: Backend, problem: Problem, platform: str) -> Backend:
+        """Return the backend with the fields that were measured, if it runs with them."""
+        tuned = _tuning.tuned(self.tuning, backend, problem, platform)
+        return backend if tuned.refusals(problem, platform) else tuned
 
     def _interpreted(self, problem: Problem, platform: str | None) -> Refusals:
         """Say which backends would run interpreted, where a CPU is what there is."""

@@ -103,11 +103,19 @@ def vary_together(operands: Any) -> Any:
 
 def calls(jaxpr: Jaxpr) -> Iterator[tuple[Problem, Choice]]:
     """Yield the problem and the choice of each call that a jaxpr holds, at any depth."""
+    for problem, choice, _ in calls_with_operands(jaxpr):
+        yield problem, choice
+
+
+def calls_with_operands(jaxpr: Jaxpr) -> Iterator[tuple[Problem, Choice, Any]]:
+    """Yield the same with the types of the operands."""
     for equation in jaxpr.eqns:
         if equation.primitive in (call_p, split_p):
-            yield equation.params["problem"], equation.params["choice"]
+            params = equation.params
+            types = params["treedef"].unflatten([x.aval for x in equation.invars])
+            yield params["problem"], params["choice"], types
         for inner in jaxprs_in_params(equation.params):
-            yield from calls(inner)
+            yield from calls_with_operands(inner)
 
 
 def _result_types(

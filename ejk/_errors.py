@@ -5,6 +5,10 @@ class UnsupportedError(NotImplementedError):
     """No backend that may run this call can run it; the message has one line a reason."""
 
 
+class TuningError(ValueError):
+    """A file of tuning holds something else; the message names file, entry and rule."""
+
+
 class Mendable(str):
     """A refusal for want of something that can be installed or changed.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ejk import _tuning
 from ejk._backend import Backend, Choice, Problem
 from ejk._nearest import did_you_mean
 from ejk._typing import typed
@@ -45,11 +46,11 @@ def choose(
         own: the operation's own backends, best first.
     """
     if isinstance(choice, Backend):
-        return Choice((choice,), automatic=False)
+        return Choice((choice,), automatic=False, tuning=_tuning.active())
     registered = [b for b in _registered if issubclass(problem_type, b.problem_type)]
     backends = (*registered, *(b for b in own if not any(_same(b, other) for other in registered)))
     if choice in (None, "auto"):
-        return Choice(backends, automatic=True)
+        return Choice(backends, automatic=True, tuning=_tuning.active())
     named = tuple(backend for backend in backends if backend.name == choice)
     if not named:
         names = list(dict.fromkeys(backend.name for backend in backends))
@@ -57,4 +58,4 @@ def choose(
             f"backend={choice!r} must be one of {', '.join(map(repr, names))}, a backend object or "
             f"None{did_you_mean(choice, names)}"
         )
-    return Choice(named, automatic=False)
+    return Choice(named, automatic=False, tuning=_tuning.active())

@@ -125,12 +125,14 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def restored_registry():
-    """What a test registers is forgotten after it."""
-    from ejk import _registry  # not earlier: the import hook comes first
+    """What a test registers, or loads of tuning, is forgotten after it."""
+    from ejk import _registry, _tuning  # not earlier: the import hook comes first
 
-    before = list(_registry._registered)
+    before, tables = list(_registry._registered), _tuning.of_process()
     yield
     _registry._registered[:] = before
+    if _tuning.of_process() != tables:
+        _tuning.set_process(tables)
 
 
 @pytest.fixture

@@ -7,19 +7,16 @@ With `EJK_TEST_CODE=after.txt` every program that a test compiles leaves a line 
 digest of its code, the test and the kernel. A change that only moves code leaves the same lines.
 """
 
-import dataclasses
 import hashlib
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+from ejk.cli import _offline
+from ejk.cli._offline import AmdProgram, CudaProgram
 
 CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD_TARGETS = ("gfx942",)
@@ -35,70 +32,6 @@ SHARED_MEMORY_BYTES = {
     "gfx942": 64 * 1024,
 }
 
-_POINTER_TYPES = {
-    "bool": "*i1",
-    "int8": "*i8",
-    "uint8": "*u8",
-    "int32": "*i32",
-    "int64": "*i64",
-    "float16": "*fp16",
-    "bfloat16": "*bf16",
-    "float32": "*fp32",
-    "float8_e4m3fn": "*u8",  # see `_jax_triton`
-    "float8_e5m2": "*u8",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class CudaProgram:
-    """A kernel compiled for an NVIDIA GPU.
-
-    Attributes:
-      registers: 32-bit registers of a thread.
-      spill_store_bytes: bytes a thread writes for want of registers.
-      spill_load_bytes: bytes a thread reads back.
-      shared_bytes: shared memory of a program.
-      async_copies: number of `cp.async` instructions by width in bytes; 16 is the wide one.
-      matrix_products: number of tensor core instructions.
-      warnings: numbers of what the assembler advises: C7510 and more, of products that wait.
-      ptx: the program.
-    """
-
-    registers: int
-    spill_store_bytes: int
-    spill_load_bytes: int
-    shared_bytes: int
-    async_copies: Mapping[int, int]
-    matrix_products: int
-    warnings: frozenset[str]
-    ptx: str
-
-    @property
-    def wide_async_copies(self) -> int:
-        """Number of 16-byte `cp.async` instructions."""
-        return self.async_copies.get(16, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class AmdProgram:
-    """A kernel compiled for an AMD GPU.
-
-    Attributes:
-      vgprs: vector registers of a thread.
-      vgpr_spills: vector registers kept in memory instead.
-      sgpr_spills: scalar registers kept elsewhere.
-      lds_bytes: shared memory of a program.
-      matrix_products: number of matrix core instructions.
-      assembly: the program.
-    """
-
-    vgprs: int
-    vgpr_spills: int
-    sgpr_spills: int
-    lds_bytes: int
-    matrix_products: int
-    assembly: str
-
 
 def compile_cuda(
     kernel: Any,
@@ -110,36 +43,9 @@ def compile_cuda(
     num_stages: int = 3,
     max_registers: int | None = None,
 ) -> CudaProgram:
-    """Compiles a kernel for one of `CUDA_TARGETS`.
-
-    Args:
-      kernel: a function decorated with `triton.jit`.
-      pointers: NumPy's name of the element type of each pointer, in the kernel's order.
-      constants: the `tl.constexpr` parameters.
-      target: as in `"sm_90"`.
-      num_warps: warps a program runs on.
-      num_stages: depth of the software pipeline.
-      max_registers: of a thread; the compiler's choice if None.
-    """
-    capability = int(target.removeprefix("sm_"))
-    gpu = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
-    compiled = _compile(kernel, pointers, constants, gpu, options)
-    ptx = compiled.asm["ptx"]
-    usage = _resource_usage(ptx, capability)
-    copies: dict[int, int] = {}
-    for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^\]]*\][^\]]*\], (\w+)", ptx):
-        copies[int(width, 0)] = copies.get(int(width, 0), 0) + 1
-    return CudaProgram(
-        registers=_number(r"Used (\d+) registers", usage),
-        spill_store_bytes=_number(r"(\d+) bytes spill stores", usage),
-        spill_load_bytes=_number(r"(\d+) bytes spill loads", usage),
-        shared_bytes=compiled.metadata.shared,
-        async_copies=copies,
-        matrix_products=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
-        warnings=frozenset(re.findall(r"\bC75\d\d\b", usage)),
-        ptx=ptx,
-    )
+    """Compiles a kernel for one of `CUDA_TARGETS`; arguments as of `_offline`."""
+    options = {"num_warps": num_warps, "num_stages": num_stages, "max_registers": max_registers}
+    return _offline.read_cuda(_compile(kernel, pointers, constants, target, options), target)
 
 
 def compile_amd(
@@ -152,38 +58,20 @@ def compile_amd(
     num_stages: int = 2,
 ) -> AmdProgram:
     """Compiles a kernel for one of `AMD_TARGETS`; the arguments are those of `compile_cuda`."""
-    gpu = GPUTarget("hip", target, 64)
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = _compile(kernel, pointers, constants, gpu, options)
-    assembly = compiled.asm["amdgcn"]
-    return AmdProgram(
-        vgprs=_number(r"\.vgpr_count:\s+(\d+)", assembly),
-        vgpr_spills=_number(r"\.vgpr_spill_count:\s+(\d+)", assembly),
-        sgpr_spills=_number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
-        lds_bytes=compiled.metadata.shared,
-        matrix_products=len(re.findall(r"\bv_(?:mfma|wmma)_", assembly)),
-        assembly=assembly,
-    )
+    return _offline.read_amd(_compile(kernel, pointers, constants, target, options))
 
 
 def _compile(
     kernel: Any,
     pointers: Mapping[str, str],
     constants: Mapping[str, Any],
-    target: GPUTarget,
+    target: str,
     options: Mapping[str, Any],
 ) -> Any:
-    names = [parameter.name for parameter in kernel.params]
-    assert names == [*pointers, *(n for n in names if n in constants)], "pointers come first"
-    signature = {name: _POINTER_TYPES[dtype] for name, dtype in pointers.items()}
-    signature |= {name: "constexpr" for name in names if name in constants}
-    # jax-triton promises the compiler that every array starts on a multiple of 16 bytes.
-    attributes = {(number,): [["tt.divisibility", 16]] for number in range(len(pointers))}
-    source = ASTSource(kernel, signature, dict(constants), attributes)
-    options = {**options, "enable_fp_fusion": True}
     if record := os.environ.get("EJK_TEST_CODE"):
         triton.knobs.compilation.disable_line_info = True  # it names files, which may move
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = _offline.compile_kernel(kernel, pointers, constants, target, **options)
     if record:
         _record(Path(record), kernel, compiled)
     return compiled
@@ -195,23 +83,3 @@ def _record(path: Path, kernel: Any, compiled: Any) -> None:
     test = os.environ["PYTEST_CURRENT_TEST"].split("::", 1)[1]
     with path.open("a") as lines:
         lines.write(f"{digest} {test} {kernel.__name__}\n")
-
-
-def _resource_usage(ptx: str, capability: int) -> str:
-    """Returns what the assembler that Triton brings along reports of a program."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    architecture = re.search(r"\.target (sm_\w+)", ptx)
-    assert architecture is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture[1]}"]
-        command += ["-o", str(Path(folder) / "kernel.cubin"), str(source)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    assert found is not None, f"{pattern!r} is not in {text[-2000:]!r}"
-    return int(found[1])

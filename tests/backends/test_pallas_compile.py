@@ -14,20 +14,13 @@ import pytest
 
 import ejk
 from ejk.backends.pallas import _chip
+from ejk.cli._tpu import TOPOLOGIES
 
 pytest.importorskip("libtpu")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
-
-TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "v7x": "tpu7x:2x2x1",
-}
 
 # heads, KV heads, head_dim, page size and what else differs from `call`'s defaults.
 CALLS = {

@@ -18,11 +18,11 @@ def python(code: str) -> str:
 
 
 @pytest.mark.smoke
-def test_loads_neither_triton_nor_pallas():
+def test_loads_neither_triton_nor_pallas_nor_the_command_line():
     code = "import sys, jax; was = {*sys.modules}; import ejk; print(*{*sys.modules} - was)"
     loaded = set(python(code).split())
     assert "ejk" in loaded
-    heavy = ("triton", "jax_triton", "jax.experimental.pallas")
+    heavy = ("triton", "jax_triton", "jax.experimental.pallas", "ejk.cli", "typer", "rich")
     assert not [name for name in loaded if name.startswith(heavy)]
 
 
@@ -53,3 +53,8 @@ def test_costs_a_third_of_a_second_at_most():
     code = "import time, jax; t = time.process_time(); import ejk; print(time.process_time() - t)"
     seconds = min(float(python(code)) for _ in range(5))
     assert seconds <= 0.3, f"importing ejk takes {seconds:.2f} s"
+
+
+def test_makes_no_context_of_jax_before_tuning_is_asked_for():
+    code = "import ejk; from ejk import _tuning; print(_tuning._context.cache_info().currsize)"
+    assert python(code) == "0"

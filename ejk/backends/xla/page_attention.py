@@ -25,7 +25,7 @@ from ejk.backends.page_attention import (
     PageAttentionProblem,
     PagedProblem,
 )
-from ejk.backends.xla._backend import XlaBackend
+from ejk.backends.xla._backend import DECODE_BLOCKS, XlaBackend
 from ejk.backends.xla._softmax import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE, Block, attend
 
 # What blocks are sized for where only those who run an export know the batch. Not measured.
@@ -58,6 +58,7 @@ class XlaPageAttention(XlaBackend, PageAttentionBackend):
         | AXIS
         | CACHES
     )
+    tunable = DECODE_BLOCKS
 
     def __post_init__(self):
         at_least(self, block_kv=1)

@@ -26,7 +26,7 @@ from ejk.backends.ragged_page_attention import (
     sane_bounds,
 )
 from ejk.backends.ragged_prefixes import attend_in_groups
-from ejk.backends.xla._backend import XlaBackend
+from ejk.backends.xla._backend import RAGGED_BLOCKS, XlaBackend
 from ejk.backends.xla._softmax import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE, Block, attend
 from ejk.backends.xla.page_attention import XlaPageAttention
 
@@ -49,6 +49,7 @@ class XlaRaggedPageAttention(XlaBackend, RaggedPageAttentionBackend):
     least_saved_bytes: int | None = None
 
     features = XlaPageAttention.features | {"positions", "tree_mask", "causal=False"}
+    tunable = RAGGED_BLOCKS
 
     def __post_init__(self):
         at_least(self, block_q=1, block_kv=1, least_saved_bytes=0)

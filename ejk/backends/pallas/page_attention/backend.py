@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Hashable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 
+from ejk._backend import Tunable
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
@@ -55,6 +56,11 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
         | POOLS
         | TPU_CACHES
     )
+    tunable: ClassVar[Tunable] = {
+        "pages_per_compute_block": (4, 8, 16, 32, 64, 128),
+        "blocks_per_round": (1, 2, 4),
+        "megacore_mode": ("batch", "kv_head"),
+    }
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)

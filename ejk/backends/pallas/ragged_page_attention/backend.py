@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Hashable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from ejk._backend import Tunable
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.layouts import POOLS
 from ejk.backends.pallas._backend import TPU_CACHES, PallasBackend
@@ -57,6 +59,10 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         | POOLS
         | TPU_CACHES
     )
+    tunable: ClassVar[Tunable] = {
+        "block_q": (8, 16, 32, 64, 128),
+        "pages_per_block": (4, 8, 16, 32, 64, 128),
+    }
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)

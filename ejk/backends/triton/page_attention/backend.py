@@ -1,10 +1,11 @@
 """`ejk.page_attention` as a Triton kernel: its tuning, what it refuses, how it is launched."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
+from ejk._backend import Tunable
 from ejk.backends.gpu import H100, MAX_GRID, Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
@@ -50,6 +51,11 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
         "return_lse",
     }  # fmt: skip
+    tunable: ClassVar[Tunable] = {
+        "block_kv": (16, 32, 64, 128, 256),
+        "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4),
+    }
 
     def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:
         reasons: list[str] = []

@@ -1,8 +1,9 @@
 """`ejk.ragged_page_attention` as Triton kernels: their tuning, what they refuse, their launches."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
+from ejk._backend import Tunable
 from ejk.backends.gpu import MAX_GRID, Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import CACHES
@@ -61,6 +62,15 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
         "return_lse", "positions", "tree_mask", "causal=False",
     }  # fmt: skip
+    tunable: ClassVar[Tunable] = {
+        "block_rows": (64, 128, 256),
+        "block_kv": (32, 64, 128),
+        "num_warps": (4, 8, 16),
+        "num_stages": (2, 3, 4),
+        "few_block_kv": (64, 128, 256),
+        "few_num_warps": (2, 4, 8),
+        "few_num_stages": (2, 3, 4),
+    }
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
         sizes = RaggedSizes.of(problem, self, target)

@@ -1,0 +1,1 @@
+"""The command line, `python -m ejk`: the library never imports it."""

@@ -1,0 +1,97 @@
+"""The options that commands share, and the batch that they describe."""
+
+from collections.abc import Collection
+from typing import Annotated, Any
+
+import typer
+
+from ejk._backend import Backend
+from ejk._nearest import did_you_mean
+from ejk.cli._batch import CACHES, FLOATS, MODELS, OPERATIONS, Batch, shape_of
+
+Operation = Annotated[str, typer.Option(help=f"One of {', '.join(OPERATIONS)}.")]
+SHAPE_HELP = f"heads/kv_heads/head_dim, as 32/8/128, or one of {', '.join(MODELS)}."
+ShapeText = Annotated[str, typer.Option("--shape", help=SHAPE_HELP)]
+
+
+def positive(given: str | int) -> int:
+    """Return an integer; raise unless it is one of at least 1."""
+    if not str(given).isdecimal() or not int(given):
+        raise typer.BadParameter(f"{given} must be an integer of at least 1")
+    return int(given)
+
+
+NumSeqs = Annotated[int, typer.Option("--batch", parser=positive, help="Sequences.")]
+Context = Annotated[
+    int, typer.Option("--context", parser=positive, help="Tokens of each, the new ones included.")
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--new-tokens",
+        parser=positive,
+        help="New tokens of each; 1, or of ragged batches the whole context.",
+    ),
+]
+PageSize = Annotated[int, typer.Option("--page-size", parser=positive, help="Tokens of a page.")]
+Dtype = Annotated[str, typer.Option(help=f"Of queries: one of {', '.join(FLOATS)}.")]
+CacheDtype = Annotated[
+    str | None, typer.Option("--cache", help=f"Of pools, if another: one of {', '.join(CACHES)}.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Fields = Annotated[
+    list[str] | None, typer.Option("--set", help="A field of the backend, as block_kv=64; often.")
+]
+
+
+def one_of(option: str, given: str, known: Collection[str]) -> str:
+    """Return what was given; raise unless it is known."""
+    if given not in known:
+        rule = f"{given!r} must be one of {', '.join(known)}{did_you_mean(given, known)}"
+        raise typer.BadParameter(rule, param_hint=f"'{option}'")
+    return given
+
+
+def batch_of(
+    operation: str,
+    shape: str,
+    num_seqs: int,
+    context: int,
+    new_tokens: int | None,
+    page_size: int,
+    dtype: str,
+    cache: str | None,
+) -> Batch:
+    """Check the options and return the batch that they describe."""
+    one_of("--operation", operation, OPERATIONS)
+    one_of("--dtype", dtype, FLOATS)
+    one_of("--cache", cache or dtype, CACHES)
+    try:
+        found = shape_of(shape)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--shape'") from None
+    if new_tokens is None:
+        new_tokens = context if operation == "ragged" else 1
+    if operation == "decode" and new_tokens != 1:
+        rule = f"{new_tokens} must be 1 with --operation decode: of more, use ragged"
+        raise typer.BadParameter(rule, param_hint="'--new-tokens'")
+    if new_tokens > context:
+        rule = f"{new_tokens} must be at most --context {context}, which counts them"
+        raise typer.BadParameter(rule, param_hint="'--new-tokens'")
+    name = f"{operation} {shape}, {num_seqs:,} x {context:,}"
+    name += f", {new_tokens:,} new" * (new_tokens > 1)
+    return Batch(
+        operation, name, found, num_seqs, context, new_tokens, page_size, dtype, cache or dtype
+    )
+
+
+def fields_of(backend: Backend, given: Collection[str]) -> dict[str, Any]:
+    """Return fields that were given as `name=value`."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{text!r} must be name=value", param_hint="'--set'")
+        one_of("--set", name, backend.tunable)
+        found[name] = int(value) if value.isdecimal() else value
+    return found

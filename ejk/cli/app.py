@@ -1,0 +1,42 @@
+"""The commands under one name, and how wrong arguments are told: in one line."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ejk.cli import bench, compile, doctor, explain, tune
+
+
+class OneLine(TyperGroup):
+    """A group of commands that says what is wrong with arguments in one line, with exit code 2."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(given or ["--help"], *rest, **options | {"standalone_mode": False})
+        except typer.Abort:
+            code = 130
+        except Exception as error:
+            # typer's own errors have no public base class in every version.
+            if not hasattr(error, "format_message"):
+                raise
+            said = " ".join(getattr(error, "format_message")().split())  # noqa: B009
+            context = getattr(error, "ctx", None)
+            where = "ejk" if context is None else context.command_path
+            print(f"{where}: {said}", file=sys.stderr)
+            code = 2
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    cls=OneLine,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Say what ejk runs on this machine, how fast, in which pieces, and what is in its way.",
+)
+for command in (doctor, bench, tune, compile, explain):
+    app.command()(getattr(command, command.__name__.rpartition(".")[2]))

@@ -1,0 +1,142 @@
+"""`ejk compile`: what a call's kernels take of a device that need not be here."""
+
+import dataclasses
+import importlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from ejk.backends.triton._backend import TritonBackend
+from ejk.cli import _offline, _options, _pieces, _tpu
+from ejk.cli._batch import Batch
+from ejk.cli._devices import GPUS, gpu_target
+from ejk.cli._output import Table, show
+
+Line = dict[str, Any]
+
+
+def compile(
+    target: Annotated[str, typer.Argument(help="sm_80, sm_90, gfx942, v5e, v6e, ...")],
+    operation: _options.Operation = "decode",
+    shape: _options.ShapeText = "llama-3-8b",
+    num_seqs: _options.NumSeqs = 64,
+    context: _options.Context = 4096,
+    new_tokens: _options.NewTokens = None,
+    page_size: _options.PageSize = 16,
+    dtype: _options.Dtype = "bfloat16",
+    cache: _options.CacheDtype = None,
+    fields: _options.Fields = None,
+    as_json: _options.AsJson = False,
+) -> None:
+    """Compile a call's kernels for a device that need not be here, and print what they take.
+
+    Of GPUs the kernels of Triton: registers and spills of a thread, shared memory of a program,
+    tensor core instructions. Of TPUs those of Pallas: memory next to the core.
+
+    Example: ejk compile sm_90 --shape 4/2/64 --batch 2 --context 64
+    """
+    _options.one_of("TARGET", target, (*GPUS, *_tpu.TOPOLOGIES))
+    batch = _options.batch_of(
+        operation, shape, num_seqs, context, new_tokens, page_size, dtype, cache
+    )
+    of = for_tpu if target in _tpu.TOPOLOGIES else for_gpu
+    try:
+        lines = list(of(batch, target, fields or []))
+    except (ImportError, NotImplementedError, ValueError) as error:
+        print(f"{batch.name} for {target}: {' '.join(str(error).split())}")
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps({"target": target, "batch": batch.name, "kernels": lines}, indent=2))
+        return
+    heads = list(lines[0])
+    rows = [[_spell(line[head]) for head in heads] for line in lines]
+    print(f"{batch.name} for {target}\n\n{show(Table(heads, rows))}")
+
+
+def for_gpu(batch: Batch, target: str, fields: list[str]) -> Iterator[Line]:
+    """Compile what Triton would launch."""
+    importlib.import_module("triton")  # its absence is told before anything else
+    gpu, call = gpu_target(target), _pieces.traced(batch)
+    backend = next(b for b in call.backends if b.name == "triton")
+    assert isinstance(backend, TritonBackend)
+    chosen: Any = backend
+    chosen = dataclasses.replace(chosen, **_options.fields_of(backend, fields))
+    chosen = _pieces.for_target(chosen, gpu)
+    if reasons := chosen.limits_on(gpu, call.problem):
+        raise NotImplementedError(f"triton: {reasons[0]}")
+    for launch in _pieces.launches(chosen, gpu, call):
+        start = time.perf_counter()
+        compiled = _offline.compile_kernel(
+            launch.kernel,
+            launch.pointers,
+            launch.constants,
+            target,
+            num_warps=launch.num_warps or 4,
+            num_stages=launch.num_stages or 1,
+            max_registers=launch.max_registers,
+        )
+        seconds = time.perf_counter() - start
+        line = {
+            "kernel": launch.name,
+            "programs": launch.grid[0],
+            "warps": launch.num_warps,
+            "stages": launch.num_stages,
+        }
+        yield line | _read(compiled, target) | {"compile_s": round(seconds, 2)}
+
+
+def _read(compiled: Any, target: str) -> Line:
+    if target.startswith("sm_"):
+        cuda = _offline.read_cuda(compiled, target)
+        return {
+            "registers": cuda.registers,
+            "spilled_bytes": cuda.spill_store_bytes,
+            "shared_bytes": cuda.shared_bytes,
+            "tensor_core": cuda.matrix_products,
+            "wide_copies": cuda.wide_async_copies,
+        }
+    amd = _offline.read_amd(compiled)
+    return {
+        "registers": amd.vgprs,
+        "spilled_registers": amd.vgpr_spills + amd.sgpr_spills,
+        "shared_bytes": amd.lds_bytes,
+        "tensor_core": amd.matrix_products,
+    }
+
+
+def for_tpu(batch: Batch, generation: str, fields: list[str]) -> Iterator[Line]:
+    """Compile Pallas' program with libtpu, without a TPU."""
+    if _tpu.is_missing():
+        raise NotImplementedError('libtpu is not installed: pip install "ejk[tpu]"')
+    backend = next(b for b in _pieces.traced(batch).backends if b.name == "pallas")
+    chosen: Any = backend
+    chosen = dataclasses.replace(chosen, **_options.fields_of(backend, fields))
+    with _tpu.one_device(generation) as where:
+        types = batch.types()
+        arrays = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+            for name, x in types.items()
+            if isinstance(x, jax.ShapeDtypeStruct)
+        }
+        static = {name: x for name, x in types.items() if name not in arrays}
+        call = jax.jit(lambda given: batch.call(**given, **static, backend=chosen))
+        start = time.perf_counter()
+        compiled = call.lower(arrays).compile()
+        seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    temporary = None if memory is None else memory.temp_size_in_bytes
+    for used in _tpu.used_vmem(compiled.as_text() or ""):
+        yield {
+            "kernel": f"pallas {batch.operation}",
+            "vmem_bytes": used,
+            "temporary_bytes": temporary,
+            "compile_s": round(seconds, 2),
+        }
+
+
+def _spell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else str(value)

@@ -1,0 +1,238 @@
+"""The commands, each run small: what they print, and what they say of wrong arguments."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import pytest
+from typer.testing import CliRunner
+
+from ejk import _tuning
+from ejk.cli import _devices, _pieces, _runs, _trial, bench, explain, tune
+from ejk.cli._batch import MODELS, Batch, Shape, shape_of
+from ejk.cli.app import app
+
+SMALL = "--shape 4/2/64 --batch 2 --context 64"
+COMMANDS = ("doctor", "bench", "tune", "compile", "explain")
+
+
+def run(line: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, shlex.split(line), prog_name="ejk")
+    assert code is None or result.exit_code == code, result.output
+    return result.stdout if code != 2 else result.stderr
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Run each program once, and time none."""
+
+    def us(timed):
+        jax.block_until_ready(timed.run())
+        return 1.0
+
+    monkeypatch.setattr(_runs.Run, "us", us)
+    # What else is timed is not written for the strict promotion of the tests.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_a_help_text_runs(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    said = " ".join(run(f"{command} --help").split())
+    [example] = re.findall(r"Example: ejk (.*?) (?:Arguments|Options):", said)
+    assert example.startswith(command)
+    assert run(example, code=None if command == "doctor" else 0)
+
+
+def test_no_command_prints_the_help():
+    assert all(command in run("") for command in COMMANDS)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("bench --batch 0", "ejk bench: Invalid value for '--batch': 0 must be an integer of at"),
+        ("bench --batch x", "'--batch': x must be an integer of at least 1"),
+        ("bench --shape 7/2/64", "num_heads=7 must be a multiple of num_kv_heads=2"),
+        ("bench --shape lama-3-8b", "did you mean 'llama-3-8b'?"),
+        ("bench --shape 8/1/64/128", "value_head_dim=128 must be at most head_dim=64"),
+        ("bench --operation encode", "'encode' must be one of decode, ragged, write"),
+        ("bench --dtype int8", "'--dtype': 'int8' must be one of bfloat16, float16, float32"),
+        ("bench --cache int3", "'--cache': 'int3' must be one of bfloat16"),
+        ("bench --new-tokens 2", "'--new-tokens': 2 must be 1 with --operation decode"),
+        ("bench --operation ragged --context 4 --new-tokens 5", "5 must be at most --context 4"),
+        ("bench --bath 3", "No such option: --bath"),
+        ("bench --plot x.doc", "'--plot'"),
+        ("compile", "ejk compile: Missing argument 'target'"),
+        ("compile sm_70", "'TARGET': 'sm_70' must be one of gfx942, sm_80"),
+        ("compile sm_90 --set block_kv", "'--set': 'block_kv' must be name=value"),
+        ("compile sm_90 --set blok_kv=64", "did you mean 'block_kv'?"),
+        ("explain h300", "'DEVICE': 'h300' must be one of a100"),
+        ("explain h100 --measure", "'--measure' runs on this machine's device, not on h100"),
+        ("tune none/x.json", "'OUTPUT': the folder none must exist"),
+        ("tune x.json --operation write", "'--backend': xla has no field to search for write"),
+        ("tune x.json --backend triton", "'--backend': 'triton' must be one of xla"),
+        ("doktor", "No such command 'doktor'"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_one_line(line, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    error = run(line, code=2)
+    assert said.lower() in error.lower() and error.count("\n") == 1
+
+
+@pytest.mark.fast
+def test_without_the_extra_it_says_what_installs_it(tmp_path):
+    """Packages that cannot be found stand in for those that are not installed."""
+    code = """
+import sys
+sys.modules["typer"] = sys.modules["rich"] = None
+from ejk.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == 'rich is not installed: pip install "ejk[cli]"\n'
+
+
+def test_explain_says_who_runs_a_call_and_in_which_pieces():
+    answer = json.loads(run("explain h100 --json"))
+    assert answer["chosen"] == "triton"
+    assert answer["refusals"]["pallas"] == ["runs on tpu, not on cuda"]
+    pieces = {piece["kernel"]: piece for piece in answer["pieces"]}
+    assert pieces["page_attention_kernel"]["programs"] >= 132
+    assert answer["moved_bytes"] == 64 * 4096 * 2 * 8 * 128 * 2 + 2 * 64 * 32 * 128 * 2
+    assert answer["floor_us"] == round(answer["moved_bytes"] / 3350e3, 2)
+
+
+def test_explain_of_hoppers_own_kernel_and_of_a_prefill():
+    answer = json.loads(run("explain h100 --operation ragged --batch 4 --json"))
+    assert answer["chosen"] == "mosaic_gpu"
+    assert answer["floor_us"] == round(answer["flops"] / 989e6, 2)  # products, not memory
+    [own] = [piece for piece in answer["pieces"] if piece["warps"] is None]
+    assert own["programs"] == 132 and own["waves"] == 1
+    device = _devices.DEVICES["h100"]
+    assert "(products at the data sheet's" in explain.text(explain.Answer(**answer), device)
+
+
+def test_explain_of_a_cpu_and_of_a_gpu_that_has_to_be_asked_for():
+    assert "xla runs it" in run(f"explain cpu {SMALL}")
+    said = run(f"explain mi300x {SMALL}")
+    assert "xla runs it" in said and "triton: runs on rocm where it is asked for by name" in said
+    assert "measured here" in run(f"explain --measure {SMALL}")
+
+
+@pytest.mark.slow
+def test_explain_and_compile_for_a_tpu():
+    pytest.importorskip("libtpu")
+    answer = json.loads(run("explain tpu-v6e --json"))
+    assert answer["chosen"] == "pallas" and answer["pieces"][0]["programs"] > 1
+    kernels = json.loads(run("compile v6e --shape 8/2/128 --batch 2 --context 64 --json"))[
+        "kernels"
+    ]
+    assert kernels[0]["vmem_bytes"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compile_reads_what_a_kernel_takes(target):
+    [kernel] = json.loads(run(f"compile {target} {SMALL} --json"))["kernels"]
+    assert kernel["kernel"] == "page_attention_kernel" and kernel["tensor_core"] > 0
+    assert 0 < kernel["registers"] <= 512 and kernel["shared_bytes"] > 0
+
+
+def test_a_launch_is_what_the_backend_would_hand_over():
+    """Names and types in the kernel's order, or it would not compile."""
+    batch = Batch("decode", "", Shape(8, 2, 64), 3, 300, cache_dtype="int8")
+    call, target = _pieces.traced(batch), _devices.gpu_target("sm_90")
+    triton = next(b for b in call.backends if b.name == "triton")
+    for launch in _pieces.launches(triton, target, call):
+        names = [parameter.name for parameter in launch.kernel.params]
+        assert names == [*launch.pointers, *(n for n in names if n in launch.constants)]
+    kernel = next(x for x in _pieces.launches(triton, target, call) if "key_ptr" in x.pointers)
+    assert kernel.pointers["key_ptr"] == "int8" and kernel.pointers["query_ptr"] == "bfloat16"
+
+
+def test_bench_compares_all_ways_and_draws_them(tmp_path):
+    found = json.loads(run(f"bench {SMALL} --shape 8/8/32 --json"))
+    names = [line["contender"] for line in found["results"]]
+    assert names == 2 * ["ejk xla", "gather and einsum", "dot_product_attention, contiguous cache"]
+    assert [line["failed"] for line in found["results"] if "failed" in line] == []
+    assert all("error" in line for line in found["results"] if line["contender"] != "ejk xla")
+    assert "on a CPU: XLA runs" in run(f"bench {SMALL}")
+    pytest.importorskip("matplotlib")
+    run(f"bench {SMALL} --plot {tmp_path / 'times.svg'}")
+    assert "microseconds" in (tmp_path / "times.svg").read_text()
+
+
+@pytest.mark.parametrize("options", ["--operation write", "--operation ragged", "--cache int8"])
+def test_bench_of_every_operation(options):
+    [first, *_] = json.loads(run(f"bench {SMALL} {options} --json"))["results"]
+    assert first["contender"] == "ejk xla" and first["us"] > 0
+
+
+def test_bench_says_which_way_is_wrong(monkeypatch):
+    wrong = {"a peer": lambda: _runs.Run(1, lambda: [jax.numpy.full((2, 4, 64), 3.0)])}
+    monkeypatch.setattr(bench._runs, "peers", lambda batch: wrong)
+    assert re.search(r"a peer +is wrong: off by \d", run(f"bench {SMALL}"))
+
+
+def test_tune_searches_goes_on_and_writes_what_is_loaded(monkeypatch, tmp_path):
+    tried, path = [], tmp_path / "tuning.json"
+
+    def us(fields):
+        tried.append(fields)
+        return {64: 5.0, 256: None}.get(fields.get("block_kv"), 10.0)
+
+    monkeypatch.setattr(tune.Trials, "_measure", lambda self, fields: us(fields))
+    monkeypatch.setattr(_runs.Run, "us", lambda self: next(turns))
+    turns = iter([10.0, 5.0] * 5)
+    assert "{'block_kv': 64}: 5.0 us for 10.0" in run(f"tune {path} {SMALL}")
+    assert len(tried) == 7  # the default and six values, none of them twice
+    turns = iter([10.0, 5.0] * 5)
+    run(f"tune {path} {SMALL}")  # nothing is tried again, and the entry is replaced
+    assert len(tried) == 7
+    [entry] = json.loads(path.read_text())["entries"]
+    assert entry["fields"] == {"block_kv": 64} and entry["device_kind"] == "cpu"
+    call = _pieces.traced(Batch("decode", "", Shape(4, 2, 64), 2, 64))
+    from ejk._load_tuning import _read
+
+    tuned = _tuning.tuned((_read(path),), call.backends[-1], call.problem, "cpu")
+    assert tuned.block_kv == 64
+
+
+def test_tune_writes_nothing_that_does_not_pay_and_refuses_another_file(monkeypatch, tmp_path):
+    path = tmp_path / "tuning.json"
+    assert "is as fast as all" in run(f"tune {path} {SMALL}")
+    assert not path.exists()
+    path.write_text('{"version": 2}')
+    assert f"{path}: version=2 must be 1" in run(f"tune {path} {SMALL}", code=2)
+
+
+def test_a_trial_tells_a_wrong_result_an_error_and_a_refusal(monkeypatch):
+    import ejk
+
+    xla, off = ejk.XlaPageAttention(), ejk.XlaPageAttention(block_kv=16)
+    run_as_it_is = ejk.XlaPageAttention.run
+
+    def wrong(self, problem, operands, platform):
+        out, *rest = run_as_it_is(self, problem, operands, platform)
+        return (out * (3 if self.block_kv == 16 else 1), *rest)
+
+    monkeypatch.setattr(ejk.XlaPageAttention, "run", wrong)
+    assert _trial.trial("page_attention", xla, True).runs
+    assert "is wrong" in _trial.trial("page_attention", off, True).how
+    monkeypatch.setattr(_trial, "refusal", lambda batch, backend: 1 / 0)
+    assert _trial.trial("page_attention", xla, True).how == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_named_model_is_a_shape_that_can_be_traced(model):
+    batch = Batch("decode", model, shape_of(model), 2, 64)
+    assert _pieces.traced(batch).problem.num_heads == MODELS[model].num_heads
