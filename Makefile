@@ -30,14 +30,15 @@ GPU_TESTS := $(foreach name,gpu page_attention edges gradients vmap fused_pools 
 
 SMOKE_TESTS = $(shell grep -rl --include='test_*.py' pytest.mark.smoke tests)
 
-.PHONY: help demo test test-all smoke gpu lint static prices docs docs-external stranger resolve \
-	release clean
+.PHONY: help demo engine test test-all smoke gpu lint static prices docs docs-external stranger \
+	resolve release clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    a language model writes text through a paged cache'
 	@echo '             ARGS="--backend triton --interpret" or ARGS="\"Why is the sky blue?\"";'
 	@echo '             ARGS=--help lists all; ACCELERATOR=cpu leaves the GPU alone'
+	@echo 'make engine  answers several messages at once: continuous batching; takes ARGS as demo does'
 	@echo 'make test    a fixed choice of the tests, on the CPU, in a few minutes'
 	@echo 'make test-all   all of them; ARGS="-k name" is passed on to pytest'
 	@echo 'make gpu     the tests of the real kernels, on an NVIDIA GPU; ARGS="-n 10": side by side'
@@ -53,6 +54,9 @@ help:
 
 demo: $(VENV)/.demo-$(ACCELERATOR)
 	@JAX_PLATFORMS=$(PLATFORMS) $(PY) examples/generate.py $(ARGS)
+
+engine: $(VENV)/.demo-$(ACCELERATOR)
+	@JAX_PLATFORMS=$(PLATFORMS) $(PY) examples/serve.py $(ARGS)
 
 test: $(VENV)/.test
 	@$(PY) -m pytest -n auto --tier fast $(ARGS)

@@ -35,6 +35,13 @@ DEFAULT_CHATS = (
     "Write one sentence about the moon.",
     "Why is the sea salty? Answer in one sentence.",
 )
+Number: TypeAlias = tuple[str, int, int, int, str]
+NUMBERS: tuple[Number, ...] = (
+    ("max-new-tokens", 64, 1, smollm2.CONFIG.max_context_len - 1, "of each text"),
+    ("page-size", 16, 1, 1024, "tokens of a page"),
+    ("prefill-chunk", 512, 1, 2**16, "prompt tokens read in one call"),
+    ("seed", 0, 0, 2**32 - 1, "of the order in which pages are handed out"),
+)  # flags, their defaults, least and most values, and what they are
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
 
@@ -94,6 +101,11 @@ class Log:
                 return
             print("\n", flush=True)
             self._current, self._printed = self._current + 1, -1
+
+
+def new_view() -> Screen | Log:
+    in_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return Screen() if in_terminal else Log()
 
 
 def wrap(text: str, width: int) -> Iterator[tuple[int, int]]:
@@ -160,8 +172,12 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:39]}\N{HORIZONTAL ELLIPSIS}")
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Let a real language model write text through a paged cache.")
+def arguments(
+    argv: Sequence[str] | None, parser: Parser | None = None, numbers: Sequence[Number] = NUMBERS
+) -> argparse.Namespace:
+    """Read the options that `parser` has, and those of all demos; refuse what cannot run."""
+    if parser is None:
+        parser = Parser(description="Let a real language model write text through a paged cache.")
     add = parser.add_argument
     add("chat", nargs="*", type=some_text, metavar="TEXT", help="same as --chat TEXT")
     for flag, help_text in (("chat", "answer this message"), ("prompt", "continue this text")):
@@ -174,12 +190,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             metavar="TEXT",
             help=f"{help_text} (may be repeated)",
         )
-    for flag, default, least, most, help_text in (
-        ("max-new-tokens", 64, 1, smollm2.CONFIG.max_context_len - 1, "of each text"),
-        ("page-size", 16, 1, 1024, "tokens of a page"),
-        ("prefill-chunk", 512, 1, 2**16, "prompt tokens read in one call"),
-        ("seed", 0, 0, 2**32 - 1, "of the order in which pages are handed out"),
-    ):
+    for flag, default, least, most, help_text in numbers:
         add(
             f"--{flag}",
             type=number(least, most),
@@ -283,6 +294,14 @@ def refusal(args: argparse.Namespace) -> str | None:
     return None
 
 
+def read(model: smollm2.SmolLM2, args: argparse.Namespace) -> list[Passage]:
+    """Turn the texts that were given into prompts."""
+    return [
+        *(Passage("Completion", text, model.encode(text)) for text in args.prompts),
+        *(Passage("Chat", f"> {text}\n", model.encode_chat(text)) for text in args.chats),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     device = jax.devices()[0]
@@ -290,10 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = smollm2.load(args.dtype)
         jax.block_until_ready(model.params)
 
-    passages = [
-        *(Passage("Completion", text, model.encode(text)) for text in args.prompts),
-        *(Passage("Chat", f"> {text}\n", model.encode_chat(text)) for text in args.chats),
-    ]
+    passages = read(model, args)
     most_tokens = max(len(passage.prompt) for passage in passages) + args.max_new_tokens
     if most_tokens > model.config.max_context_len:
         refuse(
@@ -382,8 +398,7 @@ def write_out(
         cut = (" [...]" if len(p.written) == max_new_tokens else "" for p in passages)
         return [(p, model.decode(p.written) + mark) for p, mark in zip(passages, cut)]
 
-    in_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    view = Screen() if in_terminal else Log()
+    view = new_view()
     num_tokens, start = 0, time.perf_counter()
     while live:
         view.show(texts(), live, last=False)
@@ -394,7 +409,8 @@ def write_out(
     return num_tokens, seconds
 
 
-if __name__ == "__main__":
+def run(main: Callable[[], None]) -> None:
+    """Run a demo: what it cannot do it says in a line."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it ends `cat`
     try:
@@ -404,3 +420,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(main)

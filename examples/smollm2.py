@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 try:
@@ -132,6 +133,46 @@ def load(dtype: DTypeLike = jnp.float32) -> SmolLM2:
     )
     end_tokens = frozenset(map(vocabulary.index, ("<|endoftext|>", "<|im_end|>")))
     return SmolLM2(CONFIG, params, tokenizer, end_tokens)
+
+
+def tiny(seed: int = 0) -> SmolLM2:
+    """Make a model of the same architecture, of two layers and random weights, to try things with.
+
+    It has 40 tokens, of which 0 is written "a" and the others are not text.
+    """
+    config = Config(
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_eps=1e-5,
+        rope_theta=100.0,
+        max_context_len=64,
+    )
+    rng = np.random.default_rng(seed)
+    width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, vocabulary = 48, 40
+    shapes = {
+        "attn_norm": (width,),
+        "attn_q": (width, width),
+        "attn_k": (kv_width, width),
+        "attn_v": (kv_width, width),
+        "attn_output": (width, width),
+        "ffn_norm": (width,),
+        "ffn_gate": (hidden, width),
+        "ffn_up": (hidden, width),
+        "ffn_down": (width, hidden),
+    }
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.float32)
+
+    params = {
+        "embedding": normal(vocabulary, width) * 0.1,  # small: attention decides, not the token
+        "output_norm": jnp.ones(width, jnp.float32),
+        "layers": {name: normal(config.num_layers, *shape) for name, shape in shapes.items()},
+    }
+    return SmolLM2(config, params, build_tokenizer(["a"], [], [1]), end_tokens=frozenset())
 
 
 def build_tokenizer(

@@ -20,46 +20,13 @@ import generate
 import paged_decode
 import smollm2
 
-TINY = smollm2.Config(
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rms_eps=1e-5,
-    rope_theta=100.0,
-    max_context_len=64,
-)
+TINY = smollm2.tiny().config
 PROMPTS = ([5, 1, 7, 2, 11], [3], [8, 8, 4, 30, 21, 14, 9, 2])
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A model with the demo's architecture and small random weights."""
-    rng = np.random.default_rng(0)
-    width, hidden, vocabulary = TINY.num_heads * TINY.head_dim, 48, 40
-    kv_width = TINY.num_kv_heads * TINY.head_dim
-    shapes = {
-        "attn_norm": (width,),
-        "attn_q": (width, width),
-        "attn_k": (kv_width, width),
-        "attn_v": (kv_width, width),
-        "attn_output": (width, width),
-        "ffn_norm": (width,),
-        "ffn_gate": (hidden, width),
-        "ffn_up": (hidden, width),
-        "ffn_down": (width, hidden),
-    }
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.float32)
-
-    params = {
-        "embedding": normal(vocabulary, width) * 0.1,  # small: attention decides, not the token
-        "output_norm": jnp.ones(width, jnp.float32),
-        "layers": {name: normal(TINY.num_layers, *shape) for name, shape in shapes.items()},
-    }
-    tokenizer = smollm2.build_tokenizer(["a"], [], [1])
-    return smollm2.SmolLM2(TINY, params, tokenizer, end_tokens=frozenset())
+    return smollm2.tiny()
 
 
 def test_rope_turns_pairs_as_complex_numbers():

@@ -118,15 +118,13 @@ class Model:
         """Make a batch and run it: it `ends` well, unrun or halfway. `cut` rejects tokens of it."""
         batch = self.manager.batch(seqs, q_lens, **self.least)
         self.check_inputs(batch, seqs, q_lens)
-        self.slots(batch.freed)[:] = POISON
+        self.lose(batch.freed)
         if ends == "unrun":
             return
-        copies = batch.copies[batch.copies[:, 0] >= 0]
-        assert len(copies) == np.count_nonzero(batch.copies[:, 1] >= 0)
-        self.slots(copies[:, 1])[:] = self.slots(copies[:, 0]).copy()
+        self.copy(batch.copies)
         slots, bounds = batch.inputs.slot_mapping, batch.inputs.cu_q_lens
         if ends == "halfway":
-            self.pool[slots[slots >= 0]] = JUNK
+            self.spoil(slots[slots >= 0])
             return
         news = {}
         for i, seq in enumerate(seqs):
@@ -136,17 +134,30 @@ class Model:
                 new.append(computed(self.version, has.salt, before, token))
             self.pool[slots[bounds[i] : bounds[i + 1]]] = new
             news[seq] = new
+        self.ran(batch, {seq: self.seqs[seq].numbers + news[seq] for seq in seqs})
         for i, seq in enumerate(seqs):
             numbers = self.seqs[seq].numbers
             self.check_reads(batch.inputs.block_tables[i], numbers + news[seq], len(numbers))
-        self.ran(batch, copies, {seq: self.seqs[seq].numbers + news[seq] for seq in seqs})
         if cut is not None:  # of the first sequence, and other tokens come in their place
             self.check_cut(seqs[0], q_lens[0], news, *cut)
         self.manager.commit(batch)
         for seq, new in news.items():
             self.seqs[seq].numbers += new
 
-    def ran(self, batch, copies, numbers):
+    # What happens to the pool; a subclass has others beside it.
+
+    def lose(self, pages):
+        self.slots(pages)[:] = POISON
+
+    def copy(self, copies):
+        copies = copies[copies[:, 0] >= 0]
+        assert (copies >= 0).all()
+        self.slots(copies[:, 1])[:] = self.slots(copies[:, 0]).copy()
+
+    def spoil(self, slots):
+        self.pool[slots] = JUNK
+
+    def ran(self, batch, numbers):
         """What a subclass does with a batch that runs; `numbers` are all of each sequence."""
 
     def check_cut(self, seq, q_len, news, rejected, instead):

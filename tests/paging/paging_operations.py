@@ -3,7 +3,9 @@
 Tokens are 0 and 1, prompts short, pools small. So prompts begin alike, and pages run out.
 """
 
+import hypothesis.stateful as stateful
 import pytest
+from hypothesis import strategies as st
 from paging_model import Model
 
 from ejk import paging
@@ -164,3 +166,30 @@ def walk(rng, steps, module=paging):
         rng.choice(often + WITHOUT_SEQUENCES if model.seqs else (allocate,))(model, rng)
         model.check()
     return model
+
+
+def machine(new):
+    """Make Hypothesis' machine of the models that `new` draws: each operation is a rule."""
+    randoms = st.randoms(use_true_random=False)
+
+    class Machine(stateful.RuleBasedStateMachine):
+        @stateful.initialize(rng=randoms)
+        def begin(self, rng):
+            self.model = new(rng)
+
+        @stateful.invariant()
+        def holds(self):
+            if hasattr(self, "model"):
+                self.model.check()
+
+    for operation in WITHOUT_SEQUENCES + WITH_SEQUENCES:
+
+        def run(self, rng, operation=operation):
+            operation(self.model, rng)
+
+        run.__name__ = operation.__name__
+        rule = stateful.rule(rng=randoms)(run)
+        if operation in WITH_SEQUENCES:
+            rule = stateful.precondition(lambda self: self.model.seqs)(rule)
+        setattr(Machine, operation.__name__, rule)
+    return Machine

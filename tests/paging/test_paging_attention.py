@@ -1,34 +1,55 @@
-"""The page manager and the operations together: random operations over real pools.
+"""The page manager and the operations together: random operations over pools on the device.
 
-Keys and values of a token are drawn from the number that the model has for it. So attention over a
-sequence's pages equals dense attention to its own numbers only if every page is the right one.
+Keys and values of a token are drawn from the number that the model has for it. So a sequence reads
+back its own, and attention over its pages equals dense attention to them, only if every page is the
+right one. Pages that are given up are overwritten: with NaN, or with a number of the page's.
+
+Hypothesis' machine takes 10,000 steps in a thorough run.
 """
 
 import functools
+import os
 import random
 
+import hypothesis
+import hypothesis.stateful as stateful
 import jax
 import jax.numpy as jnp
 import numpy as np
 import paging_operations as operations
-import pytest
 from paging_model import Model
 
 import ejk
 
+THOROUGH = bool(os.environ.get("EJK_TEST_THOROUGH"))
 HEADS, DIM = 2, 8
+SIZES = dict(page_size=3, num_pages=12, max_seqs=6, max_blocks=4)
+
+
+@functools.cache
+def vector(number, what):
+    """A token's key, value or query, `[HEADS, DIM]`."""
+    seed = np.random.default_rng([number, "kvq".index(what)])
+    return seed.standard_normal((HEADS, DIM)).astype(np.float32)
 
 
 def vectors(numbers, what):
-    """The keys, values or queries of tokens, `[tokens, HEADS, DIM]`."""
-    seeds = [np.random.default_rng([number, "kvq".index(what)]) for number in numbers]
-    return np.array([seed.standard_normal((HEADS, DIM)) for seed in seeds], np.float32)
+    return np.array([vector(n, what) for n in numbers], np.float32).reshape(-1, HEADS, DIM)
 
 
-@functools.partial(jax.jit, static_argnames="sliding_window")
-def step(pools, query, key, value, inputs, sliding_window):
-    pools = ejk.write_kv_cache(key, value, *pools, inputs.slot_mapping, backend="xla")
-    out = ejk.ragged_page_attention(
+@functools.partial(jax.jit, donate_argnames="pools")
+def write(pools, key, value, slots):
+    return ejk.write_kv_cache(key, value, *pools, slots, backend="xla")
+
+
+@functools.partial(jax.jit, donate_argnames="pools")
+def copy(pools, copies):
+    return ejk.copy_kv_pages(*pools, *copies.T, backend="xla")
+
+
+@jax.jit
+def attend(pools, query, inputs, sliding_window):
+    return ejk.ragged_page_attention(
         query,
         *pools,
         inputs.context_lens,
@@ -37,54 +58,110 @@ def step(pools, query, key, value, inputs, sliding_window):
         sliding_window=sliding_window,
         backend="xla",
     )
-    return out, pools
+
+
+def padded(x, size):
+    return np.pad(x, ((0, size - len(x)), *[(0, 0)] * (x.ndim - 1)))
 
 
 class WithPools(Model):
-    """Also runs each step on pools of keys and values, in which lost pages are NaN."""
+    """Also runs each step on pools of keys and values."""
 
-    def __init__(self, *args, **sizes):
-        super().__init__(*args, **sizes)
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
         shape = (self.num_pages, HEADS, self.page_size, DIM)
-        self.pools = [np.full(shape, np.nan, np.float32) for _ in range(2)]
-        self.least = dict(min_seqs=8, min_tokens=32, min_blocks=4)  # one program for nearly all
+        self.pools = tuple(jnp.full(shape, np.nan, jnp.float32) for _ in range(2))
+        self.least = dict(min_seqs=8, min_tokens=48, min_blocks=4)  # one program
         self.rows = 0
 
-    def ran(self, batch, copies, numbers):
-        for pool in self.pools:
-            pool[batch.freed] = np.nan
-            pool[copies[:, 1]] = pool[copies[:, 0]]
-        total = batch.inputs.tokens.size
+    def lose(self, pages):
+        super().lose(pages)
+        for page in pages.tolist():  # of every other page what stays is finite
+            canary = np.full((self.page_size, HEADS, DIM), 1e3 + page if page % 2 else np.nan)
+            self.put(page * self.page_size + np.arange(self.page_size), canary, canary)
+
+    def copy(self, copies):
+        super().copy(copies)
+        pairs = np.full((8, 2), -1, np.int32)
+        pairs[: len(copies)] = copies
+        self.pools = tuple(copy(self.pools, pairs)[:2])
+
+    def spoil(self, slots):
+        super().spoil(slots)
+        junk = np.full((len(slots), HEADS, DIM), 1e6)
+        self.put(slots, junk, junk)
+
+    def put(self, slots, key, value):
+        """Write rows to slots, in one program."""
+        size = self.least["min_tokens"]
+        slots = np.pad(slots, (0, size - len(slots)), constant_values=-1).astype(np.int32)
+        rows = (padded(x.astype(np.float32), size) for x in (key, value))
+        self.pools = tuple(write(self.pools, *rows, slots)[:2])
+
+    def ran(self, batch, numbers):
         new = [n for seq, q_len in zip(numbers, batch.q_lens) for n in numbers[seq][-q_len:]]
-        query, key, value = (
-            np.pad(vectors(new, what), ((0, total - len(new)), (0, 0), (0, 0))) for what in "qkv"
-        )
-        window = self.manager.sizes.sliding_window
-        out, pools = step(tuple(self.pools), query, key, value, batch.inputs, window)
-        self.pools = [np.array(pool) for pool in pools]
-        assert not np.asarray(out)[len(new) :].any()
-        out = iter(np.asarray(out))
+        slots = batch.inputs.slot_mapping[: len(new)]
+        self.put(slots, vectors(new, "k"), vectors(new, "v"))
+        window = np.int32(min(self.window, 1000))  # longer than any sequence: none
+        query = padded(vectors(new, "q"), batch.inputs.tokens.size)
+        out = np.asarray(attend(self.pools, query, batch.inputs, window))
+        assert not out[len(new) :].any()
+        rows = iter(out)
         for own, q_len in zip(numbers.values(), batch.q_lens):
             keys, values = vectors(own, "k"), vectors(own, "v")
             for position in range(len(own) - q_len, len(own)):
                 seen = slice(max(position + 1 - self.window, 0), position + 1)
-                query = vectors(own[position : position + 1], "q")[0]
-                logits = np.einsum("hd,jhd->hj", query, keys[seen]) * DIM**-0.5
-                weights = np.exp(logits - logits.max(1, keepdims=True))
+                logits = np.einsum("hd,jhd->hj", vector(own[position], "q"), keys[seen])
+                weights = np.exp(DIM**-0.5 * (logits - logits.max(1, keepdims=True)))
                 weights /= weights.sum(1, keepdims=True)
                 expected = np.einsum("hj,jhd->hd", weights, values[seen])
-                np.testing.assert_allclose(next(out), expected, atol=1e-5)
+                np.testing.assert_allclose(next(rows), expected, atol=1e-5)
                 self.rows += 1
 
+    def check_reads(self, table, numbers, first_query):
+        super().check_reads(table, numbers, first_query)
+        positions = np.arange(max(first_query + 1 - self.window, 0), len(numbers))
+        pages = np.asarray(table)[positions // self.page_size]
+        for pool, what in zip(self.pools, "kv"):
+            read = np.asarray(pool)[pages, :, positions % self.page_size]
+            np.testing.assert_array_equal(read, vectors(numbers, what)[positions])
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_every_sequence_attends_to_its_own_tokens(window):
-    model = WithPools(page_size=3, num_pages=16, max_seqs=8, max_blocks=4, sliding_window=window)
+
+def new_model(rng):
+    window = rng.choice([None, None, 1, 3, 5])
+    return WithPools(**SIZES, sliding_window=window, prefix_caching=rng.random() < 0.8)
+
+
+def test_every_sequence_attends_to_its_own_tokens():
     rng = random.Random(0)
     often = 2 * operations.WITH_SEQUENCES + 2 * (operations.allocate, operations.beam)
-    for _ in range(200):
-        rng.choice(often if model.seqs else (operations.allocate,))(model, rng)
+    refused = 0
+    for window in (None, 3):
+        model = WithPools(**SIZES, sliding_window=window)
+        for _ in range(150):
+            rng.choice(often if model.seqs else (operations.allocate,))(model, rng)
+            model.check()
+        statistics = model.manager.statistics()
+        refused += model.refused
+        assert model.rows > 100 and min(statistics.copies, statistics.hit_tokens) > 5
+        assert statistics.preemptions and statistics.evictions
+    assert refused
+
+
+def test_any_operations_over_pools():
+    stateful.run_state_machine_as_test(
+        operations.machine(new_model),
+        settings=hypothesis.settings(max_examples=200 if THOROUGH else 6, stateful_step_count=50),
+    )
+
+
+def test_a_page_of_another_is_seen():
+    """Or the tests above would prove nothing."""
+    model = WithPools(**SIZES)
+    seqs = [model.allocate([0, 1, 0, 1]), model.allocate([1, 1, 0])]
+    operations.compute(model, seqs)
+    model.check()
+    tables = [model.manager.block_table(seq) for seq in seqs]
+    model.pools = tuple(pool.at[tables[0][0]].set(pool[tables[1][0]]) for pool in model.pools)
+    with np.testing.assert_raises(AssertionError):
         model.check()
-    statistics = model.manager.statistics()
-    assert model.rows > 100 and min(statistics.copies, statistics.hit_tokens) > 5
-    assert jnp.isfinite(model.pools[0]).any()

@@ -12,41 +12,15 @@ import hypothesis
 import hypothesis.stateful as stateful
 import paging_operations as operations
 import pytest
-from hypothesis import strategies as st
+from paging_operations import machine
 
 THOROUGH = bool(os.environ.get("EJK_TEST_THOROUGH"))
-RANDOMS = st.randoms(use_true_random=False)
-
-
-class Machine(stateful.RuleBasedStateMachine):
-    """Each operation is a rule."""
-
-    @stateful.initialize(rng=RANDOMS)
-    def begin(self, rng):
-        self.model = operations.new_model(rng)
-
-    @stateful.invariant()
-    def holds(self):
-        if hasattr(self, "model"):
-            self.model.check()
-
-
-for operation in operations.WITHOUT_SEQUENCES + operations.WITH_SEQUENCES:
-
-    def run(self, rng, operation=operation):
-        operation(self.model, rng)
-
-    run.__name__ = operation.__name__
-    rule = stateful.rule(rng=RANDOMS)(run)
-    if operation in operations.WITH_SEQUENCES:
-        rule = stateful.precondition(lambda self: self.model.seqs)(rule)
-    setattr(Machine, operation.__name__, rule)
 
 
 @pytest.mark.fast
 def test_any_operations():
     stateful.run_state_machine_as_test(
-        Machine,
+        machine(operations.new_model),
         settings=hypothesis.settings(max_examples=200 if THOROUGH else 8, stateful_step_count=50),
     )
 
