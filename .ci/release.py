@@ -53,7 +53,9 @@ def problems(root: pathlib.Path, *, upload: bool) -> list[str]:
 
 def run(*command: str | pathlib.Path) -> None:
     print("$", *command, flush=True)
-    subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
+    done = subprocess.run([str(part) for part in command], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)  # the command has said why
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
     run(sys.executable, ".ci/stranger.py", *dist.glob("*.whl"))
     if asked.upload:
         run(sys.executable, "-m", "twine", "upload", *packages)
-    else:
+    elif not found:
         print(
             f"dist/ is ready. To release: git tag v{version}, push it, make release ARGS=--upload"
         )

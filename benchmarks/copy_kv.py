@@ -36,14 +36,16 @@ ROUNDS = 15
 class Workload(NamedTuple):
     """Copies of one call."""
 
-    count: int
+    copies: int
     unit: str
     layout: str = "HND"
     in_conflict: bool = False
 
     @property
     def name(self) -> str:
-        return f"copy {self.count} {self.unit}s, {self.layout}" + ", in conflict" * self.in_conflict
+        return (
+            f"copy {self.copies} {self.unit}s, {self.layout}" + ", in conflict" * self.in_conflict
+        )
 
     @property
     def slots(self) -> int:
@@ -52,7 +54,7 @@ class Workload(NamedTuple):
 
     @property
     def moved_bytes(self) -> int:
-        return 2 * self.count * self.slots * SLOT_BYTES
+        return 2 * self.copies * self.slots * SLOT_BYTES
 
 
 WORKLOADS = (
@@ -67,7 +69,7 @@ TINY = (Workload(3, "page"), Workload(5, "slot", "NHD"), Workload(4, "slot", in_
 
 def draw(workload: Workload, calls: int) -> tuple[np.ndarray, int]:
     """Return sources and targets of each call, `[calls, 2, count]`, and the number of pages."""
-    count, ends = workload.count, 1 if workload.in_conflict else 2
+    count, ends = workload.copies, 1 if workload.in_conflict else 2
     units = calls * ends * count
     num_pages = -(-units * workload.slots // PAGE_SIZE)
     ids = np.random.default_rng(0).permutation(units).reshape(calls, ends, count)

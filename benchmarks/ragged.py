@@ -3,6 +3,7 @@
     python benchmarks/ragged.py                        every batch and contender
     python benchmarks/ragged.py --suite prefill shapes
     python benchmarks/ragged.py --batch "prefill 8 x 4,096, page 16" --contender "ejk mosaic_gpu"
+    python benchmarks/ragged.py --suite prefix         prefixes read once, beside the same without
     python benchmarks/ragged.py --suite layers         the wall time a layer of 32
     python benchmarks/ragged.py --tiny --output x.jsonl   small batches, interpreted on a CPU
 

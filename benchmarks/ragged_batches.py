@@ -31,6 +31,7 @@ class Batch:
     options: tuple[tuple[str, float | int | bool], ...] = ()
     base: str | None = None  # the batch of the same suite that its time is compared with
     cache: Cache | None = None  # None: bfloat16
+    sharing: tuple[int, int] | None = None  # sequences of a group, and first tokens that it shares
 
     @property
     def total_tokens(self) -> int:
@@ -131,6 +132,26 @@ def drafts(own: workloads.Workload) -> Batch:
     return Batch(f"{own.name}: verification of 4", (4,) * own.num_seqs, own.context_lens, *shape)
 
 
+def _sharing(
+    name: str, seqs: int, q_len: int, group: int, shared: int, own: int, scale: int = 1
+) -> Batch:
+    """Make a batch in groups that each share so many tokens, beside their own."""
+    shared, own = shared // scale, own // scale
+    return _named(name, [(seqs, q_len, shared + own)], 16, sharing=(group, shared))
+
+
+def _prefixes(scale: int = 1) -> list[Batch]:
+    """Prompts of one group, of several, and groups that do not pay."""
+    seqs = 64 if scale == 1 else 4
+    return [
+        _sharing("4 new, one group on 16,384", seqs, 4, seqs, 16384, 256, scale),
+        _sharing("1 new, one group on 16,384", seqs, 1, seqs, 16384, 256, scale),
+        _sharing("4 new, groups of 16 on 4,096", 2 * seqs, 4, seqs // 4, 4096, 256, scale),
+        _sharing("64 new, one group on 4,096", seqs // 2, 64, seqs // 2, 4096, 256, scale),
+        _sharing("4 new, pairs on 0", seqs, 4, 2, 0, 4096, scale),
+    ]
+
+
 SHAPES = ((32, 32, 128), (32, 8, 64), (8, 4, 256))
 OPTIONS = {
     "LSE": ("return_lse", True),
@@ -180,6 +201,7 @@ def _suites() -> dict[str, list[Batch]]:
     ]
     found["latent"] = [drafts(workload) for workload in workloads.LATENT]
     found["quantised"] = _of_caches(plain, caches.FEW_CACHES)
+    found["prefix"] = _prefixes()
     found["layers"] = [plain, found["mixed"][0], *found["small"]]
     return found
 
@@ -191,7 +213,7 @@ def _tiny() -> dict[str, list[Batch]]:
             dataclasses.replace(batch, num_heads=4, num_kv_heads=2, head_dim=16)
             for batch in batches
         ]
-        for suite, batches in _of_page(16, scale=128).items()
+        for suite, batches in (_of_page(16, 128) | {"prefix": _prefixes(128)[:1]}).items()
     }
     [plain], [long] = found["prefill"], found["long"]
     found["options"] = [plain, *(_with(name, plain, option) for name, option in OPTIONS.items())]
@@ -223,6 +245,7 @@ class Arrays(NamedTuple):
     cu_q_lens: jax.Array
     key_scale: jax.Array | None = None  # as `caches.Pool` has them
     value_scale: jax.Array | None = None
+    prefix_groups: tuple[jax.Array, jax.Array] | None = None
 
 
 def arrays(batch: Batch) -> Arrays:
@@ -230,4 +253,15 @@ def arrays(batch: Batch) -> Arrays:
     shape = (batch.total_tokens, batch.num_heads, batch.head_dim)
     query = 1.5 * jax.random.normal(jax.random.key(9), shape, jnp.bfloat16)
     bounds = jnp.asarray(np.cumsum((0, *batch.q_lens)), jnp.int32)
-    return Arrays(query, *paged[1:5], bounds, paged.key_scale, paged.value_scale)
+    given = Arrays(query, *paged[1:5], bounds, paged.key_scale, paged.value_scale)
+    return given if batch.sharing is None else _in_groups(batch.sharing, batch.page_size, given)
+
+
+def _in_groups(sharing: tuple[int, int], page_size: int, given: Arrays) -> Arrays:
+    """Let the tables of each group begin with the pages of its first sequence."""
+    (group, tokens), tables = sharing, given.block_tables
+    row, pages = jnp.arange(tables.shape[0], dtype=jnp.int32), tokens // page_size
+    is_shared = jnp.arange(tables.shape[1]) < pages
+    tables = jnp.where(is_shared, tables[row // group * group], tables)
+    groups = row // group, jnp.full((tables.shape[0] // group,), pages, jnp.int32)
+    return given._replace(block_tables=tables, prefix_groups=groups)

@@ -1,5 +1,6 @@
 """The programs that ragged batches are timed with; each is checked first."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from ragged_batches import Arrays, Batch
 import ejk
 
 DENSE = "cuDNN dense, contiguous"
+IN_GROUPS = "ejk triton, prefix_groups"
 
 Step = Callable[[Batch, Arrays], jax.Array]
 
@@ -23,6 +25,8 @@ def contenders(batch: Batch, interpret: bool) -> dict[str, Step]:
     if interpret:
         return _interpreted(batch)
     found: dict[str, Step] = {"ejk triton": functools.partial(attend, "triton")}
+    if batch.sharing is not None:
+        found[IN_GROUPS] = functools.partial(attend, "triton", in_groups=True)
     if batch.value_head_dim is None:
         found = {"ejk mosaic_gpu": functools.partial(attend, "mosaic_gpu"), **found}
     if batch.total_tokens == len(batch.q_lens):
@@ -46,6 +50,9 @@ def _interpreted(batch: Batch) -> dict[str, Step]:
         return {"ejk mosaic_gpu": functools.partial(attend, backend)}
     backend = ejk.TritonRaggedPageAttention(interpret=True, num_sms=6)
     found: dict[str, Step] = {"ejk triton": functools.partial(attend, backend)}
+    if batch.sharing is not None:
+        shares = dataclasses.replace(backend, least_saved_bytes=0)
+        found[IN_GROUPS] = functools.partial(attend, shares, in_groups=True)
     if batch.total_tokens == len(batch.q_lens):
         decode_backend = ejk.TritonPageAttention(interpret=True)
         found["ejk page_attention"] = functools.partial(_decode, decode_backend)
@@ -61,8 +68,10 @@ def own_choice(batch: Batch, interpret: bool) -> Step:
     return functools.partial(attend, None)
 
 
-def attend(backend: Any, batch: Batch, given: Arrays) -> jax.Array:
-    options = dict(batch.options)
+def attend(backend: Any, batch: Batch, given: Arrays, in_groups: bool = False) -> jax.Array:
+    options: dict[str, Any] = dict(batch.options)
+    if in_groups:
+        options["prefix_groups"] = given.prefix_groups
     if "sinks" in options:
         options["sinks"] = jnp.full((batch.num_heads,), options["sinks"], jnp.float32)
     for name in ("key_scale", "value_scale"):

@@ -72,11 +72,17 @@ def tree(
             positions[row] = positions[root + 1 + draft.parent] + 1
     if (positions == batch.inputs.positions).all():
         return positions, None
-    begins = np.repeat(bounds[:-1], np.diff(bounds))
-    nth = np.arange(positions.size) - np.pad(begins, (0, positions.size - begins.size))
-    mask = np.arange(width) <= nth[:, None]
-    for root, of_seq in zip(roots, drafts):
+    mask = causal(batch, width)
+    for begin, root, of_seq in zip(bounds, roots, drafts):
         for row, draft in enumerate(of_seq, root + 1):
             mask[row] = mask[root + 1 + draft.parent]
-            mask[row, nth[row]] = True
+            mask[row, row - begin] = True
     return positions, mask
+
+
+def causal(batch: Batch, width: int) -> np.ndarray:
+    """Let each new token see those of its sequence up to itself."""
+    bounds, total = batch.inputs.cu_q_lens, batch.inputs.tokens.size
+    begins = np.repeat(bounds[:-1], np.diff(bounds))
+    nth = np.arange(total) - np.pad(begins, (0, total - begins.size))
+    return np.arange(width) <= nth[:, None]

@@ -66,7 +66,7 @@ def _write(batch: Batch, backend: Any, arrays: dict[str, Any], static: dict[str,
     def run() -> Any:
         nonlocal pools
         pools = program(pools, arrays)
-        return jax.tree.map(lambda x: x.ravel()[:1], pools)
+        return pools  # good until the next run
 
     return Run(1, run)
 

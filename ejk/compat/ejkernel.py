@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ejk._page_attention import page_attention as _page_attention
 from ejk._ragged_page_attention import ragged_page_attention
+from ejk._typing import Array
 from ejk.compat._arguments import check_mask_value, first_sequences, refuse
 from ejk.compat.tpu_inference import attend_and_update
 
@@ -15,11 +16,11 @@ _MESHES = dict.fromkeys(("mesh", "in_specs", "out_specs"), _SHARD)
 
 
 def page_attention(
-    query: jax.Array,
-    key_cache: jax.Array,
-    value_cache: jax.Array,
-    context_lens: jax.Array,
-    block_tables: jax.Array,
+    query: Array,
+    key_cache: Array,
+    value_cache: Array,
+    context_lens: Array,
+    block_tables: Array,
     /,
     *,
     attn_scale: float | None = None,
@@ -74,13 +75,13 @@ def page_attention(
 
 
 def ragged_page_attention_v2(
-    queries: jax.Array,
-    kv_pages: jax.Array,
-    context_lens: jax.Array,
-    block_tables: jax.Array,
-    query_start_loc: jax.Array,
-    num_seqs: jax.Array | int,
-    softmax_aux: jax.Array | None = None,
+    queries: Array,
+    kv_pages: Array,
+    context_lens: Array,
+    block_tables: Array,
+    query_start_loc: Array,
+    num_seqs: Array | int,
+    softmax_aux: Array | None = None,
     /,
     *,
     softmax_scale: float | None = None,
@@ -143,15 +144,15 @@ def ragged_page_attention_v2(
 
 
 def ragged_page_attention_v3(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    kv_cache: jax.Array,
-    kv_lens: jax.Array,
-    block_tables: jax.Array,
-    query_start_loc: jax.Array,
-    distribution: jax.Array,
-    softmax_aux: jax.Array | None = None,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    kv_cache: Array,
+    kv_lens: Array,
+    block_tables: Array,
+    query_start_loc: Array,
+    distribution: Array,
+    softmax_aux: Array | None = None,
     /,
     *,
     softmax_scale: float = 1.0,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ejk._errors import UnsupportedError
 from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
+from ejk._typing import Array
 from ejk._write_kv_cache import write_kv_cache
 from ejk.compat._arguments import refuse
 
@@ -25,25 +26,25 @@ _MENDS = {
 
 
 def flash_attn_with_kvcache(
-    q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    k: jax.Array | None = None,
-    v: jax.Array | None = None,
-    qv: jax.Array | None = None,
-    rotary_cos: jax.Array | None = None,
-    rotary_sin: jax.Array | None = None,
-    cache_seqlens: int | jax.Array | None = None,
-    cache_batch_idx: jax.Array | None = None,
-    cache_leftpad: jax.Array | None = None,
-    page_table: jax.Array | None = None,
-    cu_seqlens_q: jax.Array | None = None,
-    cu_seqlens_k_new: jax.Array | None = None,
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k: Array | None = None,
+    v: Array | None = None,
+    qv: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    cache_seqlens: int | Array | None = None,
+    cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None,
+    page_table: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k_new: Array | None = None,
     max_seqlen_q: int | None = None,
-    rotary_seqlens: jax.Array | None = None,
-    q_descale: jax.Array | None = None,
-    k_descale: jax.Array | None = None,
-    v_descale: jax.Array | None = None,
+    rotary_seqlens: Array | None = None,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
@@ -150,11 +151,11 @@ class Visible(NamedTuple):
     causal: bool
     window: int | None
     chunk: int
-    first: jax.Array | None  # token of each sequence
+    first: Array | None  # token of each sequence
 
     @classmethod
     def of(
-        cls, causal: bool, window_size: tuple[int, int], chunk: int, first: jax.Array | None
+        cls, causal: bool, window_size: tuple[int, int], chunk: int, first: Array | None
     ) -> "Visible":
         left, right = window_size
         causal = causal or right == 0
@@ -172,7 +173,7 @@ class Visible(NamedTuple):
         return cls(causal, window, chunk, first)
 
     def of_rows(
-        self, lens: jax.Array, bounds: jax.Array, total: int
+        self, lens: Array, bounds: Array, total: int
     ) -> tuple[jax.Array | None, int | None]:
         """Return positions of new tokens and a window, which together show what is to be seen."""
         if not self.chunk and self.first is None:
@@ -188,13 +189,13 @@ class Visible(NamedTuple):
 
 
 def _tables(
-    q: jax.Array,
-    k_cache: jax.Array,
-    cache_seqlens: int | jax.Array | None,
-    cache_batch_idx: jax.Array | None,
-    page_table: jax.Array | None,
-    cu_seqlens_q: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+    q: Array,
+    k_cache: Array,
+    cache_seqlens: int | Array | None,
+    cache_batch_idx: Array | None,
+    page_table: Array | None,
+    cu_seqlens_q: Array | None,
+) -> tuple[jax.Array, Array]:
     """Return the lengths, and a table: without pages, each row of the cache is a page."""
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if page_table is not None and cache_batch_idx is not None:
@@ -209,7 +210,7 @@ def _tables(
     return jnp.broadcast_to(jnp.asarray(cache_seqlens, jnp.int32), (batch,)), page_table
 
 
-def _packed(x: jax.Array, bounds: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _packed(x: Array, bounds: Array | None) -> tuple[Array, jax.Array]:
     """Return rows one sequence after the other, and where each begins."""
     if bounds is not None:
         return x, jnp.asarray(bounds)
@@ -218,13 +219,13 @@ def _packed(x: jax.Array, bounds: jax.Array | None) -> tuple[jax.Array, jax.Arra
 
 
 def _append(
-    k: jax.Array,
-    v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    lens: jax.Array,
-    tables: jax.Array,
-    bounds: jax.Array | None,
+    k: Array,
+    v: Array,
+    k_cache: Array,
+    v_cache: Array,
+    lens: Array,
+    tables: Array,
+    bounds: Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Write new tokens behind those in the cache; return the lengths after it, and the caches."""
     (keys, cu), (values, _) = _packed(k, bounds), _packed(v, bounds)

@@ -4,18 +4,19 @@ import jax
 import jax.numpy as jnp
 
 from ejk._page_attention import page_attention
+from ejk._typing import Array
 from ejk.compat._arguments import check_mask_value
 from ejk.compat.jax_tpu import DEFAULT_MASK_VALUE
 
 
 def paged_attention(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    block_tables: jax.Array,
-    lengths: jax.Array | None,
-    k_scales_pages: jax.Array | None = None,
-    v_scales_pages: jax.Array | None = None,
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_tables: Array,
+    lengths: Array | None,
+    k_scales_pages: Array | None = None,
+    v_scales_pages: Array | None = None,
     *,
     block_h: int = 16,
     pages_per_compute_block: int = 8,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ejk._describe import describe
 from ejk._page_attention import page_attention
 from ejk._ragged_page_attention import ragged_page_attention
+from ejk._typing import Array
 from ejk.compat._arguments import check_mask_value, first_sequences
 
 DEFAULT_MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -15,11 +16,11 @@ MAX_INT8 = 127.5  # codes of JAX's `QuantizedTensor` count so manieth parts of i
 
 
 def paged_attention(
-    q: jax.Array,
+    q: Array,
     k_pages: Any,
     v_pages: Any,
-    lengths: jax.Array,
-    page_indices: jax.Array,
+    lengths: Array,
+    page_indices: Array,
     *,
     mask_value: float = DEFAULT_MASK_VALUE,
     attn_logits_soft_cap: float | None = None,
@@ -72,12 +73,12 @@ def paged_attention(
 
 
 def ragged_paged_attention(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
+    q: Array,
+    kv_pages: Array,
+    kv_lens: Array,
+    page_indices: Array,
+    cu_q_lens: Array,
+    num_seqs: Array,
     *,
     sm_scale: float = 1.0,
     sliding_window: int | None = None,

@@ -7,19 +7,20 @@ import jax.numpy as jnp
 
 from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
+from ejk._typing import Array
 from ejk._write_kv_cache import write_kv_cache
 from ejk.compat._arguments import check_mask_value, first_sequences
 
 
 def ragged_paged_attention(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    kv_cache: jax.Array,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    distribution: jax.Array,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    kv_cache: Array,
+    kv_lens: Array,
+    page_indices: Array,
+    cu_q_lens: Array,
+    distribution: Array,
     *,
     use_causal_mask: bool = True,
     update_kv_cache: bool = True,
@@ -102,14 +103,14 @@ def ragged_paged_attention(
 
 
 def attend_and_update(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    kv_cache: jax.Array,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    distribution: jax.Array,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    kv_cache: Array,
+    kv_lens: Array,
+    page_indices: Array,
+    cu_q_lens: Array,
+    distribution: Array,
     *,
     causal: bool,
     update: bool,
@@ -121,7 +122,7 @@ def attend_and_update(
     q_scale: float | None,
     k_scale: float | None,
     v_scale: float | None,
-    sinks: jax.Array | None = None,
+    sinks: Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Do what `ragged_paged_attention` says, with sinks."""
     check_mask_value(mask_value)
@@ -151,7 +152,7 @@ def attend_and_update(
     return out[:, :num_heads, :head_dim].astype(out_dtype), pool.reshape(kv_cache.shape)
 
 
-def _padded(x: jax.Array, heads: int, width: int) -> jax.Array:
+def _padded(x: Array, heads: int, width: int) -> jax.Array:
     """Return rows of so many heads and entries, zeros where there are none.
 
     Codes of 8 bits become bfloat16, which holds them all.
@@ -161,7 +162,7 @@ def _padded(x: jax.Array, heads: int, width: int) -> jax.Array:
     return x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x
 
 
-def _as_codes(queries: jax.Array, q_scale: float | None, dtype: Any) -> jax.Array:
+def _as_codes(queries: Array, q_scale: float | None, dtype: Any) -> Array:
     """Return queries over their scale, rounded to the cache's type, in their own."""
     if q_scale is None:
         return queries

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ejk._typing import Array
 from ejk._write_kv_cache import write_kv_cache
 
 _TYPES = {
@@ -13,11 +14,11 @@ _TYPES = {
 
 
 def reshape_and_cache_flash(
-    key: jax.Array,
-    value: jax.Array,
-    key_cache: jax.Array,
-    value_cache: jax.Array,
-    slot_mapping: jax.Array,
+    key: Array,
+    value: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
     kv_cache_dtype: str,
     k_scale: Any,
     v_scale: Any,

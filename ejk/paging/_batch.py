@@ -44,7 +44,10 @@ class Batch:
     inputs: BatchInputs
     """The arrays of the step."""
     copies: Int32s
-    """Pages `(from, to)` to copy before the step writes, `[copies, 2]`; rows of padding are -1."""
+    """Pages `(from, to)` to copy before the step writes, `[copies, 2]`; rows of padding are -1.
+
+    By `ejk.copy_kv_pages(..., copies[:, 0], copies[:, 1])`, which takes -1 for none.
+    """
     freed: Int32s
     """Pages whose content was lost since the last batch, if the manager records it."""
     seqs: Int64s

@@ -54,7 +54,7 @@ def each_place(problem, operands, change):
 
 def all_but_the_scales(problem, pools, platform):
     pools = [*pools]
-    return [*sound_placed(problem, pools[:1], platform), *(pool for pool, *_ in pools[1:])]
+    return *sound_placed(problem, pools[:1], platform), *(pool for pool, *_ in pools[1:])
 
 
 def read_after_writes(problem, pools, platform):
@@ -65,7 +65,7 @@ def read_after_writes(problem, pools, platform):
             at = reading[-1][i : i + 1]
             pool = xla_pools.scatter(problem, pool, to[i : i + 1], xla.gather(problem, pool, at))
         results.append(pool)
-    return results
+    return tuple(results)
 
 
 sound_placed, sound_gather, reading = xla.placed, xla.gather, []

@@ -132,8 +132,8 @@ def widen(bug):
 
 def copy(bug):
     config = CopyConfiguration(COPY, "slot", INT8, "HND", "token")
-    sources = np.array([1, 0, 3, 3, -1, 40, 41, 5, 9])
-    targets = np.array([0, 1, 2, 39, 6, 7, 6, 39, 48])
+    sources = np.array([1, 0, 3, 3, -1, 40, 41, 5, 48])
+    targets = np.array([0, 1, 2, 39, 6, 7, 6, 39, 7])
     entry = Copier(bug, CopyMutant(interpret=True, bug=bug), examples=0)
     for unit, ends in (("slot", (sources, targets)), ("page", (sources % 7 - 1, targets % 7 - 1))):
         case = build_copy(config._replace(unit=unit), *ends)

@@ -18,7 +18,7 @@ import paged_decode
 import pytest
 import serve
 import smollm2
-from drafts import Draft, follow, look_up, tree
+from drafts import Draft, causal, follow, look_up, tree
 from engine import BadRequestError, Engine, Sampling
 from hypothesis import strategies as st
 
@@ -92,7 +92,8 @@ class Poisoned(Engine):
 
     def _run(self, operands, max_q_len):
         self.shapes.add((str(jax.tree.map(np.shape, operands)), max_q_len))
-        self.groups += operands.prefix_groups.num_pages.any()
+        if operands.prefix_groups is not None:
+            self.groups += operands.prefix_groups.num_pages.any()
         return super()._run(operands, max_q_len)
 
     def _compute(self, batch, shares):
@@ -155,7 +156,7 @@ INTERPRETED = {
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_kernels_serve_the_same(name, monkeypatch):
     """Prompts in chunks, trees of drafts, pages that are reused and that run out."""
-    # Two programs: with a tree mask and without.
+    # All steps are of one size: with a tree mask or without.
     monkeypatch.setattr(engine, "LEAST_TOKENS", 32)
     sizes = SIZES | dict(num_pages=9, prefill_chunk=1 + DRAFTS, num_drafts=DRAFTS)
     monkeypatch.setattr(engine, "look_up", knowing(random.Random(0)))
@@ -164,6 +165,9 @@ def test_interpreted_kernels_serve_the_same(name, monkeypatch):
         backend=attention(interpret=True, least_saved_bytes=0),  # all groups are read as one
         write_backend=write(interpret=True),
     )
+    if name == "pallas":  # it lowers for ten seconds a program: one, always with a mask
+        monkeypatch.setattr(engine, "tree", masked)
+        monkeypatch.setattr(engine.Batch, "prefix_groups", lambda batch: None)
     made = Poisoned(MODEL, **sizes, **backends)
     first = made.submit(*REQUESTS[0])
     made.step(), made.step()  # the prompt: the next request finds its beginning
@@ -171,7 +175,13 @@ def test_interpreted_kernels_serve_the_same(name, monkeypatch):
     assert [serve_all(made, chosen), [first.output]] == [expected(chosen), expected()[:1]]
     statistics = made.manager.statistics()
     assert statistics.hit_tokens and statistics.preemptions
-    assert made.num_accepted > 5 and made.groups > 5 and len(made.shapes) == 2
+    assert made.num_accepted > 5 and len(made.shapes) == (1 if name == "pallas" else 2)
+    assert (made.groups > 1) == (name == "triton")
+
+
+def masked(batch, drafts, width):
+    positions, mask = tree(batch, drafts, width)
+    return positions, causal(batch, width) if mask is None else mask
 
 
 def knowing(rng):

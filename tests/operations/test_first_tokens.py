@@ -14,7 +14,7 @@ FAR, CHUNK = 2**30, 8
 @pytest.mark.parametrize("kind", ["left padding", "chunks"])
 @ragged_edge
 def test_what_a_token_sees_begins_where_it_is_said(entry, kind):
-    """A decode step, a whole prefill, and a few new tokens; hidden tokens hold NaN."""
+    """A decode step, a whole prefill, and a few new tokens; what is hidden of before is NaN."""
     rng = np.random.default_rng(4)
     first = np.array([3, 2, 13])
     tables = rng.permutation(9).reshape(3, 3).astype(np.int32)

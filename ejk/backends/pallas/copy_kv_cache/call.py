@@ -103,13 +103,15 @@ def copy_slots(
     sources = operands.sources[order]
     at = jnp.stack([sources // problem.page_size, sources % problem.page_size], axis=1)
 
-    # To gather single slots of 8 bits XLA would first turn the whole pool: pages are whole tiles.
+    # To gather single slots of 8 bits, or their scales, XLA would first turn the whole pool. Pages
+    # it takes as they are.
     of_pages, slots_axis = dataclasses.replace(problem, unit="page"), problem.layout.slots
 
     def rows(pool: jax.Array | None, half: int) -> jax.Array | None:
         if pool is None:
             return None
-        if sizes.has_windows and pool.dtype.itemsize == 1:
+        is_narrow = pool.dtype.itemsize == 1 or pool.ndim < len(problem.key_shape)
+        if sizes.has_windows and is_narrow:
             found = gather(of_pages, pool, at[:, :1])
             offset = at[:, 1].reshape(-1, *[1] * (found.ndim - 1))
             found = jnp.take_along_axis(found, offset, slots_axis).squeeze(slots_axis)
