@@ -9,6 +9,7 @@
     python benchmarks/decode.py --suite small              batches whose time is that of launches
     python benchmarks/decode.py --suite latent             keys whose first entries are the values
     python benchmarks/decode.py --suite quantised          caches of 8 and 4 bits, beside bfloat16
+    python benchmarks/decode.py --suite prefix             shared prefixes, beside the plain call
     python benchmarks/decode.py --suite shapes order waves latent map      side by side: see below
     python benchmarks/decode.py --suite map                batches, heads and contexts
     python benchmarks/decode.py --suite map --tiny --output x.jsonl   interpreted on a CPU; or
@@ -46,11 +47,13 @@ import ceiling
 import contenders
 import jax
 import map_report
+import prefix
 import programs
 import side_by_side
 import timing
 import workloads
 
+SUITES = workloads.SUITES | {"prefix": prefix.PREFIX}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -107,7 +110,7 @@ def results(given: Iterable[programs.Job]) -> Iterator[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--suite", nargs="+", choices=workloads.SUITES, default=["named"])
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=["named"])
     parser.add_argument("--workload", nargs="+", help="names of the suites', instead of all")
     parser.add_argument("--contender", nargs="+", help="names")
     parser.add_argument("--processes", type=int, help="side by side; two fewer than CPU cores")
@@ -116,7 +119,7 @@ def main():
     args = parser.parse_args()
     if args.tiny and (args.suite not in (["map"], ["quantised"]) or args.output is None):
         parser.error("--tiny needs --suite map, or quantised, and --output: nothing is to be kept")
-    suites = workloads.TINY if args.tiny else workloads.SUITES
+    suites = workloads.TINY if args.tiny else SUITES
     known = {w.name for suite in args.suite for w in suites[suite]}
     if unknown := {*(args.workload or ())} - known:
         parser.error(f"--suite {' '.join(args.suite)} has no {', '.join(sorted(unknown))}")
@@ -156,7 +159,9 @@ def main():
 
     with side_by_side.started(parallel, args.tiny, args.processes) as (yardsticks, own):
         record(own)
-    record(jobs(alone, found, yardsticks))
+    shared = [workload for workload in alone if isinstance(workload, prefix.Shared)]
+    record(jobs([workload for workload in alone if workload not in shared], found, yardsticks))
+    record(prefix.jobs(shared, yardsticks))
     if "map" in args.suite:
         judge(lines)
 

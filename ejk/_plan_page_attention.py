@@ -129,7 +129,7 @@ def plan_page_attention(
     is_quantised = False
     if cache_dtype is not None:
         is_quantised = check_cache_dtype("cache_dtype", cache_dtype).is_quantised
-    problem = planners[0].plan_problem(facts, width, is_quantised)
+    problem = planners[0].plan_problem(facts, width, is_quantised, groups)
     if 0 in (facts.num_seqs, facts.capacity):
         return PageAttentionPlan(jnp.zeros(problem.results[0].shape, jnp.int32), problem, facts)
     operands = PlanOperands(

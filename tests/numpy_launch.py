@@ -13,5 +13,6 @@ def call(kernel, inputs, outputs, constants, *, in_place=None, grid, **_):
         for name, out in outputs.items()
     }
     in_place = dict(in_place or {})
+    inputs = {name: None if x is None else np.asarray(x) for name, x in inputs.items()}
     interpreter.run(kernel.fn, inputs, in_place | results, constants, grid=grid)
     return (*results.values(), *in_place.values())

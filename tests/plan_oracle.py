@@ -3,11 +3,11 @@
 import numpy as np
 
 
-def plan_page_attention(context_lens, *, capacity, sliding_window, granule, **machine):
+def plan_page_attention(context_lens, *, capacity, sliding_window, granule, floors=None, **machine):
     """Return the pieces `(seq, begin, end, part)` and the splits `(seq, first part, parts)`.
 
-    `sliding_window` is one of all sequences, or a list of one for each; `machine` is what
-    `count_pieces` takes.
+    A sequence sees by itself what is not below its floor. `sliding_window` is one of all sequences,
+    or a list of one for each; `machine` is what `count_pieces` takes.
 
     All pieces of a context but the last are of one size. The largest come first, of equally large
     ones the first sequence's. The last piece of a context ends with the capacity; the first begins
@@ -18,6 +18,7 @@ def plan_page_attention(context_lens, *, capacity, sliding_window, granule, **ma
         n = min(max(int(context_len), 0), capacity)
         window = sliding_window[s] if np.ndim(sliding_window) else sliding_window
         first = 0 if window is None else max(n - max(int(window), 0), 0)
+        first = first if floors is None else floors[s]
         firsts.append(first)
         granules.append(-(-(n - first) // granule))
     cuts = []

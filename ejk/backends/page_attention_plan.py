@@ -41,6 +41,18 @@ class PlanProblem(Problem):
     window the first piece has `-1 - first` as its begin, where `first` is the first position that
     the plan's window shows: where to look first, while the call's own window is not known yet.
 
+    With `packs`, sequences that share their first tokens may be read together: see
+    `ejk/backends/page_attention_packs.py`. Then three lists follow each other:
+
+    - the above for what each sequence reads alone, where the last rows are one for each sequence:
+      its place among the members, or -1, its first part, its parts (0 for a sequence in one piece
+      that is in no pack). The first piece of a member has `-1 - pack` as its begin: it begins where
+      what its pack shares ends;
+    - the above for the packs, in place of sequences. The last piece of a pack ends with what it
+      shares, and the last rows are one for each pack: the tokens that it shares, first piece,
+      pieces. Each piece has a part for every member;
+    - `members` sequences for each pack, -1 where it has fewer, in rows of four.
+
     How contexts are cut is said in `ejk/backends/triton/page_attention/dealing.py`. It follows from
     the lengths and from what is known of the machine: `slots`, `programs_per_piece`,
     `granule_cost` and `memory_bound`. With `max_cuts=0` no context is cut, and the plan is an
@@ -65,6 +77,16 @@ class PlanProblem(Problem):
     memory_bound: bool = True
     """A program is faster when others are done. Products bound latent attention's: on an H100
     programs took as long on 77 % of the multiprocessors as on all."""
+    packs: "PlanProblem | None" = None
+    """How packs are dealt out, in place of sequences; None where there are none."""
+    is_packs: bool = False
+    """It is a plan of packs."""
+    members: int = 0
+    """Sequences of a pack, at most."""
+    page_size: int = 1
+    """Slots of a page, which is what sequences share."""
+    least_saved: int | None = None
+    """Granules that a pack saves at least, in place of what the model of costs says."""
 
     @property
     def max_pieces(self) -> Size:
@@ -72,8 +94,17 @@ class PlanProblem(Problem):
 
     @property
     def max_splits(self) -> Size:
-        """Sequences that may be in several pieces: each costs a cut."""
+        """Sequences that may be in several pieces: each costs a cut. With packs, all rows."""
+        if self.packs or self.is_packs:
+            return self.num_seqs
         return min(self.num_seqs, self.max_cuts)
+
+    @property
+    def max_parts(self) -> Size:
+        """Parts of sequences, in the memory of which each has all query heads."""
+        if self.packs:
+            return self.max_pieces + self.members * self.packs.max_pieces
+        return self.max_pieces if self.max_cuts else 0
 
     @property
     def features(self) -> frozenset[str]:
@@ -82,6 +113,8 @@ class PlanProblem(Problem):
     @property
     def results(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         rows = 1 + self.max_pieces + self.max_splits
+        if self.packs:
+            rows += self.packs.results[0].shape[0] + -(-self.packs.num_seqs * self.members // 4)
         return (jax.ShapeDtypeStruct((rows, 4), jnp.int32),)
 
     def fold(self, size: int, operands: Any, axes: Any) -> None:
@@ -163,6 +196,10 @@ class PlanBackend(Backend):
 
     @abc.abstractmethod
     def plan_problem(
-        self, facts: PlanFacts, value_head_dim: int, is_quantised: bool
+        self,
+        facts: PlanFacts,
+        value_head_dim: int,
+        is_quantised: bool,
+        num_prefix_groups: Size = 0,
     ) -> PlanProblem:
         """Say which work there may be in the calls of these facts, and how it is dealt out."""

@@ -22,6 +22,7 @@ from ejk.backends.page_attention import PageAttentionOperands
 from ejk.backends.triton import _launch
 from ejk.backends.triton._sizes import MAX_CAPACITY
 from ejk.backends.triton.interpreter.memory import MemoryAccessError
+from ejk.backends.triton.page_attention import attending
 from ejk.backends.triton.page_attention import kernel as page_attention_kernel
 
 F16, I32 = np.dtype(np.float16), np.dtype(np.int32)
@@ -276,14 +277,15 @@ def test_more_programs_to_combine_than_a_grid_holds_are_refused(on_numpy):
     ],
 )
 def test_offsets_of_32_bits_are_caught(on_numpy, monkeypatch, tmp_path, name, wide, call):
-    source = Path(page_attention_kernel.__file__).read_text()
+    modules = {"page_attention_kernel": page_attention_kernel, "attend": attending}
+    [changed] = [n for n, module in modules.items() if wide in Path(module.__file__).read_text()]
+    source = Path(modules[changed].__file__).read_text()
     assert source.count(wide) == 1
     path = tmp_path / "narrow.py"
     path.write_text(source.replace(wide, wide.removesuffix(".to(tl.int64)")))
     spec = importlib.util.spec_from_file_location("narrow", path)
     narrow = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(narrow)
-    kernel = narrow.page_attention_kernel
-    monkeypatch.setattr(page_attention_kernel, "page_attention_kernel", kernel)
+    monkeypatch.setattr(page_attention_kernel, changed, getattr(narrow, changed))
     with pytest.raises(MemoryAccessError, match=f"load outside '{name}'"):
         attend(*call()[0], num_splits=0 if "row_ptr" in wide else 1)

@@ -153,6 +153,14 @@ HOLDS = {
     "copy_kv_cache_stage_kernel": copy,
 }
 
+# What a kernel calls and is bent with it.
+PARTS = {
+    kernel: [f"ejk.backends.triton.page_attention.{part}" for part in parts]
+    for kernel, parts in {
+        "page_attention_kernel": ("attending", "packs"), "page_attention_combine_kernel": ("packs",)
+    }.items()
+}  # fmt: skip
+
 BUGS = {
     "page_attention_kernel": {
         "one slot on": (
@@ -181,10 +189,10 @@ BUGS = {
         "64 rows see what lies past the end": ("[None, :], start < end", "[None, :], start > end"),
         "keys have the scale of another head": (
             "scale *= tl.load(key_scale_ptr + kv_head)",
-            "scale *= tl.load(key_scale_ptr + (kv_head + 1) % NUM_KV_HEADS)",
+            "scale *= tl.load(key_scale_ptr + (kv_head + 1) % 2)",
         ),
         "values have the scale of another head": (
-            "value_scale_ptr) + kv_head)", "value_scale_ptr) + (kv_head + 1) % NUM_KV_HEADS)",
+            "value_scale_ptr) + kv_head)", "value_scale_ptr) + (kv_head + 1) % 2)",
         ),
         "keys have the scale of the next token": (
             "offs_page, offs_slot, stride_k_page, stride_k_slot, HEAD_DIM",
@@ -339,7 +347,9 @@ BUGS = {
 def replace(kernel, old, new, monkeypatch, folder):
     """Run a kernel with a line changed. The interpreter reads the file, so it is one."""
     sound = importlib.import_module(kernel_modules("triton")[kernel])
-    source = inspect.getsource(sound)
+    parts = [sound, *(importlib.import_module(name) for name in PARTS.get(kernel, ()))]
+    [faulty] = [part for part in parts if old in inspect.getsource(part)]
+    source = inspect.getsource(faulty)
     assert source.count(old) == 1, f"{old!r} is not in {kernel} once"
     path = folder / "faulty.py"
     path.write_text(source.replace(old, new))
@@ -347,8 +357,16 @@ def replace(kernel, old, new, monkeypatch, folder):
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    [name] = [name for name in vars(sound) if name.endswith("_kernel")]
-    monkeypatch.setattr(sound, name, getattr(module, name))
+    for name in vars(sound):
+        if name.endswith("_kernel") if faulty is sound else name in functions_of(faulty):
+            monkeypatch.setattr(sound, name, getattr(module, name))
+
+
+def functions_of(module):
+    """Name the functions that a module defines."""
+    return {
+        name for name, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__
+    }
 
 
 @pytest.mark.fast

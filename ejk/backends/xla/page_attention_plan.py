@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ejk._indices import count_up_to
+from ejk._indices import Size, count_up_to
+from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import PlanBackend, PlanFacts, PlanOperands, PlanProblem
 from ejk.backends.xla._backend import XlaBackend
 
@@ -22,7 +23,11 @@ class XlaPlan(XlaBackend, PlanBackend):
     features = frozenset({"sliding_window"})
 
     def plan_problem(
-        self, facts: PlanFacts, value_head_dim: int, is_quantised: bool
+        self,
+        facts: PlanFacts,
+        value_head_dim: int,
+        is_quantised: bool,
+        num_prefix_groups: Size = 0,
     ) -> PlanProblem:
         """Plan an order, longest first: nobody is known who takes contexts in pieces."""
         has_window = facts.sliding_window is not None
@@ -31,32 +36,56 @@ class XlaPlan(XlaBackend, PlanBackend):
     def run(
         self, problem: PlanProblem, operands: PlanOperands, platform: str
     ) -> tuple[jax.Array, ...]:
-        length = jnp.clip(operands.context_lens, 0, problem.capacity)
-        first = jnp.zeros_like(length)
-        if operands.sliding_window is not None:
-            first = jnp.maximum(length - jnp.maximum(operands.sliding_window, 0), 0)
-        granules = _ceil_div(length - first, problem.granule)
-        pieces, size = in_pieces(problem, granules)
+        if problem.packs is None:
+            return (_listed(problem, operands, None),)
+        packs = Packs.of(problem, operands)
+        own = _listed(problem, operands, packs)
+        shared = _listed(problem.packs, PlanOperands(packs.lengths, None), None)
+        return (packs.listed(own, shared),)
 
-        seqs = jnp.argsort(-size, stable=True).astype(jnp.int32)
-        pieces, size, first = (x[seqs] for x in (pieces, size, first))
-        place = jnp.cumsum(pieces, dtype=jnp.int32) - pieces
 
-        slot = jnp.arange(problem.max_pieces, dtype=jnp.int32)
-        owner = count_up_to(place, slot) - 1
-        piece = slot - place[owner]
-        begin = first[owner] + piece * size[owner] * problem.granule
-        is_last = piece + 1 == pieces[owner]
-        end = jnp.where(is_last, problem.capacity, begin + size[owner] * problem.granule)
-        if problem.has_window:
-            begin = jnp.where(piece == 0, -1 - begin, begin)
-        which = jnp.where(pieces[owner] > 1, slot, -1)
-        rows = jnp.stack([seqs[owner], begin, end, which], axis=1)
-        split = jnp.flatnonzero(pieces > 1, size=problem.max_splits, fill_value=0)
-        unused = jnp.zeros_like(seqs[split])
-        splits = jnp.stack([seqs[split], place[split], pieces[split], unused], axis=1)
-        counts = jnp.stack([_sum(pieces), _sum(pieces > 1), jnp.int32(0), jnp.int32(0)])
-        return (jnp.concatenate([counts[None], rows, splits]),)
+def _listed(problem: PlanProblem, operands: PlanOperands, packs: Packs | None) -> jax.Array:
+    """Return one list: of the pieces of sequences or of packs, and of who has several."""
+    length = jnp.clip(operands.context_lens, 0, problem.capacity)
+    first = jnp.zeros_like(length) if packs is None else packs.floors
+    if operands.sliding_window is not None:
+        first = jnp.maximum(length - jnp.maximum(operands.sliding_window, 0), 0)
+    granules = _ceil_div(length - first, problem.granule)
+    pieces, size = in_pieces(problem, granules)
+
+    seqs = jnp.argsort(-size, stable=True).astype(jnp.int32)
+    pieces, size, first, length = (x[seqs] for x in (pieces, size, first, length))
+    place = jnp.cumsum(pieces, dtype=jnp.int32) - pieces
+    is_split = (pieces > 1) | problem.is_packs
+    if packs is not None:
+        is_split = is_split | (packs.places[seqs] >= 0)
+
+    slot = jnp.arange(problem.max_pieces, dtype=jnp.int32)
+    owner = count_up_to(place, slot) - 1
+    piece = slot - place[owner]
+    begin = first[owner] + piece * size[owner] * problem.granule
+    is_last = piece + 1 == pieces[owner]
+    last_end = length[owner] if problem.is_packs else problem.capacity
+    end = jnp.where(is_last, last_end, begin + size[owner] * problem.granule)
+    if problem.has_window:
+        begin = jnp.where(piece == 0, -1 - begin, begin)
+    if packs is not None:
+        in_pack = packs.places[seqs[owner]]
+        is_member = (piece == 0) & (in_pack >= 0)
+        begin = jnp.where(is_member, -1 - in_pack // problem.members, begin)
+    which = jnp.where(is_split[owner], slot, -1)
+    rows = jnp.stack([seqs[owner], begin, end, which], axis=1)
+    named, several = seqs, pieces
+    if packs is not None or problem.is_packs:  # a row each
+        named = length if packs is None else packs.places[seqs]
+        several = jnp.where(is_split, pieces, 0)
+        split = jnp.argsort(seqs)
+    else:
+        split = jnp.flatnonzero(is_split, size=problem.max_splits, fill_value=0)
+    unused = jnp.zeros_like(seqs[split])
+    splits = jnp.stack([named[split], place[split], several[split], unused], axis=1)
+    counts = jnp.stack([_sum(pieces), _sum(is_split), jnp.int32(0), jnp.int32(0)])
+    return jnp.concatenate([counts[None], rows, splits])
 
 
 def in_pieces(problem: PlanProblem, granules: jax.Array) -> tuple[jax.Array, jax.Array]:

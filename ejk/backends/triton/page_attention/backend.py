@@ -38,6 +38,8 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
             keys and values in flight.
         split_tokens: with `num_splits=0`, cut every context into pieces of so many tokens,
             rounded up to whole blocks. Then a sequence's result has the same bits in every batch.
+        least_saved_bytes: of `prefix_groups`, read a prefix once for those of its sequences that
+            then read so many bytes less; 0 for all. None: if it pays.
         compute_capability: compile for it, 90 for sm_90; the device's own if None.
         num_sms: streaming multiprocessors to keep busy; the device's own if None.
         interpret: run the kernel on the CPU with Triton's interpreter.
@@ -103,7 +105,7 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
     def planner(self) -> TritonPlan:
         target = self.target(self.platforms[0])
         num_sms = H100["num_sms"] if target is None else target.num_sms
-        return TritonPlan(self.compute_capability, num_sms, self.interpret)
+        return TritonPlan(self.compute_capability, num_sms, self.interpret, self.least_saved_bytes)
 
 
 def combine(

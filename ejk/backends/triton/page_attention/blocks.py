@@ -47,6 +47,7 @@ class Tuning:
     num_warps: int | None = None
     num_stages: int | None = None
     split_tokens: int | None = None
+    least_saved_bytes: int | None = None
 
     def fixed(self) -> dict[str, int]:
         """Return what is fixed of `Pipeline`."""
@@ -80,10 +81,13 @@ def choose_blocks(
     target: Target,
     tuned: dict[Cell, Pipeline] = TUNED,
     tokens: int = 0,
+    pack_rows: int = 0,
 ) -> DecodeBlocks:
     """Choose the blocks for `group` query rows a KV head, of contexts of up to `longest` tokens.
 
     With `tokens` of a multiprocessor these are decode's, of which it may run two programs.
+
+    There is room for packs of so many rows, too.
 
     With `longest=None` nothing follows from the batch, as the bits of a result may not: blocks are
     then those of a batch that fills the machine.
@@ -112,7 +116,8 @@ def choose_blocks(
     if longest is not None and longest <= 8 * pipeline.block_kv and programs >= 4 * target.num_sms:
         pipeline = pipeline._replace(num_stages=2)
     pipeline = pipeline._replace(**tuning.fixed())
-    while (shared := _shared_memory(problem, rows, pipeline, target)) > target.shared_memory:
+    most_rows = max(rows, pack_rows)
+    while (shared := _shared_memory(problem, most_rows, pipeline, target)) > target.shared_memory:
         if tuning.block_kv is None and pipeline.block_kv > 16:
             pipeline = pipeline._replace(block_kv=pipeline.block_kv // 2)
         elif tuning.num_stages is None and pipeline.num_stages > 1:
@@ -194,6 +199,8 @@ def _shared_memory(problem: PagedProblem, rows: int, pipeline: Pipeline, target:
         buffers += 1  # a product that is waited for later keeps its block
     else:
         held += 4 * weights
+        if rows == 64 and target.compute_capability == 90:  # of a pack: its values are written
+            held += 4 * rows * widths(problem)[1]
     if not target.is_amd:  # there the product reads its queries from registers
         held += itemsize * rows * widths(problem)[0]
     return _streamed(problem, pipeline, buffers) + held

@@ -3,7 +3,7 @@
 Grid, one axis, fastest first: block of `BLOCK_DV` entries of the values, query head, sequence. In
 registers: the running maximum `m`, sum `l` and weighted values `acc` over the parts, which are
 weighed by their LSEs as tokens are by their logits. A part that saw nothing has LSE -inf and weighs
-nothing: it leaves every bit as it is.
+nothing: it leaves every bit as it is. The parts of a sequence's pack come after its own.
 
 Source: splits after Flash-Decoding (Dao et al., 2023).
 """
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ejk.backends.triton._softmax import LN2, add_sink, rounded
+from ejk.backends.triton.page_attention.packs import pack_parts_of
 
 
 @triton.jit
@@ -34,6 +35,9 @@ def combine_parts_kernel(
     NUM_SPLITS: tl.constexpr,  # parts of each sequence; 0: as planned
     NUM_PARTS: tl.constexpr,
     FIRST_SPLIT: tl.constexpr,  # the row of `work` where the sequences with parts begin
+    MEMBERS: tl.constexpr,  # sequences of a pack, at most; 0 for a plan without packs
+    MAX_PACKS: tl.constexpr,
+    MAX_PACK_PIECES: tl.constexpr,
     # features
     HAS_SINKS: tl.constexpr,
     # blocks
@@ -52,7 +56,12 @@ def combine_parts_kernel(
         seq = tl.load(row_ptr).to(tl.int64)
         first_part = tl.load(row_ptr + 1).to(tl.int64)
         num_parts = tl.load(row_ptr + 2)
-        if index >= tl.load(work_ptr + 1):
+        if MEMBERS > 0:  # a row for each sequence: its place in a pack, and its own parts
+            place = seq
+            seq = index.to(tl.int64)
+            if num_parts <= 0:
+                return
+        elif index >= tl.load(work_ptr + 1):
             return
         if (seq < 0) | (seq >= NUM_SEQS) | (first_part < 0) | (first_part + num_parts > NUM_PARTS):
             return
@@ -60,6 +69,12 @@ def combine_parts_kernel(
         seq = index.to(tl.int64)
         first_part = seq * NUM_SPLITS
         num_parts = NUM_SPLITS
+    if MEMBERS > 0:
+        own_parts = num_parts
+        pack_part, pack_parts = pack_parts_of(
+            place, work_ptr, FIRST_SPLIT, NUM_SEQS, NUM_PARTS, MEMBERS, MAX_PACKS, MAX_PACK_PIECES
+        )
+        num_parts += pack_parts
 
     # Load once: nothing, every part is read once.
     offs_dv = block_dv * BLOCK_DV + tl.arange(0, BLOCK_DV)
@@ -74,6 +89,10 @@ def combine_parts_kernel(
         for i in tl.static_range(BLOCK_PARTS):
             exists = start + i < num_parts
             row = (first_part + start + i) * NUM_HEADS + head
+            if MEMBERS > 0:  # each part of its pack is one of every member
+                in_pack = start + i - own_parts
+                of_pack = (pack_part + in_pack * MEMBERS) * NUM_HEADS + head
+                row = tl.where(in_pack < 0, row, of_pack)
             lse = tl.load(part_lse_ptr + row, mask=exists, other=float("-inf"))
             out_ptrs = part_out_ptr + row * VALUE_HEAD_DIM + offs_dv
             out = tl.load(out_ptrs, mask=offs_dv < tl.where(exists, VALUE_HEAD_DIM, 0), other=0.0)

@@ -12,6 +12,9 @@ shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a
 pieces there are (see `PlanProblem`). A context in one piece is written at once; of any other, each
 piece writes a float32 part, which the kernel that combines parts merges.
 
+With `MEMBERS` the plan has packs, too, whose pieces come first: the rows of a product are then the
+query heads of all members, which share the tokens, and each member gets a part.
+
 A head dimension above 128 that is no power of two may be taken in two parts, `BLOCK_D` and
 `BLOCK_D_REST` (576 as 512 + 64), so that little of a block is padding: see `two_parts`.
 
@@ -27,25 +30,9 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._products import (
-    for_products,
-    interleaved,
-    load_queries,
-    of_tokens,
-    query_key_products,
-    slot_offsets,
-)
-from ejk.backends.triton._quantised import pool_ptr
-from ejk.backends.triton._softmax import (
-    LEAST_UNIT,
-    LOG2E,
-    add_block,
-    power_of_two,
-    scaled,
-    scaled_rows,
-    where_visible,
-    zero_acc,
-)
+from ejk.backends.triton._products import load_queries
+from ejk.backends.triton.page_attention.attending import attend
+from ejk.backends.triton.page_attention.packs import shared_by
 from ejk.backends.triton.page_attention.writing import write_part, write_result
 
 
@@ -83,6 +70,10 @@ def page_attention_kernel(
     NUM_SPLITS: tl.constexpr,  # equal parts of each context; 0: pieces as planned
     SPLIT_BLOCKS: tl.constexpr,  # the least blocks in one of them; -1: every `NUM_SPLITS`-th block
     NUM_PARTS: tl.constexpr,
+    MEMBERS: tl.constexpr,  # sequences of a pack, at most; 0 for a plan without packs
+    MAX_PIECES: tl.constexpr,  # of sequences, in such a plan
+    MAX_PACKS: tl.constexpr,
+    MAX_PACK_PIECES: tl.constexpr,
     # strides: constants, or no load is wider than one element
     stride_k_page: tl.constexpr,
     stride_k_head: tl.constexpr,
@@ -107,6 +98,7 @@ def page_attention_kernel(
     LATENT: tl.constexpr,  # the values are the keys' first entries
     # blocks
     BLOCK_GROUP: tl.constexpr,
+    BLOCK_PACK: tl.constexpr,  # query heads of a pack's members
     BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_D_REST: tl.constexpr,  # 0 for none
@@ -123,9 +115,6 @@ def page_attention_kernel(
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
     tl.static_assert(HEAD_DIM % PARTS == 0 and VALUE_HEAD_DIM % PARTS == 0)
-    PER_TOKEN: tl.constexpr = SCALES == "token"
-    # The scale and the subtraction of the maximum are one instruction.
-    FOLDED: tl.constexpr = PRODUCTS == "float16" and SOFT_CAP == 0 and not HAS_ALIBI
 
     # Which work is mine: a KV head, a block of its query heads, a piece of a context.
     pid = tl.program_id(0)
@@ -136,6 +125,48 @@ def page_attention_kernel(
     begin = 0
     reach = MAX_BLOCKS * PAGE_SIZE  # no token of the piece lies beyond, whatever the length
     part = -1  # a whole context
+    FIRST_PACK: tl.constexpr = 1 + MAX_PIECES + NUM_SEQS
+    if MEMBERS > 0:
+        pack_pieces = tl.minimum(tl.load(work_ptr + FIRST_PACK * 4), MAX_PACK_PIECES)
+        if piece < pack_pieces:
+            row_ptr = work_ptr + (FIRST_PACK + 1 + piece) * 4
+            pack = tl.load(row_ptr)
+            begin = tl.load(row_ptr + 1)
+            is_pack = (pack >= 0) & (pack < MAX_PACKS)
+            is_pack = is_pack & (begin >= 0) & (begin <= MAX_BLOCKS * PAGE_SIZE)
+            pack, begin = tl.where(is_pack, pack, 0), tl.where(is_pack, begin, 0)
+            offs_row = tl.arange(0, BLOCK_PACK)
+            offs_member = offs_row // GROUP
+            offs_head = kv_head * GROUP + offs_row % GROUP
+            seqs, lengths, exists, shared = shared_by(
+                pack, offs_member, work_ptr, context_lens_ptr, NUM_SEQS, MAX_BLOCKS * PAGE_SIZE,
+                MEMBERS, FIRST_PACK, MAX_PACKS, MAX_PACK_PIECES,
+            )  # fmt: skip
+            exists = exists & (offs_member < tl.where(is_pack, MEMBERS, 0))
+            # Of any member, as the tables of all say the same.
+            leader = tl.max(tl.where(exists, seqs, -1), 0)
+            end = tl.where(leader >= 0, tl.minimum(tl.load(row_ptr + 2), shared), 0)
+            row_ptrs = query_ptr + (seqs * NUM_HEADS + offs_head)[:, None] * HEAD_DIM
+            q = load_queries(row_ptrs, exists, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN, PARTS)
+            m, l, acc = attend(
+                q, begin, end, end, 0, False, lengths, kv_head, tl.maximum(leader, 0),
+                tl.arange(0, BLOCK_KV), tl.arange(0, BLOCK_KV), offs_head, exists, key_ptr,
+                value_ptr, block_tables_ptr, attn_scale_ptr, alibi_slopes_ptr, key_scale_ptr,
+                value_scale_ptr, page_distances_ptr, HEAD_DIM, VALUE_HEAD_DIM, NUM_PAGES,
+                PAGE_SIZE, MAX_BLOCKS, stride_k_page, stride_k_head, stride_k_slot, stride_v_page,
+                stride_v_head, stride_v_slot, stride_half, SOFT_CAP, HAS_ALIBI, False, CACHE,
+                PARTS, PTX, PRODUCTS, SCALES, LATENT, BLOCK_PACK, BLOCK_KV, STEP, BLOCK_D,
+                BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, False, 0, False, True,
+            )  # fmt: skip
+            offs_dv = (tl.arange(0, BLOCK_DV),)
+            if BLOCK_DV_REST > 0:
+                offs_dv += (BLOCK_DV + tl.arange(0, BLOCK_DV_REST),)
+            row = (MAX_PIECES + piece * MEMBERS + offs_member).to(tl.int64) * NUM_HEADS + offs_head
+            write_part(part_out_ptr, part_lse_ptr, row, m, l, acc, offs_dv, exists, VALUE_HEAD_DIM)
+            return
+        piece -= pack_pieces
+        if piece >= MAX_PIECES:
+            return
     if NUM_SPLITS == 0:
         if piece >= tl.load(work_ptr):
             return
@@ -147,6 +178,15 @@ def page_attention_kernel(
         if HAS_WINDOW:
             is_first = begin < 0
             begin = tl.where(is_first, -1 - begin, begin)
+        if MEMBERS > 0:
+            if begin < 0:  # the first piece of a member begins where what its pack shares ends
+                pack = -1 - begin
+                _, _, _, shared = shared_by(
+                    tl.minimum(pack, MAX_PACKS - 1), tl.arange(0, BLOCK_PACK), work_ptr,
+                    context_lens_ptr, NUM_SEQS, MAX_BLOCKS * PAGE_SIZE, MEMBERS, FIRST_PACK,
+                    MAX_PACKS, MAX_PACK_PIECES,
+                )  # fmt: skip
+                begin = tl.where(pack < MAX_PACKS, shared, -1)
         # Whatever the plan says, nothing outside is touched.
         if (seq < 0) | (seq >= NUM_SEQS) | (part >= NUM_PARTS):
             return
@@ -189,102 +229,20 @@ def page_attention_kernel(
     offs_dv = (tl.arange(0, BLOCK_DV),)
     if BLOCK_DV_REST > 0:
         offs_dv += (BLOCK_DV + tl.arange(0, BLOCK_DV_REST),)
-    scale = tl.load(attn_scale_ptr)
-    if SCALES == "head":
-        scale *= tl.load(key_scale_ptr + kv_head)
-    q, scale = for_products(q, scale, PRODUCTS)
-    key_pool_ptr = pool_ptr(key_ptr, CACHE, PARTS)
-    value_pool_ptr = pool_ptr(value_ptr, CACHE, PARTS)
-    if HAS_ALIBI:
-        slopes = tl.load(alibi_slopes_ptr + offs_head, mask=mask_group, other=0.0)
-    m = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_GROUP], tl.float32)
-    unit = LEAST_UNIT
-    acc = zero_acc(BLOCK_GROUP, BLOCK_DV, BLOCK_DV_REST, PARTS)
-    table_ptr = block_tables_ptr + seq * MAX_BLOCKS
-    # These loads do not wait for the length: they go up to `reach`, not to `end`, and begin where
-    # the plan's window began.
-    tokens = begin + offs_entry
-    reachable = (tokens < reach) & (tokens < MAX_BLOCKS * PAGE_SIZE)
-    pages = tl.load(table_ptr + tokens // PAGE_SIZE, mask=reachable, other=-1)
-    pages = tl.where(tokens < end, pages, -1)
-    distance_ptr = page_distances_ptr + seq * MAX_BLOCKS
-    if HAS_DISTANCES:
-        distances = tl.load(distance_ptr + tokens // PAGE_SIZE, mask=reachable, other=0)
-    if NUM_SPLITS == 0 and HAS_WINDOW:
-        planned = begin
-        begin = tl.maximum(tl.where(is_first, 0, planned), first)
-        if begin != planned:  # a plan for other lengths, or another window
-            tokens = begin + offs_entry
-            seen = tokens < end
-            pages = tl.load(table_ptr + tokens // PAGE_SIZE, mask=seen, other=-1)
-            if HAS_DISTANCES:
-                distances = tl.load(distance_ptr + tokens // PAGE_SIZE, mask=seen, other=0)
-
-    # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
-    # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
-    for start in range(begin, end, STEP):
-        positions = start + offs_kv
-        page = of_tokens(pages, PAGES, PAGE_SIZE)  # [BLOCK_KV], or [1]
-        visible = (page >= 0) & (page < NUM_PAGES)  # [BLOCK_KV]
-        visible = visible & (positions < end if BY_PAGE else positions >= first)
-        offs_page = page.to(tl.int64)
-        offs_slot = positions % PAGE_SIZE
-        k_ptrs = key_pool_ptr + kv_head * (stride_k_head // PARTS)
-        k_ptrs += slot_offsets(offs_page, offs_slot, stride_k_page, stride_k_slot, PARTS)[:, None]
-        v_ptrs = value_pool_ptr + stride_half // PARTS + kv_head * (stride_v_head // PARTS)
-        v_ptrs += slot_offsets(offs_page, offs_slot, stride_v_page, stride_v_slot, PARTS)[:, None]
-        ahead = start + offs_entry + STEP
-        pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
-
-        # [BLOCK_GROUP, BLOCK_KV]
-        s, k = query_key_products(
-            q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
-            CACHE, PARTS, PTX,
-        )  # fmt: skip
-        value_scale = unit
-        if PER_TOKEN:
-            scale_ptrs = key_scale_ptr + kv_head * (stride_k_head // HEAD_DIM)
-            offs_scale = slot_offsets(offs_page, offs_slot, stride_k_page, stride_k_slot, HEAD_DIM)
-            value_scale = tl.load(scale_ptrs + offs_scale, mask=visible, other=0.0)  # [BLOCK_KV]
-            s *= value_scale[None, :]
-            if not LATENT:
-                scale_ptrs = value_scale_ptr + kv_head * (stride_v_head // VALUE_HEAD_DIM)
-                offs_scale = stride_half // HEAD_DIM + slot_offsets(
-                    offs_page, offs_slot, stride_v_page, stride_v_slot, VALUE_HEAD_DIM
-                )
-                value_scale = tl.load(scale_ptrs + offs_scale, mask=visible, other=0.0)
-        if not FOLDED:
-            s = scaled(s, scale, SOFT_CAP)
-        if HAS_ALIBI:
-            behind = positions - (length - 1)
-            if HAS_DISTANCES:
-                behind = of_tokens(distances, PAGES, PAGE_SIZE) + offs_slot
-                distances = tl.load(distance_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=0)
-            s += (slopes * LOG2E)[:, None] * behind.to(tl.float32)[None, :]
-        s = where_visible(s, visible[None, :], start < end, SPLIT_LOGITS)
-        values = k if SAME_TILE else v_ptrs
-        m, l, unit, acc = add_block(
-            s, scale, m, l, unit, acc, values, value_scale, visible, q[0].dtype, VALUE_HEAD_DIM,
-            True, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, PARTS, PTX,
-        )  # fmt: skip
+    if not HAS_WINDOW or NUM_SPLITS > 0:
+        is_first = False
+    m, l, acc = attend(
+        q, begin, reach, end, first, is_first, length, kv_head, seq, offs_kv, offs_entry,
+        offs_head, mask_group, key_ptr, value_ptr, block_tables_ptr, attn_scale_ptr,
+        alibi_slopes_ptr, key_scale_ptr, value_scale_ptr, page_distances_ptr, HEAD_DIM,
+        VALUE_HEAD_DIM, NUM_PAGES, PAGE_SIZE, MAX_BLOCKS, stride_k_page, stride_k_head,
+        stride_k_slot, stride_v_page, stride_v_head, stride_v_slot, stride_half, SOFT_CAP,
+        HAS_ALIBI, HAS_DISTANCES, CACHE, PARTS, PTX, PRODUCTS, SCALES, LATENT, BLOCK_GROUP,
+        BLOCK_KV, STEP, BLOCK_D, BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE,
+        SPLIT_LOGITS, PAGES, NUM_SPLITS == 0 and HAS_WINDOW, False,
+    )  # fmt: skip
 
     # Write the result, or this piece's part of it.
-    tiles = acc
-    acc = (interleaved(tiles, 0, PARTS),)
-    if BLOCK_DV_REST > 0:
-        acc += (interleaved(tiles, PARTS, PARTS),)
-    if FOLDED:
-        # A logit that overflows makes a row NaN. As one instruction with the subtraction of `m` it
-        # does not overflow, and its weight is 0.
-        l = tl.where(m == float("inf"), float("nan"), l)
-    if SCALES != "none":
-        if PER_TOKEN:
-            value_scale = power_of_two(unit)
-        else:
-            value_scale = tl.load((key_scale_ptr if LATENT else value_scale_ptr) + kv_head)
-        # Of a head that saw nothing the scale may be NaN, and the result is zero.
-        acc = scaled_rows(acc, tl.where(l == 0, 0.0, value_scale))
     if NUM_PARTS > 0:
         if part >= 0:
             row = part.to(tl.int64) * NUM_HEADS + offs_head

@@ -3,9 +3,13 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ejk._indices import Size, is_static, least
 from ejk.backends.gpu import H100, Target
 from ejk.backends.page_attention import PageAttentionOperands
+from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import (
     PlanBackend,
     PlanFacts,
@@ -22,6 +26,7 @@ from ejk.backends.triton._sizes import (
     quantised_per_sm,
     rows_of_one_tile,
 )
+from ejk.backends.triton.page_attention.sharing import Sharing
 
 # Sequences that are dealt out with each other in mind. Of more, which make many waves, only those
 # are cut that outlast the rest.
@@ -41,11 +46,13 @@ class TritonPlan(TritonBackend, PlanBackend):
         compute_capability: compile for it; the device's own if None.
         num_sms: multiprocessors to deal out the work to; those of an H100 if None.
         interpret: run the kernel on the CPU with Triton's interpreter.
+        least_saved_bytes: see `ejk.TritonPageAttention`.
     """
 
     compute_capability: int | None = None
     num_sms: int | None = None
     interpret: bool = False
+    least_saved_bytes: int | None = None
 
     features = frozenset({"sliding_window"})
 
@@ -57,7 +64,11 @@ class TritonPlan(TritonBackend, PlanBackend):
         return ()
 
     def plan_problem(
-        self, facts: PlanFacts, value_head_dim: int, is_quantised: bool
+        self,
+        facts: PlanFacts,
+        value_head_dim: int,
+        is_quantised: bool,
+        num_prefix_groups: Size = 0,
     ) -> PlanProblem:
         group = facts.num_heads // facts.num_kv_heads
         target = self.target(self.platforms[0])
@@ -84,6 +95,15 @@ class TritonPlan(TritonBackend, PlanBackend):
             slots=num_sms * per_sm,
             memory_bound=not is_latent,
             has_window=window is not None,
+            sharing=Sharing.of(
+                facts,
+                num_groups=num_prefix_groups,
+                value_head_dim=value_head_dim,
+                is_alike=window is None and not is_latent,
+                is_quantised=is_quantised,
+                target=target,
+                least_saved_bytes=self.least_saved_bytes,
+            ),
         )
 
     def run_on(
@@ -103,6 +123,7 @@ def own_plan(
     has_window: bool,
     memory_bound: bool = True,
     own_windows: bool = False,
+    sharing: Sharing | None = None,
 ) -> PlanProblem:
     """Return the plan of a batch whose contexts show up to `longest` tokens of `width` elements.
 
@@ -133,6 +154,10 @@ def own_plan(
     # combination that finds nothing to do costs more: of 64 contexts of 2,048 on an H100, 2 of
     # 187 us.
     fills_waves = waves >= 3 and longest <= 32 * GRANULE and 3 * in_last >= 2 * slots
+    if sharing is not None:
+        cost = num_seqs * programs * -(-longest // GRANULE) * problem.granule_cost
+        is_soon_done = is_soon_done and sharing.least_saved is None
+        fills_waves = fills_waves and not sharing.pays_to_combine(cost // slots)
     if is_soon_done or fills_waves:
         return problem
     granule = GRANULE
@@ -143,7 +168,10 @@ def own_plan(
         granule *= 2
     each = CUTS_PER_SLOT if memory_bound else CUTS_PER_BUSY_SLOT
     cuts = min(-(-each * slots // programs), num_seqs * (-(-longest // granule) - 1))
-    return dataclasses.replace(problem, granule=granule, max_cuts=max(0, cuts))
+    problem = dataclasses.replace(problem, granule=granule, max_cuts=max(0, cuts))
+    return (
+        problem if sharing is None else sharing.planned(problem, CUTS_PER_SLOT * slots // programs)
+    )
 
 
 def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Call) -> Any:
@@ -152,12 +180,30 @@ def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Cal
         return None  # XLA drops a plan that nobody reads
     if operands.plan is not None:
         return operands.plan
-    [work] = run_plan(plan, PlanOperands(operands.context_lens, operands.sliding_window), call)
+    given = PlanOperands(
+        operands.context_lens,
+        operands.sliding_window,
+        operands.prefix_groups,
+        operands.prefix_pages,
+        operands.block_tables,
+    )
+    [work] = run_plan(plan, given, call)
     return work
 
 
 def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[Any, ...]:
-    """Launch the kernel."""
+    """Launch the kernel; with packs once for what sequences read alone, and once for packs."""
+    if problem.packs is None:
+        return _run_list(problem, operands, None, call)
+    packs = Packs.of(problem, operands)
+    own = _run_list(problem, operands, packs, call)
+    shared = _run_list(problem.packs, PlanOperands(packs.lengths, None), None, call)
+    return (packs.listed(*own, *shared),)
+
+
+def _run_list(
+    problem: PlanProblem, operands: PlanOperands, packs: Packs | None, call: Call
+) -> tuple[Any, ...]:
     from ejk.backends.triton.page_attention.plan_kernel import page_attention_plan_kernel
 
     block_seqs, num_warps = plan_blocks(problem.num_seqs)
@@ -166,13 +212,21 @@ def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[
         {
             "context_lens_ptr": operands.context_lens,
             "sliding_window_ptr": operands.sliding_window,
+            "floors_ptr": None if packs is None else packs.floors,
+            "places_ptr": None if packs is None else packs.places,
         },
-        {"work_ptr": problem.results[0]},
+        {"work_ptr": list_type(problem)},
         plan_constants(problem, block_seqs),
         grid=-(-problem.num_seqs // block_seqs),
         num_warps=num_warps,
         num_stages=1,
     )
+
+
+def list_type(problem: PlanProblem) -> jax.ShapeDtypeStruct:
+    """Return what the kernel writes: with packs, the first of the plan's lists."""
+    rows = 1 + problem.max_pieces + problem.max_splits
+    return jax.ShapeDtypeStruct((rows, 4), jnp.int32)
 
 
 def plan_blocks(num_seqs: int) -> tuple[int, int]:
@@ -195,6 +249,8 @@ def plan_constants(problem: PlanProblem, block_seqs: int) -> dict[str, Any]:
         "PROGRAMS": problem.programs_per_piece,
         "GRANULE_COST": problem.granule_cost,
         "MEMORY_BOUND": problem.memory_bound,
+        "MEMBERS": problem.members,
+        "IS_PACKS": problem.is_packs,
         "GRANULE": problem.granule,
         "BLOCK_SEQS": block_seqs,
         "BLOCK_OTHERS": min(MOST_SEQS, power_of_two(max(2, problem.num_seqs))),

@@ -39,6 +39,8 @@ def page_attention_plan_kernel(
     # inputs
     context_lens_ptr,  # int32 [num_seqs]
     sliding_window_ptr,  # int32 [], or [num_seqs]
+    floors_ptr,  # int32 [num_seqs]: tokens that a pack reads for each
+    places_ptr,  # int32 [num_seqs]: among the members of packs, -1 for none
     # outputs
     work_ptr,  # int32 [1 + num_seqs + max_cuts + max_splits, 4], see `PlanProblem`
     # sizes
@@ -49,6 +51,8 @@ def page_attention_plan_kernel(
     PROGRAMS: tl.constexpr,
     GRANULE_COST: tl.constexpr,
     MEMORY_BOUND: tl.constexpr,
+    MEMBERS: tl.constexpr,  # sequences of a pack, at most; 0 for a plan without packs
+    IS_PACKS: tl.constexpr,  # they are packs, not sequences
     # strides
     stride_window_seq: tl.constexpr,  # 0 for one window
     # features
@@ -72,16 +76,17 @@ def page_attention_plan_kernel(
         for start in range(0, NUM_SEQS, BLOCK_OTHERS):
             others = start + tl.arange(0, BLOCK_OTHERS)
             first, length = _visible(
-                context_lens_ptr, sliding_window_ptr, others, window, NUM_SEQS, CAPACITY,
-                stride_window_seq,
+                context_lens_ptr, sliding_window_ptr, floors_ptr, others, window, NUM_SEQS,
+                CAPACITY, stride_window_seq, MEMBERS,
             )  # fmt: skip
             total += tl.sum(tl.cdiv(length - first, GRANULE), 0) * GRANULE_COST
         total += NUM_SEQS * PIECE_COST
         most = most_granules(capped(total, SLOTS, PROGRAMS, GRANULE_COST), GRANULE_COST)
         most = tl.maximum(most, tl.cdiv(total, MAX_CUTS * GRANULE_COST))
     first, length = _visible(
-        context_lens_ptr, sliding_window_ptr, seqs, window, NUM_SEQS, CAPACITY, stride_window_seq
-    )
+        context_lens_ptr, sliding_window_ptr, floors_ptr, seqs, window, NUM_SEQS, CAPACITY,
+        stride_window_seq, MEMBERS,
+    )  # fmt: skip
     granules = tl.cdiv(length - first, GRANULE)
 
     # Loop over all sequences: in how many pieces are they, and whose come before mine?
@@ -93,8 +98,8 @@ def page_attention_plan_kernel(
     for start in range(0, NUM_SEQS, BLOCK_OTHERS):
         others = start + tl.arange(0, BLOCK_OTHERS)
         other_first, other_length = _visible(
-            context_lens_ptr, sliding_window_ptr, others, window, NUM_SEQS, CAPACITY,
-            stride_window_seq,
+            context_lens_ptr, sliding_window_ptr, floors_ptr, others, window, NUM_SEQS, CAPACITY,
+            stride_window_seq, MEMBERS,
         )  # fmt: skip
         other_granules = tl.cdiv(other_length - other_first, GRANULE)
         if IS_TILE:
@@ -125,19 +130,35 @@ def page_attention_plan_kernel(
         tl.store(work_ptr + 1, num_splits)
     pieces = tl.where(seqs < NUM_SEQS, parts(granules, tl.maximum(size, 1)), 0)
     is_split = pieces > 1
+    last_end = CAPACITY
+    if IS_PACKS:
+        is_split = pieces > 0
+        last_end = length
+    if MEMBERS > 0:
+        place_of = tl.load(places_ptr + seqs, mask=seqs < NUM_SEQS, other=-1)
+        is_split = is_split | (place_of >= 0)
     for piece in range(0, tl.max(pieces, 0)):
         row_ptrs = work_ptr + (1 + place + piece) * 4
         mask = piece < pieces
         begin = first + piece * size * GRANULE
         tl.store(row_ptrs, seqs, mask=mask)
-        end = tl.where(piece + 1 < pieces, begin + size * GRANULE, CAPACITY)
+        end = tl.where(piece + 1 < pieces, begin + size * GRANULE, last_end)
         if HAS_WINDOW:
             begin = tl.where(piece == 0, -1 - begin, begin)
+        if MEMBERS > 0:
+            is_first = (piece == 0) & (place_of >= 0)
+            begin = tl.where(is_first, -1 - place_of // MEMBERS, begin)
         tl.store(row_ptrs + 1, begin, mask=mask)
         tl.store(row_ptrs + 2, end, mask=mask)
         tl.store(row_ptrs + 3, tl.where(is_split, place + piece, -1), mask=mask)
+    named = seqs
+    if IS_PACKS or MEMBERS > 0:  # a row each
+        split = seqs
+        named = length if IS_PACKS else place_of
+        pieces = tl.where(is_split, pieces, 0)
+        is_split = seqs < NUM_SEQS
     row_ptrs = work_ptr + (1 + NUM_SEQS + MAX_CUTS + split) * 4
-    tl.store(row_ptrs, seqs, mask=is_split)
+    tl.store(row_ptrs, named, mask=is_split)
     tl.store(row_ptrs + 1, place, mask=is_split)
     tl.store(row_ptrs + 2, pieces, mask=is_split)
 
@@ -147,16 +168,20 @@ def page_attention_plan_kernel(
 def _visible(
     context_lens_ptr,
     sliding_window_ptr,
+    floors_ptr,
     seqs,
     window,
     NUM_SEQS: tl.constexpr,
     CAPACITY: tl.constexpr,
     stride_window_seq: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):
-    """Return the first position that each sequence sees, and its length."""
+    """Return the first position that each sequence sees by itself, and its length."""
     length = context_length(context_lens_ptr, seqs, NUM_SEQS, CAPACITY)
     if stride_window_seq > 0:
         window = tl.load(
             sliding_window_ptr + seqs * stride_window_seq, mask=seqs < NUM_SEQS, other=0
         )
+    if MEMBERS > 0:
+        return tl.load(floors_ptr + seqs, mask=seqs < NUM_SEQS, other=0), length
     return tl.maximum(length - tl.maximum(window, 0), 0), length

@@ -14,6 +14,7 @@ from ejk.backends.triton._sizes import (
     feature_constants,
     pages_of_block,
     power_of_two,
+    product_dtype,
     same_tile,
     shape_constants,
     stride_constants,
@@ -23,6 +24,7 @@ from ejk.backends.triton._sizes import (
 )
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning, choose_blocks, rows_of
 from ejk.backends.triton.page_attention.plan import own_plan
+from ejk.backends.triton.page_attention.sharing import Sharing, pack_constants, pack_rows
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
 STRIDED = -1  # part `p` of `n` equal ones takes blocks p, p + n, p + 2n, ...
@@ -76,9 +78,13 @@ class Sizes:
             longest = None if is_invariant or is_whole else problem.visible_bound
             tokens = 0 if is_invariant else problem.num_seqs * problem.visible_bound
             tokens //= target.num_sms
+            sharing = _sharing(problem, tuning, target)
+            members = sharing.members if sharing else 0
+            members = problem.plan.members if problem.plan else members
             blocks = choose_blocks(
-                problem, problem.group, longest, tuning, target, tuned, max(1, tokens)
-            )
+                problem, problem.group, longest, tuning, target, tuned, max(1, tokens),
+                pack_rows(members, problem.group),
+            )  # fmt: skip
         sizes = cls(blocks, **_cuts(problem, blocks, tuning, target))
         # Few entries a program while programs are few: they find a processor each.
         most = power_of_two(problem.value_head_dim)
@@ -89,7 +95,10 @@ class Sizes:
         return sizes
 
     def grid(self, problem: PageAttentionProblem) -> int:
-        pieces = self.plan.max_pieces if self.plan else problem.num_seqs * self.num_splits
+        pieces = problem.num_seqs * self.num_splits
+        if self.plan:
+            pieces = self.plan.max_pieces
+            pieces += self.plan.packs.max_pieces if self.plan.packs else 0
         return pieces * _each(problem, self.blocks.block_group)
 
     def combine_grid(self, problem: PageAttentionProblem) -> int:
@@ -102,7 +111,7 @@ class Sizes:
 
     def num_parts(self, problem: PageAttentionProblem) -> int:
         if self.plan:
-            return self.plan.max_pieces if self.plan.max_cuts else 0
+            return self.plan.max_parts
         return problem.num_seqs * self.num_splits if self.num_splits > 1 else 0
 
     def part_types(self, problem: PageAttentionProblem) -> dict[str, jax.ShapeDtypeStruct | None]:
@@ -122,12 +131,15 @@ class Sizes:
             "NUM_SPLITS": self.num_splits,
             "SPLIT_BLOCKS": self.split_blocks,
             "NUM_PARTS": self.num_parts(problem),
+            **pack_constants(self.plan),
+            "MAX_PIECES": self.plan.max_pieces if self.plan and self.plan.packs else 0,
             **stride_constants(problem),
             "stride_window_seq": int(problem.own_windows),
             **feature_constants(problem),
             "HAS_DISTANCES": problem.own_distances,
             **type_constants(problem, target),
             "BLOCK_GROUP": self.blocks.block_group,
+            "BLOCK_PACK": pack_rows(self.plan.members if self.plan else 0, problem.group),
             "BLOCK_KV": self.blocks.block_kv,
             **width_constants(problem, self.blocks.block_group),
             "PAGES": pages_of_block(problem, self.blocks.block_kv),
@@ -140,6 +152,7 @@ class Sizes:
             "NUM_SPLITS": self.num_splits,
             "NUM_PARTS": self.num_parts(problem),
             "FIRST_SPLIT": 1 + self.plan.max_pieces if self.plan else 0,
+            **pack_constants(self.plan),
             "VALUE_HEAD_DIM": problem.value_head_dim,
             "HAS_SINKS": problem.has_sinks,
             "BLOCK_PARTS": min(self.num_splits or COMBINE_PARTS, 2 * COMBINE_PARTS),
@@ -181,8 +194,22 @@ def _cuts(
         memory_bound=not same_tile(problem),
         has_window=problem.has_window,
         own_windows=problem.own_windows,
+        sharing=_sharing(problem, tuning, target),
     )
     return {"num_splits": 0, "plan": problem.plan or own}
+
+
+def _sharing(problem: PageAttentionProblem, tuning: Tuning, target: Target) -> Sharing | None:
+    return Sharing.of(
+        problem,
+        num_groups=problem.num_prefix_groups,
+        value_head_dim=problem.value_head_dim,
+        is_alike=not (problem.has_window or problem.latent),
+        is_quantised=problem.cache_type.is_quantised,
+        is_float32=product_dtype(problem) == jnp.float32,
+        target=target,
+        least_saved_bytes=tuning.least_saved_bytes,
+    )
 
 
 def _strided_parts(problem: PageAttentionProblem, blocks: DecodeBlocks, target: Target) -> int:

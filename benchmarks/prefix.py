@@ -1,0 +1,136 @@
+"""Shared prefixes: the same batch with its groups named and without, in turns: `decode.py`.
+
+Of each batch the plans are made before and timed apart, as a model makes them once for all layers.
+What counts is device time: `of_base` is that with groups over that without.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ceiling
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import timing
+import workloads
+
+import ejk
+
+OWN_TOKENS = 256
+PREFIXES = (0, 512, 2048, 8192, 32768)
+MEMBERS = (1, 2, 4, 16, 64, 256)
+MOST_BYTES = 3 * 2**34  # that a plain call reads
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(workloads.Workload):
+    """A batch whose sequences share `prefix` tokens in each of `num_groups` groups."""
+
+    prefix: int = 0
+    num_groups: int = 1
+
+    @property
+    def groups(self) -> np.ndarray:
+        return np.arange(self.num_seqs, dtype=np.int32) % self.num_groups
+
+    @property
+    def num_pages(self) -> int:
+        shared = self.prefix // self.page_size
+        return super().num_pages - shared * (self.num_seqs - self.num_groups)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that have to be read, each once."""
+        return super().kv_bytes - self.prefix * self.token_bytes * (self.num_seqs - self.num_groups)
+
+
+def shared(seqs: int, prefix: int, num_groups: int = 1) -> Shared:
+    context = prefix + OWN_TOKENS
+    name = f"{seqs} in {num_groups} on {prefix:,}"
+    lens = (context,) * seqs
+    return Shared(name, 32, 8, 128, lens, 16, context, prefix=prefix, num_groups=num_groups)
+
+
+TARGETS = (shared(64, 16384), shared(128, 4096, 8))
+PREFIX = (
+    *TARGETS,
+    *(
+        found
+        for seqs in MEMBERS
+        for prefix in PREFIXES
+        if seqs * (prefix + OWN_TOKENS) * TARGETS[0].token_bytes <= MOST_BYTES
+        for found in (shared(seqs, prefix),)
+    ),
+)
+
+
+def block_tables(batch: Shared) -> np.ndarray:
+    """Lay the batch out on random pages, those of a group's prefix once."""
+    pages = np.random.default_rng(0).permutation(batch.num_pages).astype(np.int32)
+    first = batch.prefix // batch.page_size
+    prefixes, own = np.split(pages, [first * batch.num_groups])
+    prefixes = prefixes.reshape(batch.num_groups, first)[batch.groups]
+    return np.concatenate([prefixes, own.reshape(batch.num_seqs, -1)], axis=1)
+
+
+def measure(
+    batch: Shared, yardsticks: ceiling.Yardsticks | None, backend: Any = None
+) -> dict[str, Any]:
+    """Check that both ways agree, then time them in turns, on the pools of several layers."""
+    layers = max(2, min(16, -(-2 * programs.CACHED // batch.pool_bytes)))
+    shape = (layers * batch.num_pages, batch.num_kv_heads, batch.page_size, batch.head_dim)
+    keys = jax.random.split(jax.random.key(0), 3)
+    pools = [jax.random.normal(key, shape, jnp.dtype(batch.dtype)) for key in keys[:2]]
+    query = (batch.num_seqs, batch.num_heads, batch.head_dim)
+    query = 1.5 * jax.random.normal(keys[2], query, jnp.dtype(batch.dtype))
+    lens = jnp.asarray(batch.context_lens, jnp.int32)
+    tables = [jnp.asarray(block_tables(batch) + i * batch.num_pages) for i in range(layers)]
+    pages = np.full(batch.num_groups, batch.prefix // batch.page_size, np.int32)
+    groups = (jnp.asarray(batch.groups), jnp.asarray(pages))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def make(lens, table, is_grouped):
+        named = {"prefix_groups": groups, "block_tables": table} if is_grouped else {}
+        return ejk.plan_page_attention(
+            lens, num_heads=batch.num_heads, num_kv_heads=batch.num_kv_heads,
+            head_dim=batch.head_dim, page_size=batch.page_size, max_blocks=table.shape[1],
+            backend=backend, **named,
+        )  # fmt: skip
+
+    @jax.jit
+    def call(query, pools, lens, table, plan):
+        return ejk.page_attention(query, *pools, lens, table, plan=plan, backend=backend)
+
+    plans = [make(lens, tables[0], is_grouped) for is_grouped in (False, True)]
+
+    def run_with(plan):
+        return lambda: [call(query, pools, lens, table, plan) for table in tables]
+
+    plain, grouped = (jnp.float32(run_with(plan)()[0]) for plan in plans)
+    error = float(jnp.abs(grouped - plain).max() / jnp.abs(plain).max())
+    if not error < programs.TOLERANCE:
+        raise ArithmeticError(f"with groups the result is off by {error:.2g}")
+    base_us, device_us = (
+        statistics.median(map(timing.busy_us, turns)) / layers
+        for turns in timing.interleaved([run_with(plan) for plan in plans])
+    )
+    plan_us = timing.busy_us(timing.device_kernels(lambda: make(lens, tables[0], True)))
+    line = {
+        "device_us": round(device_us, 2),
+        "base": "without groups",
+        "base_us": round(base_us, 2),
+        "of_base": round(device_us / base_us, 4),
+        "plan_us": round(plan_us / timing.REPEATS, 2),
+        "error": error,
+    }
+    return line | (yardsticks.shares(batch, device_us) if yardsticks else {})
+
+
+def jobs(chosen: list[Shared], yardsticks: ceiling.Yardsticks) -> Iterator[programs.Job]:
+    for batch in chosen:
+        job: Callable[[], dict[str, Any]] = functools.partial(measure, batch, yardsticks)
+        yield batch, "ejk with groups", job

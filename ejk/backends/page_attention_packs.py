@@ -1,0 +1,104 @@
+"""Which sequences of a batch make up packs, whose shared first tokens are read once: for plans.
+
+A pack is up to `members` sequences of one group of `prefix_groups`. Its costs are in the units of
+`ejk/backends/triton/page_attention/dealing.py`. With `c` the granules that a pack of `k` members
+shares, it saves `k - 1` readings of them; its own takes a quarter more, as its products have the
+rows of all members (on an H100, 64 rows took 1.21 times what their bytes take), and each member has
+parts to write and to combine. A pack pays if
+
+    (k - 1) * c * cost - c * cost / 4 > PIECE_COST * (k + 1)
+
+and packs are made if the batch, dealt out to slots, then ends earlier by more than `MARGIN`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
+from ejk.backends.prefix_groups import SharedPrefixes
+
+PIECE_COST = 3  # to start a piece, or to write and combine a member's parts
+MARGIN = 24
+
+
+class Packs(NamedTuple):
+    """The packs of a batch. What no pack has is 0 long and without members."""
+
+    lengths: jax.Array  # int32 [max_packs]: tokens that the members share
+    members: jax.Array  # int32 [max_packs * members]: sequences, -1 for none
+    places: jax.Array  # int32 [num_seqs]: of each sequence in `members`, -1 for none
+    floors: jax.Array  # int32 [num_seqs]: the tokens that its pack reads for it
+
+    @classmethod
+    def of(cls, problem: PlanProblem, operands: PlanOperands) -> "Packs":
+        """Make the packs that pay."""
+        assert problem.packs is not None
+        max_packs, most = problem.packs.num_seqs, problem.members
+        lens = jnp.clip(operands.context_lens, 0, problem.capacity)
+        prefixes = SharedPrefixes.of(
+            operands.prefix_groups,
+            operands.prefix_pages,
+            operands.block_tables,
+            lens,
+            problem.page_size,
+        )
+        order = prefixes.order
+        tokens, leader, index = prefixes.tokens[order], prefixes.leader[order], _count(order)
+        is_first = jnp.pad(leader[1:] != leader[:-1], (1, 0), constant_values=True)
+        place = index - jax.lax.cummax(jnp.where(is_first, index, 0))  # in its group
+        begins = (tokens > 0) & (place % most == 0)
+        chunk = jnp.cumsum(begins, dtype=jnp.int32) - 1
+        size = jnp.zeros_like(chunk).at[chunk].add((tokens > 0).astype(jnp.int32))[chunk]
+        kept = (tokens > 0) & (size > 1) & _pays(problem, lens[order], tokens, size, begins)
+
+        pack = jnp.cumsum(begins & kept, dtype=jnp.int32) - 1
+        where = jnp.where(kept, pack * most + place % most, max_packs * most)
+        tokens = jnp.where(kept, tokens, 0)
+        return cls(
+            jnp.zeros(max_packs, jnp.int32).at[where // most].set(tokens, mode="drop"),
+            jnp.full(max_packs * most, -1, jnp.int32).at[where].set(order, mode="drop"),
+            jnp.zeros_like(order).at[order].set(jnp.where(kept, where, -1)),
+            jnp.zeros_like(order).at[order].set(tokens),
+        )
+
+    def listed(self, of_sequences: Any, of_packs: Any) -> jax.Array:
+        """Return the whole plan, of the two lists and the members."""
+        rest = -self.members.shape[0] % 4
+        members = jnp.pad(self.members, (0, rest), constant_values=-1).reshape(-1, 4)
+        return jnp.concatenate([of_sequences, of_packs, members])
+
+
+def _pays(
+    problem: PlanProblem, lens: jax.Array, tokens: jax.Array, size: jax.Array, begins: jax.Array
+) -> jax.Array:
+    """Say of which sequences the packs pay. All are in order of their packs."""
+    shared = _ceil_div(tokens, problem.granule)
+    if problem.least_saved is not None:
+        return (size - 1) * shared >= problem.least_saved
+    cost = shared * problem.granule_cost
+    pays = 4 * (size - 1) * cost - cost > 4 * PIECE_COST * (size + 1)
+    pays = pays & (tokens > 0) & (size > 1)
+    own = jnp.where(pays, lens - tokens, lens)
+    packed = _cost(problem, own) + jnp.sum(
+        jnp.where(pays & begins, cost + cost // 4 + PIECE_COST * (size + 1), 0), dtype=jnp.int32
+    )
+    plain, packed = (
+        _ceil_div(total * problem.programs_per_piece, problem.slots)
+        for total in (_cost(problem, lens), packed)
+    )
+    return pays & (packed + packed // 16 + MARGIN <= plain)
+
+
+def _cost(problem: PlanProblem, tokens: jax.Array) -> jax.Array:
+    granules = _ceil_div(tokens, problem.granule)
+    return jnp.sum(granules * problem.granule_cost + PIECE_COST, dtype=jnp.int32)
+
+
+def _count(x: jax.Array) -> jax.Array:
+    return jnp.arange(x.shape[0], dtype=jnp.int32)
+
+
+def _ceil_div(a: jax.Array, b: int) -> jax.Array:
+    return -(-a // b)

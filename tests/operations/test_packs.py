@@ -1,0 +1,318 @@
+"""Prefixes that a program reads once for the sequences of a pack, by Triton's decode."""
+
+import dataclasses
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import makespan
+import numpy as np
+import plan_oracle
+import pytest
+from hypothesis import strategies as st
+from memory_checker import RaceError, memory_checked
+from packs import INTERPRETED, packs_oracle, shared_case
+from test_plan import machine_of, triton_plan, xla_plan
+from test_triton_seeded_bugs import replace
+
+import ejk
+from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
+from ejk.backends.triton.page_attention.plan import TritonPlan
+
+HEADS, DIM = (8, 2), 16
+PACKED = (  # groups, pages that each shares, own tokens
+    ((0, 0, 0, 1, 1, -1), (20, 7), (60, 1, 0, 80, 30, 61)),
+    ((1, 0, 1, 2, 0, 5), (0, 12, 3), (3, 200, 1, 40, 7, 0)),
+    ((0,) * 6, (30,), (1, 2, 3, 16, 17, 90)),
+)
+OPTIONS = {
+    "plain": {},
+    "every option": {
+        "alibi_slopes": np.linspace(0.01, 0.3, 8, dtype=np.float32),
+        "sinks": np.linspace(-1, 4, 8, dtype=np.float32),
+        "attn_logits_soft_cap": 5.0,
+        "attn_scale": 0.4,
+    },
+}
+
+
+def packed_case(i, dtype=np.float32, seed=0):
+    groups, shared, own = PACKED[i]
+    return shared_case(groups, shared, own, dtype=dtype, heads=HEADS, head_dim=DIM, seed=seed)
+
+
+def agree(case, found, **options):
+    """Compare with what XLA computes sequence by sequence."""
+    expected = case.attend("xla", **options)
+    eps = float(jnp.finfo(case.query.dtype).eps)
+    for a, b in zip(found, expected, strict=True):
+        largest = np.abs(np.where(np.isfinite(b), b, 0).astype(np.float32)).max()
+        bound = 2 * max(eps, 2e-6) * max(1.0, float(largest))
+        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_a_shared_prefix_changes_nothing(dtype, options):
+    """What no token owns is NaN, and nothing is touched outside the arrays."""
+    for i in range(len(PACKED)):
+        case = packed_case(i, np.dtype(dtype), seed=i)
+        plan = case.plan(INTERPRETED)
+        assert plan.problem.packs is not None
+        with memory_checked():
+            found = case.attend(INTERPRETED, prefix_groups=case.prefix_groups, **options)
+            jax.block_until_ready(found)
+        agree(case, found, **options)
+        planned = case.attend(INTERPRETED, plan=plan, **options)
+        for a, b in zip(found, planned, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.fast
+def test_one_who_has_nan_alone_keeps_it_alone():
+    case = packed_case(0)
+    query = case.query.copy()
+    query[1, 3] = np.nan
+    case = dataclasses.replace(case, query=query)
+    out, lse = case.attend(INTERPRETED, prefix_groups=case.prefix_groups)
+    is_nan = np.zeros((6, 8), bool)
+    is_nan[1, 3] = True
+    np.testing.assert_array_equal(np.isnan(lse), is_nan)
+    np.testing.assert_array_equal(np.isnan(out).all(-1), is_nan)
+    np.testing.assert_array_equal(np.isnan(out).any(-1), is_nan)
+
+
+def test_a_plan_for_other_lengths_is_never_wrong():
+    case = packed_case(0)
+    plan = case.plan(INTERPRETED)
+    for lens in ([3, 380, 325, 150, 0, 61], [321, 322, 380, 112, 113, -4], [17] * 6):
+        lens = np.minimum(lens, case.context_lens).astype(np.int32)
+        other = dataclasses.replace(case, context_lens=lens)
+        with memory_checked():
+            found = jax.block_until_ready(other.attend(INTERPRETED, plan=plan))
+        agree(other, found)
+
+
+def test_whatever_a_plan_says_nothing_outside_is_touched():
+    case = packed_case(0)
+    plan = case.plan(INTERPRETED)
+    random = np.random.default_rng(0)
+    sound = np.where(np.asarray(plan.work) == -(2**31), 0, plan.work)
+    for largest in (3, 50, 2**31 - 1):
+        for share in (0.1, 1):
+            bad = random.integers(-largest - 1, largest, sound.shape).astype(np.int32)
+            work = np.where(random.random(sound.shape) < share, bad, sound)
+            hostile = dataclasses.replace(plan, work=jnp.asarray(work))
+            # The interpreter refuses what is outside.
+            jax.block_until_ready(case.attend(INTERPRETED, plan=hostile))
+
+
+def lists(work, problem):
+    """Take a plan with packs apart: pieces and rows of sequences and of packs, and members."""
+    found = []
+    for one in (problem, problem.packs):
+        count, rows = int(work[0, 0]), 1 + one.max_pieces
+        assert one.num_seqs <= count <= one.max_pieces
+        found += [work[1 : 1 + count].tolist(), work[rows : rows + one.num_seqs, :3].tolist()]
+        work = work[rows + one.num_seqs :]
+    return *found, work.reshape(-1)[: problem.packs.num_seqs * problem.members]
+
+
+def check_plan(problem, case):
+    """Compare both planners with the definition. Return the packs."""
+    given = (*case.prefix_groups, case.block_tables)
+    operands = PlanOperands(jnp.asarray(case.context_lens), None, *map(jnp.asarray, given))
+    packs = packs_oracle(problem, case.context_lens, case.block_tables, *case.prefix_groups)
+    lengths = [tokens for tokens, _ in packs] + [0] * (problem.packs.num_seqs - len(packs))
+    places, floors = [-1] * problem.num_seqs, [0] * problem.num_seqs
+    for p, (tokens, members) in enumerate(packs):
+        for i, seq in enumerate(members):
+            places[seq], floors[seq] = p * problem.members + i, tokens
+    capacity = problem.capacity
+    own, _ = plan_oracle.plan_page_attention(
+        case.context_lens, capacity=capacity, sliding_window=None, floors=floors,
+        **machine_of(problem),
+    )  # fmt: skip
+    shared, _ = plan_oracle.plan_page_attention(
+        lengths, capacity=capacity, sliding_window=None, **machine_of(problem.packs)
+    )
+    for planner in (triton_plan, xla_plan):
+        found, rows, in_packs, pack_rows, members = lists(planner(problem, operands), problem)
+        for seq in range(problem.num_seqs):
+            pieces = [row for row in own if row[0] == seq]
+            first = next(i for i, row in enumerate(own) if row[0] == seq)
+            parts = len(pieces) if len(pieces) > 1 or places[seq] >= 0 else 0
+            assert rows[seq] == [places[seq], first, parts]
+            for i, (_, begin, end, _) in enumerate(pieces):
+                if i == 0 and places[seq] >= 0:
+                    begin = -1 - places[seq] // problem.members
+                assert found[first + i] == [seq, begin, end, first + i if parts else -1]
+        assert len(found) == len(own) and len(in_packs) == len(shared)
+        for pack, length in enumerate(lengths):
+            pieces = [(i, row) for i, row in enumerate(shared) if row[0] == pack]
+            assert pack_rows[pack] == [length, pieces[0][0], len(pieces)]
+            for i, (_, begin, end, _) in pieces:
+                assert in_packs[i] == [pack, begin, length if end == capacity else end, i]
+        expected = np.full(members.size, -1)
+        for seq, place in enumerate(places):
+            if place >= 0:
+                expected[place] = seq
+        np.testing.assert_array_equal(members, expected)
+    return packs
+
+
+@st.composite
+def batches(draw):
+    num_seqs, num_groups = draw(st.sampled_from(((5, 2), (40, 3))))
+    small = st.integers(0, 12)
+    groups = [draw(st.integers(-1, num_groups)) for _ in range(num_seqs)]
+    shared = [draw(small) for _ in range(num_groups)]
+    own = [draw(st.integers(0, 300)) for _ in range(num_seqs)]
+    disagrees = draw(st.none() | st.integers(0, num_seqs - 1))
+    least, sms = draw(st.sampled_from((None, None, 0, 2**18))), draw(st.sampled_from((1, 4, 132)))
+    facts = PlanFacts(num_seqs, 8, 2, 128, 128, 16, None)
+    planner = TritonPlan(90, sms, True, least)
+    return planner, facts, (groups, shared, own), disagrees
+
+
+@pytest.mark.slow
+def test_a_plan_with_packs_is_the_oracles():
+    found = []
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(max_examples=15)
+    @hypothesis.given(batches())
+    def holds(batch):
+        planner, facts, sizes, disagrees = batch
+        problem = planner.plan_problem(facts, 128, False, len(sizes[1]))
+        if problem.packs is not None:
+            case = shared_case(*sizes, page_size=128, blocks=16, num_pages=400, head_dim=1)
+            if disagrees is not None:
+                case.block_tables[disagrees, 0] = 3
+            found.append(len(check_plan(problem, case)))
+
+    holds()
+    assert min(found) == 0 < max(found)
+
+
+PACK_COST = 1.25  # of a block of a pack, in blocks of a sequence: see `page_attention_packs`
+EXTRA = 0.1  # granules that it takes a slot to write and to combine the parts of a member
+
+
+def modelled(problem, lens, packs):
+    """Return how long a batch takes that is read so: in granules, on 8 KV heads of an H100."""
+    slots, programs = problem.slots, problem.programs_per_piece
+
+    def dealt(granules, one):
+        counts = plan_oracle.count_pieces(
+            granules, **{k: x for k, x in machine_of(one).items() if k != "granule"}
+        )
+        pieces = [makespan.equal_pieces(*each) for each in zip(granules, counts)]
+        return [size for sizes in sorted(pieces, key=lambda sizes: -sizes[0]) for size in sizes]
+
+    floors = {seq: tokens for tokens, members in packs for seq in members}
+    own = dealt([-(-(n - floors.get(s, 0)) // 128) for s, n in enumerate(lens)], problem)
+    shared = []
+    if packs:
+        shared = dealt([-(-tokens // 128) for tokens, _ in packs], problem.packs)
+        shared = [PACK_COST * size for size in shared]
+    time = makespan.makespan([*shared, *own], programs, slots)
+    parts = sum(len(members) for _, members in packs) * (1 + len(shared) / max(1, len(packs)))
+    is_combined = bool(packs) or len(own) > len(lens)
+    return time + makespan.COMBINE * is_combined + EXTRA * parts * programs / slots
+
+
+def plan_of(num_seqs, num_groups, capacity):
+    facts = PlanFacts(num_seqs, 32, 8, 128, 16, capacity // 16, None)
+    return TritonPlan(90, 132).plan_problem(facts, 128, False, num_groups)
+
+
+@functools.cache
+def gain(groups, prefix, own, num_seqs=None):
+    """Return the modelled time without groups in times of that with them."""
+    num_seqs, num_groups = len(groups), max(groups) + 1
+    shared = prefix // 16
+    lens = [shared * 16 * (g >= 0) + own for g in groups]
+    problem = plan_of(num_seqs, num_groups, (max(lens) + 15) // 16 * 16)
+    plain = dataclasses.replace(problem, packs=None, members=0)
+    if problem.packs is None:
+        return 1.0
+    tables = np.zeros((num_seqs, shared), np.int32)
+    packs = packs_oracle(problem, lens, tables, groups, [shared] * num_groups)
+    return modelled(plain, lens, ()) / modelled(problem, lens, packs)
+
+
+@pytest.mark.fast
+def test_by_the_model_the_targets_are_met():
+    assert gain((0,) * 64, 16384, 256) >= 8
+    assert gain(tuple(s % 8 for s in range(128)), 4096, 256) >= 4
+
+
+@pytest.mark.fast
+def test_by_the_model_groups_never_cost():
+    random = np.random.default_rng(0)
+    gains = [
+        gain((0,) * size, prefix, own)
+        for size in (1, 2, 3, 4, 8, 16, 17, 64, 256)
+        for prefix in (0, 128, 512, 2048, 8192, 32768)
+        for own in (1, 256, 3000)
+    ]
+    for _ in range(150):
+        num_groups = int(random.integers(1, 9))
+        groups = random.integers(-1, num_groups, int(random.integers(2, 100)))
+        prefix, own = np.exp(random.uniform(0, np.log([32768, 8192]))).astype(int)
+        gains.append(gain(tuple(map(int, (*groups, num_groups - 1))), int(prefix), int(own)))
+    assert min(gains) >= 1 / 1.02
+    assert np.mean(np.array(gains) > 1.5) > 0.2
+
+
+KERNEL, COMBINATION = "page_attention_kernel", "page_attention_combine_kernel"
+BUGS = {
+    "a pack reads the table of another": (KERNEL, "tl.maximum(leader, 0)", "NUM_SEQS - 1 - leader"),
+    "members are one off": (
+        KERNEL, "piece * MEMBERS + offs_member)", "piece * MEMBERS + (offs_member + 1) % MEMBERS)"
+    ),
+    "the prefix is counted twice": (KERNEL, "MAX_PACKS, shared, -1", "MAX_PACKS, 0, -1"),
+    "a member shares what it has not": (KERNEL, "tl.minimum(shared, tl.min(lengths, 0))", "shared"),
+    "slopes count from the longest": (KERNEL, "(length - 1)[:, None]", "(tl.max(length, 0) - 1)"),
+    "a pack's part is merged twice": (
+        COMBINATION, "(pack_part + in_pack * MEMBERS)", "(pack_part + in_pack // 2 * MEMBERS)"
+    ),
+    "a pack's part is lost": (COMBINATION, "+= pack_parts", "+= pack_parts - 1"),
+    "the part of the next member": (COMBINATION, "+ place % MEMBERS", "+ (place + 1) % MEMBERS"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant(ejk.TritonPageAttention):
+    bug: str = ""
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_is_caught(bug, monkeypatch, tmp_path):
+    replace(*BUGS[bug], monkeypatch, tmp_path)
+    backend = Mutant(interpret=True, num_sms=32, least_saved_bytes=0, bug=bug)
+    case = packed_case(2)
+    plan = case.plan(backend)
+    stale = dataclasses.replace(
+        case, context_lens=np.minimum(case.context_lens, 400 + 20 * np.arange(6)).astype(np.int32)
+    )
+    with pytest.raises((AssertionError, RaceError, jax.errors.JaxRuntimeError)):
+        for one in (case, stale, packed_case(0)):
+            given = {"plan": plan} if one is stale else {"prefix_groups": one.prefix_groups}
+            with memory_checked():
+                found = one.attend(backend, **given, **OPTIONS["every option"])
+                agree(one, found, **OPTIONS["every option"])
+
+
+@pytest.mark.fast
+def test_with_splits_the_groups_are_left_out_of_account():
+    """So that a sequence's bits are its own."""
+    case = packed_case(0)
+    for changes in ({"num_splits": 2}, {"num_splits": 1}):
+        plain = case.attend(INTERPRETED, **changes)
+        grouped = case.attend(INTERPRETED, prefix_groups=case.prefix_groups, **changes)
+        for a, b in zip(plain, grouped, strict=True):
+            np.testing.assert_array_equal(a, b)
