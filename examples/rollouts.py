@@ -61,10 +61,8 @@ def step(
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def copy_pages(cache: Cache, copies: jax.Array) -> Cache:
-    """Copy pages in every layer."""
-    source, target = copies.T
-    target = jnp.where(target >= 0, target, len(cache[0][0]))  # padding: dropped
-    return jax.tree.map(lambda pool: pool.at[target].set(pool[source], mode="drop"), cache)
+    """Copy pages in every layer, in place."""
+    return [ejk.copy_kv_pages(*pools, copies[:, 0], copies[:, 1]) for pools in cache]
 
 
 @jax.jit

@@ -229,10 +229,11 @@ def _append(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Write new tokens behind those in the cache; return the lengths after it, and the caches."""
     (keys, cu), (values, _) = _packed(k, bounds), _packed(v, bounds)
-    lens = lens + cu[1:] - cu[:-1]
+    lens = jnp.asarray(lens) + cu[1:] - cu[:-1]
     num_pages, page_size = k_cache.shape[:2]
     slots = ragged_slot_mapping(
         tables, lens, cu, total_tokens=keys.shape[0], page_size=page_size, num_pages=num_pages
     )
-    written = write_kv_cache(keys, values, k_cache, v_cache, slots, cache_layout="NHD")
-    return lens, (written[0], written[1])
+    keys, values = write_kv_cache(keys, values, k_cache, v_cache, slots, cache_layout="NHD")
+    assert values is not None
+    return lens, (keys, values)

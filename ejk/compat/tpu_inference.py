@@ -128,14 +128,16 @@ def attend_and_update(
     check_mask_value(mask_value)
     total_tokens, num_heads, head_dim = queries.shape
     num_pages, page_size, words, packing, width = kv_cache.shape
-    pool = kv_cache.reshape(num_pages, page_size, words * packing, width)
+    pool = jnp.asarray(kv_cache).reshape(num_pages, page_size, words * packing, width)
     tables = page_indices.reshape(kv_lens.shape[0], -1)
     bounds = first_sequences(cu_q_lens, distribution[-1])
     if update:
-        new = (_padded(x, words * packing // 2, width) for x in (keys, values))
+        new_keys, new_values = (_padded(x, words * packing // 2, width) for x in (keys, values))
         sizes = {"total_tokens": total_tokens, "page_size": page_size, "num_pages": num_pages}
         slots = ragged_slot_mapping(tables, kv_lens, bounds, **sizes)
-        pool, *_ = write_kv_cache(*new, pool, None, slots, cache_layout="INTERLEAVED")
+        pool, _ = write_kv_cache(
+            new_keys, new_values, pool, None, slots, cache_layout="INTERLEAVED"
+        )
     # Heads that pad a word are read by query heads of zeros, whose rows are left out.
     heads = num_heads // keys.shape[1] * (words * packing // 2)
     query = _padded(_as_codes(queries, q_scale, kv_cache.dtype), heads, width)

@@ -61,16 +61,19 @@ def reshape_and_cache_flash(
             f"{', '.join(map(repr, _TYPES))}: scales per token are ejk.write_kv_cache's"
         )
     tokens, held = slot_mapping.shape[0], key_cache.dtype
-    pools, scales = (key_cache, value_cache), (None, None)
+    key_scale = value_scale = None
     if kv_cache_dtype != "auto":
-        scales = (_scale(k_scale), _scale(v_scale))
+        key_scale, value_scale = _scale(k_scale), _scale(v_scale)
         if held == jnp.uint8:
             of = _TYPES[kv_cache_dtype]
-            pools = tuple(jax.lax.bitcast_convert_type(pool, of) for pool in pools)
-    keys, values = write_kv_cache(
-        key[:tokens], value[:tokens], *pools, slot_mapping,
-        cache_layout="NHD", key_scale=scales[0], value_scale=scales[1],
-    )[:2]  # fmt: skip
+            key_cache, value_cache = (
+                jax.lax.bitcast_convert_type(pool, of) for pool in (key_cache, value_cache)
+            )
+    keys, values, *_ = write_kv_cache(
+        key[:tokens], value[:tokens], key_cache, value_cache, slot_mapping,
+        cache_layout="NHD", key_scale=key_scale, value_scale=value_scale,
+    )  # fmt: skip
+    assert values is not None
     if keys.dtype != held:
         keys, values = (jax.lax.bitcast_convert_type(pool, held) for pool in (keys, values))
     return keys, values

@@ -232,9 +232,8 @@ def test_flash_attention(name, paged):
     options, lens, new = FLASH[name], np.array([0, 9, 21]), 3
     q, k, v = numbers(3, new, 4, 64), numbers(3, new, 2, 64), numbers(3, new, 2, 64)
     caches, where = [numbers(3, 32, 2, 64) for _ in range(2)], {}
-    order = [2, 0, 1]
+    order, tables = [2, 0, 1], tables_of(3, 4, 12)
     if paged:
-        tables = tables_of(3, 4, 12)
         pools = [numbers(12, 8, 2, 64) for _ in range(2)]
         caches, where = pools, {"page_table": tables}
     else:

@@ -81,7 +81,8 @@ ejk.page_attention(query, pool, pool, lens, tables, plan=plan)
 written = ejk.write_kv_cache(query, query, pool, pool, lens)
 assert_type(written, tuple[jax.Array, jax.Array | None])
 ejk.write_kv_cache(query, None, pool, None, lens)
-ejk.copy_kv_pages(*ejk.copy_kv_slots(pool, None, lens, lens), lens, lens, cache_layout="NHD")
+copied = ejk.copy_kv_slots(pool, None, lens, lens)
+ejk.copy_kv_pages(copied[0], copied[1], lens, lens, cache_layout="NHD")
 assert_type(ejk.merge_attention_states(jnp.zeros((2, 1, 4, 8)), jnp.zeros((2, 1, 4))), Pair)
 
 # Scales are numbers or arrays; what a write returns follows from them, as far as types can say.

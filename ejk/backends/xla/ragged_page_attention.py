@@ -277,8 +277,7 @@ def _attend(
         )
 
     out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
-    # What is no sequence's stays as it is here.
-    nothing = jnp.full(lse_type.shape, -jnp.inf, lse_type.dtype)
+    nothing = jnp.full(lse_type.shape, -jnp.inf, lse_type.dtype)  # of what is no sequence's
     results: tuple[jax.Array, ...] = (jnp.zeros(out_type.shape, out_type.dtype), nothing)
     return loop_over_items(problem, operands, sizes, bounds, step, results)
 
