@@ -12,6 +12,7 @@ import pathlib
 import sys
 import warnings
 
+import jax
 import jax.experimental.pallas.ops.tpu.paged_attention as tpu_paged_attention
 import jax.experimental.pallas.ops.tpu.ragged_paged_attention as tpu_ragged_paged_attention
 import pytest
@@ -34,6 +35,8 @@ def main(folder: str, *options: str) -> int:
         own = jax_gpu if module is gpu_paged_attention else jax_tpu
         module.paged_attention = own.paged_attention
     tpu_ragged_paged_attention.ragged_paged_attention = jax_tpu.ragged_paged_attention
+    # A test of JAX fails that is the first to use a persistent cache of programs.
+    jax.config.update("jax_enable_compilation_cache", False)
     # Some sizes are left out for later TPUs.
     test_util.is_device_tpu_at_least = lambda version: version <= 5
     test_util.is_cuda_compute_capability_at_least = lambda capability: True

@@ -115,7 +115,7 @@ CACHES = {
     "`float8_e5m2`": ("float8_e5m2", None),
     "`uint8` (int4), per token": ("uint8", "token"),
 }
-LAYOUTS: tuple[CacheLayout, ...] = ("HND", "NHD", "KV_HEADS_FIRST")
+LAYOUTS: tuple[CacheLayout, ...] = ("HND", "NHD", "KV_HEADS_FIRST", "INTERLEAVED")
 HEAD_DIMS = (1, 8, 16, 33, 64, 80, 96, 128, 192, 256, 512)
 PAGE_SIZES = (1, 3, 8, 16, 64, 128, 256, 1024)
 
@@ -133,13 +133,13 @@ def problem(
 ) -> ejk.PageAttentionProblem:
     """Make the problem of a call on 8 sequences of up to 128 pages."""
     array = jax.ShapeDtypeStruct
-    sizes = {"pages": 1024, "kv_heads": num_kv_heads, "slots": page_size}
-    order = {
-        "HND": ("pages", "kv_heads", "slots"),
-        "NHD": ("pages", "slots", "kv_heads"),
-        "KV_HEADS_FIRST": ("kv_heads", "pages", "slots"),
+    rows = {
+        "HND": (1024, num_kv_heads, page_size),
+        "NHD": (1024, page_size, num_kv_heads),
+        "KV_HEADS_FIRST": (num_kv_heads, 1024, page_size),
+        "INTERLEAVED": (1024, page_size, 2 * num_kv_heads),
     }[cache_layout]
-    rows = tuple(sizes[axis] for axis in order)
+    has_values = value_head_dim is None and cache_layout != "INTERLEAVED"
     pool, scales = array((*rows, head_dim), dtype), {}
     if cache is not None:
         pool, scales = quantised(cache, rows, head_dim, num_kv_heads, value_head_dim is not None)
@@ -149,7 +149,7 @@ def problem(
     jaxpr = jax.make_jaxpr(call)(
         array((8, num_kv_heads * group, head_dim), dtype),
         pool,
-        pool if value_head_dim is None else None,
+        pool if has_values else None,
         array((8,), jnp.int32),
         array((8, 128), jnp.int32),
         **scales,

@@ -404,6 +404,8 @@ def compute(
 ) -> tuple[jax.Array, Pools]:
     """Read the new tokens of a batch into their pages; choose a token after each row of `picks`."""
     inputs, tree_mask, picks, prefix_groups = operands
+    # Without a tree they are those that the call finds itself, and Hopper's kernel takes none.
+    positions = None if tree_mask is None else inputs.positions
 
     def attend(layer, query, key, value, pools):
         slots, tables = spec.of_layer(layer, inputs.slot_mapping, inputs.block_tables)
@@ -416,7 +418,7 @@ def compute(
             tables,
             inputs.cu_q_lens,
             max_q_len=max_q_len,
-            positions=inputs.positions,
+            positions=positions,
             tree_mask=tree_mask,
             prefix_groups=prefix_groups,
             key_scale=pools.key_scale,

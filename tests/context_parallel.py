@@ -32,6 +32,7 @@ CONFIGURATIONS = (
     Configuration(PLAIN, BF16, "NHD", ALL - {"alibi_slopes"}, num_splits=2, fused=True),
     Configuration(ODD, F16, "KV_HEADS_FIRST", frozenset({"sinks"}), num_splits=1),
     Configuration(LATENT, BF16, "HND", frozenset({"alibi_slopes"}), num_splits=3),
+    Configuration(PLAIN, F32, "INTERLEAVED", frozenset({"sinks"}), num_splits=2),
 )
 PER_TOKEN = (
     Configuration(PLAIN, BF16, "NHD", ALL, 1, True, INT8, "token"),

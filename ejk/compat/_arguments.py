@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ejk._describe import describe
 from ejk._errors import UnsupportedError
+from ejk._indices import as_int32
 
 # A masked logit of so much has weight 0 beside any of -9,000 or more, as one that is selected away.
 MASKS = -1e4
@@ -42,6 +43,11 @@ def refuse(function: str, mends: dict[str, str], **given: Any) -> None:
 
 def first_sequences(cu_q_lens: Any, num_seqs: Any) -> jax.Array:
     """Return bounds that give sequences from `num_seqs` on no tokens, whatever they held there."""
-    bounds = jnp.asarray(cu_q_lens)
-    last = jnp.clip(jnp.asarray(num_seqs).reshape(()), 0, bounds.shape[0] - 1)
-    return jnp.where(jnp.arange(bounds.shape[0]) <= last, bounds, bounds[last])
+    bounds, most = int32(cu_q_lens), cu_q_lens.shape[0] - 1
+    last = jnp.clip(int32(num_seqs).reshape(()), 0, most)
+    return jnp.where(jnp.arange(most + 1, dtype=jnp.int32) <= last, bounds, bounds[last])
+
+
+def int32(x: Any) -> jax.Array:
+    """Return integers as int32; wider ones that it cannot hold become its largest, or -1."""
+    return jnp.asarray(as_int32(x, 2**31 - 1))

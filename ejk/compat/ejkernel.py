@@ -12,7 +12,7 @@ from ejk.compat._arguments import check_mask_value, first_sequences, refuse
 from ejk.compat.tpu_inference import attend_and_update
 
 _SHARD = "call it inside jax.shard_map, or hand sharded arrays to jit"
-_MESHES = dict.fromkeys(("mesh", "in_specs", "out_specs"), _SHARD)
+_MESHES: dict[str, str] = dict.fromkeys(("mesh", "in_specs", "out_specs"), _SHARD)
 
 
 def page_attention(

@@ -10,7 +10,7 @@ from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
 from ejk._typing import Array
 from ejk._write_kv_cache import write_kv_cache
-from ejk.compat._arguments import refuse
+from ejk.compat._arguments import int32, refuse
 
 # A window so wide that it ends where `positions` say, and not before.
 FAR = 2**30
@@ -123,9 +123,8 @@ def flash_attn_with_kvcache(
     refuse("flash_attn_with_kvcache", _MENDS, **given)
     visible = Visible.of(causal, window_size, attention_chunk, cache_leftpad)
     lens, tables = _tables(q, k_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q)
-    caches: tuple[jax.Array, ...] = ()
-    if k is not None and v is not None:
-        lens, caches = _append(k, v, k_cache, v_cache, lens, tables, cu_seqlens_k_new)
+    lens, caches = _append(k, v, k_cache, v_cache, lens, tables, cu_seqlens_k_new)
+    if caches:
         k_cache, v_cache = caches
     rows, bounds = _packed(q, cu_seqlens_q)
     if cu_seqlens_q is None:
@@ -173,7 +172,7 @@ class Visible(NamedTuple):
         return cls(causal, window, chunk, first)
 
     def of_rows(
-        self, lens: Array, bounds: Array, total: int
+        self, lens: jax.Array, bounds: jax.Array, total: int
     ) -> tuple[jax.Array | None, int | None]:
         """Return positions of new tokens and a window, which together show what is to be seen."""
         if not self.chunk and self.first is None:
@@ -184,7 +183,7 @@ class Visible(NamedTuple):
         if self.chunk:
             return position // self.chunk * self.chunk + self.chunk - 1, self.chunk
         assert self.first is not None
-        first = self.first[seq]
+        first = int32(self.first)[seq]
         return jnp.where(position >= first, first + FAR - 1, 0), FAR
 
 
@@ -202,34 +201,46 @@ def _tables(
         raise UnsupportedError(
             "cache_batch_idx must come without page_table: take page_table[cache_batch_idx]"
         )
+    if page_table is None and cache_batch_idx is None and batch > k_cache.shape[0]:
+        raise ValueError(
+            f"k_cache.shape[0]={k_cache.shape[0]} must be at least the batch={batch}, a row each: "
+            "name rows by cache_batch_idx, or pages by page_table"
+        )
     if page_table is None:
         rows = jnp.arange(batch, dtype=jnp.int32) if cache_batch_idx is None else cache_batch_idx
-        page_table = jnp.asarray(rows)[:, None]
-    if cache_seqlens is None:
-        cache_seqlens = page_table.shape[1] * k_cache.shape[1]
-    return jnp.broadcast_to(jnp.asarray(cache_seqlens, jnp.int32), (batch,)), page_table
+        page_table = int32(rows)[:, None]
+    capacity = page_table.shape[1] * k_cache.shape[1]
+    lens = int32(capacity if cache_seqlens is None else cache_seqlens)
+    return jnp.broadcast_to(jnp.clip(lens, 0, capacity), (batch,)), page_table
 
 
 def _packed(x: Array, bounds: Array | None) -> tuple[Array, jax.Array]:
     """Return rows one sequence after the other, and where each begins."""
     if bounds is not None:
-        return x, jnp.asarray(bounds)
+        return x, int32(bounds)
     batch, each = x.shape[:2]
     return x.reshape(-1, *x.shape[2:]), each * jnp.arange(batch + 1, dtype=jnp.int32)
 
 
 def _append(
-    k: Array,
-    v: Array,
+    k: Array | None,
+    v: Array | None,
     k_cache: Array,
     v_cache: Array,
-    lens: Array,
+    lens: jax.Array,
     tables: Array,
     bounds: Array | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Write new tokens behind those in the cache; return the lengths after it, and the caches."""
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Write new tokens, if any, behind those in the cache; return lengths, and written caches."""
+    for name, array in {"v": v, "cu_seqlens_k_new": bounds}.items():
+        if k is None and array is not None:
+            raise ValueError(f"{name} must be None with k=None: nothing is appended")
+    if k is None:
+        return lens, ()
+    if v is None:
+        raise ValueError("v=None must be an array with k: both are appended")
     (keys, cu), (values, _) = _packed(k, bounds), _packed(v, bounds)
-    lens = jnp.asarray(lens) + cu[1:] - cu[:-1]
+    lens = lens + cu[1:] - cu[:-1]
     num_pages, page_size = k_cache.shape[:2]
     slots = ragged_slot_mapping(
         tables, lens, cu, total_tokens=keys.shape[0], page_size=page_size, num_pages=num_pages

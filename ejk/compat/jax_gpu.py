@@ -31,7 +31,8 @@ def paged_attention(
     """Attend from one token a sequence, as `pallas.ops.gpu.paged_attention.paged_attention` does.
 
     Logits are not scaled: scale `q`. The tables come before the lengths. All arguments from
-    `block_h` to `debug` have no effect: on a CPU the call runs without `interpret`.
+    `block_h` to `debug` have no effect: on a CPU the call runs without `interpret`. Both pools have
+    one dtype, where the original quantises keys or values alone, too.
 
     Args:
         q: `[batch, num_heads, head_dim]`.
@@ -63,6 +64,10 @@ def paged_attention(
     if lengths is None:
         batch, width = block_tables.shape
         lengths = jnp.full(batch, width * k_pages.shape[2], jnp.int32)
+    if k_scales_pages is None and v_scales_pages is not None:
+        k_scales_pages = jnp.ones_like(v_scales_pages)
+    if v_scales_pages is None and k_scales_pages is not None:
+        v_scales_pages = jnp.ones_like(k_scales_pages)
     return page_attention(
         q, k_pages, v_pages, lengths, block_tables, 1.0,
         cache_layout="KV_HEADS_FIRST", attn_logits_soft_cap=attn_logits_soft_cap,

@@ -126,10 +126,12 @@ def attend_and_update(
 ) -> tuple[jax.Array, jax.Array]:
     """Do what `ragged_paged_attention` says, with sinks."""
     check_mask_value(mask_value)
+    _check_sizes(queries, keys, values, kv_cache, kv_lens, page_indices)
     total_tokens, num_heads, head_dim = queries.shape
     num_pages, page_size, words, packing, width = kv_cache.shape
     pool = jnp.asarray(kv_cache).reshape(num_pages, page_size, words * packing, width)
-    tables = page_indices.reshape(kv_lens.shape[0], -1)
+    num_seqs = kv_lens.shape[0]
+    tables = page_indices.reshape(num_seqs, page_indices.shape[0] // max(num_seqs, 1))
     bounds = first_sequences(cu_q_lens, distribution[-1])
     if update:
         new_keys, new_values = (_padded(x, words * packing // 2, width) for x in (keys, values))
@@ -152,6 +154,39 @@ def attend_and_update(
     if out_dtype is None:
         out_dtype = jnp.float32 if queries.dtype == jnp.float32 else jnp.bfloat16
     return out[:, :num_heads, :head_dim].astype(out_dtype), pool.reshape(kv_cache.shape)
+
+
+def _check_sizes(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    kv_cache: Array,
+    kv_lens: Array,
+    page_indices: Array,
+) -> None:
+    """Check what padding and views would hide."""
+    num_heads, (num_kv_heads, head_dim) = queries.shape[1], keys.shape[1:]
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"queries.shape[1]={num_heads} must be a multiple of keys.shape[1]={num_kv_heads}"
+        )
+    if values.shape != keys.shape or queries.shape[2] != head_dim:
+        raise ValueError(
+            f"values.shape={values.shape} must be keys.shape={keys.shape}, and its last axis that "
+            f"of queries.shape={queries.shape}"
+        )
+    *_, words, packing, width = kv_cache.shape
+    needed = -(-2 * num_kv_heads // packing)
+    if words != needed or width < head_dim:
+        raise ValueError(
+            f"kv_cache.shape={kv_cache.shape} must end in {needed} words of {packing}, a key and a "
+            f"value of each of the {num_kv_heads} heads of keys, and a width of at least {head_dim}"
+        )
+    if page_indices.shape[0] % max(kv_lens.shape[0], 1):
+        raise ValueError(
+            f"page_indices.shape[0]={page_indices.shape[0]} must be a multiple of "
+            f"kv_lens.shape[0]={kv_lens.shape[0]}: one row of the table after the other"
+        )
 
 
 def _padded(x: Array, heads: int, width: int) -> jax.Array:

@@ -5,12 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ejk._dtypes import DTYPES
 from ejk._typing import Array
 from ejk._write_kv_cache import write_kv_cache
 
-_TYPES = {
-    "fp8": jnp.float8_e4m3fn, "fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2,
-}  # fmt: skip
+_TYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
 def reshape_and_cache_flash(
@@ -43,7 +42,8 @@ def reshape_and_cache_flash(
         `(key_cache, value_cache)`.
 
     Raises:
-        ValueError: another `kv_cache_dtype`, and what `ejk.write_kv_cache` refuses.
+        ValueError: another `kv_cache_dtype`, a cache of another dtype than it says, and what
+            `ejk.write_kv_cache` refuses.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -61,6 +61,12 @@ def reshape_and_cache_flash(
             f"{', '.join(map(repr, _TYPES))}: scales per token are ejk.write_kv_cache's"
         )
     tokens, held = slot_mapping.shape[0], key_cache.dtype
+    fits = DTYPES if kv_cache_dtype == "auto" else ("uint8", _TYPES[kv_cache_dtype])
+    if held.name not in fits:
+        raise ValueError(
+            f"key_cache.dtype={held.name} must be one of {', '.join(fits)} with "
+            f"kv_cache_dtype={kv_cache_dtype!r}"
+        )
     key_scale = value_scale = None
     if kv_cache_dtype != "auto":
         key_scale, value_scale = _scale(k_scale), _scale(v_scale)

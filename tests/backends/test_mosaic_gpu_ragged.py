@@ -5,6 +5,7 @@ is poisoned, page 0 altogether, and so is shared memory.
 """
 
 import dataclasses
+import itertools
 
 import gpu_interpreter
 import jax
@@ -98,8 +99,9 @@ def test_lengths(lens, bounds):
 
 
 @pytest.mark.fast(6)
-@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, fused", [*itertools.product(LAYOUTS, (False, True)), ("INTERLEAVED", False)]
+)
 def test_layouts(layout, fused):
     config = dataclasses.replace(PLAIN, cache_layout=layout, fused=fused)
     check(config, (150, 70, 0, 3), (0, 20, 21, 21, 23), total=25, invalid=0.1, seed=1)
@@ -153,7 +155,7 @@ CACHES = {
     "e5m2, one scale": (BF16, E5M2, "scalar", "KV_HEADS_FIRST", True),
     "a float cache with scales": (F16, None, "head", "HND", False),
     "int8, a scale a token": (BF16, INT8, "token", "HND", True),
-    "int4": (BF16, INT4, "token", "NHD", False),
+    "int4": (BF16, INT4, "token", "INTERLEAVED", False),
 }
 
 

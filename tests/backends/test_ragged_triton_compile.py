@@ -40,6 +40,7 @@ MORE_VARIANTS = {
     "head dimension 64, group of 3": GROUP_OF_3,
     "float16": of_dtype("float16"),
     "fused pools": {"fused": True},
+    "interleaved pools": {"fused": True, "cache_layout": "INTERLEAVED"},
     "pages of 64": {"page_size": 64, "max_blocks": 64},
     "tree mask": {"tree_width": 8},
 }
@@ -122,6 +123,7 @@ def compile_for(target: str, options: dict, which: int):
         ("sm_80", "head dimension 128"),
         ("sm_89", "head dimension 128"),
         ("sm_120", "every option"),
+        ("sm_90", "interleaved pools"),
     ]
 )
 def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant, which):

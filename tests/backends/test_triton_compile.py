@@ -73,6 +73,7 @@ VARIANTS = {
     "head dimension 64, group of 3": GROUP_OF_3,
     "float16": of_dtype("float16"),
     "fused pools": {"fused": True},
+    "interleaved pools": {"fused": True, "cache_layout": "INTERLEAVED"},
     "one pass": {"num_splits": 1},
     "splits": {"num_splits": 4},
     "packs": {"num_prefix_groups": 4, "has_alibi": True, "has_sinks": True, "soft_cap": 30.0},

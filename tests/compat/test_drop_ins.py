@@ -3,6 +3,7 @@
 Grids of sizes are drawn from those of the originals' tests.
 """
 
+import functools
 import importlib
 import inspect
 
@@ -18,7 +19,13 @@ import ejk
 from ejk.compat import ejkernel, flash_attention, jax_gpu, jax_tpu, tpu_inference, vllm
 
 RNG = np.random.default_rng(19)
+START = RNG.bit_generator.state
 BF16, E4M3 = jnp.bfloat16, jnp.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_whatever_ran_before():
+    RNG.bit_generator.state = START
 
 
 def numbers(*shape, dtype=np.float32):
@@ -55,11 +62,13 @@ def test_signatures_are_those_of_jax(module, own, foreign):
 
 
 # JAX's TPU decode: no scale is applied, and scales of codes are largest magnitudes.
-@pytest.mark.parametrize("heads, quantised, cap", [((8, 8), False, None), ((8, 2), True, 1.0)])
-def test_jax_tpu_decode(heads, quantised, cap):
-    (num_heads, kv_heads), lens = heads, jnp.array([1, 37, 64])
-    q, tables = numbers(3, num_heads, 64), tables_of(3, 4, 13)
-    pools = [numbers(kv_heads, 13, 16, 64) for _ in range(2)]
+@pytest.mark.parametrize("heads, page, dim, quantised, cap", [
+    ((8, 8), 16, 128, False, None), ((8, 1), 64, 256, True, 1.0), ((32, 8), 32, 128, False, 1.0),
+])  # fmt: skip
+def test_jax_tpu_decode(heads, page, dim, quantised, cap):
+    (num_heads, kv_heads), lens = heads, jnp.array([1, 2 * page + 5, 4 * page])
+    q, tables = dim**-0.5 * numbers(3, num_heads, dim), tables_of(3, 4, 13)  # the caller scales
+    pools = [numbers(kv_heads, 13, page, dim) for _ in range(2)]
     given, seen = pools, pools
     if quantised:
         given = [quantization_utils.quantize_to_int8(x) for x in pools]
@@ -75,14 +84,15 @@ def test_jax_tpu_decode(heads, quantised, cap):
 
 # JAX's TPU ragged: scale 1.0 by default, lengths with the new tokens, junk past `num_seqs`.
 RAGGED = [
-    dict(), dict(sm_scale=0.125, sliding_window=5, soft_cap=3.0),
-    dict(k_scale=0.5, v_scale=0.75, mask_value=None, vmem_limit_bytes=2**20),
+    ((32, 8, 128), dict()), ((4, 4, 256), dict(sm_scale=0.125, sliding_window=5, soft_cap=50.0)),
+    ((8, 1, 128), dict(k_scale=0.5, v_scale=0.75, mask_value=None, vmem_limit_bytes=2**20)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", RAGGED)
-def test_jax_tpu_ragged(options):
-    q, kv_pages = numbers(12, 8, 64), numbers(13, 16, 2 * 2, 64)
+@pytest.mark.parametrize("sizes, options", RAGGED)
+def test_jax_tpu_ragged(sizes, options):
+    heads, kv_heads, dim = sizes
+    q, kv_pages = 0.5 * numbers(12, heads, dim), numbers(13, 16, 2 * kv_heads, dim)
     kv_lens, tables = jnp.array([18, 40, 5, 2**31 - 1]), tables_of(4, 3, 13)
     cu_q_lens, num_seqs = jnp.array([0, 1, 8, 10, -7]), jnp.array([3])
     args = (q, kv_pages, kv_lens, tables, cu_q_lens, num_seqs)
@@ -95,17 +105,20 @@ def test_jax_tpu_ragged(options):
 
 
 @pytest.mark.parametrize("lengths", [None, jnp.array([3, 48])])
-def test_jax_gpu(lengths):
+@pytest.mark.parametrize("scaled", ["", "k", "kv"])
+def test_jax_gpu(lengths, scaled):
     """The tables come before the lengths; without lengths all that they name is seen."""
-    q, pools, tables = (
-        numbers(2, 8, 64),
-        [numbers(2, 9, 16, 64) for _ in range(2)],
-        tables_of(2, 3, 9),
-    )
-    q = 0.125 * q  # the caller scales
-    out = jax_gpu.paged_attention(q, *pools, tables, lengths, k_splits=1, interpret=True)
+    q, tables = 0.125 * numbers(2, 8, 64), tables_of(2, 3, 9)  # the caller scales
+    pools = [numbers(2, 9, 16, 64) for _ in range(2)]
+    scales = {f"{x}_scales_pages": 0.5 + jnp.abs(numbers(2, 9, 16)) for x in scaled}
+    options = dict(k_splits=1, interpret=True, **scales)
+    out = jax_gpu.paged_attention(q, *pools, tables, lengths, **options)
+    seen = [
+        x * scales.get(f"{name}_scales_pages", jnp.ones((2, 9, 16)))[..., None]
+        for name, x in zip("kv", pools)
+    ]
     for s, n in enumerate([48, 48] if lengths is None else lengths):
-        k, v = (tokens(jnp.moveaxis(x, 0, 2), tables[s], int(n)) for x in pools)
+        k, v = (tokens(jnp.moveaxis(x, 0, 2), tables[s], int(n)) for x in seen)
         close(out[s : s + 1], attend(q[s : s + 1], k, v, 1.0, np.ones((1, len(k)), bool))[0])
 
 
@@ -115,6 +128,8 @@ V3 = {
     "float32, 64 of 128 lanes": dict(sizes=(8, 2, 64, 16)),
     "bfloat16, a window": dict(sizes=(4, 2, 128, 16), dtype=BF16, sliding_window=6, soft_cap=2.0),
     "e4m3, one head of a word": dict(sizes=(4, 1, 128, 32), cache=E4M3, k_scale=0.5, v_scale=0.25),
+    "bfloat16, a group of 5": dict(sizes=(5, 1, 80, 16), dtype=BF16),
+    "e4m3, three heads of four": dict(sizes=(3, 3, 240, 32), cache=E4M3, k_scale=0.5, v_scale=0.5),
     "queries as codes": dict(sizes=(4, 2, 128, 32), cache=E4M3, q_scale=0.5),
     "not causal": dict(sizes=(4, 2, 128, 16), use_causal_mask=False, out_dtype=BF16),
     "written before": dict(sizes=(4, 2, 128, 16), update_kv_cache=False),
@@ -139,7 +154,7 @@ def v3_call(sizes, dtype=jnp.float32, cache=None):
     new = [numbers(8, kv_heads, dim, dtype=cache) for _ in range(2)]
     distribution = jnp.array([1, 1, 2], jnp.int32)
     return (
-        numbers(8, heads, dim, dtype=dtype),
+        (0.5 * numbers(8, heads, dim)).astype(dtype),  # logits are not scaled
         *new,
         pool,
         lens,
@@ -300,6 +315,52 @@ def test_a_mask_that_leaves_weight_is_refused():
         )
 
 
+APPENDED = [
+    (dict(k=jnp.ones((2, 1, 2, 64))), "v=None must be an array with k"),
+    (dict(v=jnp.ones((2, 1, 2, 64))), "v must be None with k=None"),
+    (dict(cu_seqlens_k_new=jnp.arange(3)), "cu_seqlens_k_new must be None with k=None"),
+    (dict(q=jnp.ones((3, 1, 4, 64))), r"k_cache.shape\[0\]=2 must be at least the batch=3"),
+]
+
+
+@pytest.mark.parametrize("options, message", APPENDED)
+def test_flash_attention_ignores_no_array(options, message):
+    q, cache = numbers(2, 1, 4, 64), numbers(2, 32, 2, 64)
+    with pytest.raises(ValueError, match=message):
+        flash_attention.flash_attn_with_kvcache(
+            **{"q": q, "k_cache": cache, "v_cache": cache} | options
+        )
+
+
+V3_SIZES = [
+    (dict(sizes=(7, 2, 64, 16)), {}, r"queries.shape\[1\]=7 must be a multiple of keys.*=2"),
+    ({}, {2: numbers(8, 1, 64)}, r"values.shape=\(8, 1, 64\) must be keys.shape=\(8, 2, 64\)"),
+    ({}, {3: numbers(7, 16, 8, 1, 128)}, "must end in 4 words of 1, .* of each of the 2 heads"),
+    ({}, {5: np.arange(7)}, r"page_indices.shape\[0\]=7 must be a multiple of kv_lens.*=3"),
+]
+
+
+@pytest.mark.parametrize("call, changes, message", V3_SIZES)
+def test_sizes_that_padding_would_hide_are_refused(call, changes, message):
+    args = v3_call(**{"sizes": (8, 2, 64, 16)} | call)
+    with pytest.raises(ValueError, match=message):
+        tpu_inference.ragged_paged_attention(*(changes.get(i, x) for i, x in enumerate(args)))
+
+
+def test_integers_of_64_bits_are_not_cut_off():
+    """2**32 + 1 tokens are all that there is room for, not one; nothing is promoted in silence."""
+    q, cache = numbers(2, 1, 4, 64), numbers(2, 32, 2, 64)
+    call = functools.partial(flash_attention.flash_attn_with_kvcache, q, cache, cache)
+    close(call(cache_seqlens=np.array([2**32 + 1, 32])), call())
+    args = v3_call((8, 2, 64, 16))
+    expected = v3_expected(args)[0]
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        wide = (x.astype(np.int64) if x.dtype == np.int32 else x for x in args[4:])
+        close(tpu_inference.ragged_paged_attention(*args[:4], *wide)[0], expected, 3e-6)
+        first = jnp.zeros(2, jnp.int64)
+        close(call(cache_seqlens=jnp.array([32, 32]), causal=True, cache_leftpad=first), call())
+
+
 @pytest.mark.parametrize("dtype", ["auto", "fp8", "fp8_e5m2"])
 def test_vllm(dtype):
     """Bytes stay bytes; `auto` uses no scale; padding past the slots is left out."""
@@ -316,5 +377,8 @@ def test_vllm(dtype):
         expected = np.asarray(expected, np.float32)
         np.testing.assert_array_equal(codes[[5, 30]], expected[[0, 2]])
         assert not codes[[i for i in range(32) if i not in (5, 30)]].any()
+    other = jnp.zeros_like(pool, jnp.int8)
+    with pytest.raises(ValueError, match=f"key_cache.dtype=int8 must be one of .*'{dtype}'"):
+        vllm.reshape_and_cache_flash(key, value, other, other, slots, dtype, scale, scale)
     with pytest.raises(ValueError, match="kv_cache_dtype='int8' must be one of"):
         vllm.reshape_and_cache_flash(key, value, pool, pool, slots, "int8", scale, scale)

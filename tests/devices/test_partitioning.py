@@ -1,6 +1,7 @@
 """Plain `jax.jit` over arrays that are split: every device runs the kernel on its own shard."""
 
 import contextlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ SPLITS = {
     "both": dict(seqs="data", kv_heads="model"),
     "sequences, over all": dict(seqs=("data", "model")),
 }
+INTERLEAVED = ("INTERLEAVED", False)
+POOLS = [*itertools.product(LAYOUTS, (False, True)), INTERLEAVED]
 each_split = pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 each_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 
@@ -59,8 +62,7 @@ def test_shards_run_where_they_are(backend, split, kind, num_splits):
 
 
 @each_kernel
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, fused", POOLS)
 def test_layouts(backend, layout, fused):
     features = ("sliding_window", "attn_logits_soft_cap", "sinks", "attn_scale")
     case = meshes.split_case(
@@ -69,12 +71,13 @@ def test_layouts(backend, layout, fused):
     check(case, backend, SPLITS["both"])
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("layout, fused", [("HND", False), ("HND", True), INTERLEAVED])
 @pytest.mark.parametrize("scales", ["head", "token"])
 @each_kind
-def test_scales_go_with_their_heads(kind, scales, fused):
+def test_scales_go_with_their_heads(kind, scales, layout, fused):
     """On XLA: kernels that take them are split as they are, by the same axes."""
-    case = meshes.split_case(fused=fused, cache_dtype=np.dtype(np.int8), scales=scales)
+    pools = {"layout": layout, "fused": fused}
+    case = meshes.split_case(cache_dtype=np.dtype(np.int8), scales=scales, **pools)
     check(case, XLA, SPLITS["both"], meshes.mesh(kind))
 
 

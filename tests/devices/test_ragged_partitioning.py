@@ -1,5 +1,7 @@
 """Packed batches over caches that are split: every device runs its own heads, and moves nothing."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import meshes
@@ -80,8 +82,9 @@ def test_heads_run_where_they_are(backend, kind, extras):
 
 @pytest.mark.one_in(2)
 @each_kernel
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, fused", [*itertools.product(LAYOUTS, (False, True)), ("INTERLEAVED", False)]
+)
 def test_layouts(backend, layout, fused):
     features = ("sliding_window", "attn_logits_soft_cap", "sinks", "attn_scale")
     check(ragged_case(features, layout=layout, fused=fused), backend, kv_heads="model")

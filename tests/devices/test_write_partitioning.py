@@ -1,6 +1,7 @@
 """Caches split over devices under plain `jit`: each device writes its own heads, and moves none."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ BACKENDS = (ejk.XlaWriteKVCache(), ejk.TritonWriteKVCache(interpret=True))
 def placed(case, kind=AxisType.Auto, axis=None):
     """The call's arrays on a mesh, the pools' KV heads (or another axis) over four devices."""
     devices = mesh(kind)
-    heads = {"HND": 1, "NHD": 2, "KV_HEADS_FIRST": 0}[case.cache_layout]
+    heads = {"HND": 1, "NHD": 2, "KV_HEADS_FIRST": 0, "INTERLEAVED": 2}[case.cache_layout]
     if case.key_cache.ndim == 5 and heads:
         heads += 1
     pool = PartitionSpec(*[None] * (heads if axis is None else axis), "model")
@@ -42,8 +43,9 @@ def placed(case, kind=AxisType.Auto, axis=None):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, kind", [*itertools.product(LAYOUTS, KINDS), ("INTERLEAVED", "fused")]
+)
 def test_each_device_writes_its_own_heads(layout, kind, backend):
     case = build(KINDS[kind], F32, layout, SLOTS)
     arrays = placed(case)
@@ -54,10 +56,10 @@ def test_each_device_writes_its_own_heads(layout, kind, backend):
     assert not COLLECTIVE.findall(write.lower(*arrays).compile().as_text())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "INTERLEAVED"])
 def test_scales_are_written_where_their_heads_are(layout):
     """On XLA: kernels that take them are split as they are, by the same axes."""
-    for kind in KINDS.values():
+    for kind in [KINDS["fused"]] if layout == "INTERLEAVED" else KINDS.values():
         case = build(kind, F32, layout, SLOTS, cache_dtype=np.dtype(np.int8), scales="token")
         arrays = placed(case)
         scales = {
@@ -98,10 +100,12 @@ def test_other_axes_of_a_pool_are_refused(axis):
         jax.jit(ejk.write_kv_cache)(*placed(case, axis=axis))
 
 
-def test_explicit_axes_stay():
-    case = build(KINDS["split"], F32, "HND", SLOTS)
+@pytest.mark.parametrize("layout, kind", [("HND", "split"), ("INTERLEAVED", "fused")])
+def test_explicit_axes_stay(layout, kind):
+    case = build(KINDS[kind], F32, layout, SLOTS)
     arrays = placed(case, AxisType.Explicit)
+    write = functools.partial(ejk.write_kv_cache, cache_layout=layout)
     with jax.set_mesh(mesh(AxisType.Explicit)):
-        caches = jax.jit(ejk.write_kv_cache)(*arrays)
-    assert_written(case, caches)
-    assert caches[0].sharding.spec[1] == "model"
+        caches = jax.jit(write)(*arrays)
+    assert_written(case, [x for x in caches if x is not None])
+    assert caches[0].sharding.is_equivalent_to(arrays[2].sharding, caches[0].ndim)

@@ -18,6 +18,9 @@ ORDINARY = [
     for c in CONFIGURATIONS
     if not c.is_quantised and (c.shape.capacity < 300 or c.shape.name == "two blocks")
 ]
+POOLS = {
+    "": {}, "fused": {"fused": True}, "interleaved": {"cache_layout": "INTERLEAVED"},
+}  # fmt: skip
 FLOATS = ("query", "key_cache", "value_cache", "attn_scale", "sinks", "alibi_slopes")
 
 
@@ -66,7 +69,7 @@ SUMMED = {"attn_scale": (0, 1, 2), "alibi_slopes": (0, 2), "sinks": (0,)}
 
 def dense(case: Case, floats: dict):
     """Attention over gathered tokens as one softmax; no poison, the small operands spread."""
-    order = {"HND": (0, 2, 1, 3), "NHD": (0, 1, 2, 3), "KV_HEADS_FIRST": (1, 2, 0, 3)}
+    order = {"HND": (0, 2, 1, 3), "KV_HEADS_FIRST": (1, 2, 0, 3)}
     shape = case.shape
     rows = (len(case.query), case.block_tables.shape[1] * shape.page_size)
     visible, ahead = np.zeros(rows, bool), np.zeros(rows)
@@ -78,14 +81,14 @@ def dense(case: Case, floats: dict):
             tables[row, j // shape.page_size] = int(case.block_tables[s, j // shape.page_size])
 
     def gather(pool):
-        canonical = pool.transpose(order[case.cache_layout])
+        canonical = pool.transpose(order.get(case.cache_layout, (0, 1, 2, 3)))
         pages = canonical[tables]
         tokens = pages.reshape(len(tables), -1, *pages.shape[3:])
         tokens = jnp.where(visible[..., None, None], tokens, jnp.zeros((), tokens.dtype))
         return jnp.repeat(tokens, shape.num_heads // shape.num_kv_heads, axis=2)
 
     pools = [floats[name] for name in FLOATS[1:3] if name in floats]
-    if case.fused:
+    if oracle.holds_both(pools[0], case.cache_layout):
         pools = oracle.halves(*pools, case.cache_layout)
     keys = gather(pools[0])
     values = keys[..., : shape.width] if shape.latent else gather(pools[1])
@@ -181,11 +184,11 @@ def test_gradients_agree_with_autodiff_of_the_definition(entry, case):
 
 @pytest.mark.one_in(5)
 @edge
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("pools", POOLS.values(), ids=POOLS)
 @pytest.mark.parametrize("features", [(), ("sliding_window", "sinks", "alibi_slopes")])
-def test_gradients_at_the_edges(entry, features, fused):
+def test_gradients_at_the_edges(entry, features, pools):
     """Lengths from 0 past the capacity, shared pages, entries that name no page."""
-    called = config(features=frozenset(features), fused=fused)
+    called = config(features=frozenset(features), **pools)
     check(build(called, LENGTHS, window=17, share=True), entry)
     check(build(called, LENGTHS, window=17, invalid=0.4), entry)
 

@@ -46,7 +46,7 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
     num_sms: int | None = None
     interpret: bool = False
 
-    features = POOLS - {"fused_pools"} | {
+    features = POOLS - {"fused_pools", 'cache_layout="INTERLEAVED"'} | {
         "sliding_window", "value_head_dim", "return_lse", "axis_name",
     }  # fmt: skip
 
