@@ -63,6 +63,7 @@ def page(device: str, lines: dict) -> str:
         "Latent attention": latent_table(lines),
         "Prefills, chunks, mixed batches and drafts": ragged_report.section(lines),
         "Writes": write_table(lines),
+        "Copies": copy_table(lines),
         "Quantised caches": quantised_report.section(lines),
         "The loop over layers": loop_table(lines),
         "Several GPUs": scaling_table(lines),
@@ -191,6 +192,24 @@ def write_table(lines) -> str:
         line = lines[name, "ejk"]
         text += f"| {name} | {line['device_us']:.2f} | {line['gb_per_s']:,.0f} |"
         text += f" {line['of_ceiling']:.1%} |\n"
+    return text
+
+
+def copy_table(lines) -> str:
+    """Write what `ejk.copy_kv_slots` and `ejk.copy_kv_pages` reach of a plain copy."""
+    found = [
+        w
+        for (w, contender), line in lines.items()
+        if w.startswith("copy ") and contender == "ejk" and "of_ceiling" in line
+    ]
+    if not found:
+        return ""
+    text = "\nCopies inside of pools, 8 KV heads of 128, bfloat16, pages of 16:\n\n"
+    text += "| | device, us | GB/s | of the copy ceiling | XLA, us |\n|---|---|---|---|---|\n"
+    for name in found:
+        line, xla = lines[name, "ejk"], lines.get((name, "xla"), {})
+        text += f"| {name} | {line['device_us']:.2f} | {line['gb_per_s']:,.0f} |"
+        text += f" {line['of_ceiling']:.1%} | {xla.get('device_us', '-')} |\n"
     return text
 
 

@@ -8,10 +8,18 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ejk import _page_attention, _ragged_page_attention, _registry, _tuning, _write_kv_cache
+from ejk import (
+    _copy_kv_cache,
+    _page_attention,
+    _ragged_page_attention,
+    _registry,
+    _tuning,
+    _write_kv_cache,
+)
 from ejk._backend import Backend, Problem
 from ejk._errors import TuningError
 from ejk._nearest import did_you_mean
+from ejk.backends.copy_kv_cache import CopyKVCacheProblem
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
@@ -21,6 +29,7 @@ OPERATIONS: dict[str, tuple[type[Problem], tuple[Backend, ...]]] = {
     "page_attention": (PageAttentionProblem, _page_attention.BACKENDS),
     "ragged_page_attention": (RaggedPageAttentionProblem, _ragged_page_attention.BACKENDS),
     "write_kv_cache": (WriteKVCacheProblem, _write_kv_cache.BACKENDS),
+    "copy_kv_cache": (CopyKVCacheProblem, _copy_kv_cache.BACKENDS),
 }
 NAMES = ("operation", "backend", "device_kind")
 PARTS = (*NAMES, "facts", "fields")

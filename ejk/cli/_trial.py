@@ -10,18 +10,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejk._backend import Backend
+from ejk._copy_kv_cache import copy_kv_slots
 from ejk._errors import Mendable, UnsupportedError
 from ejk._load_tuning import OPERATIONS as BACKENDS
 from ejk.cli._batch import Batch, Shape
 
+
+class Copies:
+    """Three copies of slots in the pools of the write's batch; two change places."""
+
+    call = staticmethod(copy_kv_slots)
+
+    def arguments(self) -> dict[str, Any]:
+        given = WRITE.arguments()
+        pools = {name: given[name] for name in ("key_cache", "value_cache")}
+        ends = {"source_slots": jnp.array([0, 1, 40]), "target_slots": jnp.array([1, 0, 7])}
+        return pools | ends
+
+    def types(self) -> dict[str, Any]:
+        return jax.eval_shape(self.arguments)
+
+
 COMMON, LATENT = Shape(8, 2, 128), Shape(64, 1, 576, 512)
-BATCHES = {
-    "page_attention": Batch("decode", "", COMMON, 2, 40),
+DECODE = Batch("decode", "", COMMON, 2, 40)
+WRITE = Batch("write", "", COMMON, 2, 40, new_tokens=3)
+BATCHES: dict[str, Batch | Copies] = {
+    "page_attention": DECODE,
     "ragged_page_attention": Batch("ragged", "", COMMON, 2, 40, new_tokens=24),
-    "write_kv_cache": Batch("write", "", COMMON, 2, 40, new_tokens=3),
+    "write_kv_cache": WRITE,
+    "copy_kv_cache": Copies(),
 }
 # What the kernels of Hopper are for.
-OF_HOPPER = {"page_attention": dataclasses.replace(BATCHES["page_attention"], shape=LATENT)}
+OF_HOPPER = {"page_attention": dataclasses.replace(DECODE, shape=LATENT)}
 TOLERANCE = 0.05  # of the largest value, in bfloat16
 
 
@@ -73,7 +93,7 @@ def trial(operation: str, backend: Backend, run: bool) -> Trial:
     return Trial(operation, backend.name, True, f"{said}: first call {took:.1f} s")
 
 
-def refusal(batch: Batch, backend: Backend) -> str | None:
+def refusal(batch: Batch | Copies, backend: Backend) -> str | None:
     """Return the first reason why a backend does not run a batch here; None if it does."""
     from ejk._backend_report import backend_report
 

@@ -61,7 +61,7 @@ def compile_for(
         return function.lower(pools, ids).compile().as_text()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("unit", ["slot", "page"])
 @pytest.mark.parametrize("name", CALLS)

@@ -161,7 +161,7 @@ def compile_for(target, variant, unit, num_copies):
     return problem, cut, first, second
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(("unit", "num_copies"), [("slot", 64), ("slot", 4096), ("page", 1024)])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -179,7 +179,7 @@ def test_units_are_copied_16_bytes_at_a_time(target, variant, unit, num_copies):
         assert stored == {16: wide}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_amd_variants_do_not_spill(variant, unit):

@@ -171,8 +171,8 @@ BAD_ENTRY = {
     "has no facts, fields": {"facts": None, "fields": None},
     "device_kind=3 must be a string": {"device_kind": 3},
     "facts must be an object": {"facts": 3},
-    "operation 'attention' must be one of page_attention, ragged_page_attention, write_kv_cache: "
-    "did you mean 'page_attention'?": {"operation": "attention"},
+    "operation 'attention' must be one of page_attention, ragged_page_attention, write_kv_cache, "
+    "copy_kv_cache: did you mean 'page_attention'?": {"operation": "attention"},
     "backend 'tritn' must be one of mosaic_gpu, triton, pallas, xla: did you mean 'triton'?":
         {"backend": "tritn"},
     "facts: fact 'num_seq' must be one of num_seqs, num_heads": {"facts": {"num_seq": 2}},

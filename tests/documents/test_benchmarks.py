@@ -356,12 +356,17 @@ def test_tables_of_ragged_batches_and_writes(report):
         ("latent, 16 heads", "ejk"): line(100.0),
         ("latent, 16 heads: verification of 4", "ejk triton"): line(120.0),
         ("write 64, HND", "ejk"): {"device_us": 3.5, "gb_per_s": 100.0, "of_ceiling": 0.25},
+        ("copy 64 slots, HND", "ejk"): line(2.5, gb_per_s=1200.0, of_ceiling=0.5),
+        ("copy 64 slots, HND", "xla"): line(4.0),
+        ("copy 16 pages, HND", "ejk"): {"failed": "ValueError: too large"},
     }
     table = ragged_report.against_parts_table(lines)
     assert "| mixed, page 16 | 540.0 | 630.0 | 300.0 + 400.0 | 0.77 |" in table
     assert "| latent, 16 heads: verification of 4 | - | 120.0 | 100.0 | 1.20 |" in table
     assert "verification of 8" not in table.split("|---")[-1]
     assert "| write 64, HND | 3.50 | 100 | 25.0% |" in report.write_table(lines)
+    assert "| copy 64 slots, HND | 2.50 | 1,200 | 50.0% | 4.0 |" in report.copy_table(lines)
+    assert "copy 16" not in report.copy_table(lines) and report.copy_table({}) == ""
 
 
 def test_table_of_splits(report):

@@ -33,7 +33,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @copier_edge
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -61,7 +61,7 @@ def test_ids_outside_copy_nothing_whatever_their_type(entry, unit):
         assert_copied(case, entry(case))
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @copier_edge
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,7 +13,9 @@ BLOCK_BYTES = 8192
 ENOUGH_PROGRAMS, MAX_COPIES = 1024, 64
 # Programs that compare, so that not each of them loads all slots or pages; copies of one at most.
 COMPARING_PROGRAMS, MAX_COMPARING = 256, 16
-COMPARISONS = 1024  # at a time on a warp: 32 registers of a thread
+# At a time on a warp: 32 registers of a thread. What AMD's wavefronts compare takes two scalar
+# registers each, and with more of them some are spilled.
+COMPARISONS, AMD_COMPARISONS = 1024, 256
 # Above it the comparisons of every copy with every other one would take as long as the copies.
 MAX_COMPARED = 8192
 # Elements of a unit, so that a block past its end still has a number of 32 bits.
@@ -26,6 +28,7 @@ class CopySizes(NamedTuple):
     copies: int
     block: int  # elements of a unit
     comparing: int  # copies of a program of the first launch
+    others: int  # that it compares them with at a time
     num_warps: int
 
     @classmethod
@@ -39,7 +42,10 @@ class CopySizes(NamedTuple):
         comparing = min(power_of_two(-(-problem.num_copies // COMPARING_PROGRAMS)), MAX_COMPARING)
         # No more threads than copy 16 bytes each.
         warps = copies * block * itemsize // (16 * target.warp_size)
-        return cls(copies, block, comparing, min(4, max(1, warps)))
+        num_warps = min(4, max(1, warps))
+        at_once = (AMD_COMPARISONS if target.is_amd else COMPARISONS) * num_warps // comparing
+        others = min(at_once, max(32, power_of_two(problem.num_copies)))
+        return cls(copies, block, comparing, others, num_warps)
 
     def grid(self, problem: CopyKVCacheProblem) -> int:
         return -(-problem.num_copies // self.copies) * -(-unit_of(problem) // self.block)
@@ -65,11 +71,10 @@ class CopySizes(NamedTuple):
         return self.constants(problem) | {"BLOCK_COPIES": self.copies, "BLOCK": self.block}
 
     def staging(self, problem: CopyKVCacheProblem) -> dict[str, Any]:
-        at_once = COMPARISONS * self.num_warps // self.comparing
         return self.constants(problem) | {
             "IS_COMPARED": is_compared(problem),
             "BLOCK_COPIES": self.comparing,
-            "BLOCK_OTHERS": min(at_once, max(32, power_of_two(problem.num_copies))),
+            "BLOCK_OTHERS": self.others,
             "BLOCK": max(16, self.block // self.comparing),
         }
 
