@@ -76,6 +76,8 @@ def _static(name: str, value: Any) -> str:
 
 
 def _array_mend(name: str, value: Any) -> str:
+    if name == "prefix_groups":
+        return "pass (groups, num_pages), two integer arrays"
     if isinstance(value, list | tuple):
         if name.endswith("_cache") and len(value) == 2:
             return "pass the two pools as key_cache and value_cache"

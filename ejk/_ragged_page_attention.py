@@ -194,9 +194,9 @@ def ragged_page_attention(
     A row that sees no token, such as one with `t < 0`, is exactly 0, its LSE the sink or -inf. A
     row of no sequence is 0, its LSE -inf. What is said of bad table entries, of memory that no
     visible token owns and of accumulation in float32 is that of `ejk.page_attention`. Among new
-    tokens of one sequence, a value that is not finite may reach rows that do not see it. Has
-    first derivatives in reverse mode, as `ejk.page_attention` has. Batches under `vmap`, one call
-    after another.
+    tokens of one sequence, or of a group that shares its first pages, a value that is not finite
+    may reach rows that do not see it. Has first derivatives in reverse mode, as
+    `ejk.page_attention` has. Batches under `vmap`, one call after another.
 
     With `axis_name` the pages are split over devices as `ejk.page_attention` says; the one
     `all_gather` is of `total_tokens * num_heads * (value_head_dim + 1)` float32 a device. Queries

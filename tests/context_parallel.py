@@ -42,7 +42,7 @@ FEW = CONFIGURATIONS[1:2]  # what every backend takes
 EDGES = build(
     CONFIGURATIONS[0], np.array([0, 1, 36, 23], np.int32), window=INT32_MAX, invalid=0.2, seed=4
 )  # fmt: skip
-STATIC = ("cache_layout", "attn_logits_soft_cap", "value_head_dim", "num_splits")
+STATIC = ("cache_layout", "attn_logits_soft_cap", "value_head_dim", "num_splits", "causal")
 
 
 @dataclasses.dataclass(frozen=True)

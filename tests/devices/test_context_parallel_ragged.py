@@ -37,6 +37,11 @@ def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 
 
+@each_case(ragged_cases(CONFIGURATIONS[:1], extras=(), causal=False), share=0.5, entries=RAGGED)
+def test_without_a_causal_mask_agrees_with_the_oracle(entry, case):
+    assert_close(case, *entry(case))
+
+
 @each_case(ragged_cases(FEW, extras=()), share=0.3, entries=RAGGED)
 def test_unread_memory_changes_no_bit(entry, case):
     bits_equal(entry(case), entry(case.with_other_junk(seed=1)))
@@ -61,7 +66,8 @@ def test_windows_that_cross_devices(entry, window):
 
 @each_entry
 @counted
-def test_hostile_lengths_and_bounds(entry):
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "not causal"])
+def test_hostile_lengths_and_bounds(entry, causal):
     """More new tokens than tokens, falling bounds, lengths and ids that nothing has."""
     for lens, bounds in (
         ([3, 0, -1, INT32_MAX], [0, 6, 7, 9, TOTAL]),
@@ -69,7 +75,8 @@ def test_hostile_lengths_and_bounds(entry):
     ):
         bounds = np.array(bounds, np.int32)
         case = build_ragged(
-            CONFIGURATIONS[0], np.array(lens, np.int32), bounds, window=jnp.int32(5), invalid=0.3
+            CONFIGURATIONS[0], np.array(lens, np.int32), bounds, window=jnp.int32(5), invalid=0.3,
+            causal=causal,
         )  # fmt: skip
         assert_close(case, *entry(case))
         out, lse = entry(case.replace(options=case.options | {"sliding_window": jnp.int32(0)}))

@@ -29,6 +29,7 @@ def test_ragged_batches_are_checked_and_timed(tmp_path):
     path = tmp_path / "ragged.jsonl"
     batches = [f"{name}, page 16" for name in ("mixed", "mixed: its decodes", "prefill 8 x 4,096")]
     batches += [f"{batches[2]}, soft cap", "latent: verification of 4"]
+    batches += ["4 new, one group on 16,384, page 16"]
     run("ragged.py", "--output", str(path), "--batch", *batches)
     lines = {(line["workload"], line["contender"]): line for line in lines_of(path)}
     dense = batches[2], "cuDNN dense, contiguous"
@@ -36,6 +37,7 @@ def test_ragged_batches_are_checked_and_timed(tmp_path):
         *((batch, "ejk triton") for batch in batches),
         *((f"{batch}: layers", "ejk triton") for batch in batches[2:3]),
         (batches[1], "ejk page_attention"),
+        (batches[5], "ejk triton, prefix_groups"),
         dense,
     }
     assert lines.pop((f"{batches[2]}: layers", "ejk triton"))["wall_us_per_layer"] > 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bits import bits_equal
 from edges import SMALL, config
-from entries import RAGGED, each_case, ragged_edge
+from entries import RAGGED, counted, each_case, each_of
 from hypothesis import strategies as st
 from ragged_strategies import EXTRAS, build_ragged, ragged_cases
 from strategies import FEATURES
@@ -21,11 +21,18 @@ LENS = np.array([48, 40, 5, 49, 33, 17, 35, 47, 40])
 BOUNDS = np.array([0, 1, 4, 4, 5, 7, 8, 9, 11, 12])
 GROUPS = np.array([0, 0, -1, 0, 1, 1, 1, 0, 7]), np.array([2, 1])
 """Of four that share two pages, and of three that share one."""
+SHARING = [entry for entry in RAGGED if hasattr(entry.backend, "least_saved_bytes")]
+"""Mosaic GPU leaves groups out of account: drawn calls show it, and its interpreter is slow."""
+
+
+def each_sharing(body):
+    """Run a test of `entry` on each backend that reads a prefix once."""
+    return each_of(SHARING)(counted(body))
 
 
 def sharing(entry):
     """The backend, but one that reads every group's prefix once, whether that pays or not."""
-    if not hasattr(entry.backend, "least_saved_bytes"):
+    if entry not in SHARING:
         return entry
     backend = dataclasses.replace(entry.backend, least_saved_bytes=0)
     return dataclasses.replace(entry, backend=backend)
@@ -62,9 +69,9 @@ TABLES = {
     "that name no page": lambda tables: alter(tables, [0, 1, 3, 7], 0, -1),
     "of which one names no page": lambda tables: alter(tables, 3, 0, 2**31 - 1),
 }
-NUMBERS = {
+NUMBERS = {  # of one shape: one program runs them all
     "as they are": GROUPS,
-    "of one each": (np.arange(9), np.full(9, 2)),
+    "of one each": (np.arange(9), np.array([2, 2])),
     "longer than a sequence": (GROUPS[0], np.array([3, 2**31 - 1])),
     "hostile": (np.array([0, 0, 2**40, 0, -(2**40), 1, 1, 0, 2]), np.array([2, -(2**33)])),
 }
@@ -89,7 +96,7 @@ def grouped_case(features=(), extras=(), **changes):
 
 
 @pytest.mark.one_in(3)
-@ragged_edge
+@each_sharing
 @pytest.mark.parametrize("call", CALLS)
 def test_groups_change_nothing(entry, call):
     """Whether tables agree about what is said to be shared, or not; with NaN in what is unread."""
@@ -106,7 +113,7 @@ def test_groups_change_nothing(entry, call):
         )
 
 
-@ragged_edge
+@each_sharing
 def test_wrong_groups_change_nothing(entry):
     entry = sharing(entry)
     case = grouped_case(dtype=entry.dtype)

@@ -48,7 +48,12 @@ RANK_AND_KIND = {
     "groups alone": (
         {"prefix_groups": zeros(2, dtype=np.int32)},
         "prefix_groups=int32[2] must be a pair of integer arrays, groups [num_seqs] and num_pages "
-        "[num_groups] or None",
+        "[num_groups] or None; pass (groups, num_pages), two integer arrays",
+    ),
+    "groups in a list": (
+        {"prefix_groups": [zeros(2, dtype=np.int32), zeros(1, dtype=np.int32)]},
+        "prefix_groups=[int32[2], int32[1]] must be a pair of integer arrays, groups [num_seqs] "
+        "and num_pages [num_groups] or None; pass (groups, num_pages), two integer arrays",
     ),
     "a number for a truth": ({"causal": 0}, "causal=0 must be a bool"),
     "a bound on the device": ({"max_q_len": jnp.int32(1)}, "max_q_len="),
