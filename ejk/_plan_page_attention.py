@@ -58,9 +58,9 @@ def plan_page_attention(
     make one plan a step, one for each distinct window, and hand it to every layer's call.
 
     A plan is a hint. Other backends do without, as do calls with `num_splits >= 1`, with
-    `split_tokens`, of one sequence, or of short contexts. A plan made for other lengths, another
-    GPU, or another window that only the device knows, is slow, never wrong: calls attend to what
-    their own lengths and window show.
+    `split_tokens`, of one sequence, or of short contexts. A plan made for other lengths or tables,
+    another GPU, or another window that only the device knows, is slow, never wrong: calls attend to
+    what their own lengths and window show.
 
     Args:
         context_lens: those of the calls.
@@ -72,11 +72,12 @@ def plan_page_attention(
         sliding_window: that of the calls.
         value_head_dim: of the values; `head_dim` if None.
         cache_dtype: of the pools, such as `key_cache.dtype`: more programs fit a multiprocessor on
-            quantised ones. The queries' if None. As the lengths, it may be wrong: calls are slower.
+            quantised ones, and fewer sequences of `prefix_groups` are read together on those or in
+            float32. 16-bit floats if None. As the lengths, it may be wrong: calls are slower.
         prefix_groups: those of the calls, as in `ejk.page_attention`, so that layers need not each
             find out which groups agree and pay. Must come with `block_tables`.
-        block_tables: those of the calls: what is shared is compared once, here. Looked at for
-            `prefix_groups` alone.
+        block_tables: those of the calls, or of one of their layers. Looked at for `prefix_groups`
+            alone. As the lengths, they may be others: a call shares no page that its own do not.
         backend: that of the calls: an `ejk.TritonPageAttention` says for which GPU to plan where
             none is present.
 
@@ -126,10 +127,11 @@ def plan_page_attention(
     candidates = _registry.choose(backend, PageAttentionProblem, BACKENDS).backends
     own = (b.planner for b in candidates if isinstance(b, PageAttentionBackend))
     planners = (*filter(None, own), XlaPlan())
-    is_quantised = False
+    is_quantised = is_float32 = False
     if cache_dtype is not None:
         is_quantised = check_cache_dtype("cache_dtype", cache_dtype).is_quantised
-    problem = planners[0].plan_problem(facts, width, is_quantised, groups)
+        is_float32 = jnp.dtype(cache_dtype) == jnp.float32
+    problem = planners[0].plan_problem(facts, width, is_quantised, groups, is_float32)
     if 0 in (facts.num_seqs, facts.capacity):
         return PageAttentionPlan(jnp.zeros(problem.results[0].shape, jnp.int32), problem, facts)
     operands = PlanOperands(

@@ -33,7 +33,8 @@ class SharedCase:
                 context_lens=self.context_lens, num_heads=self.query.shape[1],
                 num_kv_heads=self.key_cache.shape[1], head_dim=self.query.shape[2],
                 page_size=self.key_cache.shape[2], max_blocks=tables.shape[1],
-                prefix_groups=self.prefix_groups, block_tables=tables, backend=backend,
+                cache_dtype=self.key_cache.dtype, prefix_groups=self.prefix_groups,
+                block_tables=tables, backend=backend,
             ) | changes
         )  # fmt: skip
 

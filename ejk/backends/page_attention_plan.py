@@ -201,5 +201,6 @@ class PlanBackend(Backend):
         value_head_dim: int,
         is_quantised: bool,
         num_prefix_groups: Size = 0,
+        is_float32: bool = False,
     ) -> PlanProblem:
         """Say which work there may be in the calls of these facts, and how it is dealt out."""

@@ -307,9 +307,10 @@ def test_planning_does_not_spill(target, num_seqs):
     sizes, *_ = compile_for(target, {"num_seqs": num_seqs})
     assert sizes.plan is not None
     block_seqs, num_warps = plan_blocks(num_seqs)
+    names = ("context_lens_ptr", "sliding_window_ptr", "floors_ptr", "places_ptr", "work_ptr")
     program = offline.compile_cuda(
         page_attention_plan_kernel,
-        {"context_lens_ptr": "int32", "sliding_window_ptr": "int32", "work_ptr": "int32"},
+        dict.fromkeys(names, "int32"),
         plan_constants(sizes.plan, block_seqs),
         target,
         num_warps=num_warps,

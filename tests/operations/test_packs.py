@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from memory_checker import RaceError, memory_checked
 from packs import INTERPRETED, packs_oracle, shared_case
 from test_plan import machine_of, triton_plan, xla_plan
+from test_triton_compile import LLAMA, gpu_of, of_dtype
 from test_triton_seeded_bugs import replace
 
 import ejk
 from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
 from ejk.backends.triton.page_attention.plan import TritonPlan
+from ejk.backends.triton.page_attention.sizes import Sizes
 
 HEADS, DIM = (8, 2), 16
 PACKED = (  # groups, pages that each shares, own tokens
@@ -92,6 +94,43 @@ def test_a_plan_for_other_lengths_is_never_wrong():
         with memory_checked():
             found = jax.block_until_ready(other.attend(INTERPRETED, plan=plan))
         agree(other, found)
+
+
+@pytest.mark.fast
+def test_a_plan_for_other_tables_is_never_wrong():
+    """None of a group reads what its own table does not name."""
+    case = packed_case(0)
+    plan = case.plan(INTERPRETED)
+    random = np.random.default_rng(0)
+    for i in range(3):
+        tables = case.block_tables.copy()
+        if i < 2:  # of one member one entry, of the first to the last that is shared
+            tables[(0, 2)[i], (0, 19)[i]] = tables[4, 3]
+        else:  # rows of another batch
+            tables = tables[random.permutation(len(tables))]
+            lens = np.sort(case.context_lens)[:1].repeat(len(tables))
+            case = dataclasses.replace(case, context_lens=lens)
+        other = dataclasses.replace(case, block_tables=tables)
+        with memory_checked():
+            found = jax.block_until_ready(other.attend(INTERPRETED, plan=plan))
+        agree(other, found)
+
+
+@pytest.mark.fast
+def test_a_plan_whose_packs_do_not_fit_is_left_out():
+    """64 rows of float32 spill by the kilobyte, and latent attention's blocks begin at pages."""
+    plan = plan_of(64, 1, 4096)
+    for name, members in (("bfloat16", 16), ("float32", 0)):
+        problem = dataclasses.replace(LLAMA, **of_dtype(name), plan=plan)
+        sizes = Sizes.of(problem, ejk.TritonPageAttention(), gpu_of("sm_90"))
+        assert plan.members == 16 and sizes.plan and sizes.plan.members == members
+    case = packed_case(0)
+    plan = case.plan(INTERPRETED, cache_dtype=jnp.bfloat16)
+    agree(case, case.attend(INTERPRETED, plan=plan))
+    latent, values = dataclasses.replace(case, value_cache=None), {"value_head_dim": DIM}
+    plan = latent.plan(INTERPRETED)
+    assert plan.problem.packs is not None
+    agree(latent, latent.attend(INTERPRETED, plan=plan, **values), **values)
 
 
 def test_whatever_a_plan_says_nothing_outside_is_touched():

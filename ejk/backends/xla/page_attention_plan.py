@@ -28,6 +28,7 @@ class XlaPlan(XlaBackend, PlanBackend):
         value_head_dim: int,
         is_quantised: bool,
         num_prefix_groups: Size = 0,
+        is_float32: bool = False,
     ) -> PlanProblem:
         """Plan an order, longest first: nobody is known who takes contexts in pieces."""
         has_window = facts.sliding_window is not None

@@ -85,6 +85,8 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         from ejk.backends.triton.page_attention.kernel import page_attention_kernel
 
         sizes = Sizes.of(problem, self, target)
+        if sizes.plan != problem.plan:
+            operands = operands._replace(plan=None)
         work = work_of(sizes.plan, operands, call)
         out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
         part_out, part_lse, out, lse = call(

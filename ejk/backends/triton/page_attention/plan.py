@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ejk._indices import Size, is_static, least
 from ejk.backends.gpu import H100, Target
 from ejk.backends.page_attention import PageAttentionOperands
-from ejk.backends.page_attention_packs import Packs
+from ejk.backends.page_attention_packs import Packs, for_tables
 from ejk.backends.page_attention_plan import (
     PlanBackend,
     PlanFacts,
@@ -69,6 +69,7 @@ class TritonPlan(TritonBackend, PlanBackend):
         value_head_dim: int,
         is_quantised: bool,
         num_prefix_groups: Size = 0,
+        is_float32: bool = False,
     ) -> PlanProblem:
         group = facts.num_heads // facts.num_kv_heads
         target = self.target(self.platforms[0])
@@ -101,6 +102,7 @@ class TritonPlan(TritonBackend, PlanBackend):
                 value_head_dim=value_head_dim,
                 is_alike=window is None and not is_latent,
                 is_quantised=is_quantised,
+                is_float32=is_float32,
                 target=target,
                 least_saved_bytes=self.least_saved_bytes,
             ),
@@ -179,7 +181,9 @@ def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Cal
     if plan is None:
         return None  # XLA drops a plan that nobody reads
     if operands.plan is not None:
-        return operands.plan
+        if plan.packs is None:
+            return operands.plan
+        return for_tables(plan, operands.plan, operands.block_tables)
     given = PlanOperands(
         operands.context_lens,
         operands.sliding_window,

@@ -68,6 +68,7 @@ class Sizes:
         blocks: DecodeBlocks | None = None,
     ) -> "Sizes":
         """Cut a problem for blocks that are given, or those that are best for the kernel."""
+        problem = _with_plan_that_fits(problem, tuning, target)
         is_invariant = bool(problem.num_splits or tuning.split_tokens)
         if blocks is None:
             programs = problem.num_seqs * _each(problem, rows_of(problem, problem.group, target))
@@ -210,6 +211,20 @@ def _sharing(problem: PageAttentionProblem, tuning: Tuning, target: Target) -> S
         target=target,
         least_saved_bytes=tuning.least_saved_bytes,
     )
+
+
+def _with_plan_that_fits(
+    problem: PageAttentionProblem, tuning: Tuning, target: Target
+) -> PageAttentionProblem:
+    """Leave out a plan with larger packs than the call has room for, or that may have none.
+
+    It was not told of what types the call is, or that its values are in its keys.
+    """
+    if problem.plan is None or problem.plan.packs is None:
+        return problem
+    sharing = _sharing(dataclasses.replace(problem, num_prefix_groups=1), tuning, target)
+    fits = sharing is not None and problem.plan.members <= sharing.members
+    return problem if fits else dataclasses.replace(problem, plan=None)
 
 
 def _strided_parts(problem: PageAttentionProblem, blocks: DecodeBlocks, target: Target) -> int:
