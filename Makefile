@@ -56,7 +56,7 @@ demo: $(VENV)/.demo-$(ACCELERATOR)
 	@JAX_PLATFORMS=$(PLATFORMS) $(PY) examples/generate.py $(ARGS)
 
 engine: $(VENV)/.demo-$(ACCELERATOR)
-	@JAX_PLATFORMS=$(PLATFORMS) $(PY) examples/serve.py $(ARGS)
+	@JAX_PLATFORMS=$(PLATFORMS) $(PY) examples/engine.py $(ARGS)
 
 test: $(VENV)/.test
 	@$(PY) -m pytest -n auto --tier fast $(ARGS)

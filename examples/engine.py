@@ -4,6 +4,8 @@
     engine.submit(prompt, Sampling(temperature=0.8, seed=1))
     for request, token in engine.stream(): ...
 
+`python examples/engine.py` answers several messages at once, `--help` lists what can be varied.
+
 `Engine.submit` takes a request at any time, and `Engine.step` computes one batch: the next token of
 every sequence that writes, its drafts, and the next chunk of prompts that are being read, in one
 call of `ejk.ragged_page_attention` a layer. `ejk.paging.PageManager` says which page is whose. The
@@ -34,6 +36,7 @@ from paged_decode import CacheLayout, CacheSpec, Pools, write
 import ejk
 from ejk.paging import Batch, BatchInputs, OutOfPagesError, PageManager, PrefixGroups
 
+TINY = float(np.finfo(np.float32).tiny)  # devices take what is smaller for 0
 LEAST_TOKENS, GROWTH = 8, 4  # a step has 8, 32, 128, ... rows: few programs, some of them padding
 
 
@@ -42,7 +45,7 @@ class BadRequestError(ValueError):
 
 
 def is_integer(x: object, least: int, end: float = math.inf) -> bool:
-    return isinstance(x, int | np.integer) and least <= x < end
+    return isinstance(x, int | np.integer) and bool(least <= x < end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,13 +449,14 @@ def choose(logits: jax.Array, picks: Picks) -> jax.Array:
         return jax.random.gumbel(key, logits.shape[1:], logits.dtype)
 
     def draw() -> jax.Array:
-        is_drawn = picks.temperatures > 0
-        scaled = logits / jnp.where(is_drawn, picks.temperatures, 1)[:, None]
+        # Below the largest one, as logits over a temperature of 1e-38 would overflow.
+        below = logits - logits.max(axis=-1, keepdims=True)
+        scaled = below / jnp.maximum(picks.temperatures, TINY)[:, None]
         kept = jax.lax.cond(
             (picks.top_ps < 1).any(), lambda: nucleus(scaled, picks.top_ps), lambda: scaled
         )
         drawn = jnp.argmax(kept + jax.vmap(noise)(picks.seeds, picks.positions), axis=-1)
-        return jnp.where(is_drawn, drawn.astype(jnp.int32), greedy)
+        return jnp.where(picks.temperatures > 0, drawn.astype(jnp.int32), greedy)
 
     return jax.lax.cond((picks.temperatures > 0).any(), draw, lambda: greedy)
 
@@ -465,5 +469,13 @@ def nucleus(logits: jax.Array, top_ps: jax.Array) -> jax.Array:
     weights = jax.nn.softmax(logits, axis=-1)
     ordered = jnp.sort(weights, axis=-1, descending=True)
     before = jnp.cumsum(ordered, axis=-1) - ordered
-    least = jnp.min(ordered, axis=-1, where=before < top_ps[:, None], initial=1.0)
+    is_kept = before < jnp.maximum(top_ps, TINY)[:, None]
+    least = jnp.min(ordered, axis=-1, where=is_kept, initial=1.0)
+    least = jnp.where(top_ps < 1, least, 0)  # rounded, the likeliest ones may weigh 1 already
     return jnp.where(weights >= least[:, None], logits, -jnp.inf)
+
+
+if __name__ == "__main__":
+    import serve
+
+    serve.run(serve.main)

@@ -53,7 +53,10 @@ def step(
         where = inputs.context_lens, inputs.block_tables
         if is_decode:
             return ejk.page_attention(query, *cache, *where, prefix_groups=groups), cache
-        return ejk.ragged_page_attention(query, *cache, *where, inputs.cu_q_lens), cache
+        out = ejk.ragged_page_attention(
+            query, *cache, *where, inputs.cu_q_lens, prefix_groups=groups
+        )
+        return out, cache
 
     logits, cache = forward(config, params, inputs.tokens, inputs.positions, attend, cache)
     return logits[jnp.maximum(inputs.cu_q_lens[1:] - 1, 0)], cache
@@ -102,7 +105,7 @@ def rollouts(
     numbers, logits = np.arange(group), jnp.repeat(logits[:1], group, axis=0)
     all_tokens = np.zeros((group, num_new), np.int32)
     all_log_probs, mask = all_tokens.astype(np.float32), all_tokens.astype(np.bool_)
-    most_pages = 0
+    most_pages = manager.statistics().used_pages
     for new in range(num_new):
         drawn = sample(jax.random.key(seed), numbers, new, logits[: len(numbers)], temperature)
         tokens, log_probs = map(np.asarray, drawn)

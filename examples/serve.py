@@ -1,9 +1,9 @@
 """Let a real language model answer several messages at once, through the engine of `engine.py`.
 
-    python examples/serve.py                               four messages of its own
-    python examples/serve.py "Why is the sky blue?" --temperature 0.8 --drafts 4
-    python examples/serve.py --backend triton --interpret --max-new-tokens 8
-    python examples/serve.py --num-pages 20 --max-seqs 2   too few pages for all: some wait
+    python examples/engine.py                              four messages of its own
+    python examples/engine.py "Why is the sky blue?" --temperature 0.8 --drafts 4
+    python examples/engine.py --backend triton --interpret --max-new-tokens 8
+    python examples/engine.py --num-pages 20 --max-seqs 2   too few pages for all: some wait
 
 Under the texts a line says how it goes.
 """

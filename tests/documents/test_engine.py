@@ -156,9 +156,11 @@ INTERPRETED = {
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_kernels_serve_the_same(name, monkeypatch):
     """Prompts in chunks, trees of drafts, pages that are reused and that run out."""
-    # All steps are of one size: with a tree mask or without.
+    # All steps are of one size, with a tree mask or without: 32 rows, and as many sequences, which
+    # a step of one token each has in any case.
     monkeypatch.setattr(engine, "LEAST_TOKENS", 32)
-    sizes = SIZES | dict(num_pages=9, prefill_chunk=1 + DRAFTS, num_drafts=DRAFTS)
+    few = dict(num_pages=9, prefill_chunk=1 + DRAFTS, num_drafts=DRAFTS)
+    sizes = SIZES | few | dict(max_seqs=32)
     monkeypatch.setattr(engine, "look_up", knowing(random.Random(0)))
     attention, write = INTERPRETED[name]
     backends = dict(
@@ -170,7 +172,8 @@ def test_interpreted_kernels_serve_the_same(name, monkeypatch):
         monkeypatch.setattr(engine.Batch, "prefix_groups", lambda batch: None)
     made = Poisoned(MODEL, **sizes, **backends)
     first = made.submit(*REQUESTS[0])
-    made.step(), made.step()  # the prompt: the next request finds its beginning
+    for _ in range(2):
+        made.step()  # the prompt: the next request finds its beginning
     chosen = [REQUESTS[i] for i in (1, 2, 4)]
     assert [serve_all(made, chosen), [first.output]] == [expected(chosen), expected()[:1]]
     statistics = made.manager.statistics()
@@ -411,6 +414,16 @@ def test_the_nucleus_is_the_fewest_tokens_that_weigh_enough():
     for top_p, kept in ((0.1, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 4), (1.0, 4)):
         left = engine.nucleus(jnp.asarray(logits), np.array([top_p], np.float32))
         assert np.isfinite(left).sum() == kept  # the last two are alike: both or none
+
+
+def test_the_ends_of_what_may_be_asked_for():
+    logits = jnp.asarray(np.random.normal(size=(3, 20_000)), jnp.float32)
+    likeliest = logits.argmax(1)
+    for temperature, top_p in ((1e-38, 1.0), (1e-44, 0.5), (1.0, 1e-44)):
+        assert (engine.choose(logits, picks(3, temperature, top_p)) == likeliest).all()
+    # 1 leaves nothing out, though rounded sums may reach 1 early: another row asks for less.
+    kept = np.isfinite(engine.nucleus(3 * logits, np.array([1, 0.5, 1], np.float32))).sum(1)
+    assert kept[0] == kept[2] == 20_000 > kept[1]
 
 
 # Drafts.
