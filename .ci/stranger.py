@@ -90,8 +90,10 @@ class Stranger:
         assert str(self.folder) in where, f"{where} is not the wheel's"
 
     def doctor(self) -> None:
-        # 1: there is something to install, as on a machine without a GPU.
-        print(self.run("-m", "ejk", "doctor", codes=(0, 1)), end="")
+        # 1 where there is an accelerator, which JAX_PLATFORMS hides from all of this.
+        said = self.run("-m", "ejk", "doctor", codes=(0, 1))
+        print(said, end="")
+        assert ("Nothing is to be mended." in said) != ("  mend: " in said)
 
     def tutorial(self) -> None:
         blocks = BLOCK.findall(TUTORIAL.read_text())

@@ -42,8 +42,9 @@ def load_tuning(path: str | os.PathLike[str]) -> None:
     have all its facts. It is used where `ejk` chooses that backend, and for a plain
     `ejk.TritonPageAttention()` or its like. A backend of which the caller set a field keeps all of
     them, and a call whose bits must not follow from its batch, `num_splits >= 1`, its own blocks.
-    Fields that cannot run a call are not used. The file that was loaded last is asked first.
-    Programs that were traced before are traced anew.
+    Fields that cannot run a call are not used. The file that was loaded last is asked first; what
+    it held when it was loaded before is forgotten. Programs that were traced before are traced
+    anew.
 
     Args:
         path: a file that `python -m ejk tune` has written.
@@ -60,7 +61,7 @@ def load_tuning(path: str | os.PathLike[str]) -> None:
         >>> ejk.load_tuning(path)
     """
     table, before = _read(path), _tuning.of_process()
-    _tuning.set_process((table, *(other for other in before if other is not table)))
+    _tuning.set_process((table, *(other for other in before if other.path != table.path)))
 
 
 @contextmanager

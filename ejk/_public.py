@@ -8,7 +8,8 @@ def publish(package: dict[str, Any], hidden: Collection[str] = ()) -> list[str]:
     """Return the names that a package offers, and have functions and classes say that it is theirs.
 
     `help()`, a traceback and a pickle then read `ejk.page_attention`, not the name of a module that
-    may change.
+    may change. The price: `inspect.getsource` looks for a class in the module that `__module__`
+    names, and does not find it; of a function, and of a class's methods, it finds the source.
 
     Args:
         package: the namespace of the package, `globals()`. What it has imported from elsewhere, and

@@ -60,7 +60,8 @@ def shape_of(text: str) -> Shape:
     if text in MODELS:
         return MODELS[text]
     parts = text.split("/")
-    if len(parts) not in (3, 4) or not all(part.isdecimal() and int(part) for part in parts):
+    sizes = all(part.isdecimal() and len(part) < 10 and int(part) for part in parts)
+    if len(parts) not in (3, 4) or not sizes:
         raise ValueError(
             f"{text!r} must be heads/kv_heads/head_dim, as 32/8/128, with /value_head_dim of a "
             f"latent cache, or one of {', '.join(MODELS)}{did_you_mean(text, MODELS)}"
@@ -170,27 +171,28 @@ class Batch:
             scale = jax.ShapeDtypeStruct(pool[:-1], jnp.float32)
             given["key_scale"] = scale if static else jnp.full(scale.shape, 1 / 40, jnp.float32)
             given["value_scale"] = None if latent else given["key_scale"]
-        integers: Callable[[Any], Any] = _type_of if static else jnp.asarray
+
+        def integers(shape: tuple[int, ...], make: Callable[[], Any]) -> Any:
+            return array(shape, jnp.int32) if static else jnp.asarray(make(), jnp.int32)
+
+        order = np.random.default_rng(0).permutation
         if self.operation == "write":
-            slots = np.random.default_rng(0).permutation(self.num_pages * self.page_size)
-            given |= {"key": rows, "value": None if latent else rows}
-            return given | {"slot_mapping": integers(slots[: self.num_tokens].astype(np.int32))}
-        tables = np.random.default_rng(0).permutation(self.num_pages).astype(np.int32)
+            num_slots = self.num_pages * self.page_size
+            slots = integers((self.num_tokens,), lambda: order(num_slots)[: self.num_tokens])
+            return given | {"key": rows, "value": None if latent else rows, "slot_mapping": slots}
+        table = (self.num_seqs, self.max_blocks)
         given |= {
             "query": rows,
-            "context_lens": integers(np.full(self.num_seqs, self.context, np.int32)),
-            "block_tables": integers(tables.reshape(self.num_seqs, self.max_blocks)),
+            "context_lens": integers(table[:1], lambda: np.full(self.num_seqs, self.context)),
+            "block_tables": integers(table, lambda: order(self.num_pages).reshape(table)),
         }
         if latent:
             given["value_head_dim"] = latent
         if self.operation == "ragged":
-            bounds = np.arange(self.num_seqs + 1, dtype=np.int32) * self.new_tokens
-            given |= {"cu_q_lens": integers(bounds), "max_q_len": self.new_tokens}
+            ends = self.num_seqs + 1
+            bounds = integers((ends,), lambda: np.arange(ends) * self.new_tokens)
+            given |= {"cu_q_lens": bounds, "max_q_len": self.new_tokens}
         return given
-
-
-def _type_of(x: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,5 +1,6 @@
 """The options that commands share, and the batch that they describe."""
 
+import dataclasses
 from collections.abc import Collection
 from typing import Annotated, Any
 
@@ -9,16 +10,21 @@ from ejk._backend import Backend
 from ejk._nearest import did_you_mean
 from ejk.cli._batch import CACHES, FLOATS, MODELS, OPERATIONS, Batch, shape_of
 
+LARGEST = 2**31 - 1
+
 Operation = Annotated[str, typer.Option(help=f"One of {', '.join(OPERATIONS)}.")]
 SHAPE_HELP = f"heads/kv_heads/head_dim, as 32/8/128, or one of {', '.join(MODELS)}."
 ShapeText = Annotated[str, typer.Option("--shape", help=SHAPE_HELP)]
 
 
 def positive(given: str | int) -> int:
-    """Return an integer; raise unless it is one of at least 1."""
-    if not str(given).isdecimal() or not int(given):
+    """Return an integer; raise unless it is one of at least 1 that an int32 holds."""
+    text = str(given)
+    if not text.isdecimal() or not text.strip("0"):
         raise typer.BadParameter(f"{given} must be an integer of at least 1")
-    return int(given)
+    if len(text) > 10 or int(text) > LARGEST:
+        raise typer.BadParameter(f"{text[:20]} must be at most {LARGEST:,}, what an int32 holds")
+    return int(text)
 
 
 NumSeqs = Annotated[int, typer.Option("--batch", parser=positive, help="Sequences.")]
@@ -80,18 +86,26 @@ def batch_of(
         raise typer.BadParameter(rule, param_hint="'--new-tokens'")
     name = f"{operation} {shape}, {num_seqs:,} x {context:,}"
     name += f", {new_tokens:,} new" * (new_tokens > 1)
-    return Batch(
+    batch = Batch(
         operation, name, found, num_seqs, context, new_tokens, page_size, dtype, cache or dtype
     )
+    if max(batch.num_pages, batch.num_tokens) > LARGEST or batch.pool_bytes >= 2**63:
+        rule = f"{num_seqs} x --context {context} must be at most {LARGEST:,} pages and new tokens"
+        raise typer.BadParameter(f"{rule}, and 2^63 bytes", param_hint="'--batch'")
+    return batch
 
 
-def fields_of(backend: Backend, given: Collection[str]) -> dict[str, Any]:
-    """Return fields that were given as `name=value`."""
+def with_fields(backend: Backend, given: Collection[str]) -> Any:
+    """Return a backend with fields that were given as `name=value`."""
     found: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise typer.BadParameter(f"{text!r} must be name=value", param_hint="'--set'")
         one_of("--set", name, backend.tunable)
-        found[name] = int(value) if value.isdecimal() else value
-    return found
+        is_int = value.removeprefix("-").isdecimal() and len(value) <= 10
+        found[name] = int(value) if is_int else value
+    try:
+        return dataclasses.replace(backend, **found)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="'--set'") from None

@@ -48,7 +48,7 @@ def traced(batch: Batch) -> Call:
 
 def for_target(backend: Backend, target: Target) -> Any:
     """Return a backend of Triton's or Mosaic's that compiles for a GPU; others as they are."""
-    if not isinstance(backend, TritonBackend) or target.is_amd:
+    if not isinstance(backend, TritonBackend) or target.is_amd or target.is_too_old:
         return backend
     fields = {"compute_capability": target.compute_capability}
     if "num_sms" in vars(backend):

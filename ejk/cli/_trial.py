@@ -53,6 +53,7 @@ class Trial(NamedTuple):
     runs: bool
     how: str
     mend: str = ""
+    failed: bool = False  # it raised, or its numbers are wrong: more than a refusal
 
 
 def trials(run: bool) -> Iterator[Trial]:
@@ -87,9 +88,11 @@ def trial(operation: str, backend: Backend, run: bool) -> Trial:
         error = relative_error(found, batch.call(**arguments, backend="xla"))
     except Exception as error:
         reason = " ".join(str(error).split())
-        return Trial(operation, backend.name, False, f"{type(error).__name__}: {reason}"[:300])
+        said = f"{type(error).__name__}: {reason}"[:300]
+        return Trial(operation, backend.name, False, said, failed=True)
     if not error < TOLERANCE:
-        return Trial(operation, backend.name, False, f"is wrong: off by {error:.1e} from XLA")
+        said = f"is wrong: off by {error:.1e} from XLA"
+        return Trial(operation, backend.name, False, said, failed=True)
     return Trial(operation, backend.name, True, f"{said}: first call {took:.1f} s")
 
 

@@ -42,7 +42,7 @@ def bench(
 
     Times of a GPU are how long it was busy, of other devices those of the clock. What a call moves
     is compared with the rate at which the device reads, or for writes copies, as many bytes in the
-    same run.
+    same run. The exit code is 1 where a backend of ejk fails or is wrong.
 
     Example: ejk bench --shape 4/2/64 --batch 2 --context 64
     """
@@ -74,6 +74,8 @@ def bench(
     if plot is not None:
         draw(plot, device.device_kind, found)
     print(json.dumps(result, indent=2) if as_json else text(device, found))
+    if any("failed" in line and line["contender"].startswith("ejk ") for line in found):
+        raise typer.Exit(1)
 
 
 def jobs_of(batch: Batch) -> dict[str, Callable[[], _runs.Run]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +26,8 @@ ISSUE = """\
 ```
 """
 
+REPORT = "ejk doctor --issue, and report it"
+
 
 def doctor(
     run: Annotated[
@@ -36,20 +38,38 @@ def doctor(
 ) -> None:
     """Say what runs on this machine, what does not, why, and the command that mends it.
 
-    The exit code is 1 where something is to be mended.
+    The exit code is 0 where nothing is to be mended, 1 where something is: a fault of the machine,
+    or a backend that fails. A backend that refuses is neither.
 
     Example: ejk doctor --no-run
     """
     machine = this_machine()
     found = [] if machine.platform is None else list(trials(run))
-    faults = diagnose(machine)
+    faults = [*diagnose(machine)]
+    faults += failures(machine, found, {fault.mend for fault in faults})
     if as_json:
         print(json.dumps(as_object(machine, found, faults), indent=2))
     elif issue:
         print(ISSUE.format(said=report(machine, found, faults)))
     else:
         print(report(machine, found, faults))
-    raise typer.Exit(1 if faults or any(trial.mend for trial in found) else 0)
+    raise typer.Exit(1 if faults else 0)
+
+
+def failures(machine: Machine, found: Sequence[Trial], known: Collection[str]) -> list[Diagnosis]:
+    """Return what trials add to the mends that are known.
+
+    On a CPU kernels are interpreted to be looked at: what is not installed for that is no fault.
+    """
+    added: dict[str, Diagnosis] = {}
+    for trial in found:
+        name = f"{trial.operation} {trial.backend}"
+        fault = f"{trial.operation} on {trial.backend}: {trial.how.removesuffix(f': {trial.mend}')}"
+        if trial.failed:
+            added[name] = Diagnosis(name, fault, REPORT)
+        elif trial.mend and trial.mend not in known and machine.platform != "cpu":
+            added.setdefault(trial.mend, Diagnosis(name, fault, trial.mend))
+    return list(added.values())
 
 
 def as_object(

@@ -11,9 +11,8 @@ from ejk.backends.triton._backend import TritonBackend
 from ejk.cli import _options, _pieces, _tpu
 from ejk.cli._batch import Batch
 from ejk.cli._devices import DEVICES, Device, device_of, gpu_target
+from ejk.cli._machine import this_machine
 from ejk.cli._output import Table, show
-
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 class Answer(NamedTuple):
@@ -27,7 +26,8 @@ class Answer(NamedTuple):
         pieces: its kernels: name, programs, and how the blocks of each are cut.
         moved_bytes: what the call has to read and write.
         flops: of its products.
-        floor_us: what the slower of both takes at the device's peaks; None of a CPU.
+        floor_us: what the slower of both takes at the device's peaks, which were not measured;
+            None of a CPU, and of a device whose peaks are not known.
         measured_us: what it took here.
     """
 
@@ -80,14 +80,11 @@ def explain(
 
 
 def named(device: str) -> tuple[str, Device | None]:
-    """Return a device's name and facts; None of a CPU, and of what the table does not know."""
+    """Return a device's name and facts; None of a CPU."""
     if device != "here":
         return device, DEVICES.get(device)
     here = jax.devices()[0]
-    known = device_of(here.device_kind)
-    if known and known.platform == "cuda":
-        known = known._replace(units=here.core_count)
-    return here.device_kind, known
+    return here.device_kind, device_of(here, this_machine().platform or "cpu")
 
 
 def answered(batch: Batch, name: str, device: Device | None) -> Answer:
@@ -100,13 +97,13 @@ def answered(batch: Batch, name: str, device: Device | None) -> Answer:
     choice = Choice(backends, automatic=True)
     refusals = {
         b.name: [f"runs on {platform} where it is asked for by name: nobody has run it there"]
-        if platform in b.only_if_asked
+        if platform in b.only_if_asked and platform in b.platforms
         else list(choice.refusals(b, call.problem, platform))
         for b in backends
     }
     chosen = next(backend for backend in backends if not refusals[backend.name])
     floor = None
-    if device:
+    if device and device.gb_per_s and device.tflops:
         floor = max(batch.moved_bytes / device.gb_per_s / 1e3, batch.flops / device.tflops / 1e6)
     return Answer(
         batch.name,
@@ -127,7 +124,7 @@ def pieces(chosen: Backend, call: _pieces.Call, device: Device | None) -> list[d
     if isinstance(chosen, TritonBackend):
         target = gpu_target(device.target, device.units)
         found = _pieces.launches(chosen, target, call)
-    elif device.platform == "tpu" and not _tpu.is_missing():
+    elif device.platform == "tpu" and device.target and not _tpu.is_missing():
         with _tpu.one_device(device.target):
             found = _pieces.pallas_launches(chosen, device.platform, call)
     else:
@@ -165,13 +162,15 @@ def text(answer: Answer, device: Device | None) -> str:
         lines += ["", show(Table(heads, rows))]
     gflop = answer.flops / 1e9
     lines += ["", f"it moves {answer.moved_bytes:,} bytes and takes {gflop:,.2f} GFLOP"]
-    if device and answer.floor_us:
+    if device and device.gb_per_s and device.tflops and answer.floor_us:
         is_memory = answer.moved_bytes / device.gb_per_s > gflop / device.tflops * 1e6
         bound = "memory" if is_memory else "products"
         lines.append(
             f"no program takes less than {answer.floor_us:,} us ({bound} at the data sheet's "
-            f"{device.gb_per_s:,} GB/s and {device.tflops:,} TFLOP/s)"
+            f"{device.gb_per_s:,} GB/s and {device.tflops:,} TFLOP/s; not measured)"
         )
+    elif device:
+        lines.append("the peaks of this board are not known here: ejk bench measures its memory")
     if answer.measured_us:
         rate = answer.moved_bytes / answer.measured_us / 1e3
         lines.append(f"measured here: {answer.measured_us:,} us, {rate:,.1f} GB/s")

@@ -52,6 +52,8 @@ def tune(
 
     Example: ejk tune tuning.json --shape 4/2/64 --batch 2 --context 64
     """
+    if output.is_dir():
+        raise typer.BadParameter(f"{output} must be a file: it is a folder", param_hint="'OUTPUT'")
     if not output.parent.is_dir():
         raise typer.BadParameter(f"the folder {output.parent} must exist", param_hint="'OUTPUT'")
     entries = read_entries(output)
@@ -115,8 +117,12 @@ class Trials:
             "device_kind": jax.devices()[0].device_kind,
         }
         self.expected: Any = None
-        lines = path.read_text().splitlines() if path.exists() else []
-        known = [line for line in map(json.loads, lines) if self.of.items() <= line.items()]
+        text = path.read_text() if path.exists() else ""
+        if text and not text.endswith("\n"):  # a search was stopped while it wrote
+            text = text[: text.rfind("\n") + 1]
+            path.write_text(text)
+        lines = map(json.loads, text.splitlines())
+        known = [line for line in lines if self.of.items() <= line.items()]
         self.known: dict[str, float | None] = {_name(x["fields"]): x["us"] for x in known}
 
     def us(self, fields: Fields) -> float | None:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -59,6 +60,8 @@ def test_no_command_prints_the_help():
     [
         ("bench --batch 0", "ejk bench: Invalid value for '--batch': 0 must be an integer of at"),
         ("bench --batch x", "'--batch': x must be an integer of at least 1"),
+        ("bench --batch 3000000000", "'--batch': 3000000000 must be at most 2,147,483,647"),
+        ("explain cpu --batch 2000000000", "'--batch': 2000000000 x --context 4096 must be at"),
         ("bench --shape 7/2/64", "num_heads=7 must be a multiple of num_kv_heads=2"),
         ("bench --shape lama-3-8b", "did you mean 'llama-3-8b'?"),
         ("bench --shape 8/1/64/128", "value_head_dim=128 must be at most head_dim=64"),
@@ -72,9 +75,12 @@ def test_no_command_prints_the_help():
         ("compile", "ejk compile: Missing argument 'target'"),
         ("compile sm_70", "'TARGET': 'sm_70' must be one of gfx942, sm_80"),
         ("compile sm_90 --set block_kv", "'--set': 'block_kv' must be name=value"),
+        ("compile sm_90 --set block_kv=abc", "Invalid value for '--set': "),
+        ("compile sm_90 --set block_kv=-1", "'--set': block_kv=-1 must be at least 16"),
         ("compile sm_90 --set blok_kv=64", "did you mean 'block_kv'?"),
         ("explain h300", "'DEVICE': 'h300' must be one of a100"),
         ("explain h100 --measure", "'--measure' runs on this machine's device, not on h100"),
+        ("tune .", "'OUTPUT': . must be a file: it is a folder"),
         ("tune none/x.json", "'OUTPUT': the folder none must exist"),
         ("tune x.json --operation write", "'--backend': xla has no field to search for write"),
         ("tune x.json --backend triton", "'--backend': 'triton' must be one of xla"),
@@ -119,6 +125,24 @@ def test_explain_of_hoppers_own_kernel_and_of_a_prefill():
     assert own["programs"] == 132 and own["waves"] == 1
     device = _devices.DEVICES["h100"]
     assert "(products at the data sheet's" in explain.text(explain.Answer(**answer), device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "floor"),
+    [
+        ("NVIDIA H100 80GB HBM3", "9.0", 40.1),
+        ("NVIDIA H100 PCIe", "9.0", None),
+        ("NVIDIA L40", "8.9", None),  # no L4
+        ("NVIDIA GH200 480GB", "9.0", None),  # no H200
+        ("Tesla T4", "7.5", None),
+    ],
+)
+def test_a_board_that_is_not_in_the_table_is_a_gpu_without_a_floor(kind, capability, floor):
+    here = SimpleNamespace(device_kind=kind, compute_capability=capability, core_count=100)
+    device = _devices.device_of(here, "cuda")
+    answer = explain.answered(Batch("decode", "", Shape(32, 8, 128), 8, 4096), kind, device)
+    assert answer.floor_us == floor and answer.refusals["pallas"] == ["runs on tpu, not on cuda"]
+    assert ("peaks of this board are not known" in explain.text(answer, device)) is (floor is None)
 
 
 def test_explain_of_a_cpu_and_of_a_gpu_that_has_to_be_asked_for():
@@ -181,6 +205,8 @@ def test_bench_says_which_way_is_wrong(monkeypatch):
     wrong = {"a peer": lambda: _runs.Run(1, lambda: [jax.numpy.full((2, 4, 64), 3.0)])}
     monkeypatch.setattr(bench._runs, "peers", lambda batch: wrong)
     assert re.search(r"a peer +is wrong: off by \d", run(f"bench {SMALL}"))
+    monkeypatch.setattr(_runs, "own", lambda batch, name: 1 / 0)
+    assert "ZeroDivisionError" in run(f"bench {SMALL}", code=1)
 
 
 def test_tune_searches_goes_on_and_writes_what_is_loaded(monkeypatch, tmp_path):
@@ -198,6 +224,11 @@ def test_tune_searches_goes_on_and_writes_what_is_loaded(monkeypatch, tmp_path):
     turns = iter([10.0, 5.0] * 5)
     run(f"tune {path} {SMALL}")  # nothing is tried again, and the entry is replaced
     assert len(tried) == 7
+    trials = tmp_path / "tuning.json.trials"
+    trials.write_text(trials.read_text()[:-9])  # stopped while it wrote
+    turns = iter([10.0, 5.0] * 5)
+    run(f"tune {path} {SMALL}")
+    assert len(tried) == 8
     [entry] = json.loads(path.read_text())["entries"]
     assert entry["fields"] == {"block_kv": 64} and entry["device_kind"] == "cpu"
     call = _pieces.traced(Batch("decode", "", Shape(4, 2, 64), 2, 64))
@@ -227,9 +258,11 @@ def test_a_trial_tells_a_wrong_result_an_error_and_a_refusal(monkeypatch):
 
     monkeypatch.setattr(ejk.XlaPageAttention, "run", wrong)
     assert _trial.trial("page_attention", xla, True).runs
-    assert "is wrong" in _trial.trial("page_attention", off, True).how
+    found = _trial.trial("page_attention", off, True)
+    assert "is wrong" in found.how and found.failed
     monkeypatch.setattr(_trial, "refusal", lambda batch, backend: 1 / 0)
-    assert _trial.trial("page_attention", xla, True).how == "ZeroDivisionError: division by zero"
+    found = _trial.trial("page_attention", xla, True)
+    assert found.how == "ZeroDivisionError: division by zero" and found.failed
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -176,7 +176,27 @@ def test_the_command_prints_a_table_json_and_a_form(monkeypatch):
     assert "JAX computes on: cuda: 1 x NVIDIA H100 80GB HBM3" in said
     assert "page_attention  triton   no    [x] is missing: pip" in said
     found = json.loads(run("doctor --json", code=1))
-    assert found["machine"]["capability"] == 90 and found["faults"] == []
+    assert found["machine"]["capability"] == 90
+    assert [fault["mend"] for fault in found["faults"]] == ["pip"]
     assert found["backends"][0]["mend"] == "pip"
     form = run("doctor --issue", code=1)
     assert "## What happened" in form and "jax 0.12.0.1" in form
+
+
+@pytest.mark.parametrize(
+    ("machine", "trial", "code"),
+    [
+        (CPU, Trial("page_attention", "triton", False, "is missing: pip", "pip"), 0),
+        (H100, Trial("page_attention", "triton", False, "is missing: pip", "pip"), 1),
+        (H100, Trial("page_attention", "pallas", False, "runs on tpu, not on cuda"), 0),
+        (CPU, Trial("page_attention", "xla", False, "is wrong: off by 1", failed=True), 1),
+    ],
+)
+def test_the_exit_code_is_what_is_said(machine, trial, code, monkeypatch):
+    """On a CPU an interpreter that is not installed is no fault; what fails is one anywhere."""
+    monkeypatch.setattr(doctor, "trials", lambda run: [trial] * 2)
+    monkeypatch.setattr(doctor, "this_machine", lambda: machine)
+    said = run("doctor", code=code)
+    assert said.endswith("Nothing is to be mended.\n") is (code == 0)
+    assert said.count("  mend: ") == code
+    assert len(json.loads(run("doctor --json", code=code))["faults"]) == code

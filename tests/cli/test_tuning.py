@@ -135,6 +135,14 @@ def test_a_program_that_was_traced_is_traced_anew_where_tuning_changed(file, ran
     assert ran == [None, 16]
 
 
+def test_a_file_that_is_loaded_again_is_what_it_holds_now(file, ran):
+    ejk.load_tuning(file(ENTRY))
+    call()
+    ejk.load_tuning(file())
+    call()
+    assert ran == [16, None]
+
+
 def test_tuning_of_a_block_is_its_threads_and_a_loaded_one_everybodys(file):
     found = []
     see = lambda: found.append(len(_tuning.active()))  # noqa: E731
