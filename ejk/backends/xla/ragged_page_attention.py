@@ -139,8 +139,7 @@ class Queries(NamedTuple):
         first, window = jnp.zeros_like(place), None
         if problem.has_window:
             window = operands.sliding_window
-            if problem.own_windows:
-                window = _of_tokens(window, token)
+            window = _of_tokens(window, token) if problem.own_windows else window
             window = jnp.broadcast_to(window, place.shape)
             first = jnp.maximum(position - (jnp.maximum(window, 0) - 1), 0)
             if problem.has_positions and problem.causal:  # those of new tokens may be anything
