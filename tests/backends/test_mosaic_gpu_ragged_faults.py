@@ -126,7 +126,7 @@ FAULTS = {
         "rows", "acc = rescaled(sizes.plain, acc, alpha)", "pass", "hidden",
     ),
     "another KV head": (
-        "memory", "index[layout.kv_heads] = kv_head", "index[layout.kv_heads] = 0 * kv_head",
+        "memory", "if layout.interleaved else kv_head", "if layout.interleaved else 0 * kv_head",
         "hidden",
     ),
     "keys for values": ("memory", "2 * page + half if", "2 * page if", "fused"),
