@@ -99,7 +99,8 @@ def given_positions_ignored(problem, *rest):
 
 
 def contexts_from_the_start(problem, queries):
-    return queries._replace(place=queries.place - jnp.maximum(queries.context, 0)[:, None])
+    context = jnp.maximum(queries.context, 0)[:, None]
+    return queries._replace(place=queries.place - context, last=queries.last - context)
 
 
 def next_sequence(problem, queries):
@@ -119,7 +120,7 @@ def whole_items(problem, queries):
 
 
 def seen_before_the_first(problem, queries):
-    return queries._replace(place=jnp.maximum(queries.place, 0))
+    return queries._replace(last=jnp.maximum(queries.last, 1), sees=queries.inside)
 
 
 def unselected_gather(problem, pool, pages, half, visible):
