@@ -80,11 +80,11 @@ def test_results_and_parts_are_written_in_place_one_kernel_after_the_other():
         operands, results = operands.split(", "), results.split(", ")
         # Output and LSE; before them parts and their LSE.
         assert len(results) == {ATTENTION: 4, COMBINATION: 2}.get(name, 1)
-        if len(operands) > 12 or name == COMBINATION:  # not the plan, nor the first attention
+        if len(operands) > 14 or name == COMBINATION:  # not the plan, nor the first attention
             assert operands[-len(results) :] == results
     found = aliases(text)
     assert [result for result, _ in found] == [0, 1, 0, 1, 2, 3, 0, 1]
-    assert [operand for _, operand in found] == [4, 5, 12, 13, 14, 15, 4, 5]
+    assert [operand for _, operand in found] == [4, 5, 14, 15, 16, 17, 4, 5]
 
 
 def test_layers_have_one_plan_and_no_result_in_common():
