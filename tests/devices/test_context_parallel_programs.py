@@ -26,7 +26,7 @@ from context_parallel import (
 from entries import counted
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from shapes import Shape
-from strategies import INT32_MAX, Configuration, build
+from strategies import BF16, E4M3, E5M2, F32, INT4, INT8, INT32_MAX, Configuration, build
 from tolerances import assert_close
 
 import ejk
@@ -306,14 +306,24 @@ def test_compiles_for_tpus(generation):
     assert not meshes.makers(text, (pool[0] // len(devices), *pool[1:])), "read where it lies"
 
 
+CACHES = (
+    Configuration(PLAIN, F32, "HND", cache_dtype=BF16),
+    *(
+        Configuration(PLAIN, F32, "HND", cache_dtype=of, scales="token")
+        for of in (INT8, INT4, E4M3, E5M2)
+    ),
+)
+
+
 def test_features_are_known_by_name():
     """All that a call may use: what a backend declares is checked against these names."""
     used = set()
-    for config in CONFIGURATIONS:
+    for config in CONFIGURATIONS + CACHES:
         case = build(config, np.full(config.shape.num_seqs, 5, np.int32), window=jnp.int32(9))
         given, static = split_arguments(case)
         function = context_parallel.program(None, DEVICES, tuple(given), static)
         [(problem, _)] = _dispatch.calls(jax.make_jaxpr(function)(given).jaxpr)
         used |= problem.features
-    # Sinks are merged by the public function, and a plan is refused.
-    assert used == ejk.PageAttentionProblem.feature_names - {"sinks", "axis_name with plan"}
+    # Sinks are merged by the public function, a plan is refused, and `program` splits all scales.
+    unused = {"sinks", "axis_name with plan", "key_scale, value_scale"}
+    assert used == ejk.PageAttentionProblem.feature_names - unused
