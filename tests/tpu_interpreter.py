@@ -4,6 +4,9 @@ Memory that was not written is NaN there, a read out of bounds raises, and races
 jax 0.12 raises on one, older versions print a line and set a flag.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
@@ -50,16 +53,23 @@ def run(case, backend, **options):
         ),
     )  # fmt: skip
     arguments = {**case.semantics(), "num_splits": case.num_splits, **options}
-    try:
+    with races_raise():
         out, lse = call(*case.arguments(), return_lse=True, backend=backend, **arguments)
         out, lse = np.asarray(out), np.asarray(lse)
+    return out, lse
+
+
+@contextlib.contextmanager
+def races_raise() -> Iterator[None]:
+    """Raise `RaceError` for a race in what is computed, and waited for, inside."""
+    try:
+        yield
     except Exception as error:
         if "RACE DETECTED" in str(error):
             raise RaceError(str(error)) from error
         raise
     if _flagged():
         raise RaceError("the interpreter flagged a race")
-    return out, lse
 
 
 def reset():

@@ -159,15 +159,9 @@ def holds_on_a_tpu(bug=""):
     config = CopyConfiguration(SHAPES[1], "page", F32, "HND")
     ends = np.array([[1, 0, 3, 3, -1, 5], [0, 1, 2, 6, 4, 6]], np.int32)
     backend = PallasMutant(interpret=tpu_interpreter.params(), bug=bug)
-    try:
+    with tpu_interpreter.races_raise():
         case = build(config, *ends)
         pools = Copier(bug, backend, examples=0)(case)
-    except Exception as error:
-        if "RACE DETECTED" in str(error):
-            raise tpu_interpreter.RaceError(str(error)) from error
-        raise
-    if tpu_interpreter._flagged():
-        raise tpu_interpreter.RaceError("the interpreter flagged a race")
     assert_copied(case, pools)
 
 

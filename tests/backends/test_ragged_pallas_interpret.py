@@ -39,15 +39,9 @@ def check(case, dma_execution_mode="on_wait", cores=1, **fields):
     fields = dict(block_q=3, pages_per_block=2, interpret=interpret) | fields
     call = jax.jit(ejk.ragged_page_attention, static_argnames=STATIC)
     backend = ejk.PallasRaggedPageAttention(**fields)
-    try:
+    with tpu_interpreter.races_raise():
         out, lse = call(*case.arguments(), **case.semantics(), return_lse=True, backend=backend)
         out, lse = np.asarray(out), np.asarray(lse)
-    except Exception as error:
-        if "RACE DETECTED" in str(error):
-            raise tpu_interpreter.RaceError(str(error)) from error
-        raise
-    if tpu_interpreter._flagged():
-        raise tpu_interpreter.RaceError("the interpreter flagged a race")
     assert_close(case, out, lse)
 
 

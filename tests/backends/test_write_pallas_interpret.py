@@ -48,15 +48,9 @@ class Mutant(ejk.PallasWriteKVCache):
 def check(case, dma_execution_mode="on_wait", bug=""):
     backend = Mutant(interpret=tpu_interpreter.params(dma_execution_mode), bug=bug)
     write = jax.jit(ejk.write_kv_cache, static_argnames=("cache_layout", "backend"))
-    try:
+    with tpu_interpreter.races_raise():
         caches = write(*case.arguments(), **case.keywords(), backend=backend)
         caches = [np.asarray(x) for x in caches if x is not None]
-    except Exception as error:
-        if "RACE DETECTED" in str(error):
-            raise tpu_interpreter.RaceError(str(error)) from error
-        raise
-    if tpu_interpreter._flagged():
-        raise tpu_interpreter.RaceError("the interpreter flagged a race")
     assert_written(case, caches)
 
 
