@@ -44,9 +44,9 @@ def attend_in_groups(
 
     `fits` says whether the backend takes a problem.
     """
-    alone = dataclasses.replace(problem, num_prefix_groups=0)
     if not problem.num_prefix_groups:
         return attend(problem, operands)
+    alone = dataclasses.replace(problem, num_prefix_groups=0)
     prefix, own = prefix_problem(alone), own_problem(alone)
     if not (fits(prefix) and fits(own)):
         return attend(alone, operands._replace(**NO_GROUPS))
