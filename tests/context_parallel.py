@@ -11,12 +11,13 @@ import pytest
 from entries import NO_QUANTISED, Entry, counted
 from jax.sharding import AxisType, PartitionSpec
 from meshes import arrays, mesh
-from ragged_strategies import RaggedCase
-from shapes import Shape
-from strategies import E4M3, INT8, INT32_MAX, Case, Configuration, build
 
 import ejk
 from ejk.backends.layouts import layout_of
+from ejk.testing.configurations import E4M3, INT8, INT32_MAX, Configuration
+from ejk.testing.page_attention import PageAttentionCase, build
+from ejk.testing.ragged_page_attention import RaggedPageAttentionCase
+from ejk.testing.shapes import Shape
 
 DEVICES = 4
 F32, BF16, F16 = map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16))
@@ -96,9 +97,9 @@ def each_entry(*entries):
     return decorate
 
 
-def split_arguments(case: Case):
+def split_arguments(case: PageAttentionCase):
     """Return a call's arrays, each a program's argument, and what it is compiled for."""
-    if isinstance(case, RaggedCase):
+    if isinstance(case, RaggedPageAttentionCase):
         names = ("query", "key_cache", "value_cache", "context_lens", "block_tables", "cu_q_lens")
         given = {n: x for n, x in zip(names, case.operands()) if x is not None}
         options = case.semantics()
@@ -152,7 +153,7 @@ def pool_specs(names, layout, axes="pages"):
     return {name: pool if name in pools else PartitionSpec() for name in names}
 
 
-def on_device(case: Case, device_of_page) -> Case:
+def on_device(case: PageAttentionCase, device_of_page) -> PageAttentionCase:
     """The same call with its pages moved to these devices: `[num_pages]` of them, evenly."""
     order = np.argsort(device_of_page, kind="stable")  # the page that comes to each place
     new = np.empty_like(order)

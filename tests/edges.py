@@ -3,8 +3,9 @@
 import dataclasses
 
 import numpy as np
-from shapes import Shape
-from strategies import Configuration
+
+from ejk.testing.configurations import Configuration
+from ejk.testing.shapes import Shape
 
 SMALL = Shape("edges", 4, 2, 128, page_size=16, num_pages=30, num_seqs=9)
 LENGTHS = np.array([0, 1, 15, 16, 17, 47, 48, 49, 33])

@@ -15,9 +15,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tally
-from strategies import THOROUGH, Configuration, few_configurations
+from tiers import THOROUGH
 
 import ejk
+from ejk.testing.configurations import Configuration, Few
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -300,7 +301,8 @@ def each_case(strategy, share: float = 1.0, entries=ENTRIES):
     """Make a property of a function `(entry, case)`: run on every backend, and counted.
 
     Args:
-        strategy: draws the case, or a tuple that the property takes apart.
+        strategy: makes, of the `few` configurations to draw from, what draws the case, or a tuple
+            that the property takes apart.
         share: of the entry's number of examples.
         entries: the backends to run it on.
     """
@@ -314,12 +316,14 @@ def each_case(strategy, share: float = 1.0, entries=ENTRIES):
                 run(entry=entry, case=case)
 
             examples = max(2, round(entry.examples * share * (20 if THOROUGH else 1)))
-            prop = hypothesis.settings(max_examples=examples)(hypothesis.given(strategy)(holds))
             seed = zlib.crc32(f"{body.__name__} {entry.name}".encode())
+            # Properties and backends have different ones, and many calls of each.
+            few = Few(seed, None if THOROUGH else 1 + examples // 3, entry.suits)
+            prop = hypothesis.given(strategy(few=few))(holds)
+            prop = hypothesis.settings(max_examples=examples)(prop)
             if not THOROUGH:
                 prop = hypothesis.seed(seed)(prop)
-            with few_configurations(seed, 1 + examples // 3, entry.suits):
-                prop()
+            prop()
 
         test.__name__, test.__doc__ = body.__name__, body.__doc__
         return test

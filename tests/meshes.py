@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from shapes import Shape
-from strategies import Configuration, build
 
 import ejk
 from ejk.backends.layouts import layout_of
+from ejk.testing.configurations import Configuration
+from ejk.testing.page_attention import build
+from ejk.testing.shapes import Shape
 
 MANY_DEVICES = jax.device_count() >= 8
 SPLIT = Shape("split", 16, 4, 32, page_size=16, num_seqs=8, num_pages=30)

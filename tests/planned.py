@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 from entries import Entry
-from shapes import Shape
-from strategies import FEATURES, Configuration, build
 
 import ejk
 from ejk.backends.triton.interpreter.memory import Observer, observe
+from ejk.testing.configurations import FEATURES, Configuration
+from ejk.testing.page_attention import build
+from ejk.testing.shapes import Shape
 
 MANY = Shape("many, odd pages", 2, 1, 64, page_size=48, max_blocks=48, num_pages=350, num_seqs=7)
 LONGEST = MANY.capacity

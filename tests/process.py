@@ -63,9 +63,9 @@ def check(function, mesh, given, specs, *, gathers=0, exact=True, sharded=None):
 
 def decode(mesh, **placed):
     import meshes
-    from shapes import Shape
 
     import ejk
+    from ejk.testing.shapes import Shape
 
     given, options = meshes.arrays(
         meshes.split_case(Shape("", 16, 8, 32, 16, num_seqs=8, num_pages=32), num_splits=1)
@@ -76,9 +76,9 @@ def decode(mesh, **placed):
 
 def context(mesh):
     import meshes
-    from shapes import Shape
 
     import ejk
+    from ejk.testing.shapes import Shape
 
     shape = Shape("", 16, 8, 32, 16, num_seqs=8, num_pages=32)
     given, _ = meshes.arrays(meshes.split_case(shape, features=()))

@@ -11,7 +11,8 @@ import sys
 import pytest
 import tiers
 from kernels import kernel_modules
-from strategies import LAYOUTS
+
+from ejk.testing.configurations import LAYOUTS
 
 pytestmark = pytest.mark.fast
 

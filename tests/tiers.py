@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import inspect
+import os
 import re
 
 FAST, PALLAS = 20, 40
@@ -10,6 +11,9 @@ FAST, PALLAS = 20, 40
 
 To lower kernels for Pallas' interpreter takes half of the time of all tests.
 """
+
+THOROUGH = bool(os.environ.get("EJK_TEST_THOROUGH"))
+"""Many more values and shapes are drawn, and no case is left out."""
 
 BACKEND = re.compile("xla|triton|pallas", re.IGNORECASE)
 

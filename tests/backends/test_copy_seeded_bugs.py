@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import test_copy_transformations as transformations
 import tpu_interpreter
-from copies import SHAPES, CopyConfiguration, assert_copied, build, num_units
 from entries import Copier
-from strategies import F32, INT8
 
 import ejk
 import ejk._copy_kv_cache as public
@@ -19,6 +17,8 @@ import ejk.backends.reverse_mode.copy_kv_cache as reverse
 import ejk.backends.xla._pools as xla_pools
 import ejk.backends.xla.copy_kv_cache as xla
 from ejk.backends.pallas.copy_kv_cache import call, kernel
+from ejk.testing.configurations import F32, INT8
+from ejk.testing.copy_kv_cache import SHAPES, CopyConfiguration, assert_copied, build, num_units
 
 
 @dataclasses.dataclass(frozen=True)

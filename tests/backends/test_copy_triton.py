@@ -8,18 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import offline
 import pytest
-from copies import SHAPES, UNITS, CopyConfiguration, assert_copied, build, num_units
 from entries import Copier
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from memory_checker import memory_checked
-from strategies import F16, F32, INT8, THOROUGH
 from test_dispatch import kernels
 from test_triton_large_arrays import little_memory, on_numpy, sparse
 from test_triton_memory import ANY_INT32
 from test_write_lowering import aliases, pool_results
 from test_write_programs import struct
 from test_write_triton_compile import accesses
+from tiers import THOROUGH
 
 import ejk
 from ejk.backends.copy_kv_cache import CopyKVCacheOperands, CopyKVCacheProblem
@@ -27,6 +25,16 @@ from ejk.backends.gpu import Target
 from ejk.backends.triton.copy_kv_cache import sizes
 from ejk.backends.triton.copy_kv_cache.kernel import copy_kv_cache_kernel
 from ejk.backends.triton.copy_kv_cache.stage_kernel import stage_kernel
+from ejk.testing.configurations import F16, F32, INT8
+from ejk.testing.copy_kv_cache import (
+    SHAPES,
+    UNITS,
+    CopyConfiguration,
+    assert_copied,
+    build,
+    num_units,
+)
+from ejk.testing.memory import memory_checked
 
 TRITON = Copier("", ejk.TritonCopyKVCache(interpret=True), examples=0)
 __all__ = ["little_memory", "on_numpy"]  # fixtures

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import triton
 import triton.language as tl
-from memory_checker import RaceError, memory_checked
 from triton.runtime.jit import JITFunction
 
 from ejk.backends.triton import _launch
@@ -19,6 +18,7 @@ from ejk.backends.triton.interpreter import builder as interpreter_builder
 from ejk.backends.triton.interpreter import call as interpreter
 from ejk.backends.triton.interpreter.memory import MemoryAccessError, poisoned
 from ejk.backends.triton.interpreter.patches import initialise_tensor, remembered_block_types
+from ejk.testing.memory import RaceError, memory_checked
 
 
 def launch(kernel, inputs, outputs, constants, *, grid=1):

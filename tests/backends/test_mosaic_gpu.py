@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import strategies
-import tolerances
-from shapes import Shape
-from strategies import Configuration
 
 import ejk
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import Configuration
+from ejk.testing.page_attention import build
+from ejk.testing.shapes import Shape
 
 pytestmark = gpu_interpreter.marks
 
@@ -43,8 +43,8 @@ def _fresh_interpreter():
 
 
 def check(config, lengths, **options):
-    case = strategies.build(config, np.array(lengths, np.int32), **options)
-    tolerances.assert_close(case, *gpu_interpreter.run(case, BACKEND))
+    case = build(config, np.array(lengths, np.int32), **options)
+    assert_close(case, *gpu_interpreter.run(case, BACKEND))
     return case
 
 
@@ -71,9 +71,9 @@ def test_windows(window, num_splits):
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_maxima_that_rise(dtype):
     """Sums are rescaled where a maximum rises by more than the slack, block after block."""
-    case = strategies.build(Configuration(SHAPE, dtype, "HND"), np.array([224, 130, 60]))
+    case = build(Configuration(SHAPE, dtype, "HND"), np.array([224, 130, 60]))
     case = dataclasses.replace(case, query=(case.query * 16).astype(dtype))
-    tolerances.assert_close(case, *gpu_interpreter.run(case, BACKEND))
+    assert_close(case, *gpu_interpreter.run(case, BACKEND))
 
 
 def test_float16_and_a_scale():
@@ -88,18 +88,18 @@ def test_heads_that_fill_no_program(num_heads):
 
 
 def test_a_plan_for_other_lengths():
-    case = strategies.build(Configuration(SHAPE, BF16, "HND"), np.array([220, 3, 130]))
+    case = build(Configuration(SHAPE, BF16, "HND"), np.array([220, 3, 130]))
     plan = ejk.plan_page_attention(
         jnp.array([1, 224, 64]), num_heads=64, num_kv_heads=1, head_dim=576, page_size=16,
         max_blocks=14, value_head_dim=512, backend=BACKEND,
     )  # fmt: skip
-    tolerances.assert_close(case, *gpu_interpreter.run(case, BACKEND, plan=plan))
+    assert_close(case, *gpu_interpreter.run(case, BACKEND, plan=plan))
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
 def test_bits_do_not_depend_on_the_batch(num_splits):
     config = Configuration(SHAPE, BF16, "HND", num_splits=num_splits)
-    case = strategies.build(config, np.array([190, 3, 130]))
+    case = build(config, np.array([190, 3, 130]))
     out, lse = gpu_interpreter.run(case, BACKEND)
     query, pool, values, lens, tables = case.arguments()
     alone = ejk.page_attention(
@@ -112,14 +112,14 @@ def test_bits_do_not_depend_on_the_batch(num_splits):
 
 @pytest.mark.parametrize("where", ["query", "key"])
 def test_what_is_not_finite_and_seen_is_not_lost(where):
-    case = strategies.build(Configuration(SHAPE, BF16, "HND"), np.array([190, 3, 130]))
+    case = build(Configuration(SHAPE, BF16, "HND"), np.array([190, 3, 130]))
     query, keys = case.query.copy(), case.keys.copy()
     if where == "query":
         query[0, 5, 570] = np.nan
     else:
         keys[case.block_tables[2, 3], 1, 0, 575] = np.nan
     case = dataclasses.replace(case, query=query, keys=keys)
-    tolerances.assert_close(case, *gpu_interpreter.run(case, BACKEND))
+    assert_close(case, *gpu_interpreter.run(case, BACKEND))
 
 
 REFUSALS = {
@@ -135,13 +135,13 @@ REFUSALS = {
 @pytest.mark.parametrize("fields, dtype, reason", REFUSALS.values(), ids=REFUSALS)
 def test_what_is_refused_is_refused_by_name(fields, dtype, reason):
     shape = dataclasses.replace(SHAPE, **fields)
-    case = strategies.build(Configuration(shape, dtype, "HND"), np.array([20, 3, 1]))
+    case = build(Configuration(shape, dtype, "HND"), np.array([20, 3, 1]))
     with pytest.raises(ejk.UnsupportedError, match=rf"\n  mosaic_gpu: .*{reason}"):
         gpu_interpreter.run(case, BACKEND)
 
 
 def test_another_generation_is_refused():
-    case = strategies.build(Configuration(SHAPE, BF16, "HND"), np.array([20, 3, 1]))
+    case = build(Configuration(SHAPE, BF16, "HND"), np.array([20, 3, 1]))
     backend = ejk.MosaicGpuPageAttention(compute_capability=100, num_sms=148)
     with pytest.raises(ejk.UnsupportedError, match="compute_capability=100 must be 90"):
         gpu_interpreter.run(case, backend)

@@ -10,13 +10,13 @@ import types
 import gpu_interpreter
 import numpy as np
 import pytest
-import strategies
-import tolerances
-from strategies import Configuration
 from test_mosaic_gpu import BF16, SHAPE, WINDOW
 
 import ejk
 from ejk.backends.mosaic_gpu.page_attention import call
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import Configuration
+from ejk.testing.page_attention import build
 
 pytestmark = gpu_interpreter.marks
 FOLDER = "ejk.backends.mosaic_gpu.page_attention"
@@ -86,13 +86,11 @@ def check(bug):
     """Two programs a piece, a window and hidden pages; then blocks that are visible altogether."""
     shape = dataclasses.replace(SHAPE, num_heads=128)
     windowed = Configuration(shape, BF16, "HND", WINDOW)
-    case = strategies.build(
-        windowed, np.array([210, 150]), window=np.int32(180), invalid=0.15, seed=2
-    )
+    case = build(windowed, np.array([210, 150]), window=np.int32(180), invalid=0.15, seed=2)
     ids = case.block_tables[case.needed]
     assert ((ids < 0) | (ids >= shape.num_pages)).any()
     plain = Configuration(SHAPE, BF16, "HND", num_splits=1)
-    whole = strategies.build(plain, np.array([210, 224]))
+    whole = build(plain, np.array([210, 224]))
     tables = whole.block_tables.copy()
     tables[1, 9] = SHAPE.num_pages  # in the third of four blocks
     # Logits so large that maxima rise by more than the slack.
@@ -100,7 +98,7 @@ def check(bug):
     whole = dataclasses.replace(whole, block_tables=tables, query=query)
     backend = Mutant(num_sms=5, interpret=True, bug=bug)
     for each in (case, whole):
-        tolerances.assert_close(each, *gpu_interpreter.run(each, backend))
+        assert_close(each, *gpu_interpreter.run(each, backend))
 
 
 def mutated(file, old, new):

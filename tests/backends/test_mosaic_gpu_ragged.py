@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from bits import bits_equal
 from entries import RaggedEntry
-from ragged_strategies import RaggedCase, build_ragged
-from shapes import Shape
-from strategies import E4M3, E5M2, FEATURES, INT4, INT8, LAYOUTS, Configuration
-from tolerances import assert_close
 
 import ejk
 from ejk.backends.mosaic_gpu import _installed
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import E4M3, E5M2, FEATURES, INT4, INT8, LAYOUTS, Configuration
+from ejk.testing.ragged_page_attention import RaggedPageAttentionCase, build_ragged
+from ejk.testing.shapes import Shape
 
 pytestmark = gpu_interpreter.marks
 
@@ -50,7 +50,7 @@ def changed(**fields) -> Shape:
 
 def build(
     config=PLAIN, lens=LENS, bounds=BOUNDS, *, total=TOTAL, junk=True, **options
-) -> RaggedCase:
+) -> RaggedPageAttentionCase:
     """Make a call whose page 0 is nobody's: it is loaded in place of hidden pages.
 
     Without `junk` the entries that no visible token needs name it.
@@ -72,7 +72,7 @@ def build(
     )  # fmt: skip
 
 
-def check(*args, **options) -> RaggedCase:
+def check(*args, **options) -> RaggedPageAttentionCase:
     case = build(*args, **options)
     assert_close(case, *ATTEND(case))
     return case
@@ -193,7 +193,7 @@ def test_scales(scale):
     assert_close(case, *ATTEND(case))
 
 
-def build_cut(q_len, features=()) -> RaggedCase:
+def build_cut(q_len, features=()) -> RaggedPageAttentionCase:
     """Make a call whose long contexts are worth being cut, if programs are idle: one is narrow."""
     shape = changed(num_heads=4, num_kv_heads=1, page_size=64, max_blocks=12, num_pages=60)
     bounds = np.cumsum([1, q_len, 1, 0, 0])
@@ -211,7 +211,7 @@ def test_contexts_that_are_cut(features, q_len):
     assert_close(case, *RaggedEntry("mosaic_gpu", backend, examples=0)(case))
 
 
-def build_empty_piece() -> RaggedCase:
+def build_empty_piece() -> RaggedPageAttentionCase:
     """Make a call of two tiles in four pieces each, which leave nothing for one of the first."""
     config = Configuration(changed(num_heads=1, num_kv_heads=1), BF16, "HND")
     return build(config, (400, 0, 0, 0), (0, 150, 150, 150, 150), total=150)

@@ -12,7 +12,6 @@ import gpu_interpreter
 import numpy as np
 import pytest
 from entries import RaggedEntry
-from strategies import E4M3, FEATURES, INT8, Configuration
 from test_mosaic_gpu_ragged import (
     BF16,
     F16,
@@ -23,10 +22,11 @@ from test_mosaic_gpu_ragged import (
     build_empty_piece,
     changed,
 )
-from tolerances import assert_close
 
 import ejk
 from ejk.backends.mosaic_gpu.ragged_page_attention import call, widening
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import E4M3, FEATURES, INT8, Configuration
 
 pytestmark = gpu_interpreter.marks
 FOLDER = "ejk.backends.mosaic_gpu.ragged_page_attention"

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from edges import LENS, config
 from entries import BF16
-from ragged_strategies import build_ragged
 from test_write_programs import struct
-from tolerances import assert_close
 
 import ejk
 from ejk import _dispatch, _jax
 from ejk.backends import mosaic_gpu
 from ejk.backends.mosaic_gpu.ragged_page_attention.backend import FEW_ROWS
 from ejk.backends.triton._launch import CUSTOM_CALL_TARGET
+from ejk.testing.bounds import assert_close
+from ejk.testing.ragged_page_attention import build_ragged
 
 pytestmark = pytest.mark.usefixtures("jax_triton")
 

@@ -6,14 +6,14 @@ In blocks that are computed alone and in rounds of two, whichever way copies are
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import strategies
-import tolerances
 import tpu_interpreter
-from strategies import Configuration
 from test_pallas_interpret import F32, SHAPE
 
 from ejk.backends.pallas import _paging as paging
 from ejk.backends.pallas.page_attention import kernel
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import Configuration
+from ejk.testing.page_attention import build
 
 page_or_harmless, entries, is_first, first_block, visible, first_place, heads_of = (
     paging.page_or_harmless, paging.Paging.entries, paging.Paging.is_first,
@@ -97,13 +97,13 @@ FAULTS = {
 def check(blocks_per_round, dma_execution_mode, fused, **fields):
     config = Configuration(SHAPE, F32, "HND", frozenset({"sliding_window"}), fused=fused)
     lengths = np.array((32, 9, 21), np.int32)
-    case = strategies.build(config, lengths, window=np.asarray(18), invalid=0.2, seed=1)
+    case = build(config, lengths, window=np.asarray(18), invalid=0.2, seed=1)
     needed = case.block_tables[case.needed]
     assert ((needed < 0) | (needed >= SHAPE.num_pages)).any()
     backend = tpu_interpreter.backend(
         dma_execution_mode, blocks_per_round=blocks_per_round, **fields
     )
-    tolerances.assert_close(case, *tpu_interpreter.run(case, backend))
+    assert_close(case, *tpu_interpreter.run(case, backend))
 
 
 everywhere = (

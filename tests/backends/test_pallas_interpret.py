@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import strategies
-import tolerances
 import tpu_interpreter
-from shapes import Shape
-from strategies import Configuration
 
 import ejk
 from ejk.backends.pallas.page_attention import backend as adapter
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import FEATURES, LAYOUTS, Configuration
+from ejk.testing.page_attention import build
+from ejk.testing.shapes import Shape
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 INT32 = np.iinfo(np.int32)
 SHAPE = Shape("four pages", 4, 2, 128, page_size=8, max_blocks=4, num_pages=14)
-ALL = frozenset(strategies.FEATURES)
+ALL = frozenset(FEATURES)
 
 LENGTHS = {
     "ordinary": (32, 7, 19),
@@ -43,7 +43,7 @@ def _fresh_interpreter():
 
 def check(case, backend=None, **options):
     out, lse = tpu_interpreter.run(case, backend or tpu_interpreter.backend(), **options)
-    tolerances.assert_close(case, out, lse)
+    assert_close(case, out, lse)
 
 
 each_round = pytest.mark.parametrize(
@@ -55,17 +55,17 @@ each_round = pytest.mark.parametrize(
 @pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_lengths(lengths, dma_execution_mode, blocks_per_round):
-    case = strategies.build(Configuration(SHAPE, F32, "HND"), np.array(lengths, np.int32))
+    case = build(Configuration(SHAPE, F32, "HND"), np.array(lengths, np.int32))
     check(case, tpu_interpreter.backend(dma_execution_mode, blocks_per_round=blocks_per_round))
 
 
 @pytest.mark.one_in(2)
 @each_round
 @pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_fused_pools(layout, dma_execution_mode, blocks_per_round):
     config = Configuration(SHAPE, BF16, layout, ALL, fused=True)
-    case = strategies.build(config, np.array((32, 0, 21)), window=np.asarray(27), invalid=0.2)
+    case = build(config, np.array((32, 0, 21)), window=np.asarray(27), invalid=0.2)
     check(case, tpu_interpreter.backend(dma_execution_mode, blocks_per_round=blocks_per_round))
 
 
@@ -74,16 +74,16 @@ def test_fused_pools(layout, dma_execution_mode, blocks_per_round):
 def test_windows(window, blocks_per_round):
     config = Configuration(SHAPE, F32, "HND", frozenset({"sliding_window"}))
     lengths = np.array((32, 8, 21), np.int32)
-    case = strategies.build(config, lengths, window=np.asarray(window, np.int32))
+    case = build(config, lengths, window=np.asarray(window, np.int32))
     check(case, tpu_interpreter.backend(blocks_per_round=blocks_per_round))
 
 
 @pytest.mark.parametrize("invalid", [0.3, 0.7, 1.0])
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_entries_that_name_no_page(layout, invalid):
     config = Configuration(SHAPE, F32, layout, ALL)
     lengths = np.array((32, 21, 32), np.int32)
-    check(strategies.build(config, lengths, invalid=invalid, window=np.asarray(27), seed=3))
+    check(build(config, lengths, invalid=invalid, window=np.asarray(27), seed=3))
 
 
 @pytest.mark.one_in(5)
@@ -91,13 +91,11 @@ def test_entries_that_name_no_page(layout, invalid):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_groups(dtype, group):
     shape = Shape("group", 2 * group, 2, 64, page_size=16, max_blocks=3, num_pages=12)
-    check(
-        strategies.build(Configuration(shape, dtype, "HND", ALL), np.array((47, 0, 16)), window=40)
-    )
+    check(build(Configuration(shape, dtype, "HND", ALL), np.array((47, 0, 16)), window=40))
 
 
 @pytest.mark.one_in(5)
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -110,7 +108,7 @@ def test_groups(dtype, group):
 def test_shapes(shape, layout):
     lengths = np.array((shape.capacity, 2, shape.capacity - 1))
     config = Configuration(shape, F32, layout, frozenset({"sinks", "sliding_window"}))
-    check(strategies.build(config, lengths, window=shape.capacity - 2, invalid=0.1, share=True))
+    check(build(config, lengths, window=shape.capacity - 2, invalid=0.1, share=True))
 
 
 @pytest.mark.one_in(5)
@@ -124,14 +122,14 @@ def test_two_cores(megacore_mode, dma_execution_mode, fused, blocks_per_round):
     )
     config = Configuration(SHAPE, F32, "HND", ALL, fused=fused)
     for lengths in ((9, 32, 0), (0, 0, 5), (17, 0, 0)):
-        check(strategies.build(config, np.array(lengths), window=np.asarray(20)), backend)
+        check(build(config, np.array(lengths), window=np.asarray(20)), backend)
 
 
 @pytest.mark.parametrize("fitting", [1, 2])
 def test_tables_that_do_not_fit_in_scalar_memory_are_run_in_parts(fitting, monkeypatch):
     monkeypatch.setattr(adapter, "SMEM_LIMIT_BYTES", 4 * (5 * 128 + fitting * 5))
     config = Configuration(SHAPE, F32, "HND", ALL)
-    case = strategies.build(config, np.array((32, 0, 21)), window=np.asarray(20))
+    case = build(config, np.array((32, 0, 21)), window=np.asarray(20))
     check(case, tpu_interpreter.backend(vmem_limit_bytes=2**26 + fitting))
 
 
@@ -144,7 +142,7 @@ def test_new_lengths_do_not_compile_again(monkeypatch):
         type(backend), "run", lambda self, *args: launches.append(args) or run(self, *args)
     )
     for seed, lengths in enumerate(((32, 0, 21), (1, 2, 3), (0, 0, 0))):
-        check(strategies.build(config, np.array(lengths), seed=seed), backend)
+        check(build(config, np.array(lengths), seed=seed), backend)
     assert len(launches) == 1
 
 
@@ -152,7 +150,7 @@ def test_new_lengths_do_not_compile_again(monkeypatch):
 def test_a_sequence_has_the_same_bits_in_any_batch(blocks_per_round):
     """And in rounds of any size, beside blocks that are masked and blocks that are not."""
     config = Configuration(SHAPE, BF16, "HND", ALL, num_splits=1)
-    case = strategies.build(config, np.array((32, 5, 21)), window=np.asarray(20), seed=5)
+    case = build(config, np.array((32, 5, 21)), window=np.asarray(20), seed=5)
     out, lse = tpu_interpreter.run(case, tpu_interpreter.backend())
     backend = tpu_interpreter.backend(blocks_per_round=blocks_per_round)
     for order in ((0, 1, 2), (1,), (2, 0, 1), (0, 0)):
@@ -163,7 +161,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(blocks_per_round):
 
 def test_runs_eagerly_under_vmap_and_in_reverse_mode():
     config = Configuration(SHAPE, F32, "HND", frozenset({"sinks"}))
-    case = strategies.build(config, np.array((32, 0, 21)), seed=7)
+    case = build(config, np.array((32, 0, 21)), seed=7)
     query, *others = (jnp.asarray(x) for x in case.arguments())
 
     def attend(query, backend):

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import strategies
-import tolerances
 import tpu_interpreter
-from shapes import Shape
-from strategies import Configuration
 
 from ejk.backends.pallas import _chip, _codes, _products
 from ejk.backends.pallas.page_attention import kernel
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import LAYOUTS, Configuration
+from ejk.testing.page_attention import build
+from ejk.testing.shapes import Shape
 
 F32, BF16, INT8 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.int8)
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
@@ -36,9 +36,9 @@ def check(config, chip="v4", number=0, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_chip, "UNKNOWN", _chip.CHIPS[chip])
         number += 2**27 + 100 * list(_chip.CHIPS).index(chip)
-        case = strategies.build(config, LENGTHS, invalid=0.1, seed=2, **options)
+        case = build(config, LENGTHS, invalid=0.1, seed=2, **options)
         backend = tpu_interpreter.backend(vmem_limit_bytes=number)
-        tolerances.assert_close(case, *tpu_interpreter.run(case, backend))
+        assert_close(case, *tpu_interpreter.run(case, backend))
 
 
 CACHES = {
@@ -67,7 +67,7 @@ def test_caches(name, chip):
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["int8 per token", "e4m3 per token"])
 def test_layouts(name, layout, fused):
     check(config_of(name, layout, fused), "v6e")
@@ -86,14 +86,14 @@ def test_a_nan_code_that_products_miss_is_not_lost(chip, place, monkeypatch):
         return product(a, b, contract=contract)
 
     monkeypatch.setattr(kernel, "product", unit)
-    case = strategies.build(config_of("e4m3"), LENGTHS, seed=2)
+    case = build(config_of("e4m3"), LENGTHS, seed=2)
     cache = getattr(case, place).copy()
     cache[case.block_tables[0, 0], 3, 1, 5] = np.nan
     case = case.replace(**{place: cache})
     backend = tpu_interpreter.backend(vmem_limit_bytes=2**26 + 7 * (place == "keys") + len(chip))
     out, lse = tpu_interpreter.run(case, backend)
     assert np.isnan(out[0].astype(np.float32)).any()
-    tolerances.assert_close(case, out, lse)
+    assert_close(case, out, lse)
 
 
 def of_the_wrong_head(x, scales, head):
@@ -161,6 +161,6 @@ def test_heads_scale_keys_and_values(monkeypatch):
 
 def test_float16_is_refused_by_name():
     config = dataclasses.replace(config_of("float32"), cache_dtype=np.dtype(np.float16))
-    case = strategies.build(config, LENGTHS)
+    case = build(config, LENGTHS)
     with pytest.raises(Exception, match="dtype=float16: the matrix unit takes"):
         tpu_interpreter.run(case, tpu_interpreter.backend())

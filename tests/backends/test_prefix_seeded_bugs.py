@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from edges import config
 from entries import RAGGED_PALLAS, RAGGED_TRITON, RaggedEntry
-from ragged_strategies import build_ragged
 from test_prefix_groups import BOUNDS, GROUPS, LENS
-from tolerances import assert_close
 
 import ejk
 import ejk.backends.pallas.ragged_page_attention.call as pallas
 import ejk.backends.ragged_prefixes as prefixes
 import ejk.backends.xla.ragged_page_attention as xla
 from ejk.backends.triton.ragged_page_attention.sizes import RaggedSizes
+from ejk.testing.bounds import assert_close
+from ejk.testing.ragged_page_attention import build_ragged
 
 BACKENDS = {
     "xla": ejk.XlaRaggedPageAttention(),
@@ -147,5 +147,5 @@ def test_the_groups_share_and_the_window_ends_in_what_they_share():
         config(features=frozenset({"sliding_window"})), LENS, BOUNDS, window=40,
         prefix_groups=GROUPS,
     )  # fmt: skip
-    seen = [[j for j, _ in row[1]] for row in case.rows_seen if row and GROUPS[0][row[0]] == 0]
+    seen = [tokens[:, 0] for s, tokens in case.rows_seen.values() if GROUPS[0][s] == 0]
     assert any(0 < min(row) < 32 for row in seen) and np.array(GROUPS[1]).max() == 2

@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 import test_seeded_bugs
 import test_write_seeded_bugs
-from bits import assert_written
 from edges import LENGTHS, config
-from strategies import BF16, E4M3, E5M2, F16, F32, INT4, INT8, build
-from tolerances import assert_close
-from writes import SHAPES
-from writes import build as build_write
 
 import ejk._cache_types as cache_types
 import ejk.backends.xla._softmax as softmax
 import ejk.backends.xla.write_kv_cache as writing
 from ejk.backends import stored_rows
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import BF16, E4M3, E5M2, F16, F32, INT4, INT8
+from ejk.testing.page_attention import build
+from ejk.testing.write_kv_cache import SHAPES, assert_written
+from ejk.testing.write_kv_cache import build as build_write
 
 READ = (
     dict(dtype=F32, cache_dtype=INT8, scales="token"),

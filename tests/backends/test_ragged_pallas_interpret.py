@@ -7,14 +7,14 @@ import pytest
 import tpu_interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from ragged_strategies import EXTRAS, build_ragged
-from strategies import FEATURES, Configuration
 from test_pallas_interpret import BF16, F32, SHAPE
-from tolerances import assert_close
 
 import ejk
 from ejk.backends.pallas import _paging as paging
 from ejk.backends.pallas.ragged_page_attention import kernel
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import FEATURES, Configuration
+from ejk.testing.ragged_page_attention import EXTRAS, build_ragged
 
 ALL = frozenset(FEATURES)
 STATIC = ("cache_layout", "attn_logits_soft_cap", "value_head_dim", "return_lse", "backend")

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from edges import LENS, config
 from entries import RaggedEntry
-from ragged_strategies import EXTRAS, build_ragged
-from strategies import FEATURES
-from tolerances import assert_close
 
 import ejk
 import ejk._ragged_page_attention as public
 import ejk.backends.xla._softmax as softmax
 import ejk.backends.xla.ragged_page_attention as ragged
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import FEATURES
+from ejk.testing.ragged_page_attention import EXTRAS, build_ragged
 
 BOUNDS = ([1, 5, 5, 9, 10, 11, 12, 12, 12, 12], [3, 9, 7, 8, 8, 20, 13, 12, 4, 4])
 

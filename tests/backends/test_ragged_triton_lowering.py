@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from edges import LENS, config
-from ragged_strategies import build_ragged
 from test_dispatch import kernels
 from test_triton_lowering import carried, custom_calls
 from test_write_lowering import aliases
 from test_write_programs import struct
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bounds import assert_close
+from ejk.testing.ragged_page_attention import build_ragged
 
 H100 = {"compute_capability": 90, "num_sms": 132}
 ATTENTION, COMBINATION = b"ragged_page_attention_kernel", b"ragged_combine_kernel"

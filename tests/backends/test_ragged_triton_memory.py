@@ -6,19 +6,20 @@ import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import bits_equal
 from entries import RAGGED_TRITON, RaggedEntry
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from memory_checker import memory_checked
-from ragged_strategies import RaggedCase
-from shapes import Shape
-from strategies import LAYOUTS, THOROUGH
 from test_triton_memory import ANY_INT32, BF16, F32, Stores
-from tolerances import assert_close
+from tiers import THOROUGH
 
 import ejk
 from ejk.backends.triton.interpreter.memory import observe
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import LAYOUTS
+from ejk.testing.memory import memory_checked
+from ejk.testing.ragged_page_attention import RaggedPageAttentionCase
+from ejk.testing.shapes import Shape
 
 TOTAL = 23
 SHAPES = (
@@ -58,7 +59,9 @@ def hostile_integers(shape):
     )
 
 
-def hostile_call(shape, *, dtype, window, positions, tree_width, **drawn) -> RaggedCase:
+def hostile_call(
+    shape, *, dtype, window, positions, tree_width, **drawn
+) -> RaggedPageAttentionCase:
     """Make the call on a pool of ordinary numbers; `live` is what some token sees."""
     rng = np.random.default_rng(0)
     pool = (shape.num_pages, shape.page_size, shape.num_kv_heads)
@@ -72,7 +75,7 @@ def hostile_call(shape, *, dtype, window, positions, tree_width, **drawn) -> Rag
         options["positions"] = positions
     if tree_width:
         options["tree_mask"] = rng.random((TOTAL, tree_width)) < 0.5
-    case = RaggedCase(
+    case = RaggedPageAttentionCase(
         shape, dtype, query=query, keys=keys, values=values, live=np.zeros(pool[:2], bool),
         options=options, needed=np.zeros(0, bool), as_jax=True, num_splits=0, **drawn,
     )  # fmt: skip

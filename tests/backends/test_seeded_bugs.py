@@ -13,9 +13,6 @@ import pytest
 import test_gradients
 from edges import LENGTHS, config
 from entries import Entry
-from shapes import BY_NAME
-from strategies import FEATURES, build
-from tolerances import assert_close
 
 import ejk
 import ejk._arguments as arguments
@@ -23,6 +20,10 @@ import ejk.backends.reverse_mode.attention as shared
 import ejk.backends.reverse_mode.page_attention as backward
 import ejk.backends.xla._softmax as softmax
 import ejk.backends.xla.page_attention as forward
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import FEATURES
+from ejk.testing.page_attention import build
+from ejk.testing.shapes import BY_NAME
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

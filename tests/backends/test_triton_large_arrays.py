@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import numpy_launch
 import pytest
-from bits import bits_equal
 
 import ejk
 from ejk._arguments import Arguments
@@ -24,6 +23,7 @@ from ejk.backends.triton._sizes import MAX_CAPACITY
 from ejk.backends.triton.interpreter.memory import MemoryAccessError
 from ejk.backends.triton.page_attention import attending
 from ejk.backends.triton.page_attention import kernel as page_attention_kernel
+from ejk.testing.bits import bits_equal
 
 F16, I32 = np.dtype(np.float16), np.dtype(np.int32)
 

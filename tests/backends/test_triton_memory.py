@@ -4,19 +4,21 @@ import hypothesis
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
-from bits import bits_equal
 from entries import Entry
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from memory_checker import memory_checked
-from shapes import Shape
-from strategies import E4M3, INT4, INT8, LAYOUTS, THOROUGH, Case
-from tolerances import assert_close
+from tiers import THOROUGH
 
 import ejk
 from ejk.backends.triton.interpreter.memory import Observer, observe
+from ejk.testing import oracle
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import E4M3, INT4, INT8, LAYOUTS
+from ejk.testing.memory import memory_checked
+from ejk.testing.page_attention import PageAttentionCase
+from ejk.testing.shapes import Shape
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 INT32 = np.iinfo(np.int32)
@@ -82,7 +84,7 @@ def hostile_call(shape, *, window, dtype, context_lens, block_tables, cache=None
             live[table[j // shape.page_size], j % shape.page_size] = True
     # A window below 1 is refused where it is seen: a traced one is not.
     options = {} if window is None else {"sliding_window": jnp.int32(window)}
-    return Case(
+    return PageAttentionCase(
         shape, dtype, query=query.astype(dtype), keys=keys, values=values, live=live,
         context_lens=context_lens, block_tables=block_tables, options=options,
         needed=np.zeros(0, bool), as_jax=True, scales=scales, **drawn,

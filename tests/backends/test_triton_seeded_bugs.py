@@ -13,22 +13,22 @@ import numpy as np
 import numpy_launch
 import pytest
 import test_plan
-from bits import assert_written
-from copies import CopyConfiguration, assert_copied
-from copies import build as build_copy
 from entries import RAGGED_TRITON, Copier, Entry, RaggedEntry, Writer
 from kernels import kernel_modules
-from memory_checker import RaceError, memory_checked
 from planned import long_case
-from ragged_strategies import EXTRAS, build_ragged
-from shapes import Shape
-from strategies import BF16, E4M3, FEATURES, INT4, INT8, Configuration, build
-from tolerances import assert_close
-from writes import WriteShape
-from writes import build as build_write
 
 import ejk
 from ejk.backends.triton.ragged_page_attention import widen_kernel
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import BF16, E4M3, FEATURES, INT4, INT8, Configuration
+from ejk.testing.copy_kv_cache import CopyConfiguration, assert_copied
+from ejk.testing.copy_kv_cache import build as build_copy
+from ejk.testing.memory import RaceError, memory_checked
+from ejk.testing.page_attention import build
+from ejk.testing.ragged_page_attention import EXTRAS, build_ragged
+from ejk.testing.shapes import Shape
+from ejk.testing.write_kv_cache import WriteShape, assert_written
+from ejk.testing.write_kv_cache import build as build_write
 
 F32 = np.dtype(np.float32)
 SHAPE = Shape("of seeded bugs", 4, 2, 16, page_size=32, max_blocks=12, num_pages=40)

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import assert_written
-from strategies import LAYOUTS
 from test_dispatch import kernels
 from test_write_programs import NUM_PAGES, pool_shapes, row_shapes, step, struct
-from writes import SHAPES, build
 
 import ejk
+from ejk.testing.configurations import LAYOUTS
+from ejk.testing.write_kv_cache import SHAPES, assert_written, build
 
 F32 = np.dtype(np.float32)
 KINDS = ("split", "fused", "latent")

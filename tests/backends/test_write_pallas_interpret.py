@@ -7,13 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tpu_interpreter
-from bits import assert_written
-from strategies import LAYOUTS
-from writes import WriteShape, build
 
 import ejk
 from ejk.backends.pallas.write_kv_cache import call as caller
 from ejk.backends.pallas.write_kv_cache import kernel, sizes
+from ejk.testing.configurations import LAYOUTS
+from ejk.testing.write_kv_cache import WriteShape, assert_written, build
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 SHAPE = WriteShape("two windows a page", 0, 2, 32, 16, page_size=32, num_pages=5)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from strategies import LAYOUTS
 from test_fused_pools import made_of
 
 import ejk
+from ejk.testing.configurations import LAYOUTS
 
 LAYERS, NUM_PAGES, PAGE = 3, 1009, 16
 IN_PLACE = {"parameter", "get-tuple-element", "scatter", "fusion", "dynamic-update-slice", "while"}

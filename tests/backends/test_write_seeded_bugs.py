@@ -6,14 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_write_transformations as transformations
-from bits import assert_written
 from entries import Writer
-from writes import SHAPES, build
 
 import ejk
 import ejk._write_kv_cache as public
 import ejk.backends.reverse_mode.write_kv_cache as reverse
 import ejk.backends.xla.write_kv_cache as xla
+from ejk.testing.write_kv_cache import SHAPES, assert_written, build
 
 F32 = np.dtype(np.float32)
 

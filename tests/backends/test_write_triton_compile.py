@@ -5,12 +5,12 @@ import re
 import jax.numpy as jnp
 import offline
 import pytest
-from strategies import LAYOUTS
 
 from ejk.backends.gpu import Target
 from ejk.backends.triton.write_kv_cache.kernel import write_kv_cache_kernel
 from ejk.backends.triton.write_kv_cache.sizes import WriteSizes
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
+from ejk.testing.configurations import LAYOUTS
 
 NVIDIA = Target(90, num_sms=132, shared_memory=0)
 AMD = Target(None, num_sms=304, shared_memory=0, is_amd=True)

@@ -7,23 +7,23 @@ from pathlib import Path
 import hypothesis
 import jax
 import numpy as np
-import oracle
 import pytest
-from bits import assert_written
 from entries import Writer
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from memory_checker import RaceError, memory_checked
-from strategies import LAYOUTS, THOROUGH
 from test_triton_large_arrays import little_memory, on_numpy, sparse
 from test_triton_memory import ANY_INT32
-from writes import SHAPES, build
+from tiers import THOROUGH
 
 import ejk
 from ejk.backends.triton.interpreter.memory import MemoryAccessError
 from ejk.backends.triton.write_kv_cache import kernel
 from ejk.backends.triton.write_kv_cache import sizes as write_kv_cache_sizes
 from ejk.backends.write_kv_cache import WriteKVCacheOperands, WriteKVCacheProblem
+from ejk.testing import oracle
+from ejk.testing.configurations import LAYOUTS
+from ejk.testing.memory import RaceError, memory_checked
+from ejk.testing.write_kv_cache import SHAPES, assert_written, build
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 TRITON = Writer("", ejk.TritonWriteKVCache(interpret=True), examples=0)

@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import triton
 import triton.language as tl
-from bits import assert_written
 from entries import Writer
-from memory_checker import memory_checked
-from strategies import BF16, E4M3, E5M2, F32, INT4, INT8
-from writes import WriteShape, build
 
 import ejk
 import ejk.backends.triton.write_kv_cache.kernel as kernel
 import ejk.backends.triton.write_kv_cache.quantise as quantise
 from ejk.backends.triton import _launch
+from ejk.testing.configurations import BF16, E4M3, E5M2, F32, INT4, INT8
+from ejk.testing.memory import memory_checked
+from ejk.testing.write_kv_cache import WriteShape, assert_written, build
 
 SOURCE = Path(quantise.__file__)
 SPLIT = WriteShape("split", 9, 3, 34, 18, page_size=8)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
-from bits import bits_equal
 from context_parallel import (
     CONFIGURATIONS,
     DEVICES,
@@ -25,12 +24,14 @@ from context_parallel import (
     split_arguments,
 )
 from entries import each_case
-from shapes import Shape
-from strategies import INT32_MAX, Configuration, build, cases
 from test_not_finite import spoil
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import INT32_MAX, Configuration
+from ejk.testing.page_attention import build, cases
+from ejk.testing.shapes import Shape
 
 pytestmark = pytest.mark.skipif(not meshes.MANY_DEVICES, reason="needs eight devices")
 
@@ -38,7 +39,7 @@ each_parallel = functools.partial(each_case, entries=ENTRIES)
 each_quick = functools.partial(each_case, entries=[XLA, TRITON])
 
 
-@each_parallel(cases(CONFIGURATIONS + PER_TOKEN))
+@each_parallel(functools.partial(cases, CONFIGURATIONS + PER_TOKEN))
 def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 
@@ -53,19 +54,19 @@ def test_nan_on_one_device_is_never_lost(entry, place):
     assert_close(case, *entry(case))
 
 
-@each_quick(cases(FEW), share=0.2)
+@each_quick(functools.partial(cases, FEW), share=0.2)
 def test_unread_memory_changes_no_bit(entry, case):
     result = entry(case)
     bits_equal(result, entry(case.with_other_junk(seed=1)))
 
 
-@each_quick(cases(FEW), share=0.3)
+@each_quick(functools.partial(cases, FEW), share=0.3)
 def test_any_device_may_hold_any_page(entry, case):
     moved = case.permuted(seed=1)
     assert_close(moved, *entry(moved))
 
 
-@each_quick(cases(FEW), share=0.3)
+@each_quick(functools.partial(cases, FEW), share=0.3)
 def test_other_sequences_change_no_bit(entry, case):
     """With `num_splits >= 1`, where the pages stay on their devices."""
     order = [3, 1, 0, 2]

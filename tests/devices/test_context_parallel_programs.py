@@ -25,12 +25,13 @@ from context_parallel import (
 )
 from entries import counted
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from shapes import Shape
-from strategies import BF16, E4M3, E5M2, F32, INT4, INT8, INT32_MAX, Configuration, build
-from tolerances import assert_close
 
 import ejk
 from ejk import _dispatch
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import BF16, E4M3, E5M2, F32, INT4, INT8, INT32_MAX, Configuration
+from ejk.testing.page_attention import build
+from ejk.testing.shapes import Shape
 
 pytestmark = pytest.mark.skipif(not meshes.MANY_DEVICES, reason="needs eight devices")
 

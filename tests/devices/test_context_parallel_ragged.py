@@ -1,12 +1,13 @@
 """`ejk.ragged_page_attention(axis_name=...)`: ragged batches on pages split over devices."""
 
+import functools
+
 import context_parallel
 import jax
 import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
-from bits import bits_equal
 from context_parallel import (
     CONFIGURATIONS,
     DEVICES,
@@ -18,12 +19,13 @@ from context_parallel import (
     split_arguments,
 )
 from entries import counted, each_case
-from ragged_strategies import TOTAL, build_ragged, ragged_cases
-from strategies import INT32_MAX, Configuration
 from test_context_parallel_programs import FLOATS, weighted
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import INT32_MAX, Configuration
+from ejk.testing.ragged_page_attention import TOTAL, build_ragged, ragged_cases
 
 pytestmark = pytest.mark.skipif(not meshes.MANY_DEVICES, reason="needs eight devices")
 
@@ -32,22 +34,26 @@ BOUNDS = np.array([0, 1, 6, 6, 12], np.int32)  # a decode, two prefills, one wit
 LENGTHS = np.array([30, 36, 5, 6], np.int32)
 
 
-@each_case(ragged_cases(CONFIGURATIONS + PER_TOKEN, extras=()), entries=RAGGED)
+@each_case(functools.partial(ragged_cases, CONFIGURATIONS + PER_TOKEN, extras=()), entries=RAGGED)
 def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 
 
-@each_case(ragged_cases(CONFIGURATIONS[:1], extras=(), causal=False), share=0.5, entries=RAGGED)
+@each_case(
+    functools.partial(ragged_cases, CONFIGURATIONS[:1], extras=(), causal=False),
+    share=0.5,
+    entries=RAGGED,
+)
 def test_without_a_causal_mask_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 
 
-@each_case(ragged_cases(FEW, extras=()), share=0.3, entries=RAGGED)
+@each_case(functools.partial(ragged_cases, FEW, extras=()), share=0.3, entries=RAGGED)
 def test_unread_memory_changes_no_bit(entry, case):
     bits_equal(entry(case), entry(case.with_other_junk(seed=1)))
 
 
-@each_case(ragged_cases(FEW, extras=()), share=0.3, entries=RAGGED)
+@each_case(functools.partial(ragged_cases, FEW, extras=()), share=0.3, entries=RAGGED)
 def test_any_device_may_hold_any_page(entry, case):
     moved = case.permuted(seed=1)
     assert_close(moved, *entry(moved))

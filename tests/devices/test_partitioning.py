@@ -9,11 +9,11 @@ import meshes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from shapes import Shape
-from strategies import LAYOUTS
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import LAYOUTS
+from ejk.testing.shapes import Shape
 
 pytestmark = pytest.mark.skipif(not meshes.MANY_DEVICES, reason="needs eight devices")
 

@@ -7,9 +7,9 @@ import meshes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from shapes import Shape
 
 import ejk
+from ejk.testing.shapes import Shape
 
 pytestmark = [
     pytest.mark.fast,

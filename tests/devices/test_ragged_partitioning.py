@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from entries import RAGGED_PALLAS, RAGGED_TRITON
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from ragged_strategies import build_ragged
-from shapes import Shape
-from strategies import LAYOUTS, Configuration
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import LAYOUTS, Configuration
+from ejk.testing.ragged_page_attention import build_ragged
+from ejk.testing.shapes import Shape
 
 pytestmark = pytest.mark.skipif(not meshes.MANY_DEVICES, reason="needs eight devices")
 

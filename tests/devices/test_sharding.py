@@ -10,9 +10,9 @@ from edges import LENGTHS, config
 from entries import edge
 from jax.sharding import AxisType, PartitionSpec
 from planned import TRITON, launches, long_case
-from strategies import build
 
 import ejk
+from ejk.testing.page_attention import build
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import assert_written
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import COLLECTIVE, mesh
-from strategies import LAYOUTS
-from writes import WriteShape, build
 
 import ejk
+from ejk.testing.configurations import LAYOUTS
+from ejk.testing.write_kv_cache import WriteShape, assert_written, build
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 

@@ -6,17 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import bits
-from copies import SHAPES, UNITS, CopyConfiguration, assert_copied, build, copies, num_units
 from entries import COPIERS, copier_edge, each_case
-from strategies import BF16, E4M3, F32, INT4, INTEGERS, LAYOUTS
-from writes import hostile_slots
 
 import ejk
+from ejk.testing.bits import bits
+from ejk.testing.configurations import BF16, E4M3, F32, INT4, INTEGERS, LAYOUTS
+from ejk.testing.copy_kv_cache import (
+    SHAPES,
+    UNITS,
+    CopyConfiguration,
+    assert_copied,
+    build,
+    copies,
+    num_units,
+)
+from ejk.testing.write_kv_cache import hostile_slots
 
 
 @pytest.mark.smoke
-@each_case(copies(), entries=COPIERS)
+@each_case(copies, entries=COPIERS)
 def test_agrees_with_the_oracle(entry, case):
     assert_copied(case, entry(case))
 

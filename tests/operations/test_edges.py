@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from edges import LENGTHS, config
 from entries import edge
-from shapes import Shape
-from strategies import INT32_MAX, LAYOUTS, build
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import INT32_MAX, LAYOUTS
+from ejk.testing.page_attention import build
+from ejk.testing.shapes import Shape
 
 
 @edge

@@ -7,16 +7,17 @@ import itertools
 
 import numpy as np
 import pytest
-from bits import assert_written
-from copies import CopyConfiguration, assert_copied
-from copies import build as build_copy
 from entries import COPIERS, ENTRIES, RAGGED, WRITERS, counted
-from ragged_strategies import build_ragged
-from shapes import Shape
-from strategies import LAYOUTS, Configuration, build
-from tolerances import assert_close
-from writes import WriteShape
-from writes import build as build_write
+
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import LAYOUTS, Configuration
+from ejk.testing.copy_kv_cache import CopyConfiguration, assert_copied
+from ejk.testing.copy_kv_cache import build as build_copy
+from ejk.testing.page_attention import build
+from ejk.testing.ragged_page_attention import build_ragged
+from ejk.testing.shapes import Shape
+from ejk.testing.write_kv_cache import WriteShape, assert_written
+from ejk.testing.write_kv_cache import build as build_write
 
 F32 = np.dtype(np.float32)
 SHAPE = Shape("of every layout", 4, 2, 32, page_size=8, num_pages=9)

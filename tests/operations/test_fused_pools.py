@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import bits_equal
 from edges import LENGTHS, config
 from entries import edge
 from planned import TRITON, launches, long_case, plan_for
-from strategies import LAYOUTS, build
 from test_dispatch import Sevens, kernels
 from test_errors import NUM_HEADS, arguments, zeros
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import LAYOUTS
+from ejk.testing.page_attention import build
 
 POOLS = {
     "HND": (8, 2, 2, 16, 64),

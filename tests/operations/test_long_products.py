@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from entries import ragged_edge
-from ragged_strategies import build_ragged
-from shapes import BY_NAME
-from strategies import Configuration
-from tolerances import assert_close, one_rounding
 
 from ejk.backends.triton._sizes import LONGEST_CHAIN
+from ejk.testing.bounds import assert_close, one_rounding
+from ejk.testing.configurations import Configuration
+from ejk.testing.ragged_page_attention import build_ragged
+from ejk.testing.shapes import BY_NAME
 
 LATENT = Configuration(
     BY_NAME["deepseek-v3, an eighth"], np.dtype(np.float32), "HND",

@@ -11,7 +11,6 @@ import numpy as np
 import plan_oracle
 import pytest
 from hypothesis import strategies as st
-from memory_checker import RaceError, memory_checked
 from packs import INTERPRETED, packs_oracle, shared_case
 from test_plan import machine_of, triton_plan, xla_plan
 from test_triton_compile import LLAMA, gpu_of, of_dtype
@@ -21,6 +20,7 @@ import ejk
 from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
 from ejk.backends.triton.page_attention.plan import TritonPlan
 from ejk.backends.triton.page_attention.sizes import Sizes
+from ejk.testing.memory import RaceError, memory_checked
 
 HEADS, DIM = (8, 2), 16
 PACKED = (  # groups, pages that each shares, own tokens

@@ -1,16 +1,19 @@
 """What `ejk.page_attention` computes, on every backend."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import bits_equal
 from entries import each_case, edge
 from hypothesis import strategies as st
-from strategies import CONFIGURATIONS, cases
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import CONFIGURATIONS
+from ejk.testing.page_attention import cases
 
 FUSED = [config for config in CONFIGURATIONS if config.fused]
 
@@ -40,17 +43,17 @@ def test_plain_call_is_a_softmax_over_the_tokens(entry):
 
 
 @pytest.mark.fast
-@each_case(cases(), share=2)
+@each_case(cases, share=2)
 def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 
 
-@each_case(cases(), share=0.5)
+@each_case(cases, share=0.5)
 def test_order_of_pages_changes_no_bit(entry, case):
     bits_equal(entry(case), entry(case.permuted(seed=1)))
 
 
-@each_case(cases())
+@each_case(cases)
 def test_unread_memory_changes_no_bit(entry, case):
     """Neither what is poison nor what looks like ordinary keys, values and pages."""
     result = entry(case)
@@ -58,7 +61,7 @@ def test_unread_memory_changes_no_bit(entry, case):
     bits_equal(result, entry(case.with_other_junk(seed=2, finite=True)))
 
 
-@each_case(cases(), share=0.5)
+@each_case(cases, share=0.5)
 def test_alone_equals_in_a_batch(entry, case):
     """Another row, other mates, a wider table, a larger pool: bit-equal on the kernels."""
     case = case.replace(num_splits=max(1, case.num_splits))
@@ -74,7 +77,7 @@ def test_alone_equals_in_a_batch(entry, case):
             assert_close(other, *result)
 
 
-@each_case(cases(), share=0.5)
+@each_case(cases, share=0.5)
 def test_jit_changes_no_bit(entry, case):
     """Every array traced, the scale and the window with them."""
     static = ("cache_layout", "attn_logits_soft_cap", "value_head_dim")
@@ -101,7 +104,7 @@ def _narrow(x):
     return jnp.asarray(x)
 
 
-@each_case(cases(), share=0.5)
+@each_case(cases, share=0.5)
 def test_running_twice_gives_the_same_bits(entry, case):
     bits_equal(entry(case), entry(case))
 
@@ -110,14 +113,14 @@ SPLITS = st.sampled_from((1, 2, 3, 7, 40))
 BOUNDS = st.sampled_from((None, 0, 1, 17, 10**6))
 
 
-@each_case(st.tuples(cases(), SPLITS, BOUNDS), share=0.5)
+@each_case(lambda few: st.tuples(cases(few=few), SPLITS, BOUNDS), share=0.5)
 def test_hints_change_no_more_than_last_bits(entry, case):
     """Any number of splits, more than there are blocks too; any bound, too small a one too."""
     case, num_splits, max_context_len = case
     assert_close(case, *entry(case, num_splits=num_splits, max_context_len=max_context_len))
 
 
-@each_case(cases(), share=0.5)
+@each_case(cases, share=0.5)
 def test_layouts_equal_each_other(entry, case):
     results = [
         entry(case.replace(cache_layout=layout)) for layout in ("HND", "NHD", "KV_HEADS_FIRST")
@@ -129,7 +132,7 @@ def test_layouts_equal_each_other(entry, case):
         assert_close(case.replace(cache_layout=layout), *result)
 
 
-@each_case(cases(FUSED), share=0.5)
+@each_case(partial(cases, FUSED), share=0.5)
 def test_fused_pools_equal_split_ones(entry, case):
     """And interleaved ones: no bit depends on where keys and values lie."""
     layouts = {"cache_layout": "INTERLEAVED"}, {"fused": True}, {"fused": False}
@@ -142,7 +145,7 @@ def test_fused_pools_equal_split_ones(entry, case):
         assert_close(case, *result)
 
 
-@each_case(cases(), share=0.25)
+@each_case(cases, share=0.25)
 def test_asking_for_the_lse_changes_no_bit_of_the_output(entry, case):
     with entry.refusing():
         out = ejk.page_attention(
@@ -152,7 +155,7 @@ def test_asking_for_the_lse_changes_no_bit_of_the_output(entry, case):
     bits_equal([np.asarray(out)], entry(case)[:1])
 
 
-@each_case(cases(), share=0.25)
+@each_case(cases, share=0.25)
 def test_a_row_that_sees_nothing_is_zero(entry, case):
     """Length 0 and tables without a page; the LSE is the sink."""
     sinks = case.options.get("sinks", np.full(case.shape.num_heads, -np.inf, np.float32))
@@ -165,7 +168,7 @@ def test_a_row_that_sees_nothing_is_zero(entry, case):
         np.testing.assert_array_equal(lse, nothing)
 
 
-@each_case(cases(), share=0.25)
+@each_case(cases, share=0.25)
 def test_results_are_finite_on_poisoned_memory(entry, case):
     out, lse = entry(case)
     assert np.isfinite(out.astype(np.float32)).all()

@@ -14,15 +14,15 @@ import pytest
 from compilations import CompilationCounter
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from memory_checker import memory_checked
-from strategies import THOROUGH
 from test_triton_memory import ANY_INT32
+from tiers import THOROUGH
 
 import ejk
 from ejk.backends.page_attention_plan import PlanOperands
 from ejk.backends.triton._sizes import GRANULE, MAX_CAPACITY
 from ejk.backends.triton.page_attention.plan import own_plan, run_plan
 from ejk.backends.xla.page_attention_plan import XlaPlan
+from ejk.testing.memory import memory_checked
 
 
 def triton_plan(problem, operands):

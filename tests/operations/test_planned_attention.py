@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import bits_equal
 from entries import ENTRIES, each_case
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from planned import LONGEST, MANY, TRITON, launches, long_case, plan_for
-from shapes import BY_NAME, Shape
-from strategies import DTYPES, FEATURES, LAYOUTS, Configuration, build, cases
 from test_triton_memory import ANY_INT32, stored_once
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import DTYPES, FEATURES, LAYOUTS, Configuration
+from ejk.testing.page_attention import build, cases
+from ejk.testing.shapes import BY_NAME, Shape
 
 LATENT = Shape(
     "latent, long", 5, 1, 24, page_size=3, max_blocks=1000, num_pages=3050, num_seqs=3,
@@ -42,12 +43,12 @@ PLANNED = [
 EACH = [TRITON, *(entry for entry in ENTRIES if "triton" not in entry.name)]
 
 
-@each_case(cases(PLANNED), share=2, entries=[TRITON])
+@each_case(functools.partial(cases, PLANNED), share=2, entries=[TRITON])
 def test_planned_attention_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 
 
-@each_case(cases(PLANNED), share=0.2, entries=EACH)
+@each_case(functools.partial(cases, PLANNED), share=0.2, entries=EACH)
 def test_a_plan_changes_no_more_than_last_bits(entry, case):
     """No bit where the call would have made the same plan, or makes none."""
     result = entry(case, plan=plan_for(case, entry.backend))
@@ -60,7 +61,7 @@ def test_a_plan_changes_no_more_than_last_bits(entry, case):
     bits_equal(one_pass, entry(case, num_splits=2, plan=plan_for(case, entry.backend)))
 
 
-@each_case(cases(PLANNED), entries=[TRITON])
+@each_case(functools.partial(cases, PLANNED), entries=[TRITON])
 def test_pages_and_unread_memory_change_no_bit_of_planned_attention(entry, case):
     result = stored_once(functools.partial(entry, case))
     bits_equal(result, entry(case.with_other_junk(seed=1)))

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import bits_equal
 from edges import SMALL, config
 from entries import RAGGED, counted, each_case, each_of
 from hypothesis import strategies as st
-from ragged_strategies import EXTRAS, build_ragged, ragged_cases
-from strategies import FEATURES
-from tolerances import assert_close
 
 import ejk
 from ejk.backends.prefix_groups import SharedPrefixes
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import FEATURES
+from ejk.testing.ragged_page_attention import EXTRAS, build_ragged, ragged_cases
 
 LENS = np.array([48, 40, 5, 49, 33, 17, 35, 47, 40])
 BOUNDS = np.array([0, 1, 4, 4, 5, 7, 8, 9, 11, 12])
@@ -39,11 +39,11 @@ def sharing(entry):
 
 
 @st.composite
-def grouped_cases(draw):
+def grouped_cases(draw, few):
     """Draw a call and groups: of sequences that may share a page, or numbers that are no groups."""
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
-    case = draw(ragged_cases())
+    case = draw(ragged_cases(few=few))
     num_seqs = len(case.block_tables)
     groups, num_pages = rng.integers(-1, 2, num_seqs), rng.choice([0, 1, 1, 1, 2], 2)
     if draw(st.booleans()):
@@ -52,7 +52,7 @@ def grouped_cases(draw):
     return case, (groups, num_pages)
 
 
-@each_case(grouped_cases(), 0.5, RAGGED)
+@each_case(grouped_cases, 0.5, RAGGED)
 def test_any_groups_change_nothing(entry, case):
     case, groups = case
     assert_close(case, *sharing(entry)(case, prefix_groups=groups))

@@ -1,29 +1,37 @@
 """What `ejk.ragged_page_attention` computes, on every backend."""
 
 import dataclasses
+from functools import partial
 
 import gpu_interpreter
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import bits_equal
 from edges import LENS, SMALL, config
 from entries import RAGGED, each_case, ragged_edge
 from hypothesis import strategies as st
-from ragged_strategies import EXTRAS, RaggedCase, build_ragged, narrow, ragged_cases
-from strategies import CONFIGURATIONS, cases
-from tolerances import assert_close
 
 import ejk
 from ejk.backends.triton._sizes import GRANULE
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import CONFIGURATIONS
+from ejk.testing.page_attention import cases
+from ejk.testing.ragged_page_attention import (
+    EXTRAS,
+    RaggedPageAttentionCase,
+    build_ragged,
+    narrow,
+    ragged_cases,
+)
 
 F32, BF16 = np.dtype(np.float32), np.dtype(jnp.bfloat16)
 FUSED = [config for config in CONFIGURATIONS if config.fused]
 
 
-def each_ragged(strategy=None, share=1.0):
-    return each_case(ragged_cases() if strategy is None else strategy, share, RAGGED)
+def each_ragged(strategy=ragged_cases, share=1.0):
+    return each_case(strategy, share, RAGGED)
 
 
 @pytest.mark.smoke
@@ -62,7 +70,7 @@ def test_agrees_with_the_oracle(entry, case):
     assert_close(case, *entry(case))
 
 
-@each_ragged(ragged_cases(extras=("positions",), causal=False), share=0.5)
+@each_ragged(partial(ragged_cases, extras=("positions",), causal=False), share=0.5)
 def test_without_a_causal_mask_agrees_with_the_oracle(entry, case):
     """Rows see all of their sequence, if it has fewer tokens than new ones, too."""
     result = entry(case)
@@ -102,7 +110,7 @@ def test_a_batch_is_its_sequences(entry, case):
             assert_close(alone, *entry(alone))
 
 
-@each_ragged(st.tuples(ragged_cases(extras=()), st.integers(1, 5)), share=0.25)
+@each_ragged(lambda few: st.tuples(ragged_cases(few=few, extras=()), st.integers(1, 5)), share=0.25)
 def test_chunks_equal_one_shot(entry, case):
     """A sequence's new tokens, a few at a time, are what they are all at once."""
     case, size = case
@@ -117,7 +125,7 @@ def test_chunks_equal_one_shot(entry, case):
     assert_close(whole, *(np.concatenate(parts) for parts in zip(*results)))
 
 
-@each_case(cases(), 0.5, RAGGED)
+@each_case(cases, 0.5, RAGGED)
 def test_single_tokens_are_page_attention(entry, case):
     """Within the bound; bit for bit where both kernels take the same blocks and cut nothing."""
     bounds = np.arange(len(case.context_lens) + 1)
@@ -136,7 +144,7 @@ def test_single_tokens_are_page_attention(entry, case):
         bits_equal((np.asarray(out), np.asarray(lse)), [np.asarray(x) for x in decoded])
 
 
-@each_ragged(ragged_cases(extras=()), share=0.5)
+@each_ragged(partial(ragged_cases, extras=()), share=0.5)
 def test_defaults_may_be_given(entry, case):
     """The default positions, and a lower triangle as tree mask, change nothing."""
     total, positions = len(case.query), np.zeros(len(case.query), np.int64)
@@ -172,7 +180,7 @@ def test_jit_changes_no_bit(entry, case):
 HINTS = st.sampled_from((None, 0, 1, 3, 10**6))
 
 
-@each_ragged(st.tuples(ragged_cases(), HINTS, HINTS), share=0.5)
+@each_ragged(lambda few: st.tuples(ragged_cases(few=few), HINTS, HINTS), share=0.5)
 def test_hints_change_no_more_than_last_bits(entry, case):
     case, max_q_len, max_context_len = case
     assert_close(case, *entry(case, max_q_len=max_q_len, max_context_len=max_context_len))
@@ -293,6 +301,7 @@ def test_empty_arrays_are_answered_from_static_facts(entry, sizes):
 def test_cases_are_what_they_claim():
     """Or the properties would prove little: some rows see much, some nothing, some are none's."""
     case = build_ragged(config(), LENS, np.array([1, 5, 5, 9, 10, 11, 12, 12, 12, 12]))
-    assert isinstance(case, RaggedCase)
-    seen = [row and len(row[1]) for row in case.rows_seen]
+    assert isinstance(case, RaggedPageAttentionCase)
+    rows = map(case.rows_seen.get, range(13))
+    seen = [row and len(row[1]) for row in rows]
     assert seen == [None, 45, 46, 47, 48, 2, 3, 4, 5, 48, 33, 17, None]

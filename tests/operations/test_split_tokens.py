@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from bits import bits_equal
 
 import ejk
+from ejk.testing.bits import bits_equal
 
 BACKEND = ejk.TritonPageAttention(interpret=True, block_kv=16, split_tokens=32)
 

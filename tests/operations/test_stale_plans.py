@@ -10,11 +10,12 @@ import pytest
 from entries import ENTRIES, Entry, each_case
 from hypothesis import strategies as st
 from planned import LONGEST, MANY, long_case, plan_for
-from shapes import Shape
-from strategies import INT32_MAX, Configuration, cases, lengths
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import INT32_MAX, Configuration
+from ejk.testing.page_attention import cases, lengths
+from ejk.testing.shapes import Shape
 
 INTERPRETED = not os.environ.get("EJK_TEST_GPU")
 # Processors that a batch of a few thousand tokens keeps busy if contexts are cut.
@@ -31,16 +32,16 @@ EACH = [CUTTING, *(entry for entry in ENTRIES if "triton interpreted" not in ent
 
 
 @st.composite
-def calls_with_stale_plans(draw):
+def calls_with_stale_plans(draw, few):
     """A call, and what its plan was made for."""
-    case = draw(cases(PLANNED))
+    case = draw(cases(PLANNED, few))
     one = lengths(case.shape, np.dtype(np.int32)) | st.just(case.shape.capacity)
     lens = [draw(one) for _ in case.context_lens]
     window = draw(st.integers(1, case.shape.capacity + 3) | st.just(INT32_MAX))
     return case, np.array(lens, np.int32), jnp.int32(window)
 
 
-@each_case(calls_with_stale_plans(), entries=EACH)
+@each_case(calls_with_stale_plans, entries=EACH)
 def test_any_plan_gives_the_right_numbers(entry, case):
     case, lens, window = case
     given = {} if "sliding_window" not in case.options else {"sliding_window": window}

@@ -5,13 +5,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from bits import assert_written, bits
 from compilations import CompilationCounter
 from entries import WRITERS, each_case, writer_edge
-from strategies import DTYPES, INTEGERS, LAYOUTS
-from writes import CONFIGURATIONS, SHAPES, build, hostile_slots, writes
 
 import ejk
+from ejk.testing.bits import bits
+from ejk.testing.configurations import DTYPES, INTEGERS, LAYOUTS
+from ejk.testing.write_kv_cache import (
+    CONFIGURATIONS,
+    SHAPES,
+    assert_written,
+    build,
+    hostile_slots,
+    writes,
+)
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -23,12 +30,12 @@ def check(entry, case):
 
 
 @pytest.mark.smoke
-@each_case(writes(), entries=WRITERS)
+@each_case(writes, entries=WRITERS)
 def test_agrees_with_the_oracle(entry, case):
     assert_written(case, entry(case))
 
 
-@each_case(writes(), share=0.3, entries=WRITERS)
+@each_case(writes, share=0.3, entries=WRITERS)
 def test_jit_equals_eager_and_leaves_its_arguments_alone(entry, case):
     before = [None if x is None else x.copy() for x in case.operands()]
 

@@ -22,6 +22,10 @@ FAULTY = {
     "_long.py": "\n" * 301,
     "_one.py": "import ejk._two",
     "_two.py": "def f():\n    import ejk._one",
+    "_tested.py": "from ejk.testing import oracle",
+    "cli/check.py": "from ejk.testing import oracle",
+    "testing/__init__.py": "from ejk import _page_attention",
+    "testing/oracle/__init__.py": "import numpy, jax",
     "paging/__init__.py": "from ejk.paging._pages import Pages",
     "paging/_pages.py": "import hashlib, jax\nimport numpy.typing as npt\nfrom ejk import _two",
     "backends/__init__.py": "",
@@ -42,11 +46,16 @@ FAULTY = {
 }
 FOUND = {
     "turning_back": [
+        "ejk._tested:1 imports all of ejk.testing.oracle",
         "ejk.backends.page_attention:1 imports all of ejk._dispatch",
         "ejk.backends.triton.backend:1 imports _hidden of ejk.backends.xla.page_attention",
     ],
     "cycles": ["ejk._one -> ejk._two -> ejk._one"],
-    "beyond_the_host": ["ejk.paging._pages:1 imports jax", "ejk.paging._pages:3 imports ejk"],
+    "beyond_the_host": [
+        "ejk.paging._pages:1 imports jax",
+        "ejk.paging._pages:3 imports ejk",
+        "ejk.testing.oracle:1 imports jax",
+    ],
     "private_names": [
         "ejk.backends.triton.backend:1 imports _hidden of ejk.backends.xla.page_attention",
         "ejk.backends.triton.backend:3 reads _launch._kept",

@@ -5,16 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from copies import SHAPES, UNITS, CopyConfiguration, assert_copied, build
 from entries import copier_edge
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import COLLECTIVE, mesh
-from strategies import E4M3, F32, LAYOUTS
-from writes import WriteShape
 
 import ejk
+from ejk.testing import oracle
+from ejk.testing.configurations import E4M3, F32, LAYOUTS
+from ejk.testing.copy_kv_cache import SHAPES, UNITS, CopyConfiguration, assert_copied, build
+from ejk.testing.write_kv_cache import WriteShape
 
 KINDS = {"split": SHAPES[3], "fused": SHAPES[1], "latent": SHAPES[2]}
 ENDS = np.array([[1, 2, 5, 5, -1], [2, 1, 0, 3, 4]], np.int32)

@@ -5,13 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from edges import LENGTHS, config
 from entries import each_case, edge
-from strategies import CONFIGURATIONS, Case, build, cases
 
 import ejk
+from ejk.testing import oracle
+from ejk.testing.configurations import CONFIGURATIONS
+from ejk.testing.page_attention import PageAttentionCase, build, cases
 
 ORDINARY = [
     c
@@ -24,7 +25,7 @@ POOLS = {
 FLOATS = ("query", "key_cache", "value_cache", "attn_scale", "sinks", "alibi_slopes")
 
 
-def operands(case: Case) -> dict:
+def operands(case: PageAttentionCase) -> dict:
     """Split a case in what is differentiated; the scale always given."""
     query, keys, values, *_ = case.operands()
     scale = case.options.get("attn_scale", case.shape.head_dim**-0.5)
@@ -39,7 +40,7 @@ def operands(case: Case) -> dict:
     return {name: jnp.asarray(x) for name, x in given.items() if x is not None}
 
 
-def attend(case: Case, backend, floats: dict):
+def attend(case: PageAttentionCase, backend, floats: dict):
     """Call `ejk` with the float operands apart, the integers of the case closed over."""
     floats = {"value_cache": None, **floats}
     positional = [floats.pop(name) for name in FLOATS[:3]]
@@ -49,7 +50,7 @@ def attend(case: Case, backend, floats: dict):
     )
 
 
-def spread(case: Case, floats: dict) -> dict:
+def spread(case: PageAttentionCase, floats: dict) -> dict:
     """Give every logit its own scale and slope, and every row its own sink."""
     shape = case.shape
     rows = (len(case.query), shape.num_heads)
@@ -67,7 +68,7 @@ SUMMED = {"attn_scale": (0, 1, 2), "alibi_slopes": (0, 2), "sinks": (0,)}
 """The axes that `spread` adds: their sum is the gradient of the operand as it is passed."""
 
 
-def dense(case: Case, floats: dict):
+def dense(case: PageAttentionCase, floats: dict):
     """Attention over gathered tokens as one softmax; no poison, the small operands spread."""
     order = {"HND": (0, 2, 1, 3), "KV_HEADS_FIRST": (1, 2, 0, 3)}
     shape = case.shape
@@ -76,7 +77,7 @@ def dense(case: Case, floats: dict):
     tables = np.zeros((rows[0], case.block_tables.shape[1]), np.int64)
     for row in range(rows[0]):
         s, seen = case.seen(row)
-        for j, distance in seen:
+        for j, distance in seen.tolist():
             visible[row, j], ahead[row, j] = True, distance
             tables[row, j // shape.page_size] = int(case.block_tables[s, j // shape.page_size])
 
@@ -127,7 +128,7 @@ def gradients(function, floats: dict, cotangents):
     return {name: np.asarray(grad).astype(np.float64) for name, grad in grads.items()}
 
 
-def check(case: Case, entry, attend=attend):
+def check(case: PageAttentionCase, entry, attend=attend):
     """Compare, by operand and in max-norm: twice plain autodiff's error and a few roundings.
 
     As for outputs, a float32 gradient may be off by 2e-6 of its largest entry in any case: the
@@ -176,7 +177,7 @@ def check(case: Case, entry, attend=attend):
             assert not grads[name][where].any()
 
 
-@each_case(cases(configurations=ORDINARY), share=0.3)
+@each_case(functools.partial(cases, ORDINARY), share=0.3)
 def test_gradients_agree_with_autodiff_of_the_definition(entry, case):
     """For every float operand, through the output and the LSE; exactly 0 on unread memory."""
     check(case, entry)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import bits_equal
 from compilations import CompilationCounter
 from entries import edge
 from planned import TRITON, long_case, plan_for
-from tolerances import assert_close
 
 import ejk
+from ejk.testing.bits import bits_equal
+from ejk.testing.bounds import assert_close
 
 MISFITS = {
     "num_seqs": (7, 6),

@@ -3,15 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from edges import LENGTHS, LENS, config
 from entries import edge, ragged_edge
-from ragged_strategies import build_ragged
-from shapes import Shape
-from strategies import BF16, E4M3, E5M2, F16, F32, INT4, INT8, build
 
 import ejk
+from ejk.testing import oracle
+from ejk.testing.configurations import BF16, E4M3, E5M2, F16, F32, INT4, INT8
+from ejk.testing.page_attention import build
+from ejk.testing.ragged_page_attention import build_ragged
+from ejk.testing.shapes import Shape
 
 LATENT = Shape(
     "latent edges", 4, 2, 64, 16, num_pages=30, num_seqs=9, value_head_dim=32, latent=True

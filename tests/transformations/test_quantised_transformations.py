@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bits import assert_written, bits_equal
 from edges import LENGTHS, config
 from entries import edge, writer_edge
 from jax import export
-from strategies import BF16, E4M3, E5M2, F32, INT4, INT8, build
-from writes import SHAPES
-from writes import build as build_write
 
 import ejk
+from ejk.testing.bits import bits_equal
+from ejk.testing.configurations import BF16, E4M3, E5M2, F32, INT4, INT8
+from ejk.testing.page_attention import build
+from ejk.testing.write_kv_cache import SHAPES, assert_written
+from ejk.testing.write_kv_cache import build as build_write
 
 CACHES = {
     "int8 per token": dict(cache_dtype=INT8, scales="token"),

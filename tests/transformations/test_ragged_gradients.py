@@ -1,20 +1,22 @@
 """Gradients of `ejk.ragged_page_attention`, on every backend, as `test_gradients` has it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from edges import LENS, config
 from entries import RAGGED, each_case, ragged_edge
-from ragged_strategies import RaggedCase, build_ragged, ragged_cases
 from test_gradients import FLOATS, ORDINARY, check, operands
 
 import ejk
+from ejk.testing.ragged_page_attention import RaggedPageAttentionCase, build_ragged, ragged_cases
 
 BOUNDS = np.array([1, 5, 5, 7, 8, 10, 11, 12, 12, 12])  # the first row and the last are no one's
 
 
-def attend(case: RaggedCase, backend, floats: dict):
+def attend(case: RaggedPageAttentionCase, backend, floats: dict):
     """Call `ejk` with the float operands apart, the integers of the case closed over."""
     floats = {"value_cache": None, **floats}
     positional = [floats.pop(name) for name in FLOATS[:3]]
@@ -24,13 +26,13 @@ def attend(case: RaggedCase, backend, floats: dict):
     )
 
 
-def clean_query(case: RaggedCase) -> RaggedCase:
+def clean_query(case: RaggedPageAttentionCase) -> RaggedPageAttentionCase:
     """Rows that see nothing may hold NaN: `ejk` reads none of it, the dense program would."""
-    blind = np.array([not case.seen(row)[1] for row in range(len(case.query))])
+    blind = np.array([not len(case.seen(row)[1]) for row in range(len(case.query))])
     return case.replace(query=np.where(blind[:, None, None], 0, case.query).astype(case.dtype))
 
 
-@each_case(ragged_cases(ORDINARY), share=0.2, entries=RAGGED)
+@each_case(functools.partial(ragged_cases, ORDINARY), share=0.2, entries=RAGGED)
 def test_gradients_agree_with_autodiff_of_the_definition(entry, case):
     """For every float operand, through the output and the LSE; exactly 0 on unread memory."""
     check(clean_query(case), entry, attend)
@@ -76,7 +78,7 @@ def test_queries_that_see_nothing_and_unread_memory_change_no_bit(entry):
     given = grads(case)
     for name, grad in grads(case.with_other_junk(seed=1)).items():
         np.testing.assert_array_equal(grad, given[name])
-    blind = [not case.seen(row)[1] for row in range(len(case.query))]
+    blind = [not len(case.seen(row)[1]) for row in range(len(case.query))]
     assert any(blind) and not np.asarray(given["query"])[np.array(blind)].any()
     assert np.isfinite(given["query"]).all() and np.isfinite(given["key_cache"]).all()
 

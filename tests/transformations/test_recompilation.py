@@ -6,9 +6,9 @@ import numpy as np
 from compilations import CompilationCounter
 from edges import LENGTHS, SMALL, config
 from entries import edge
-from strategies import build
 
 import ejk
+from ejk.testing.page_attention import build
 
 
 def calls():

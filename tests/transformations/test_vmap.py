@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from edges import LENGTHS, config
 from entries import edge
-from strategies import build
 
 import ejk
+from ejk.testing.page_attention import build
 
 OPERANDS = (
     "query", "key_cache", "value_cache", "context_lens", "block_tables",

@@ -5,15 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from bits import assert_written
 from entries import writer_edge
 from jax.sharding import AxisType, PartitionSpec
-from strategies import LAYOUTS
-from writes import SHAPES, build
 
 import ejk
+from ejk.testing import oracle
+from ejk.testing.configurations import LAYOUTS
+from ejk.testing.write_kv_cache import SHAPES, assert_written, build
 
 F32 = np.dtype(np.float32)
 SPLIT, FUSED, LATENT = SHAPES[:3]

@@ -6,7 +6,7 @@ than one access to see: programs of a grid run in any order, so what one stores 
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class MemoryChecker(Observer):
       lanes: how many elements were loaded and stored, by kind and buffer, over all launches.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lanes: Counter[tuple[str, str]] = Counter()
         self._kernel = ""
         self._writers: dict[str, np.ndarray] = {}
@@ -74,7 +74,7 @@ class MemoryChecker(Observer):
 
 
 @contextlib.contextmanager
-def memory_checked() -> Iterator[MemoryChecker]:
+def memory_checked() -> Generator[MemoryChecker]:
     """Checks every interpreted launch that ends inside the context."""
     checker = MemoryChecker()
     with observe(checker):

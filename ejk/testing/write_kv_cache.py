@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from strategies import BF16, DTYPES, E4M3, E5M2, F16, F32, INT4, INT8, INTEGERS, LAYOUTS, one_of
+
+from ejk.testing import oracle
+from ejk.testing.bits import bits_equal
+from ejk.testing.configurations import (
+    ALL,
+    BF16,
+    DTYPES,
+    E4M3,
+    E5M2,
+    F16,
+    F32,
+    INT4,
+    INT8,
+    INTEGERS,
+    LAYOUTS,
+    Few,
+)
+from ejk.testing.oracle import Array, DType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +47,7 @@ class WriteShape:
     def num_slots(self) -> int:
         return self.num_pages * self.page_size
 
-    def pool_shape(self, layout: str, width: int) -> tuple[int, ...]:
+    def pool_shape(self, layout: str, width: int) -> tuple[Any, ...]:
         heads, pages, slots = self.num_kv_heads, self.num_pages, self.page_size
         fused = () if self.value_head_dim is not None else (2,)
         return {
@@ -56,9 +74,9 @@ class WriteConfiguration(NamedTuple):
     """What a program is compiled for."""
 
     shape: WriteShape
-    dtype: np.dtype
+    dtype: DType
     cache_layout: str
-    cache_dtype: np.dtype | None = None  # another than that of the new tokens
+    cache_dtype: DType | None = None  # another than that of the new tokens
     scales: str = "none"  # or "scalar", "head" or "token"
 
     @property
@@ -76,14 +94,14 @@ WRITTEN_CACHES = (
 """Types of new tokens and caches, and what has a scale."""
 
 # Every dtype and layout, dealt out over the shapes.
-CONFIGURATIONS = tuple(
+_PLAIN = tuple(
     WriteConfiguration(shape, dtype, layout)
     for shape, (dtype, layout) in zip(
         SHAPES * 2, itertools.cycle(zip(DTYPES * 4, (*LAYOUTS, *LAYOUTS[1:], LAYOUTS[0])))
     )
 )
 
-CONFIGURATIONS += tuple(
+_QUANTISED = tuple(
     WriteConfiguration(shape, dtype, layout, cache, scales)
     for (dtype, cache, scales), shape, layout in zip(
         WRITTEN_CACHES, itertools.cycle(SHAPES[:5] + SHAPES[6:]), itertools.cycle(LAYOUTS)
@@ -91,8 +109,7 @@ CONFIGURATIONS += tuple(
     if cache != INT4 or not (shape.head_dim | (shape.value_head_dim or 0)) % 2
 )
 
-
-CONFIGURATIONS += tuple(
+_INTERLEAVED = tuple(
     WriteConfiguration(shape, dtype, "INTERLEAVED", cache, scales)
     for shape, dtype, cache, scales in (
         (SHAPES[1], BF16, None, "none"), (SHAPES[6], F32, INT8, "token"), (SHAPES[1], BF16, E4M3,
@@ -100,32 +117,34 @@ CONFIGURATIONS += tuple(
     )
 )  # fmt: skip
 
+CONFIGURATIONS = _PLAIN + _QUANTISED + _INTERLEAVED
+
 
 @dataclasses.dataclass(frozen=True)
-class WriteCase:
+class WriteKVCacheCase:
     """One call: its positional arguments, and the layout."""
 
-    key: np.ndarray
-    value: np.ndarray | None
-    key_cache: np.ndarray
-    value_cache: np.ndarray | None
-    slot_mapping: np.ndarray
+    key: Array
+    value: Array | None
+    key_cache: Array
+    value_cache: Array | None
+    slot_mapping: Array
     cache_layout: str
     as_jax: bool = True
     scales: tuple[Any, Any] = (None, None)  # as they are passed
 
-    def operands(self):
+    def operands(self) -> tuple[Any, ...]:
         """The five positional arguments, as NumPy arrays."""
         return self.key, self.value, self.key_cache, self.value_cache, self.slot_mapping
 
-    def arguments(self):
+    def arguments(self) -> tuple[Any, ...]:
         """The same, as JAX arrays where `as_jax` (64-bit integers never)."""
         return tuple(
             jnp.asarray(x) if self.as_jax and x is not None and x.dtype.itemsize < 8 else x
             for x in self.operands()
         )
 
-    def keywords(self):
+    def keywords(self) -> dict[str, Any]:
         """The layout, and the scales that there are: as JAX arrays where `as_jax`."""
         named = zip(("key_scale", "value_scale"), self.scales)
         scales = {
@@ -135,7 +154,7 @@ class WriteCase:
         }
         return {"cache_layout": self.cache_layout, **scales}
 
-    def replace(self, **changes) -> "WriteCase":
+    def replace(self, **changes: Any) -> "WriteKVCacheCase":
         return dataclasses.replace(self, **changes)
 
 
@@ -145,37 +164,37 @@ KEEPS_PAYLOADS = jax.__version_info__ >= (0, 11)
 
 
 def build(
-    shape, dtype, layout, slots, *, seed=0, as_jax=True, cache_dtype=None, scales="none"
-) -> WriteCase:
+    shape: WriteShape,
+    dtype: DType,
+    layout: str,
+    slots: Array,
+    *,
+    seed: int = 0,
+    as_jax: bool = True,
+    cache_dtype: DType | None = None,
+    scales: str = "none",
+) -> WriteKVCacheCase:
     """Make a call of random bits: NaN of every payload among them, and none may change.
 
     Of another cache than that of `dtype`, the new tokens are numbers, some of which are odd.
     """
     rng = np.random.default_rng(seed)
-
-    def bits(*shape, dtype=dtype):
-        raw = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
-        x = raw.view(dtype)[..., 0]
-        if dtype == jnp.bfloat16 and not KEEPS_PAYLOADS:
-            with np.errstate(invalid="ignore"):  # of NaN that signal
-                x[np.isnan(x)] = np.nan
-        return x
-
     cache = dtype if cache_dtype is None else cache_dtype
 
-    def pool(width):
-        return bits(*shape.pool_shape(layout, width // (1 + (cache == INT4))), dtype=cache)
+    def pool(width: int) -> Array:
+        sizes = shape.pool_shape(layout, width // (1 + (cache == INT4)))
+        return _random_bits(rng, cache, *sizes)
 
-    def scale(pool):
-        of_tokens = None if pool is None else bits(*pool.shape[:-1], dtype=F32)
+    def scale(pool: Array | None) -> Any:
+        of_tokens = None if pool is None else _random_bits(rng, F32, *pool.shape[:-1])
         of_heads = np.exp(rng.standard_normal(shape.num_kv_heads)).astype(np.float32) / 50
         return {"none": None, "scalar": 0.04, "head": of_heads, "token": of_tokens}[scales]
 
-    new = bits if cache_dtype is None else functools.partial(_odd_numbers, rng, dtype)
+    new = functools.partial(_random_bits if cache_dtype is None else _odd_numbers, rng, dtype)
     rows, width = (len(slots), shape.num_kv_heads), shape.value_head_dim
     key_cache, value_cache = pool(shape.head_dim), pool(width) if width else None
     of_values = scales != "token" or value_cache is not None
-    return WriteCase(
+    return WriteKVCacheCase(
         key=new(*rows, shape.head_dim),
         value=None if width == 0 else new(*rows, width or shape.head_dim),
         key_cache=key_cache,
@@ -187,7 +206,17 @@ def build(
     )
 
 
-def _odd_numbers(rng, dtype, *shape):
+def _random_bits(rng: np.random.Generator, dtype: DType, *shape: Any) -> Array:
+    """NaN of every payload are among them."""
+    raw = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
+    x = raw.view(dtype)[..., 0]
+    if dtype == jnp.bfloat16 and not KEEPS_PAYLOADS:
+        with np.errstate(invalid="ignore"):  # of NaN that signal
+            x[np.isnan(x)] = np.nan
+    return x
+
+
+def _odd_numbers(rng: np.random.Generator, dtype: DType, *shape: Any) -> Array:
     """Rows of every size, and some with NaN, infinities, zeros and the ends of float32."""
     size = np.exp(rng.uniform(-9, 9, (*shape[:-1], 1)))
     rows = size * rng.standard_normal(shape)
@@ -199,7 +228,7 @@ def _odd_numbers(rng, dtype, *shape):
         return rows.astype(dtype)
 
 
-def hostile_slots(dtype, num_slots) -> list[int]:
+def hostile_slots(dtype: DType, num_slots: int) -> list[Any]:
     """Next to the pool, the ends of every integer type, and what narrows to a slot."""
     limits = np.iinfo(dtype)
     slots = [-1, -num_slots, num_slots, num_slots + 1, limits.min, limits.max]
@@ -208,17 +237,52 @@ def hostile_slots(dtype, num_slots) -> list[int]:
 
 
 @st.composite
-def writes(draw, configurations=CONFIGURATIONS) -> WriteCase:
+def writes(
+    draw: Any, configurations: Sequence[Any] = CONFIGURATIONS, few: Few = ALL
+) -> WriteKVCacheCase:
     """Draw a call: some slots anywhere, some of a few, so that they meet, and some outside."""
-    shape, dtype, layout, cache_dtype, scales = draw(one_of(configurations))
+    shape, dtype, layout, cache_dtype, scales = draw(few.of(configurations))
     kind = draw(st.sampled_from(INTEGERS))
     top = min(shape.num_slots - 1, np.iinfo(kind).max)
-    few = st.integers(max(0, top - 3), top)
+    near = st.integers(max(0, top - 3), top)
     inside, outside = st.integers(0, top), hostile_slots(kind, shape.num_slots)
-    any_slot = draw(st.sampled_from((inside, few, inside | few | st.sampled_from(outside))))
+    any_slot = draw(st.sampled_from((inside, near, inside | near | st.sampled_from(outside))))
     slots = draw(arrays(kind, shape.num_tokens, elements=any_slot, fill=st.nothing()))
     return build(
         shape, dtype, layout, slots,
         seed=draw(st.integers(0, 2**32 - 1)), as_jax=draw(st.booleans()),
         cache_dtype=cache_dtype, scales=scales,
     )  # fmt: skip
+
+
+def assert_written(case: WriteKVCacheCase, pools: Iterable[Any]) -> None:
+    """Every bit of every pool is the oracle's: of what is written and of what is not.
+
+    Where new tokens become codes, one NaN is as good as another.
+    """
+    scales = dict(zip(("key_scale", "value_scale"), case.scales))
+    expected = oracle.write_kv_cache(*case.operands(), cache_layout=case.cache_layout, **scales)
+    expected = [pool for pool in expected if pool is not None]
+    if case.key_cache.dtype != case.key.dtype or case.scales[0] is not None:
+        written = [x for x in _written(case) if x is not None]
+        written += [x.any(-1) for x in written]  # the scales of tokens come after the caches
+        pools = [_as_one_nan(*x) for x in zip(pools, expected, written)]
+    bits_equal(pools, expected)
+
+
+def _written(case: WriteKVCacheCase) -> list[Any]:
+    """Mark what is written of the caches."""
+    keys, values = case.key_cache, case.value_cache
+    blank = np.zeros(keys.shape, bool), None if values is None else np.zeros(values.shape, bool)
+    width = (keys if values is None else values).shape[-1]  # of one pool: fused
+    key = np.ones((*case.key.shape[:2], keys.shape[-1]), bool)
+    value = None if case.value is None else np.ones((*key.shape[:2], width), bool)
+    rows = key, value
+    return oracle.write_kv_cache(*rows, *blank, case.slot_mapping, cache_layout=case.cache_layout)
+
+
+def _as_one_nan(actual: Array, expected: Array, written: Array) -> Array:
+    """Take over the NaN that is expected where some other was written."""
+    if actual.dtype.kind in "iu":
+        return actual
+    return np.where(written & np.isnan(actual) & np.isnan(expected), expected, actual)

@@ -4,12 +4,21 @@ Per row, in max-norm, against float64: at most twice the error of plain attentio
 dtype, plus one rounding of the output, plus `2e-6 * max|v|` (float32) or `eps * max|v|` (16 bits).
 """
 
+from collections.abc import Collection
+from typing import Any
+
 import ml_dtypes
 import numpy as np
-import oracle
+import numpy.typing as npt
+
+from ejk.testing import oracle
+from ejk.testing.oracle import Array, DType
+from ejk.testing.page_attention import PageAttentionCase
 
 
-def assert_close(case, out, lse=None, leave_out=()):
+def assert_close(
+    case: PageAttentionCase, out: Any, lse: Any = None, leave_out: Collection[Any] = ()
+) -> None:
     """Check an output, and an LSE if there is one, against the oracle, row by row.
 
     What must be NaN or infinite is, and what is finite is within its bound. Rows of `leave_out` may
@@ -27,7 +36,15 @@ def assert_close(case, out, lse=None, leave_out=()):
         assert np.asarray(lse).dtype == np.float32
 
 
-def _assert_row(case, s, h, out, lse, expected, expected_lse):
+def _assert_row(
+    case: PageAttentionCase,
+    s: int,
+    h: int,
+    out: Array,
+    lse: Any,
+    expected: Array,
+    expected_lse: float,
+) -> None:
     odd = ~np.isfinite(expected)
     np.testing.assert_array_equal(out[s, h][odd], expected[odd], f"out[{s}, {h}]")
     bound, lse_bound = bounds(case, s, h, expected, expected_lse)
@@ -37,7 +54,7 @@ def _assert_row(case, s, h, out, lse, expected, expected_lse):
         assert_lse(lse[s, h], expected_lse, lse_bound, f"lse[{s}, {h}]")
 
 
-def assert_lse(actual, expected, bound, name):
+def assert_lse(actual: Any, expected: Any, bound: float, name: str) -> None:
     """Compare two LSEs, -inf and NaN being equal to themselves alone."""
     if expected == -np.inf:
         assert actual == -np.inf, f"{name} is {actual}, must be -inf: the row sees nothing"
@@ -48,7 +65,9 @@ def assert_lse(actual, expected, bound, name):
         assert error <= bound, f"{name} is off by {error:.3g}, allowed {bound:.3g}"
 
 
-def bounds(case, s, h, expected, expected_lse):
+def bounds(
+    case: PageAttentionCase, s: int, h: int, expected: Array, expected_lse: float
+) -> tuple[float, float]:
     """Return the allowed error of one row's output and of its LSE."""
     if np.isnan(expected_lse):
         return 0.0, 0.0  # both are NaN
@@ -58,7 +77,7 @@ def bounds(case, s, h, expected, expected_lse):
     finite = np.isfinite(expected)
     expected, values = expected[finite], values[:, finite]
     sink = -np.inf if case.options.get("sinks") is None else case.options["sinks"][h]
-    plain, plain_lse = plain_attention(logits, values, np.float32(sink), case.dtype)
+    plain, plain_lse = plain_attention(logits, values, float(np.float32(sink)), case.dtype)
     tail = 2e-6 if case.dtype == np.float32 else _finfo(case.dtype).eps
     bound = 2 * np.abs(plain.astype(np.float64) - expected).max(initial=0.0)
     largest = np.abs(values.astype(np.float64)).max(initial=0.0)
@@ -71,7 +90,7 @@ def bounds(case, s, h, expected, expected_lse):
     return float(bound), float(lse_bound)
 
 
-def plain_attention(logits, values, sink, dtype):
+def plain_attention(logits: Array, values: Array, sink: float, dtype: DType) -> tuple[Array, Any]:
     """Softmax, then the product, with every intermediate array in `dtype`."""
     scores = logits.astype(dtype).astype(np.float32)
     top = max(scores.max(), sink)
@@ -86,14 +105,14 @@ def plain_attention(logits, values, sink, dtype):
     return out.astype(dtype), lse
 
 
-def one_rounding(x, dtype):
+def one_rounding(x: Any, dtype: npt.DTypeLike) -> float:
     """Half a unit in the last place of the largest of `x`."""
     info = _finfo(dtype)
     largest = float(np.abs(x[np.isfinite(x)]).max(initial=0.0)) if np.ndim(x) else abs(float(x))
     return max(largest if np.isfinite(largest) else 0.0, float(info.tiny)) * float(info.eps) / 2
 
 
-def _row(case, r, h):
+def _row(case: PageAttentionCase, r: int, h: int) -> tuple[Array, Array, Array]:
     """Gather one row's visible tokens: float32 logits, their sizes, values in the case's dtype.
 
     Products of either sign add up to about the root of the sum of their squares: the size of the
@@ -104,14 +123,14 @@ def _row(case, r, h):
     layout = options.get("cache_layout", "HND")
     kv_head = h // (case.shape.num_heads // case.shape.num_kv_heads)
     s, seen = case.seen(r)
-    if not seen:
+    if not len(seen):
         nothing = np.zeros(0, np.float32)
         return nothing, nothing, np.zeros((0, case.shape.width), case.dtype)
     scales = options.get("key_scale"), options.get("value_scale")
     keys, values = oracle.dequantised(keys, values, *scales, layout)
     if values is None:
         values = keys[..., : options["value_head_dim"]]
-    positions, distances = zip(*seen)
+    positions, distances = seen.T.tolist()
     gathered_values = [oracle.token(values, tables[s], j, kv_head, layout) for j in positions]
     k = np.stack([oracle.token(keys, tables[s], j, kv_head, layout) for j in positions])
     logits = k.astype(np.float32) @ query[r, h].astype(np.float32)
@@ -129,5 +148,5 @@ def _row(case, r, h):
     return logits, sizes, np.stack(gathered_values).astype(case.dtype)
 
 
-def _finfo(dtype):
+def _finfo(dtype: npt.DTypeLike) -> Any:
     return ml_dtypes.finfo(dtype)

@@ -2,19 +2,32 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import oracle
-from bits import bits_equal
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from strategies import BF16, E4M3, F16, F32, INT4, INT8, INTEGERS, LAYOUTS, one_of
-from writes import WriteShape, hostile_slots
-from writes import build as build_write
 
 import ejk
+from ejk.testing import oracle
+from ejk.testing.bits import bits_equal
+from ejk.testing.configurations import (
+    ALL,
+    BF16,
+    E4M3,
+    F16,
+    F32,
+    INT4,
+    INT8,
+    INTEGERS,
+    LAYOUTS,
+    Few,
+)
+from ejk.testing.oracle import Array, DType
+from ejk.testing.write_kv_cache import WriteShape, hostile_slots
+from ejk.testing.write_kv_cache import build as build_write
 
 SHAPES = (
     WriteShape("llama-3-8b, a quarter", 7, 2, 128, 128, page_size=16),
@@ -34,7 +47,7 @@ class CopyConfiguration(NamedTuple):
 
     shape: WriteShape
     unit: str
-    dtype: np.dtype  # of the pools
+    dtype: DType  # of the pools
     cache_layout: str
     scales: str = "none"  # or "head" or "token"
 
@@ -65,43 +78,50 @@ CONFIGURATIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class CopyCase:
+class CopyKVCacheCase:
     """One call."""
 
     unit: str
-    key_cache: np.ndarray
-    value_cache: np.ndarray | None
-    sources: np.ndarray
-    targets: np.ndarray
+    key_cache: Array
+    value_cache: Array | None
+    sources: Array
+    targets: Array
     cache_layout: str
     scales: tuple[Any, Any] = (None, None)
     as_jax: bool = True
 
     @property
-    def operation(self):
+    def operation(self) -> Callable[..., Any]:
         return {"slot": ejk.copy_kv_slots, "page": ejk.copy_kv_pages}[self.unit]
 
-    def operands(self):
+    def operands(self) -> tuple[Any, ...]:
         """The four positional arguments, as NumPy arrays."""
         return self.key_cache, self.value_cache, self.sources, self.targets
 
-    def arguments(self):
+    def arguments(self) -> tuple[Any, ...]:
         """The same, as JAX arrays where `as_jax` (64-bit integers never)."""
         return tuple(
             jnp.asarray(x) if self.as_jax and x is not None and x.dtype.itemsize < 8 else x
             for x in self.operands()
         )
 
-    def keywords(self):
+    def keywords(self) -> dict[str, Any]:
         """The layout, and the scales that there are."""
         named = zip(("key_scale", "value_scale"), self.scales)
         return {"cache_layout": self.cache_layout, **{n: x for n, x in named if x is not None}}
 
-    def replace(self, **changes) -> "CopyCase":
+    def replace(self, **changes: Any) -> "CopyKVCacheCase":
         return dataclasses.replace(self, **changes)
 
 
-def build(config: CopyConfiguration, sources, targets, *, seed=0, as_jax=True) -> CopyCase:
+def build(
+    config: CopyConfiguration,
+    sources: Array,
+    targets: Array,
+    *,
+    seed: int = 0,
+    as_jax: bool = True,
+) -> CopyKVCacheCase:
     """Make a call on pools of random bits, NaN of every payload among them."""
     shape, unit, dtype, layout, scales = config
     is_float = dtype in (F32, BF16, F16)
@@ -109,7 +129,7 @@ def build(config: CopyConfiguration, sources, targets, *, seed=0, as_jax=True) -
         shape, dtype if is_float else F32, layout, np.zeros(0, np.int32), seed=seed,
         cache_dtype=None if is_float else dtype, scales=scales,
     )  # fmt: skip
-    return CopyCase(
+    return CopyKVCacheCase(
         unit, pools.key_cache, pools.value_cache, sources, targets, layout, pools.scales, as_jax
     )
 
@@ -120,14 +140,16 @@ def num_units(config: CopyConfiguration) -> int:
 
 
 @st.composite
-def copies(draw, configurations=CONFIGURATIONS) -> CopyCase:
+def copies(
+    draw: Any, configurations: Sequence[Any] = CONFIGURATIONS, few: Few = ALL
+) -> CopyKVCacheCase:
     """Draw a call: anywhere, or among a few, so that they meet; permuted; some outside."""
-    config = draw(one_of(configurations))
+    config = draw(few.of(configurations))
     count, units = config.shape.num_tokens, num_units(config)
     kind = draw(st.sampled_from(INTEGERS))
     top = min(units - 1, np.iinfo(kind).max)
-    few, outside = st.integers(max(0, top - 4), top), hostile_slots(kind, units)
-    anywhere = draw(st.sampled_from((st.integers(0, top), few, few | st.sampled_from(outside))))
+    near, outside = st.integers(max(0, top - 4), top), hostile_slots(kind, units)
+    anywhere = draw(st.sampled_from((st.integers(0, top), near, near | st.sampled_from(outside))))
     sources, targets = (
         draw(arrays(kind, count, elements=anywhere, fill=st.nothing())) for _ in range(2)
     )
@@ -137,7 +159,7 @@ def copies(draw, configurations=CONFIGURATIONS) -> CopyCase:
     return build(config, sources, targets, seed=seed, as_jax=draw(st.booleans()))
 
 
-def assert_copied(case: CopyCase, pools) -> None:
+def assert_copied(case: CopyKVCacheCase, pools: Iterable[Any]) -> None:
     """Every bit of every pool is the oracle's: of what is copied and of what is not."""
     scales = dict(zip(("key_scale", "value_scale"), case.scales))
     expected = oracle.copy_kv_cache(

@@ -1,74 +1,72 @@
-"""Draws calls of `ejk.ragged_page_attention`, as `strategies` draws those of `page_attention`."""
+"""Draws calls of `ejk.ragged_page_attention`, as `page_attention` draws those of its own."""
 
 import dataclasses
 import functools
+from collections.abc import Collection, Sequence
 from itertools import combinations
-from typing import Self
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
-import poison
+import numpy.typing as npt
 from hypothesis import strategies as st
-from strategies import (
-    CONFIGURATIONS,
-    INTEGERS,
-    Case,
-    Configuration,
-    are_few,
-    draw_options,
-    draw_pools,
-    draw_tables,
-    fixed,
-    lengths,
-    one_of,
-    windows,
-)
+
+from ejk.testing import oracle, poison
+from ejk.testing.configurations import ALL, CONFIGURATIONS, INTEGERS, Configuration, Few
+from ejk.testing.oracle import Array, DType
+from ejk.testing.page_attention import PageAttentionCase, lengths, windows
+from ejk.testing.pools import draw_options, draw_pools, draw_tables
 
 TOTAL = 13  # new tokens of a drawn call
 EXTRAS = ("positions", "tree_mask")
 
 
 @dataclasses.dataclass(frozen=True)
-class RaggedCase(Case):
+class RaggedPageAttentionCase(PageAttentionCase):
     """One call. Rows that see nothing hold poison, rows of no sequence have junk options."""
 
-    cu_q_lens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1, np.int32))
+    cu_q_lens: Array = dataclasses.field(default_factory=lambda: np.zeros(1, np.int32))
 
-    def operands(self):
+    def operands(self) -> tuple[Any, ...]:
         return (*super().operands(), self.cu_q_lens)
 
-    def expected(self):
+    def expected(self) -> tuple[Array, Array]:
         return oracle.ragged_page_attention(*self.operands(), **self.semantics())
 
     @functools.cached_property
-    def rows_seen(self):
-        """Each row's sequence and the tokens that it sees, valid pages or not."""
+    def rows_seen(self) -> oracle.Rows:
+        """The sequence of each row that has one, and what the row sees, pages valid or not."""
         names = ("sliding_window", "causal", *EXTRAS)
         options = {name: self.options[name] for name in names if name in self.options}
         return oracle.ragged_rows(len(self.query), self.lengths(), self.cu_q_lens, **options)
 
-    def seen(self, row):
-        if self.rows_seen[row] is None:
-            return 0, []
+    def seen(self, row: int) -> tuple[int, Array]:
+        if row not in self.rows_seen:
+            return 0, oracle.tokens([])
         keys, tables = self.in_layout(self.keys, self.values)[0], self.block_tables
-        return oracle.only_pages([self.rows_seen[row]], keys, tables, self.cache_layout)[0]
+        one = {row: self.rows_seen[row]}
+        return oracle.only_pages(one, keys, tables, self.cache_layout)[row]
 
     @property
-    def outside(self):
-        return np.array([row is None for row in self.rows_seen])
+    def outside(self) -> Array:
+        return np.array([row not in self.rows_seen for row in range(len(self.query))], bool)
 
     @property
-    def bounds(self) -> list[int]:
+    def bounds(self) -> Array:
         """`cu_q_lens` made sane."""
         clipped = [min(max(int(c), 0), len(self.query)) for c in self.cu_q_lens]
-        return [max(clipped[: s + 1]) for s in range(len(clipped))]
+        return np.maximum.accumulate(np.array(clipped, np.int64))
 
-    def with_other_junk(self, seed: int, finite: bool = False) -> Self:
-        other = super().with_other_junk(seed, finite)
+    def replace(self, **changes: Any) -> "RaggedPageAttentionCase":
+        return dataclasses.replace(self, **changes)
+
+    def with_other_junk(self, seed: int, finite: bool = False) -> "RaggedPageAttentionCase":
+        other = cast(RaggedPageAttentionCase, super().with_other_junk(seed, finite))
         rng = np.random.default_rng(seed)
         fill = poison.ordinary if finite else poison.numbers
-        blind = np.array([not (row and row[1]) for row in self.rows_seen])
+        rows = [self.rows_seen.get(row, (-1, ())) for row in range(len(self.query))]
+        blind = np.array([not len(seen) for _, seen in rows], bool)
         junk = fill(rng, self.query.shape, self.dtype)
         query = np.where(blind[:, None, None], junk, self.query)
         options = dict(self.options)
@@ -77,15 +75,15 @@ class RaggedCase(Case):
             options["positions"] = np.where(self.outside, anything, options["positions"])
         if "tree_mask" in options:
             mask = options["tree_mask"]
-            q_lens = np.array([0 if row is None else self._q_len(row[0]) for row in self.rows_seen])
+            q_lens = np.array([0 if s < 0 else self._q_len(s) for s, _ in rows], np.int64)
             unread = np.arange(mask.shape[1]) >= q_lens[:, None]
             options["tree_mask"] = np.where(unread, rng.random(mask.shape) < 0.5, mask)
         return other.replace(query=query, options=options)
 
-    def _q_len(self, s):
-        return self.bounds[s + 1] - self.bounds[s]
+    def _q_len(self, s: int) -> int:
+        return int(self.bounds[s + 1] - self.bounds[s])
 
-    def part(self, s: int, begin: int = 0, end: int | None = None) -> Self:
+    def part(self, s: int, begin: int = 0, end: int | None = None) -> "RaggedPageAttentionCase":
         """New tokens `[begin, end)` of one sequence, alone; those after them do not yet exist."""
         length = self._q_len(s)
         end = length if end is None else end
@@ -104,23 +102,29 @@ class RaggedCase(Case):
 
 
 @st.composite
-def ragged_cases(draw, configurations=CONFIGURATIONS, extras=EXTRAS, causal=True) -> RaggedCase:
+def ragged_cases(
+    draw: Any,
+    configurations: Sequence[Any] = CONFIGURATIONS,
+    few: Few = ALL,
+    extras: Sequence[Any] = EXTRAS,
+    causal: bool = True,
+) -> RaggedPageAttentionCase:
     """Draw a call of one of `configurations`, with any of `extras`."""
-    config = draw(one_of(configurations))
+    config = draw(few.of(configurations))
     shape = config.shape
     ints = [dtype for dtype in INTEGERS if np.iinfo(dtype).max >= shape.num_pages]
     lens_dtype = draw(st.sampled_from(INTEGERS))
     lens = [draw(lengths(shape, lens_dtype)) for _ in range(shape.num_seqs)]
     number = configurations.index(config)
-    extras = () if are_few() else extras
+    extras = extras if few.suits is None else ()  # what takes few configurations takes none
     some = [frozenset(few) for n in range(len(extras) + 1) for few in combinations(extras, n)]
     return build_ragged(
         config,
         np.array(lens, lens_dtype),
         draw(_bounds(shape.num_seqs)),
-        extras=fixed(draw, some, number),
+        extras=draw(few.fixed(some, number)),
         tables_dtype=draw(st.sampled_from(ints)),
-        window=draw(fixed(draw, windows(shape), number)),
+        window=draw(draw(few.fixed(windows(shape), number))),
         seed=draw(st.integers(0, 2**32 - 1)),
         share=draw(st.booleans()),
         invalid=draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),
@@ -130,13 +134,13 @@ def ragged_cases(draw, configurations=CONFIGURATIONS, extras=EXTRAS, causal=True
     )
 
 
-def _bounds(num_seqs):
+def _bounds(num_seqs: int) -> st.SearchStrategy[Array]:
     """Where sequences begin and end: mostly sane, or anything at all."""
     sane = st.lists(st.integers(0, TOTAL), min_size=num_seqs + 1, max_size=num_seqs + 1)
     tight = sane.map(lambda cuts: [0, *sorted(cuts)[1:-1], TOTAL])
     dtypes = st.sampled_from([dtype for dtype in INTEGERS if dtype.itemsize > 1])
 
-    def hostile(dtype):
+    def hostile(dtype: DType) -> st.SearchStrategy[Array]:
         limits = np.iinfo(dtype)
         edges = [limits.min, limits.max, -1, TOTAL + 1, 2**32 + 3, 2**31]
         edges = [edge for edge in edges if limits.min <= edge <= limits.max]
@@ -150,22 +154,22 @@ def _bounds(num_seqs):
 
 def build_ragged(
     config: Configuration,
-    context_lens: np.ndarray,
-    cu_q_lens: np.ndarray,
+    context_lens: Array,
+    cu_q_lens: Array,
     *,
-    total=TOTAL,
-    extras=frozenset(),
-    tables_dtype=np.int32,
-    window=None,
-    seed=0,
-    share=False,
-    invalid=0.0,
-    magnitudes=(1.0, 1.0),
-    as_jax=False,
-    causal=True,
-    prefix_groups=None,
-) -> RaggedCase:
-    """Make a call; the arguments are those of `strategies.build`, and the bounds of the rows.
+    total: int = TOTAL,
+    extras: Collection[Any] = frozenset(),
+    tables_dtype: npt.DTypeLike = np.int32,
+    window: Any = None,
+    seed: int = 0,
+    share: bool = False,
+    invalid: float = 0.0,
+    magnitudes: tuple[Any, Any] = (1.0, 1.0),
+    as_jax: bool = False,
+    causal: bool = True,
+    prefix_groups: Any = None,
+) -> RaggedPageAttentionCase:
+    """Make a call; the arguments are those of `page_attention.build`, and the bounds of the rows.
 
     Of the sequences of each of the `prefix_groups` the tables name the same first pages.
     """
@@ -183,21 +187,22 @@ def build_ragged(
     query = magnitudes[0] * rng.standard_normal((total, shape.num_heads, shape.head_dim))
     tables = draw_tables(rng, shape, len(context_lens), tables_dtype, share, invalid)
     in_groups = share_pages(tables, prefix_groups)
-    case = RaggedCase(
+    case = RaggedPageAttentionCase(
         shape, dtype, config.cache_layout, query.astype(dtype), np.zeros(0), None, context_lens,
         tables, options, config.num_splits, np.zeros(0), np.zeros(0), as_jax, config.fused,
         cu_q_lens=cu_q_lens,
     )  # fmt: skip
-    seen: list[set[int]] = [set() for _ in context_lens]
-    for s, tokens in filter(None, case.rows_seen):
-        seen[s] |= {j for j, _ in tokens}
-    *pools, scales = draw_pools(rng, config, case.block_tables, seen, magnitudes)
-    named = dict(zip(("keys", "values", "live", "needed"), pools))
-    case = case.replace(**named, scales=scales)
-    return case.replace(needed=case.needed | in_groups).with_other_junk(seed)
+    seen: dict[int, set[int]] = {s: set() for s in range(len(context_lens))}
+    for s, tokens in case.rows_seen.values():
+        seen[s] |= {*tokens[:, 0].tolist()}
+    keys, values, live, needed, scales = draw_pools(rng, config, tables, seen, magnitudes)
+    case = case.replace(
+        keys=keys, values=values, live=live, needed=needed | in_groups, scales=scales
+    )
+    return case.with_other_junk(seed)
 
 
-def share_pages(tables, prefix_groups):
+def share_pages(tables: Array, prefix_groups: Any) -> Array:
     """Let the tables of each group name the pages of its first sequence; return where they do."""
     shared = np.zeros(tables.shape, bool)
     groups, num_pages = ((), ()) if prefix_groups is None else prefix_groups
@@ -209,7 +214,7 @@ def share_pages(tables, prefix_groups):
     return shared
 
 
-def narrow(x):
+def narrow(x: Array) -> jax.Array:
     """`jit` takes no 64-bit integers; a caller must have narrowed them with care before."""
     if x.dtype.kind in "iu" and x.dtype.itemsize == 8:
         x = np.clip(x, max(np.iinfo(x.dtype).min, -1), 2**31 - 1).astype(np.int32)

@@ -1,0 +1,255 @@
+"""Hypothesis strategies that draw a whole call, poisoned wherever it must not be read.
+
+Shapes, dtypes and features come from a short list, so that programs are compiled once; lengths,
+tables and numbers are drawn freely. Slots that no sequence sees hold NaN, Inf and the largest
+finite numbers; table entries that no visible token needs hold junk.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from ejk.testing import oracle, poison
+from ejk.testing.configurations import (
+    ALL,
+    CONFIGURATIONS,
+    INT32_MAX,
+    INTEGERS,
+    Configuration,
+    Few,
+)
+from ejk.testing.oracle import Array, DType
+from ejk.testing.pools import draw_options, draw_pools, draw_tables
+from ejk.testing.shapes import Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class PageAttentionCase:
+    """One call. Pools are kept as `[num_pages, page_size, num_kv_heads, width]`."""
+
+    shape: Shape
+    dtype: DType
+    cache_layout: str
+    query: Array
+    keys: Array
+    values: Array | None
+    context_lens: Array
+    block_tables: Array
+    options: dict[str, Any]
+    num_splits: int
+    live: Array  # bool [num_pages, page_size]: slots that some sequence sees
+    needed: Array  # bool [num_seqs, max_blocks]: entries that some visible position needs
+    as_jax: bool
+    fused: bool = False
+    scales: tuple[Any, Any] = (None, None)
+    """Of keys and values: numbers, one a KV head, or `[num_pages, page_size, num_kv_heads]`."""
+
+    def operands(self) -> tuple[Any, ...]:
+        """The five positional arguments, as NumPy arrays."""
+        pools = self.in_layout(self.keys, self.values)
+        return (self.query, *pools, self.context_lens, self.block_tables)
+
+    def in_layout(self, keys: Array, values: Array | None) -> tuple[Array, Array | None]:
+        """Arrange keys and values as they are passed, in memory."""
+        if self.cache_layout == "INTERLEAVED" and values is not None:
+            both = np.stack([keys, values], 3)
+            return both.reshape(*keys.shape[:2], -1, *keys.shape[3:]), None
+        order = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "KV_HEADS_FIRST": (2, 0, 1, 3)}
+        axes = order[self.cache_layout][: keys.ndim]
+        keys = np.ascontiguousarray(keys.transpose(axes))
+        if values is None:
+            return keys, None
+        values = np.ascontiguousarray(values.transpose(axes))
+        if not self.fused:
+            return keys, values
+        return np.stack([keys, values], 2 if self.cache_layout == "KV_HEADS_FIRST" else 1), None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The five positional arguments, as JAX arrays where `as_jax` (64-bit integers never)."""
+        return tuple(
+            jnp.asarray(x) if self.as_jax and x is not None and x.dtype.itemsize < 8 else x
+            for x in self.operands()
+        )
+
+    def semantics(self) -> dict[str, Any]:
+        """The keyword arguments that change the answer."""
+        latent = {"value_head_dim": self.shape.width} if self.shape.latent else {}
+        scales = self.in_layout(*self.scales) if self.has_token_scales else self.scales
+        named = zip(("key_scale", "value_scale"), scales)
+        scales = {name: scale for name, scale in named if scale is not None}
+        return {"cache_layout": self.cache_layout, **self.options, **latent, **scales}
+
+    @property
+    def has_token_scales(self) -> bool:
+        return np.ndim(self.scales[0]) == 3
+
+    def expected(self) -> tuple[Array, Array]:
+        """What the oracle says: the output and the LSE."""
+        return oracle.page_attention(*self.operands(), **self.semantics())
+
+    def seen(self, row: int) -> tuple[int, Array]:
+        """The sequence of a row, and the tokens that it sees: positions and distances."""
+        keys = self.in_layout(self.keys, self.values)[0]
+        lens, tables, window = self.context_lens, self.block_tables, "sliding_window"
+        where = (keys, lens[row], tables[row], self.cache_layout)
+        last = oracle.length_of(*where) - 1
+        visible = oracle.visible_positions(*where, self.options.get(window))
+        return row, oracle.tokens((j, j - last) for j in visible)
+
+    @property
+    def outside(self) -> np.ndarray:
+        """Which rows are no sequence's."""
+        return np.zeros(len(self.query), bool)
+
+    def lengths(self) -> Array:
+        """The clipped length of every sequence."""
+        capacity = self.block_tables.shape[1] * self.shape.page_size
+        return np.array([min(max(int(n), 0), capacity) for n in self.context_lens], np.int64)
+
+    def replace(self, **changes: Any) -> "PageAttentionCase":
+        return dataclasses.replace(self, **changes)
+
+    def with_other_junk(self, seed: int, finite: bool = False) -> "PageAttentionCase":
+        """The same call with something else in every slot and entry that must not be read."""
+        rng = np.random.default_rng(seed)
+        fill = poison.ordinary if finite else poison.numbers
+
+        def refill(pool: Array | None) -> Array | None:
+            if pool is None:
+                return None
+            live = self.live.reshape(*self.live.shape, *[1] * (pool.ndim - 2))
+            return np.where(live, pool, fill(rng, pool.shape, pool.dtype))
+
+        junk = poison.junk_entries(rng, self.block_tables.shape, self.block_tables.dtype, self.keys)
+        tables = np.where(self.needed, self.block_tables, junk)
+        pools: dict[str, Any] = {"keys": refill(self.keys), "values": refill(self.values)}
+        if self.has_token_scales:
+            pools["scales"] = tuple(map(refill, self.scales))
+        return self.replace(**pools, block_tables=tables)
+
+    def permuted(self, seed: int, more_pages: int = 0) -> "PageAttentionCase":
+        """The same call with the pages of a larger pool in another order, others poisoned."""
+        rng = np.random.default_rng(seed)
+        num_pages = self.shape.num_pages
+        old = np.arange(num_pages)
+        new = rng.permutation(num_pages + more_pages)[:num_pages]
+
+        def move(pool: Array | None) -> Array | None:
+            if pool is None:
+                return None
+            moved = poison.numbers(rng, (num_pages + more_pages, *pool.shape[1:]), pool.dtype)
+            moved[new[old]] = pool
+            return moved
+
+        live = np.zeros((num_pages + more_pages, self.shape.page_size), bool)
+        live[new] = self.live
+        tables = self.block_tables.astype(np.int32 if more_pages else self.block_tables.dtype)
+        valid = poison.is_page(self.block_tables, num_pages)
+        tables[valid] = new[self.block_tables[valid].astype(np.int64)]
+        if more_pages:  # what named no page might name one now
+            tables[~valid] = -1
+        shape = dataclasses.replace(self.shape, num_pages=num_pages + more_pages)
+        scales = tuple(map(move, self.scales)) if self.has_token_scales else self.scales
+        return self.replace(
+            shape=shape, keys=move(self.keys), values=move(self.values), scales=scales,
+            block_tables=tables, live=live,
+        )  # fmt: skip
+
+    def rows(self, which: Iterable[Any], more_blocks: int = 0) -> "PageAttentionCase":
+        """The sequences `which` of this call, alone, their tables wider by junk."""
+        order = np.array([*which], np.intp)
+        wide = ((0, 0), (0, more_blocks))
+        tables = np.pad(self.block_tables[order], wide, constant_values=0)
+        needed = np.pad(self.needed[order], wide, constant_values=False)
+        lens = self.lengths().astype(np.int32)[order]
+        shape = dataclasses.replace(self.shape, num_seqs=len(order), max_blocks=tables.shape[1])
+        # `live` keeps what the others see: to these rows it is junk that happens to be finite.
+        return self.replace(
+            shape=shape, query=self.query[order], context_lens=lens, block_tables=tables,
+            needed=needed,
+        )  # fmt: skip
+
+
+@st.composite
+def cases(
+    draw: Any, configurations: Sequence[Any] = CONFIGURATIONS, few: Few = ALL
+) -> PageAttentionCase:
+    """Draw a call of one of `configurations`."""
+    config = draw(few.of(configurations))
+    shape = config.shape
+    ints = [dtype for dtype in INTEGERS if np.iinfo(dtype).max >= shape.num_pages]
+    lens_dtype = draw(st.sampled_from(INTEGERS))
+    tables_dtype = draw(st.sampled_from(ints))
+    lens = [draw(lengths(shape, lens_dtype)) for _ in range(shape.num_seqs)]
+    return build(
+        config,
+        np.array(lens, lens_dtype),
+        tables_dtype=tables_dtype,
+        window=draw(draw(few.fixed(windows(shape), configurations.index(config)))),
+        seed=draw(st.integers(0, 2**32 - 1)),
+        share=draw(st.booleans()),
+        invalid=draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),
+        magnitudes=(draw(st.sampled_from((0.1, 1.0, 2.0))), draw(st.sampled_from((0.01, 1.0, 99)))),
+        as_jax=draw(st.booleans()),
+    )
+
+
+def build(
+    config: Configuration,
+    context_lens: Array,
+    *,
+    tables_dtype: npt.DTypeLike = np.int32,
+    window: Any = None,
+    seed: int = 0,
+    share: bool = False,
+    invalid: float = 0.0,
+    magnitudes: tuple[Any, Any] = (1.0, 1.0),
+    as_jax: bool = False,
+) -> PageAttentionCase:
+    """Make a call: poison everything, then write what some sequence sees.
+
+    Args:
+        config: what the program is compiled for.
+        context_lens: as they are passed.
+        tables_dtype: of the block tables.
+        window: used if the configuration has a window.
+        seed: of all random numbers.
+        share: sequences have their first page in common.
+        invalid: the share of needed table entries that name no page.
+        magnitudes: of queries and keys, and of values.
+        as_jax: pass JAX arrays.
+    """
+    rng = np.random.default_rng(seed)
+    shape, dtype = config.shape, config.dtype
+    options = draw_options(config, rng, window)
+    tables = draw_tables(rng, shape, len(context_lens), tables_dtype, share, invalid)
+    window = options.get("sliding_window", INT32_MAX)
+    lens = [min(max(int(n), 0), shape.capacity) for n in context_lens]
+    seen = dict(enumerate(range(max(n - int(window), 0), n) for n in lens))
+    keys, values, live, needed, scales = draw_pools(rng, config, tables, seen, magnitudes)
+    tables = np.where(needed, tables, poison.junk_entries(rng, tables.shape, tables.dtype, keys))
+    query = magnitudes[0] * rng.standard_normal((len(lens), shape.num_heads, shape.head_dim))
+    return PageAttentionCase(
+        shape, dtype, config.cache_layout, query.astype(dtype), keys, values, context_lens,
+        tables, options, config.num_splits, live, needed, as_jax, config.fused, scales,
+    )  # fmt: skip
+
+
+def windows(shape: Shape) -> list[Any]:
+    """Few static windows, each of which is a program of its own, and any number of traced ones."""
+    static = [st.just(window) for window in (1, shape.page_size + 1, INT32_MAX)]
+    traced = st.integers(1, shape.capacity + 3) | st.just(INT32_MAX)
+    return [*static, *[traced.map(jnp.int32)] * len(static)]
+
+
+def lengths(shape: Shape, dtype: DType) -> st.SearchStrategy[int]:
+    page, capacity, limits = shape.page_size, shape.capacity, np.iinfo(dtype)
+    edges = [0, 1, page - 1, page, page + 1, capacity - 1, capacity, capacity + 1, -1,
+             limits.min, limits.max, 2**32, 2**32 + 1, -(2**32) + 1]  # fmt: skip
+    edges = [edge for edge in edges if limits.min <= edge <= limits.max]
+    return st.sampled_from(edges) | st.integers(0, min(capacity, limits.max))
