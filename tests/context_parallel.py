@@ -58,7 +58,7 @@ class Parallel(Entry):
 
 
 ENTRIES = [
-    Parallel("xla, pages over devices", ejk.XlaPageAttention(), examples=12, invariant=False),
+    Parallel("xla, pages over devices", ejk.XlaPageAttention(), examples=12, batch_invariant=False),
     Parallel(
         "triton interpreted, pages over devices",
         ejk.TritonPageAttention(interpret=True, num_sms=6),

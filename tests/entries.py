@@ -1,10 +1,8 @@
 """The tables of backends, one for each operation, and what runs a property on every entry."""
 
-import contextlib
 import dataclasses
 import functools
 import os
-import re
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -18,24 +16,21 @@ import tally
 from tiers import THOROUGH
 
 import ejk
+from ejk.testing import Refusal, Subject
 from ejk.testing.configurations import Configuration, Few
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
-class Refusal(Exception):  # noqa: N818
-    """A backend refused a call for a reason that its entry allows."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(Subject):
     """One backend under test.
 
     Attributes:
         name: in test ids and in the summary.
         backend: what is passed as `backend=`.
         examples: drawn for a property that asks for its full share.
-        invariant: for `num_splits >= 1` a sequence's bits depend on that sequence alone.
+        batch_invariant: for `num_splits >= 1` a sequence's bits depend on that sequence alone.
         may_refuse: regular expressions of the only reasons this backend may give for refusing.
         suits: says which configurations it is given, where some of them do.
         dtype: of the edges.
@@ -46,56 +41,15 @@ class Entry:
     name: str
     backend: ejk.Backend
     examples: int
-    invariant: bool = True
+    batch_invariant: bool = True
     may_refuse: tuple[str, ...] = ()
     suits: Callable[[Configuration], bool] | None = None
     dtype: np.dtype = F32
     marks: Sequence[pytest.MarkDecorator] = ()
     slow: bool = False
 
-    def __call__(self, case, **overrides):
-        """Run a case; return the output and the LSE as NumPy arrays."""
-        with self.refusing():
-            keywords = {"num_splits": case.num_splits, **case.semantics(), **overrides}
-            out, lse = ejk.page_attention(
-                *case.arguments(), **keywords, return_lse=True, backend=self.backend
-            )
-        return np.asarray(out), np.asarray(lse)
 
-    @contextlib.contextmanager
-    def refusing(self):
-        """Let a refusal pass only if every reason is one that the table allows."""
-        try:
-            yield
-        except ejk.UnsupportedError as error:
-            reasons = re.findall(rf"^  {self.backend.name}: (.*)$", str(error), re.MULTILINE)
-            assert reasons, f"a refusal names the backend and a reason: {error}"
-            for reason in reasons:
-                if not any(re.search(allowed, reason) for allowed in self.may_refuse):
-                    raise
-            raise Refusal from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Writer(Entry):
-    """One backend of `ejk.write_kv_cache` under test."""
-
-    def __call__(self, case):
-        """Run a case; return the caches that there are as NumPy arrays."""
-        with self.refusing():
-            caches = ejk.write_kv_cache(*case.arguments(), **case.keywords(), backend=self.backend)
-        return [np.asarray(cache) for cache in caches if cache is not None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Copier(Entry):
-    """One backend of `ejk.copy_kv_slots` and `ejk.copy_kv_pages` under test."""
-
-    def __call__(self, case):
-        """Run a case; return the pools that there are as NumPy arrays."""
-        with self.refusing():
-            pools = case.operation(*case.arguments(), **case.keywords(), backend=self.backend)
-        return [np.asarray(pool) for pool in pools if pool is not None]
+Writer = Copier = Entry  # a call knows its operation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +61,6 @@ class RaggedEntry(Entry):
     """
 
     decode: ejk.Backend | None = None
-
-    def __call__(self, case, **overrides):
-        """Run a case; return the output and the LSE as NumPy arrays."""
-        with self.refusing():
-            out, lse = ejk.ragged_page_attention(
-                *case.arguments(), **{**case.semantics(), **overrides}, return_lse=True,
-                backend=self.backend,
-            )  # fmt: skip
-        return np.asarray(out), np.asarray(lse)
 
 
 def interpreted(backends) -> dict[str, ejk.Backend]:
@@ -153,6 +98,7 @@ def suits_mosaic(config: Configuration) -> bool:
         and shape.head_dim == shape.width in (64, 128, 256)
         and shape.page_size % 8 == 0
         and (pages % shape.page_size == 0 or shape.page_size % pages == 0)
+        and not config.features & {"positions", "tree_mask", "causal=False"}
     )
 
 
@@ -178,7 +124,7 @@ def ragged_mosaic(name: str, examples: int, **fields) -> RaggedEntry:
 if os.environ.get("EJK_TEST_GPU"):
     assert jax.default_backend() == "gpu", "the GPU tests were asked for, but there is no GPU"
     ENTRIES = [
-        Entry("xla on gpu", ejk.XlaPageAttention(), 40, invariant=False),
+        Entry("xla on gpu", ejk.XlaPageAttention(), 40, batch_invariant=False),
         Entry("triton on gpu", ejk.TritonPageAttention(), 80),
     ]
     RAGGED = [
@@ -214,8 +160,8 @@ if os.environ.get("EJK_TEST_GPU"):
     ]
 else:
     ENTRIES = [
-        Entry("xla", ejk.XlaPageAttention(), 10, invariant=False),
-        Entry("xla in small blocks", ejk.XlaPageAttention(block_kv=16), 4, invariant=False),
+        Entry("xla", ejk.XlaPageAttention(), 10, batch_invariant=False),
+        Entry("xla in small blocks", ejk.XlaPageAttention(block_kv=16), 4, batch_invariant=False),
         Entry("triton interpreted", ejk.TritonPageAttention(interpret=True), 8),
         Entry(
             "pallas interpreted", ejk.PallasPageAttention(interpret=True), 4, may_refuse=NO_FLOAT16
@@ -266,9 +212,9 @@ def counted(body):
     """Count a test's example as passed, or as refused, by the entry it ran on."""
 
     @functools.wraps(body)
-    def run(*args, entry, **kwargs):
+    def run(entry, *args, **kwargs):
         try:
-            body(*args, entry=entry, **kwargs)
+            body(entry, *args, **kwargs)
         except Refusal:
             tally.refused[entry.name] += 1
         else:
@@ -313,7 +259,7 @@ def each_case(strategy, share: float = 1.0, entries=ENTRIES):
             run = counted(body)
 
             def holds(case):
-                run(entry=entry, case=case)
+                run(entry, case)
 
             examples = max(2, round(entry.examples * share * (20 if THOROUGH else 1)))
             seed = zlib.crc32(f"{body.__name__} {entry.name}".encode())

@@ -97,7 +97,8 @@ def configurations(per_shape: int) -> list[Configuration]:
     ]
 
 
-CONFIGURATIONS = configurations(2)
+CONFIGURATIONS, MANY = configurations(2), configurations(12)
+"""A few of each shape, and many."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from ejk.testing.configurations import (
     Few,
 )
 from ejk.testing.oracle import Array, DType
+from ejk.testing.running import represent, run
 from ejk.testing.write_kv_cache import WriteShape, hostile_slots
 from ejk.testing.write_kv_cache import build as build_write
 
@@ -77,9 +78,9 @@ CONFIGURATIONS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CopyKVCacheCase:
-    """One call."""
+    """One call of `ejk.copy_kv_slots` or `ejk.copy_kv_pages`."""
 
     unit: str
     key_cache: Array
@@ -90,9 +91,29 @@ class CopyKVCacheCase:
     scales: tuple[Any, Any] = (None, None)
     as_jax: bool = True
 
+    __repr__ = represent
+
     @property
-    def operation(self) -> Callable[..., Any]:
-        return {"slot": ejk.copy_kv_slots, "page": ejk.copy_kv_pages}[self.unit]
+    def operation(self) -> str:
+        """The name of the public function."""
+        return f"copy_kv_{self.unit}s"
+
+    def run(self, backend: Any = None, *, jit: bool = False, **overrides: Any) -> tuple[Array, ...]:
+        """Call the operation; return the pools that there are."""
+        keywords = {**self.keywords(), **overrides}
+        return run(getattr(ejk, self.operation), self.arguments(), keywords, backend, jit)
+
+    def expected(self) -> tuple[Array, ...]:
+        """What the oracle says of the same."""
+        scales = dict(zip(("key_scale", "value_scale"), self.scales))
+        pools = oracle.copy_kv_cache(
+            self.unit, *self.operands(), cache_layout=self.cache_layout, **scales
+        )
+        return tuple(pool for pool in pools if pool is not None)
+
+    def check(self, results: Iterable[Any]) -> None:
+        """Raise an `AssertionError` where a bit is another than the oracle's."""
+        bits_equal(results, self.expected())
 
     def operands(self) -> tuple[Any, ...]:
         """The four positional arguments, as NumPy arrays."""
@@ -161,8 +182,4 @@ def copies(
 
 def assert_copied(case: CopyKVCacheCase, pools: Iterable[Any]) -> None:
     """Every bit of every pool is the oracle's: of what is copied and of what is not."""
-    scales = dict(zip(("key_scale", "value_scale"), case.scales))
-    expected = oracle.copy_kv_cache(
-        case.unit, *case.operands(), cache_layout=case.cache_layout, **scales
-    )
-    bits_equal(pools, [pool for pool in expected if pool is not None])
+    case.check(pools)

@@ -7,14 +7,15 @@ finite numbers; table entries that no visible token needs hold junk.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from ejk.testing import oracle, poison
+import ejk
+from ejk.testing import bounds, oracle, poison
 from ejk.testing.configurations import (
     ALL,
     CONFIGURATIONS,
@@ -25,12 +26,15 @@ from ejk.testing.configurations import (
 )
 from ejk.testing.oracle import Array, DType
 from ejk.testing.pools import draw_options, draw_pools, draw_tables
+from ejk.testing.running import represent, run
 from ejk.testing.shapes import Shape
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PageAttentionCase:
-    """One call. Pools are kept as `[num_pages, page_size, num_kv_heads, width]`."""
+    """One call of `ejk.page_attention`. Pools are `[num_pages, page_size, num_kv_heads, width]`."""
+
+    operation: ClassVar[str] = "page_attention"
 
     shape: Shape
     dtype: DType
@@ -42,12 +46,39 @@ class PageAttentionCase:
     block_tables: Array
     options: dict[str, Any]
     num_splits: int
-    live: Array  # bool [num_pages, page_size]: slots that some sequence sees
-    needed: Array  # bool [num_seqs, max_blocks]: entries that some visible position needs
+    live: Array = dataclasses.field(repr=False)
+    """bool `[num_pages, page_size]`: slots that some sequence sees."""
+    needed: Array = dataclasses.field(repr=False)
+    """bool `[num_seqs, max_blocks]`: entries that some visible position needs."""
     as_jax: bool
     fused: bool = False
     scales: tuple[Any, Any] = (None, None)
     """Of keys and values: numbers, one a KV head, or `[num_pages, page_size, num_kv_heads]`."""
+    hints: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """What changes the speed, and the last bit of rounding: keyword arguments of the call."""
+
+    __repr__ = represent
+
+    def run(self, backend: Any = None, *, jit: bool = False, **overrides: Any) -> tuple[Array, ...]:
+        """Call the operation; return the output and the LSE."""
+        hints = {"num_splits": self.num_splits} | self.hints
+        if hints.pop("plan", False):
+            hints["plan"] = self.plan(backend)
+        keywords = {**hints, **self.semantics(), "return_lse": True, **overrides}
+        return run(ejk.page_attention, self.arguments(), keywords, backend, jit)
+
+    def check(self, results: Iterable[Any]) -> None:
+        """Raise an `AssertionError` that names the row, its error and its bound."""
+        bounds.assert_close(self, *results)
+
+    def plan(self, backend: Any) -> Any:
+        """Make the call's plan."""
+        return ejk.plan_page_attention(
+            self.context_lens, num_heads=self.shape.num_heads,
+            num_kv_heads=self.shape.num_kv_heads, head_dim=self.shape.head_dim,
+            page_size=self.shape.page_size, max_blocks=self.block_tables.shape[1],
+            sliding_window=self.options.get("sliding_window"), backend=backend,
+        )  # fmt: skip
 
     def operands(self) -> tuple[Any, ...]:
         """The five positional arguments, as NumPy arrays."""
@@ -181,6 +212,7 @@ def cases(
 ) -> PageAttentionCase:
     """Draw a call of one of `configurations`."""
     config = draw(few.of(configurations))
+    number = configurations.index(config)
     shape = config.shape
     ints = [dtype for dtype in INTEGERS if np.iinfo(dtype).max >= shape.num_pages]
     lens_dtype = draw(st.sampled_from(INTEGERS))
@@ -190,13 +222,20 @@ def cases(
         config,
         np.array(lens, lens_dtype),
         tables_dtype=tables_dtype,
-        window=draw(draw(few.fixed(windows(shape), configurations.index(config)))),
+        window=draw(draw(few.fixed(windows(shape), number))),
         seed=draw(st.integers(0, 2**32 - 1)),
         share=draw(st.booleans()),
         invalid=draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),
         magnitudes=(draw(st.sampled_from((0.1, 1.0, 2.0))), draw(st.sampled_from((0.01, 1.0, 99)))),
         as_jax=draw(st.booleans()),
-    )
+    ).replace(hints=draw(few.fixed(HINTS, number)))
+
+
+HINTS: tuple[dict[str, Any], ...] = (
+    {}, {}, {"max_context_len": 0}, {"max_context_len": 17}, {"max_context_len": 10**6},
+    {"plan": True},
+)  # fmt: skip
+"""None, a bound that is too small or too large, and a plan."""
 
 
 def build(

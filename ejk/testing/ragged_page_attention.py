@@ -2,31 +2,37 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
-from itertools import combinations
-from typing import Any, cast
+import itertools
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, ClassVar, cast
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
+import ejk
 from ejk.testing import oracle, poison
 from ejk.testing.configurations import ALL, CONFIGURATIONS, INTEGERS, Configuration, Few
 from ejk.testing.oracle import Array, DType
 from ejk.testing.page_attention import PageAttentionCase, lengths, windows
 from ejk.testing.pools import draw_options, draw_pools, draw_tables
+from ejk.testing.running import run
 
 TOTAL = 13  # new tokens of a drawn call
 EXTRAS = ("positions", "tree_mask")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RaggedPageAttentionCase(PageAttentionCase):
     """One call. Rows that see nothing hold poison, rows of no sequence have junk options."""
 
+    operation: ClassVar[str] = "ragged_page_attention"
+
     cu_q_lens: Array = dataclasses.field(default_factory=lambda: np.zeros(1, np.int32))
+
+    def run(self, backend: Any = None, *, jit: bool = False, **overrides: Any) -> tuple[Array, ...]:
+        keywords = {**self.hints, **self.semantics(), "return_lse": True, **overrides}
+        return run(ejk.ragged_page_attention, self.arguments(), keywords, backend, jit)
 
     def operands(self) -> tuple[Any, ...]:
         return (*super().operands(), self.cu_q_lens)
@@ -101,28 +107,41 @@ class RaggedPageAttentionCase(PageAttentionCase):
         )  # fmt: skip
 
 
+def dealt(configurations: Iterable[Configuration]) -> list[Configuration]:
+    """Give ragged batches' own options to configurations, to each its own, to the first none."""
+    options = itertools.cycle(((), ("positions", "tree_mask"), ("causal=False",), ("positions",),
+                               ("tree_mask",), (), ("positions", "causal=False")))  # fmt: skip
+    return [
+        dataclasses.replace(config, features=config.features | {*more})
+        for config, more in zip(configurations, options)
+    ]
+
+
+RAGGED_CONFIGURATIONS = dealt(CONFIGURATIONS)
+HINTS: tuple[dict[str, Any], ...] = (
+    {}, {}, {"max_q_len": 0}, {"max_q_len": 3, "max_context_len": 17}, {"max_context_len": 0},
+    {"max_q_len": 10**6, "max_context_len": 10**6}, {"prefix_groups": True},
+)  # fmt: skip
+"""None, bounds that are too small or too large, and groups that may share a page."""
+
+
 @st.composite
 def ragged_cases(
-    draw: Any,
-    configurations: Sequence[Any] = CONFIGURATIONS,
-    few: Few = ALL,
-    extras: Sequence[Any] = EXTRAS,
-    causal: bool = True,
+    draw: Any, configurations: Sequence[Any] = RAGGED_CONFIGURATIONS, few: Few = ALL
 ) -> RaggedPageAttentionCase:
-    """Draw a call of one of `configurations`, with any of `extras`."""
+    """Draw a call of one of `configurations`."""
     config = draw(few.of(configurations))
-    shape = config.shape
+    number, shape = configurations.index(config), config.shape
     ints = [dtype for dtype in INTEGERS if np.iinfo(dtype).max >= shape.num_pages]
     lens_dtype = draw(st.sampled_from(INTEGERS))
     lens = [draw(lengths(shape, lens_dtype)) for _ in range(shape.num_seqs)]
-    number = configurations.index(config)
-    extras = extras if few.suits is None else ()  # what takes few configurations takes none
-    some = [frozenset(few) for n in range(len(extras) + 1) for few in combinations(extras, n)]
+    hints = draw(few.fixed(HINTS, number))
+    if "prefix_groups" in hints:
+        hints = {"prefix_groups": draw(draw_groups(shape.num_seqs))}
     return build_ragged(
         config,
         np.array(lens, lens_dtype),
         draw(_bounds(shape.num_seqs)),
-        extras=draw(few.fixed(some, number)),
         tables_dtype=draw(st.sampled_from(ints)),
         window=draw(draw(few.fixed(windows(shape), number))),
         seed=draw(st.integers(0, 2**32 - 1)),
@@ -130,8 +149,18 @@ def ragged_cases(
         invalid=draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),
         magnitudes=(draw(st.sampled_from((0.1, 1.0, 2.0))), draw(st.sampled_from((0.01, 1.0, 99)))),
         as_jax=draw(st.booleans()),
-        causal=causal,
-    )
+    ).replace(hints=hints)
+
+
+@st.composite
+def draw_groups(draw: Any, num_seqs: int) -> tuple[Array, Array]:
+    """Draw groups of sequences that may share a page, or numbers that are no groups."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    groups, num_pages = rng.integers(-1, 2, num_seqs), rng.choice([0, 1, 1, 1, 2], 2)
+    if draw(st.booleans()):
+        groups = rng.choice([*groups, 2**40, -(2**31), 2], num_seqs)
+        num_pages = rng.choice([*num_pages, -(2**40), 2**31, 2**40], 2)
+    return groups, num_pages
 
 
 def _bounds(num_seqs: int) -> st.SearchStrategy[Array]:
@@ -175,7 +204,10 @@ def build_ragged(
     """
     rng = np.random.default_rng(seed)
     shape, dtype = config.shape, config.dtype
-    options = draw_options(config, rng, window) | ({} if causal else {"causal": False})
+    extras = {*extras} | config.features
+    options = draw_options(config, rng, window)
+    if not causal or "causal=False" in config.features:
+        options["causal"] = False
     if "positions" in extras:
         spread = rng.integers(0, shape.capacity + 3, total)
         # A slope times 2**31 would leave nothing of a float32 logit.
@@ -212,10 +244,3 @@ def share_pages(tables: Array, prefix_groups: Any) -> Array:
             tables[rows, :count] = tables[rows[0], :count]
             shared[rows, :count] = True
     return shared
-
-
-def narrow(x: Array) -> jax.Array:
-    """`jit` takes no 64-bit integers; a caller must have narrowed them with care before."""
-    if x.dtype.kind in "iu" and x.dtype.itemsize == 8:
-        x = np.clip(x, max(np.iinfo(x.dtype).min, -1), 2**31 - 1).astype(np.int32)
-    return jnp.asarray(x)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import ejk
 from ejk.testing import oracle
-from ejk.testing.bits import bits_equal
 from ejk.testing.configurations import (
     ALL,
     BF16,
@@ -29,6 +29,8 @@ from ejk.testing.configurations import (
     Few,
 )
 from ejk.testing.oracle import Array, DType
+from ejk.testing.running import represent, run
+from ejk.testing.written import assert_written as assert_written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +122,11 @@ _INTERLEAVED = tuple(
 CONFIGURATIONS = _PLAIN + _QUANTISED + _INTERLEAVED
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class WriteKVCacheCase:
-    """One call: its positional arguments, and the layout."""
+    """One call of `ejk.write_kv_cache`: its positional arguments, and the layout."""
+
+    operation: ClassVar[str] = "write_kv_cache"
 
     key: Array
     value: Array | None
@@ -132,6 +136,23 @@ class WriteKVCacheCase:
     cache_layout: str
     as_jax: bool = True
     scales: tuple[Any, Any] = (None, None)  # as they are passed
+
+    __repr__ = represent
+
+    def run(self, backend: Any = None, *, jit: bool = False, **overrides: Any) -> tuple[Array, ...]:
+        """Call the operation; return the caches that there are, then their scales."""
+        keywords = {**self.keywords(), **overrides}
+        return run(ejk.write_kv_cache, self.arguments(), keywords, backend, jit)
+
+    def expected(self) -> tuple[Array, ...]:
+        """What the oracle says of the same."""
+        scales = dict(zip(("key_scale", "value_scale"), self.scales))
+        pools = oracle.write_kv_cache(*self.operands(), cache_layout=self.cache_layout, **scales)
+        return tuple(pool for pool in pools if pool is not None)
+
+    def check(self, results: Iterable[Any]) -> None:
+        """Raise an `AssertionError` where a bit is another than the oracle's."""
+        assert_written(self, results)
 
     def operands(self) -> tuple[Any, ...]:
         """The five positional arguments, as NumPy arrays."""
@@ -253,36 +274,3 @@ def writes(
         seed=draw(st.integers(0, 2**32 - 1)), as_jax=draw(st.booleans()),
         cache_dtype=cache_dtype, scales=scales,
     )  # fmt: skip
-
-
-def assert_written(case: WriteKVCacheCase, pools: Iterable[Any]) -> None:
-    """Every bit of every pool is the oracle's: of what is written and of what is not.
-
-    Where new tokens become codes, one NaN is as good as another.
-    """
-    scales = dict(zip(("key_scale", "value_scale"), case.scales))
-    expected = oracle.write_kv_cache(*case.operands(), cache_layout=case.cache_layout, **scales)
-    expected = [pool for pool in expected if pool is not None]
-    if case.key_cache.dtype != case.key.dtype or case.scales[0] is not None:
-        written = [x for x in _written(case) if x is not None]
-        written += [x.any(-1) for x in written]  # the scales of tokens come after the caches
-        pools = [_as_one_nan(*x) for x in zip(pools, expected, written)]
-    bits_equal(pools, expected)
-
-
-def _written(case: WriteKVCacheCase) -> list[Any]:
-    """Mark what is written of the caches."""
-    keys, values = case.key_cache, case.value_cache
-    blank = np.zeros(keys.shape, bool), None if values is None else np.zeros(values.shape, bool)
-    width = (keys if values is None else values).shape[-1]  # of one pool: fused
-    key = np.ones((*case.key.shape[:2], keys.shape[-1]), bool)
-    value = None if case.value is None else np.ones((*key.shape[:2], width), bool)
-    rows = key, value
-    return oracle.write_kv_cache(*rows, *blank, case.slot_mapping, cache_layout=case.cache_layout)
-
-
-def _as_one_nan(actual: Array, expected: Array, written: Array) -> Array:
-    """Take over the NaN that is expected where some other was written."""
-    if actual.dtype.kind in "iu":
-        return actual
-    return np.where(written & np.isnan(actual) & np.isnan(expected), expected, actual)

@@ -34,7 +34,7 @@ class Mutant(ejk.XlaPageAttention):
 
 
 def mutant(bug: str) -> Entry:
-    return Entry(bug, Mutant(block_kv=16, bug=bug), examples=0, invariant=False)
+    return Entry(bug, Mutant(block_kv=16, bug=bug), examples=0, batch_invariant=False)
 
 
 def holds_forward(entry):

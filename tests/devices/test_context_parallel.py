@@ -71,7 +71,7 @@ def test_other_sequences_change_no_bit(entry, case):
     """With `num_splits >= 1`, where the pages stay on their devices."""
     order = [3, 1, 0, 2]
     together, others = entry(case), case.rows(order).replace(context_lens=case.context_lens[order])
-    if entry.invariant:
+    if entry.batch_invariant:
         bits_equal([x[order] for x in together], entry(others))
     else:
         assert_close(others, *entry(others))

@@ -15,7 +15,7 @@ from ejk.backends.prefix_groups import SharedPrefixes
 from ejk.testing.bits import bits_equal
 from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import FEATURES
-from ejk.testing.ragged_page_attention import EXTRAS, build_ragged, ragged_cases
+from ejk.testing.ragged_page_attention import EXTRAS, build_ragged, draw_groups, ragged_cases
 
 LENS = np.array([48, 40, 5, 49, 33, 17, 35, 47, 40])
 BOUNDS = np.array([0, 1, 4, 4, 5, 7, 8, 9, 11, 12])
@@ -40,16 +40,9 @@ def sharing(entry):
 
 @st.composite
 def grouped_cases(draw, few):
-    """Draw a call and groups: of sequences that may share a page, or numbers that are no groups."""
-    seed = draw(st.integers(0, 2**32 - 1))
-    rng = np.random.default_rng(seed)
+    """Draw a call, and groups of sequences that may share a page."""
     case = draw(ragged_cases(few=few))
-    num_seqs = len(case.block_tables)
-    groups, num_pages = rng.integers(-1, 2, num_seqs), rng.choice([0, 1, 1, 1, 2], 2)
-    if draw(st.booleans()):
-        groups = rng.choice([*groups, 2**40, -(2**31), 2], num_seqs)
-        num_pages = rng.choice([*num_pages, -(2**40), 2**31, 2**40], 2)
-    return case, (groups, num_pages)
+    return case, draw(draw_groups(len(case.block_tables)))
 
 
 @each_case(grouped_cases, 0.5, RAGGED)

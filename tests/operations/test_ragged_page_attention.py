@@ -4,34 +4,32 @@ import dataclasses
 from functools import partial
 
 import gpu_interpreter
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from edges import LENS, SMALL, config
 from entries import RAGGED, each_case, ragged_edge
-from hypothesis import strategies as st
+from tiers import THOROUGH
 
 import ejk
 from ejk.backends.triton._sizes import GRANULE
+from ejk.testing import PROPERTIES
 from ejk.testing.bits import bits_equal
 from ejk.testing.bounds import assert_close
-from ejk.testing.configurations import CONFIGURATIONS
+from ejk.testing.configurations import MANY
 from ejk.testing.page_attention import cases
 from ejk.testing.ragged_page_attention import (
     EXTRAS,
+    RAGGED_CONFIGURATIONS,
     RaggedPageAttentionCase,
     build_ragged,
-    narrow,
+    dealt,
     ragged_cases,
 )
 
 F32, BF16 = np.dtype(np.float32), np.dtype(jnp.bfloat16)
-FUSED = [config for config in CONFIGURATIONS if config.fused]
-
-
-def each_ragged(strategy=ragged_cases, share=1.0):
-    return each_case(strategy, share, RAGGED)
+PROMISED = PROPERTIES["ragged_page_attention"]
+CONFIGURATIONS = dealt(MANY) if THOROUGH else RAGGED_CONFIGURATIONS
 
 
 @pytest.mark.smoke
@@ -65,64 +63,40 @@ def test_plain_call_is_a_causal_softmax(entry):
             np.testing.assert_allclose(out[row, head], expected, rtol=0, atol=most)
 
 
-@each_ragged(share=1.5)
-def test_agrees_with_the_oracle(entry, case):
-    assert_close(case, *entry(case))
+def held(name, share=0.5, configurations=CONFIGURATIONS):
+    return each_case(partial(ragged_cases, configurations), share, RAGGED)(PROMISED[name])
 
 
-@each_ragged(partial(ragged_cases, extras=("positions",), causal=False), share=0.5)
-def test_without_a_causal_mask_agrees_with_the_oracle(entry, case):
-    """Rows see all of their sequence, if it has fewer tokens than new ones, too."""
-    result = entry(case)
-    assert_close(case, *result)
-    bits_equal(result, entry(case.with_other_junk(seed=1)))
+# Without options of a ragged batch's own.
+ORDINARY = [c for c in CONFIGURATIONS if not c.features & {*EXTRAS, "causal=False"}]
+BIDIRECTIONAL = [c for c in CONFIGURATIONS if "causal=False" in c.features]
+test_agrees_with_the_oracle = held("agrees_with_the_oracle", 1.5)
+# Rows see all of their sequence, if it has fewer tokens than new ones, too.
+test_without_a_causal_mask_unread_memory_changes_no_bit = held(
+    "unread_memory_changes_no_bit", configurations=BIDIRECTIONAL
+)
+test_without_a_causal_mask_agrees_with_the_oracle = held(
+    "agrees_with_the_oracle", configurations=BIDIRECTIONAL
+)
+test_order_of_pages_changes_no_bit = held("order_of_pages_changes_no_bit")
+test_unread_memory_changes_no_bit = held("unread_memory_changes_no_bit")
+test_rows_of_no_sequence_are_zero = held("rows_of_no_sequence_are_zero")
+test_a_batch_is_its_sequences = held("a_batch_is_its_sequences", 0.25)
+test_chunks_equal_one_shot = held("chunks_equal_one_shot", 0.25, ORDINARY)
+test_defaults_may_be_given = held("defaults_may_be_given", 0.5, ORDINARY)
+test_jit_changes_no_bit = held("jit_changes_no_bit")
+test_running_twice_gives_the_same_bits = held("running_twice_gives_the_same_bits", 0.25)
+test_hints_change_no_more_than_last_bits = held("hints_change_no_more_than_last_bits")
+test_layouts_and_fused_pools_equal_each_other = pytest.mark.one_in(2)(
+    held("layouts_and_fused_pools_equal_each_other", 0.25)
+)
+test_asking_for_the_lse_changes_no_bit_of_the_output = held(
+    "asking_for_the_lse_changes_no_bit_of_the_output", 0.25
+)
 
 
-@each_ragged(share=0.5)
-def test_order_of_pages_changes_no_bit(entry, case):
-    bits_equal(entry(case), entry(case.permuted(seed=1)))
-
-
-@each_ragged(share=0.5)
-def test_unread_memory_changes_no_bit(entry, case):
-    """Nor queries that see nothing, nor masks and positions of what is no sequence's."""
-    result = entry(case)
-    bits_equal(result, entry(case.with_other_junk(seed=1)))
-    bits_equal(result, entry(case.with_other_junk(seed=2, finite=True)))
-
-
-@each_ragged(share=0.5)
-def test_rows_of_no_sequence_are_zero(entry, case):
-    out, lse = entry(case)
-    assert not out[case.outside].any() and np.isneginf(lse[case.outside]).all()
-    assert np.isfinite(out.astype(np.float32)).all()
-
-
-@each_ragged(share=0.25)
-def test_a_batch_is_its_sequences(entry, case):
-    """Each sequence, run alone, is what the oracle says of it in the batch."""
-    out, lse = entry(case)
-    for s in range(len(case.context_lens)):
-        alone = case.part(s)
-        if len(alone.query):
-            rows = slice(case.bounds[s], case.bounds[s + 1])
-            assert_close(alone, out[rows], lse[rows])
-            assert_close(alone, *entry(alone))
-
-
-@each_ragged(lambda few: st.tuples(ragged_cases(few=few, extras=()), st.integers(1, 5)), share=0.25)
-def test_chunks_equal_one_shot(entry, case):
-    """A sequence's new tokens, a few at a time, are what they are all at once."""
-    case, size = case
-    q_lens = np.diff(case.bounds)
-    s = int(q_lens.argmax())
-    whole = case.part(s)
-    if q_lens[s] == 0:
-        return
-    chunks = [case.part(s, a, min(a + size, q_lens[s])) for a in range(0, q_lens[s], size)]
-    # Of more new tokens than there are tokens the first have chunks of less than none.
-    results = [entry(chunk) for chunk in chunks]
-    assert_close(whole, *(np.concatenate(parts) for parts in zip(*results)))
+def test_every_property_is_tested():
+    assert {f"test_{name}" for name in PROMISED} <= {*globals()}
 
 
 @each_case(cases, 0.5, RAGGED)
@@ -142,66 +116,6 @@ def test_single_tokens_are_page_attention(entry, case):
             backend=entry.decode,
         )  # fmt: skip
         bits_equal((np.asarray(out), np.asarray(lse)), [np.asarray(x) for x in decoded])
-
-
-@each_ragged(partial(ragged_cases, extras=()), share=0.5)
-def test_defaults_may_be_given(entry, case):
-    """The default positions, and a lower triangle as tree mask, change nothing."""
-    total, positions = len(case.query), np.zeros(len(case.query), np.int64)
-    triangle = np.zeros((total, total), bool)
-    for s, n in enumerate(case.lengths()):
-        q_len = case.bounds[s + 1] - case.bounds[s]
-        rows = slice(case.bounds[s], case.bounds[s + 1])
-        positions[rows] = n - q_len + np.arange(q_len)
-        triangle[rows, :q_len] = np.tri(q_len, dtype=bool)
-    assert_close(case, *entry(case, positions=positions))
-    assert_close(case, *entry(case, tree_mask=triangle))
-    assert_close(case, *entry(case, positions=positions, tree_mask=triangle))
-
-
-@each_ragged(share=0.5)
-def test_jit_changes_no_bit(entry, case):
-    """Every array traced, the scale and the window with them."""
-    static = ("cache_layout", "attn_logits_soft_cap", "value_head_dim")
-    keywords = case.semantics()
-    traced = {name: keywords.pop(name) for name in list(keywords) if name not in static}
-    arrays = [None if x is None else narrow(x) for x in case.operands()]
-
-    def run(arrays, traced):
-        return ejk.ragged_page_attention(
-            *arrays, **traced, **keywords, return_lse=True, backend=entry.backend
-        )
-
-    with entry.refusing():
-        compiled = [np.asarray(x) for x in jax.jit(run)(arrays, traced)]
-    bits_equal(entry(case), compiled)
-
-
-HINTS = st.sampled_from((None, 0, 1, 3, 10**6))
-
-
-@each_ragged(lambda few: st.tuples(ragged_cases(few=few), HINTS, HINTS), share=0.5)
-def test_hints_change_no_more_than_last_bits(entry, case):
-    case, max_q_len, max_context_len = case
-    assert_close(case, *entry(case, max_q_len=max_q_len, max_context_len=max_context_len))
-
-
-@pytest.mark.one_in(2)
-@each_ragged(share=0.25)
-def test_layouts_and_fused_pools_equal_each_other(entry, case):
-    for layout in ("HND", "NHD", "KV_HEADS_FIRST"):
-        for fused in {False, case.shape.fusible}:
-            other = case.replace(cache_layout=layout, fused=fused)
-            assert_close(other, *entry(other))
-
-
-@each_ragged(share=0.25)
-def test_asking_for_the_lse_changes_no_bit_of_the_output(entry, case):
-    with entry.refusing():
-        out = ejk.ragged_page_attention(
-            *case.arguments(), **case.semantics(), backend=entry.backend
-        )
-    bits_equal([np.asarray(out)], entry(case)[:1])
 
 
 @pytest.mark.one_in(2)

@@ -10,6 +10,7 @@ import types
 import pytest
 
 import ejk
+import ejk.testing
 
 pytestmark = pytest.mark.fast
 
@@ -25,15 +26,16 @@ IDS = [f"{package.__name__}.{name}" for package, name in NAMES]
 
 
 def test_all_is_what_a_type_checker_takes_for_public():
-    for package in (ejk, ejk.paging):
+    for package in (ejk, ejk.paging, ejk.testing):
         source = pathlib.Path(package.__file__).read_text()
         reexported = re.findall(r"\b(\w+) as \1\b", source)
-        assert package.__all__ == sorted({*reexported} - {"__version__"})
+        assert sorted(package.__all__) == sorted({*reexported} - {"__version__"})
 
 
 def test_all_is_in_the_reference():
     reference = (ROOT / "docs" / "api.md").read_text()
-    assert not [name for name in IDS if not re.search(rf"\b{re.escape(name)}\b", reference)]
+    names = IDS + [f"ejk.testing.{name}" for name in ejk.testing.__all__]
+    assert not [name for name in names if not re.search(rf"\b{re.escape(name)}\b", reference)]
 
 
 @pytest.mark.parametrize("package, name", NAMES, ids=IDS)

@@ -22,7 +22,7 @@ HEADS = {"HND": 1, "NHD": 2, "KV_HEADS_FIRST": 0}
 
 
 def copy(case, backend, *arrays):
-    return case.operation(*arrays, cache_layout=case.cache_layout, backend=backend)
+    return getattr(ejk, case.operation)(*arrays, cache_layout=case.cache_layout, backend=backend)
 
 
 def present(arrays):

@@ -11,7 +11,12 @@ from entries import RAGGED, each_case, ragged_edge
 from test_gradients import FLOATS, ORDINARY, check, operands
 
 import ejk
-from ejk.testing.ragged_page_attention import RaggedPageAttentionCase, build_ragged, ragged_cases
+from ejk.testing.ragged_page_attention import (
+    RaggedPageAttentionCase,
+    build_ragged,
+    dealt,
+    ragged_cases,
+)
 
 BOUNDS = np.array([1, 5, 5, 7, 8, 10, 11, 12, 12, 12])  # the first row and the last are no one's
 
@@ -32,7 +37,7 @@ def clean_query(case: RaggedPageAttentionCase) -> RaggedPageAttentionCase:
     return case.replace(query=np.where(blind[:, None, None], 0, case.query).astype(case.dtype))
 
 
-@each_case(functools.partial(ragged_cases, ORDINARY), share=0.2, entries=RAGGED)
+@each_case(functools.partial(ragged_cases, dealt(ORDINARY)), share=0.2, entries=RAGGED)
 def test_gradients_agree_with_autodiff_of_the_definition(entry, case):
     """For every float operand, through the output and the LSE; exactly 0 on unread memory."""
     check(clean_query(case), entry, attend)

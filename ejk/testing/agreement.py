@@ -1,0 +1,148 @@
+"""Holds a backend to what its operation promises."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import hypothesis
+from hypothesis import strategies as st
+
+from ejk._nearest import did_you_mean
+from ejk.testing import copy_kv_cache, page_attention, ragged_page_attention, write_kv_cache
+from ejk.testing.configurations import MANY, Few
+from ejk.testing.properties import PROPERTIES
+from ejk.testing.subject import Refusal, Subject
+
+SLOW = (
+    hypothesis.HealthCheck.too_slow,
+    hypothesis.HealthCheck.data_too_large,
+    hypothesis.HealthCheck.large_base_example,
+)
+"""A call is large, and its program takes a while to compile."""
+STRATEGIES: dict[str, tuple[Callable[..., st.SearchStrategy[Any]], Collection[Any]]] = {
+    "page_attention": (page_attention.cases, MANY),
+    "ragged_page_attention": (
+        ragged_page_attention.ragged_cases, ragged_page_attention.dealt(MANY),
+    ),
+    "write_kv_cache": (write_kv_cache.writes, write_kv_cache.CONFIGURATIONS),
+    **{
+        f"copy_kv_{unit}s": (
+            copy_kv_cache.copies, [c for c in copy_kv_cache.CONFIGURATIONS if c.unit == unit],
+        )
+        for unit in copy_kv_cache.UNITS
+    },
+}  # fmt: skip
+
+
+def calls(
+    operation: str,
+    *,
+    suits: Callable[[Any], bool] | None = None,
+    programs: int | None = None,
+    seed: int = 0,
+) -> st.SearchStrategy[Any]:
+    """Make the Hypothesis strategy of calls of an operation: of its cases.
+
+    A case is one call, poisoned wherever nothing must be read. `case.run(backend)` returns NumPy
+    arrays, `case.check(results)` holds them to `case.expected()`, what the oracle says.
+
+    Args:
+        operation: "page_attention", "ragged_page_attention", "write_kv_cache", "copy_kv_slots" or
+            "copy_kv_pages".
+        suits: says of a configuration whether it is drawn. Its `shape`, `dtype`, `cache_layout`,
+            `features`, `fused` and `is_quantised` are what a program is compiled for.
+        programs: how many configurations are drawn, or None for all; one that is quantised comes on
+            top. Each is a program to compile, or two.
+        seed: which they are.
+
+    Raises:
+        ValueError: there is no such operation, or no configuration suits.
+
+    Examples:
+        >>> import ejk.testing
+        >>> ejk.testing.calls("write_kv_cache", suits=lambda c: c.cache_layout == "NHD")
+        writes(...)
+    """
+    if operation not in STRATEGIES:
+        hint = did_you_mean(operation, STRATEGIES)
+        raise ValueError(f"{operation=} must be one of {', '.join(STRATEGIES)}{hint}")
+    strategy, configurations = STRATEGIES[operation]
+    chosen = [c for c in configurations if suits is None or suits(c)]
+    if not chosen:
+        raise ValueError(f"suits= must let one of the configurations of {operation} be; none is")
+    return strategy(chosen, Few(seed, programs))
+
+
+def assert_backend_agrees(
+    backend: Any,
+    operation: str,
+    *,
+    examples: int = 10,
+    may_refuse: Collection[str] = (),
+    suits: Callable[[Any], bool] | None = None,
+    batch_invariant: bool = False,
+    programs: int | None = 3,
+    seed: int = 0,
+) -> None:
+    """Draw calls, and hold a backend to every property that the operation promises.
+
+    Args:
+        backend: as it is passed to `backend=`, an object or a name.
+        operation: as in `calls`.
+        examples: calls that are drawn for each of `PROPERTIES[operation]`.
+        may_refuse: regular expressions of the only reasons that the backend may give for refusing.
+        suits: as in `calls`: which configurations are drawn.
+        batch_invariant: for `num_splits >= 1` the backend promises that a sequence's bits depend on
+            that sequence alone.
+        programs: as in `calls`.
+        seed: of the configurations and of all calls.
+
+    Raises:
+        AssertionError: a property does not hold; the smallest call found is in the message. Or the
+            backend refused for another reason, or every call.
+        ValueError: as `calls`.
+    """
+    drawn = calls(operation, suits=suits, programs=programs, seed=seed)
+    subject = Subject(backend, may_refuse, batch_invariant)
+    for name in PROPERTIES[operation]:
+        ran, refused = _hold(subject, operation, name, drawn, examples, seed)
+        if not ran:
+            raise AssertionError(
+                f"{name} of {operation}: {backend} refused every call that was drawn, so nothing "
+                f"is known: narrow suits=. It said: {'; '.join(sorted(refused))}"
+            )
+
+
+def _hold(
+    subject: Subject,
+    operation: str,
+    name: str,
+    drawn: st.SearchStrategy[Any],
+    examples: int,
+    seed: int,
+) -> tuple[int, set[str]]:
+    """Hold a backend to one property; return how many calls it ran, and why it refused others."""
+    ran, refused = 0, set[str]()
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples, deadline=None, database=None, report_multiple_bugs=False,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        suppress_health_check=SLOW,
+    )  # fmt: skip
+    @hypothesis.given(drawn)
+    def holds(case: Any) -> None:
+        nonlocal ran
+        try:
+            PROPERTIES[operation][name](subject, case)
+        except Refusal as refusal:
+            refused.update(map(str, refusal.args))
+            return
+        except Exception as error:
+            raise AssertionError(
+                f"{name} of {operation} does not hold on {subject.backend}:\n"
+                f"{type(error).__name__}: {error}\n{case!r}"
+            ) from error
+        ran += 1
+
+    holds()
+    return ran, refused

@@ -1,0 +1,91 @@
+"""`ejk.testing.assert_backend_agrees` finds what is wrong, and lets nothing pass silently."""
+
+import dataclasses
+
+import hypothesis
+import jax.numpy as jnp
+import pytest
+
+import ejk
+import ejk.testing
+from ejk.testing.configurations import FEATURES
+
+FAULTS = {
+    "zeros": "out[",
+    "no window": "out[",
+    "a dead slot": "must be finite, is nan",
+    "a table's first row": "out[",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Faulty(ejk.XlaPageAttention):
+    fault: str = ""
+
+    def run(self, problem, operands, platform):
+        if self.fault == "zeros":
+            return [jnp.zeros(x.shape, x.dtype) for x in problem.results]
+        if self.fault == "no window":
+            operands = operands._replace(sliding_window=jnp.int32(2**31 - 1))
+        if self.fault == "a dead slot":
+            operands = operands._replace(context_lens=operands.context_lens + 1)
+        if self.fault == "a table's first row":
+            operands = operands._replace(block_tables=operands.block_tables[:1].repeat(5, axis=0))
+        return super().run(problem, operands, platform)
+
+
+def is_small(call):
+    return call.shape.name == "odd pages" and call.features <= {*FEATURES} and not call.is_quantised
+
+
+def check(backend, **options):
+    options = {"suits": is_small, "examples": 4, "programs": 3} | options
+    ejk.testing.assert_backend_agrees(backend, "page_attention", **options)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault):
+    def suits(call):
+        return is_small(call) and ("sliding_window" in call.features) == (fault == "no window")
+
+    with pytest.raises(AssertionError) as raised:
+        check(Faulty(fault=fault), suits=suits)
+    assert FAULTS[fault] in str(raised.value)
+    assert "of page_attention does not hold on Faulty(" in str(raised.value)
+    assert "shape='odd pages'" in str(raised.value)  # the call, in so many words
+
+
+@dataclasses.dataclass(frozen=True)
+class Choosy(ejk.XlaPageAttention):
+    name = "choosy"
+
+    def limits(self, problem, platform):
+        return ("it takes nothing",)
+
+
+def test_a_refusal_for_another_reason_fails():
+    with pytest.raises(AssertionError, match=r"(?s)UnsupportedError.*it takes nothing"):
+        check(Choosy(), may_refuse=["does not support"])
+
+
+def test_a_backend_that_refuses_everything_fails():
+    with pytest.raises(AssertionError, match=r"Choosy.*refused every call .*takes nothing"):
+        check(Choosy(), may_refuse=["takes nothing"])
+
+
+def test_what_cannot_be_drawn_is_an_error():
+    with pytest.raises(ValueError, match=r"operation='page_atention' .*mean 'page_attention'"):
+        ejk.testing.calls("page_atention")
+    with pytest.raises(ValueError, match="suits= must let one of the configurations"):
+        ejk.testing.calls("write_kv_cache", suits=lambda call: False)
+
+
+@pytest.mark.parametrize("operation", [x for x in ejk.testing.PROPERTIES if "attention" not in x])
+def test_xla_agrees(operation):
+    ejk.testing.assert_backend_agrees("xla", operation, examples=2, programs=1)
+
+
+@pytest.mark.parametrize("operation", ejk.testing.PROPERTIES)
+def test_a_case_is_printed_in_a_few_lines(operation):
+    case = hypothesis.find(ejk.testing.calls(operation, programs=1), lambda case: True)
+    assert operation in repr(case) and len(repr(case)) < 4000
