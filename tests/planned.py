@@ -42,7 +42,7 @@ class Kernels(Observer):
     def __init__(self):
         self.names = []
 
-    def launched(self, kernel, buffers):
+    def launched(self, kernel, buffers, grid):
         self.names.append(kernel)
 
     def accessed(self, access):

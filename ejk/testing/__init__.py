@@ -4,10 +4,14 @@ Float64 definitions of the operations, strategies that draw poisoned calls, and 
 `ejk`'s own backends are held to.
 """
 
+from ejk.backends.triton.interpreter.grids import shuffled as shuffled
+from ejk.backends.triton.interpreter.memory import DeadlockError as DeadlockError
+from ejk.backends.triton.interpreter.memory import MemoryAccessError as MemoryAccessError
 from ejk.testing import bounds as bounds
 from ejk.testing import oracle as oracle
 from ejk.testing.agreement import assert_backend_agrees as assert_backend_agrees
 from ejk.testing.agreement import calls as calls
+from ejk.testing.interpreter import interpret as interpret
 from ejk.testing.memory import MemoryChecker as MemoryChecker
 from ejk.testing.memory import RaceError as RaceError
 from ejk.testing.memory import memory_checked as memory_checked
@@ -17,6 +21,8 @@ from ejk.testing.subject import Subject as Subject
 
 __all__ = [
     "PROPERTIES",
+    "DeadlockError",
+    "MemoryAccessError",
     "MemoryChecker",
     "RaceError",
     "Refusal",
@@ -24,6 +30,8 @@ __all__ = [
     "assert_backend_agrees",
     "bounds",
     "calls",
+    "interpret",
     "memory_checked",
     "oracle",
+    "shuffled",
 ]

@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-import numpy_launch
 import pytest
+from kernels import launch_on_numpy
 
 import ejk
 from ejk._arguments import Arguments
@@ -50,7 +50,7 @@ def resident_bytes():
 @pytest.fixture
 def on_numpy(monkeypatch):
     """Launches take and return NumPy arrays."""
-    monkeypatch.setattr(_launch, "call", numpy_launch.call)
+    monkeypatch.setattr(_launch, "call", launch_on_numpy)
 
 
 def attend(query, keys, values, lens, tables, layout="HND", *, window=None, num_splits=1, **tuning):

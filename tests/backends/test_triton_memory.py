@@ -97,7 +97,7 @@ class Stores(Observer):
     def __init__(self):
         self.counts = {}
 
-    def launched(self, kernel, buffers):
+    def launched(self, kernel, buffers, grid):
         for name in ("out_ptr", "lse_ptr"):
             if name in buffers and name not in self.counts:
                 self.counts[name] = np.zeros(buffers[name].size, int)

@@ -8,12 +8,12 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_launch
 import plan_oracle
 import pytest
 from compilations import CompilationCounter
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from kernels import launch_on_numpy
 from test_triton_memory import ANY_INT32
 from tiers import THOROUGH
 
@@ -28,7 +28,7 @@ from ejk.testing.memory import memory_checked
 def triton_plan(problem, operands):
     """Interpret the kernel: it touches its own memory alone, and no two programs one place."""
     with memory_checked():
-        (work,) = run_plan(problem, operands, numpy_launch.call)
+        (work,) = run_plan(problem, operands, launch_on_numpy)
     return work
 
 

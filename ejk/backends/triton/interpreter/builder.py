@@ -20,7 +20,8 @@ from triton._C.libtriton import ir as triton_ir
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
-from ejk.backends.triton.interpreter.memory import Memory, poisoned
+from ejk.backends.triton.interpreter.grids import Grid, Position
+from ejk.backends.triton.interpreter.memory import Memory, Synchronisation, poisoned
 
 TRITON_TYPES = {
     "bool": tl.int1,
@@ -47,11 +48,40 @@ _HELD_AS_BITS = {
     tl.float8e5: np.dtype(ml_dtypes.float8_e5m2),
 }
 
+_ATOMICS = {
+    triton_ir.ATOMIC_OP.ADD: np.add,
+    triton_ir.ATOMIC_OP.FADD: np.add,
+    triton_ir.ATOMIC_OP.MIN: np.minimum,
+    triton_ir.ATOMIC_OP.UMIN: np.minimum,
+    triton_ir.ATOMIC_OP.MAX: np.maximum,
+    triton_ir.ATOMIC_OP.UMAX: np.maximum,
+    triton_ir.ATOMIC_OP.AND: np.bitwise_and,
+    triton_ir.ATOMIC_OP.OR: np.bitwise_or,
+    triton_ir.ATOMIC_OP.XOR: np.bitwise_xor,
+    triton_ir.ATOMIC_OP.XCHG: lambda _, new: new,
+}
+
 
 def pointer(address: int, dtype: np.dtype | None) -> tl.tensor:
     """Return a kernel's argument that points to items of a type, or to nothing known."""
     kind = tl.pointer_type(tl.int8 if dtype is None else TRITON_TYPES[dtype.name])
     return tl.tensor(interpreter.TensorHandle(np.array([address], np.uint64), kind), kind)
+
+
+def number(value: int | float | np.generic) -> tl.tensor:
+    """Return a kernel's argument that is a number, of the type that Triton gives it."""
+    plain = value.item() if isinstance(value, np.generic) else value
+    if isinstance(plain, bool):
+        kind = tl.int1
+    elif isinstance(plain, float):
+        kind = tl.float32
+    elif not -(2**63) <= plain < 2**64:
+        raise ValueError(f"{plain} fits no integer of 64 bits")
+    else:
+        kind = tl.int32 if -(2**31) <= plain < 2**31 else tl.int64
+        kind = tl.uint64 if plain >= 2**63 else kind
+    held = interpreter._get_np_dtype(kind)  # pyright: ignore[reportPrivateUsage]
+    return tl.tensor(interpreter.TensorHandle(np.array([plain], held), kind), kind)
 
 
 # Not type-checked, here and below: it runs for every operation of a kernel, and a check of its
@@ -66,17 +96,17 @@ class _Builder(interpreter.InterpreterBuilder):
         self.options = dataclasses.replace(self.options, sanitize_overflow=False)
 
     @contextlib.contextmanager
-    def launch(self, memory: Memory, grid: int) -> Generator[None]:
+    def launch(self, memory: Memory, grid: Grid) -> Generator[None]:
         self.memory = memory
-        self.set_grid_dim(grid, 1, 1)
+        self.set_grid_dim(*grid)
         try:
             yield
         finally:
             del self.memory  # It may not outlive the launch: JAX owns the arrays.
 
-    def begin_program(self, index: int) -> None:
-        self.grid_idx = (index, 0, 0)
-        self.memory.program = index
+    def begin_program(self, index: int, position: Position) -> None:
+        self.grid_idx = position
+        self.memory.begin(index)
 
     # Memory.
 
@@ -103,11 +133,57 @@ class _Builder(interpreter.InterpreterBuilder):
         items = np.broadcast_to(value.data, ptrs.data.shape)[active]
         self.memory.store(ptrs.data[active], items)
 
+    # Atomics. Lanes take their turns, and programs run one after the other.
+
     def create_atomic_rmw(self, rmwOp: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any):
-        raise NotImplementedError("atomics have no order, so results would differ between runs")
+        operation = _ATOMICS[rmwOp]
+        values = np.broadcast_to(_numbers(val), ptr.data.shape)[self._active(ptr, mask)]
+        return self._atomic(ptr, mask, sem, scope, lambda old, i: operation(old, values[i]))
 
     def create_atomic_cas(self, ptr: Any, cmp: Any, val: Any, sem: Any, scope: Any):
-        self.create_atomic_rmw(None, ptr, val, None, sem, scope)
+        bits = np.dtype(f"u{val.data.itemsize}")  # a NaN equals itself
+        expected, values = (
+            np.broadcast_to(x.data.view(bits), ptr.data.shape).ravel() for x in (cmp, val)
+        )
+
+        def swap(old: Any, i: int) -> Any:
+            return values[i] if old == expected[i] else old
+
+        return self._atomic(ptr, None, sem, scope, swap, meant=bits)
+
+    def create_atomic_load(self, ptr: Any, mask: Any, sem: Any, scope: Any):
+        return self._atomic(ptr, mask, sem, scope, lambda old, i: old, ("load",))
+
+    def create_atomic_store(self, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any):
+        values = np.broadcast_to(_numbers(val), ptr.data.shape)[self._active(ptr, mask)]
+        self._atomic(ptr, mask, sem, scope, lambda old, i: values[i], ("store",))
+
+    def create_atomic_poll(self, ptr: Any, expected: Any, timeout_ns: Any, sem: Any, scope: Any):
+        while True:
+            found = self.create_atomic_load(ptr, None, sem, scope).data
+            if timeout_ns is not None or (found == expected.data).all():
+                return interpreter.TensorHandle(found == expected.data, tl.int1)
+
+    def _active(self, ptr: Any, mask: Any) -> np.ndarray:
+        return np.broadcast_to(True if mask is None else mask.data, ptr.data.shape)
+
+    def _atomic(
+        self, ptr: Any, mask: Any, sem: Any, scope: Any, change: Any,
+        kinds: Any = ("load", "store"), meant: Any = None,
+    ) -> Any:  # fmt: skip
+        kind = ptr.get_element_ty()
+        held = interpreter._get_np_dtype(kind)  # pyright: ignore[reportPrivateUsage]
+        meant = meant or _HELD_AS_BITS.get(kind, held)
+        semantics = triton_ir.MEM_SEMANTIC
+        promised = Synchronisation(
+            atomic=scope != triton_ir.MEM_SYNC_SCOPE.CTA,  # else its own program alone sees it
+            acquires=sem in (semantics.ACQUIRE, semantics.ACQUIRE_RELEASE),
+            releases=sem in (semantics.RELEASE, semantics.ACQUIRE_RELEASE),
+        )
+        active = self._active(ptr, mask)
+        result = poisoned(ptr.data.shape, meant)
+        result[active] = self.memory.update(ptr.data[active], meant, change, kinds, promised)
+        return interpreter.TensorHandle(result.view(held), kind)
 
     # Numbers.
 
@@ -131,6 +207,12 @@ class _Builder(interpreter.InterpreterBuilder):
         if kind not in _HELD_AS_BITS:
             return super().unary_op(arg, op)
         return _handle(op(_numbers(arg).astype(np.float32)), kind)
+
+    def create_splat(self, ret_ty: Any, arg: Any) -> Any:
+        if arg.data.size != 1:
+            return super().create_splat(ret_ty, arg)
+        repeated = np.full(tuple(ret_ty.shape), arg.data, arg.data.dtype)
+        return interpreter.TensorHandle(repeated, arg.dtype.scalar)
 
     def create_fma(self, x: Any, y: Any, z: Any) -> Any:
         refuse_narrow("tl.fma", x.dtype)
@@ -177,6 +259,28 @@ def _handle(values: np.ndarray, kind: Any) -> Any:
     return interpreter.TensorHandle(values.astype(meant, copy=False).view(held), kind)
 
 
+@typing.no_type_check
+class _Semantic(TritonSemantic[Any]):
+    """What operands need before an operation, with the common case of nothing known at once.
+
+    `patches` gives tensors of one shape the same object for it.
+    """
+
+    def binary_op_type_checking_impl(self, lhs: Any, rhs: Any, *options: Any, **named: Any) -> Any:
+        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor):
+            same = lhs.dtype is rhs.dtype and lhs.shape is rhs.shape
+            if same and lhs.dtype in _NEVER_CONVERTED:
+                return lhs, rhs
+        return super().binary_op_type_checking_impl(lhs, rhs, *options, **named)
+
+    def broadcast_impl_value(self, lhs: Any, rhs: Any) -> Any:
+        if lhs.shape is rhs.shape:
+            return lhs, rhs
+        return super().broadcast_impl_value(lhs, rhs)
+
+
+_NEVER_CONVERTED = (tl.int32, tl.float32, tl.int64)  # for a partner of the same type
+
 # One for the process: Triton's language is patched to refer to it.
 builder = _Builder()
-semantic = TritonSemantic(builder)
+semantic = _Semantic(builder)

@@ -12,9 +12,12 @@ import jax
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
-from ejk.backends.triton.interpreter.builder import builder, pointer
+from ejk.backends.triton.interpreter.builder import builder, number, pointer
+from ejk.backends.triton.interpreter.grids import Grid, programs
 from ejk.backends.triton.interpreter.memory import Memory, poison
 from ejk.backends.triton.interpreter.patches import interpretable, triton_interprets
+
+__all__ = ["call", "number", "run"]
 
 
 def call(
@@ -72,7 +75,7 @@ class _Launch:
         for array, before in zip(in_place.values(), present):
             array[...] = before
         constants = {name: value for name, _, value in self.constants}
-        run(self.function, inputs, in_place | outputs, constants, grid=self.grid)
+        run(self.function, inputs, outputs, constants, in_place=in_place, grid=(self.grid, 1, 1))
 
 
 def run(
@@ -81,33 +84,32 @@ def run(
     outputs: Mapping[str, np.ndarray | None],
     constants: Mapping[str, Any],
     *,
-    grid: int,
-) -> tuple[np.ndarray | None, ...]:
+    in_place: Mapping[str, np.ndarray],
+    grid: Grid,
+) -> None:
     """Interpret a kernel on NumPy arrays.
 
     Args:
         function: the Python function that `triton.jit` decorates.
-        inputs: its leading parameters; an access to one that is None is an error. Never written.
-        outputs: the parameters that follow, C-contiguous; written in place. As they are, not
-            poisoned; None as for inputs.
-        constants: its compile-time constants.
-        grid: number of programs; they run one after another.
-
-    Returns:
-        The outputs.
+        inputs: what its pointer parameters point to; an access to one that is None is an error.
+            Never written.
+        outputs: C-contiguous arrays that it writes. As they are, not poisoned; None as for inputs.
+        constants: its other parameters: compile-time constants and numbers.
+        in_place: C-contiguous arrays that it reads and writes.
+        grid: number of programs on each axis; `grids` says in which order they run.
 
     Raises:
         MemoryAccessError: if the kernel reads or writes outside its arrays, or writes to an input.
+        DeadlockError: if a program waits for one that runs after it.
     """
     with triton_interprets(), np.errstate(all="ignore"):  # A GPU raises no floating-point traps.
-        memory = Memory(function.__name__, inputs, outputs)
+        memory = Memory(function.__name__, inputs, in_place, outputs, grid)
         pointers = {
             name: pointer(memory.addresses[name], None if array is None else array.dtype)
-            for name, array in (*inputs.items(), *outputs.items())
+            for name, array in (*inputs.items(), *in_place.items(), *outputs.items())
         }
         program = interpretable(function)
         with builder.launch(memory, grid):
-            for index in range(grid):
-                builder.begin_program(index)
+            for index, position in programs(grid):
+                builder.begin_program(index, position)
                 program(**pointers, **constants)
-    return tuple(outputs.values())

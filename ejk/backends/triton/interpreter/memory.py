@@ -7,27 +7,38 @@ poison: outputs before they are written, and lanes of a load that are masked off
 
 import abc
 import contextlib
-import dataclasses
 import functools
 import typing
-from collections.abc import Generator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from ejk.backends.triton.interpreter import grids
 
 # A region spans 2**44 bytes and its array starts in the middle, so neither a negative nor a large
 # offset reaches the neighbour. Region 0 stays empty: nothing is near address 0.
 _REGION_BITS = 44
 _REGION_MIDDLE = 1 << (_REGION_BITS - 1)
 
+# A program that loads the same few addresses so often, and stores nothing, waits for another.
+_PATIENCE = 10_000
+
 
 class MemoryAccessError(RuntimeError):
-    """An interpreted kernel touched memory that is not its own."""
+    """An interpreted kernel touched memory that it must not touch."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Access:
-    """One load or store of one program, before it happens.
+class DeadlockError(RuntimeError):
+    """A program of an interpreted kernel waits for one that has not run yet."""
+
+
+Kind = Literal["load", "store"]
+Role = Literal["input", "in place", "output"]
+
+
+class Access(NamedTuple):
+    """One load or store of one program, before it happens. An atomic update is one of each.
 
     Attributes:
         kind: whether the program reads or writes.
@@ -35,20 +46,38 @@ class Access:
         offsets: bytes from the start of the buffer, for each lane that is not masked off.
         itemsize: bytes a lane reads or writes.
         program: index of the program.
+        role: what the buffer is to the launch; an output holds nothing before it is stored to.
+        atomic: whether it is part of an atomic operation that other programs see.
+        orders: whether it orders others of the program: an atomic load that acquires, an atomic
+            store that releases.
     """
 
-    kind: Literal["load", "store"]
+    kind: Kind
     buffer: str
     offsets: np.ndarray
     itemsize: int
     program: int
+    role: Role
+    atomic: bool = False
+    orders: bool = False
+
+
+class Synchronisation(NamedTuple):
+    """What an atomic operation promises to other programs."""
+
+    atomic: bool
+    acquires: bool
+    releases: bool
+
+
+_PLAIN = Synchronisation(atomic=False, acquires=False, releases=False)
 
 
 class Observer(abc.ABC):
     """Sees what interpreted kernels do to memory. What it raises, the launch raises."""
 
     @abc.abstractmethod
-    def launched(self, kernel: str, buffers: Mapping[str, np.ndarray]) -> None:
+    def launched(self, kernel: str, buffers: Mapping[str, np.ndarray], grid: grids.Grid) -> None:
         """Take note of a launch, with the array behind each pointer parameter."""
 
     @abc.abstractmethod
@@ -89,15 +118,18 @@ def poison(dtype: np.dtype) -> Any:
     return np.nan
 
 
+# Not type-checked, here and below: it runs for every operation of a kernel, and a check of its
+# arguments, as the tests make of the whole package, takes longer than the operation.
+@typing.no_type_check
 class _Region:
     """The memory behind one pointer parameter: the caller's, unless an input is not contiguous."""
 
-    def __init__(self, number: int, name: str, array: np.ndarray | None, *, writable: bool):
+    def __init__(self, number: int, name: str, array: np.ndarray | None, role: Role):
         self.start = (number << _REGION_BITS) + _REGION_MIDDLE
         self.name = name
         self.array = None if array is None else np.asarray(array, order="C")
-        assert not writable or self.array is array, f"{name} must be C-contiguous"
-        self.writable = writable
+        assert role == "input" or self.array is array, f"{name} must be C-contiguous"
+        self.role: Role = role
         self.bytes = np.empty(0, np.uint8)
         if self.array is not None:
             self.bytes = self.array.reshape(-1).view(np.uint8)
@@ -112,14 +144,11 @@ class _Region:
         return view
 
 
-# Not type-checked: it runs for every operation of a kernel, and a check of its arguments, as the
-# tests make of the whole package, takes longer than the operation.
 @typing.no_type_check
 class Memory:
     """What the programs of one launch may touch.
 
     Attributes:
-        program: index of the program that runs now.
         addresses: where each pointer parameter points.
     """
 
@@ -127,39 +156,92 @@ class Memory:
         self,
         kernel: str,
         inputs: Mapping[str, np.ndarray | None],
+        in_place: Mapping[str, np.ndarray | None],
         outputs: Mapping[str, np.ndarray | None],
+        grid: grids.Grid,
     ):
-        self.program = 0
         self._kernel = kernel
-        parameters = [(name, array, False) for name, array in inputs.items()]
-        parameters += [(name, array, True) for name, array in outputs.items()]
+        self._grid = grid
+        buffers: list[tuple[Role, Mapping[str, np.ndarray | None]]]
+        buffers = [("input", inputs), ("in place", in_place), ("output", outputs)]
+        regions: list[tuple[Role, str, np.ndarray | None]]
+        regions = [(role, name, x) for role, arrays in buffers for name, x in arrays.items()]
         self._regions = {
-            number: _Region(number, name, array, writable=writable)
-            for number, (name, array, writable) in enumerate(parameters, start=1)
+            number: _Region(number, name, array, role)
+            for number, (role, name, array) in enumerate(regions, 1)
         }
         self.addresses = {region.name: region.start for region in self._regions.values()}
         arrays = {r.name: r.array for r in self._regions.values() if r.array is not None}
+        self.begin(0)
         for observer in _observers:
-            observer.launched(kernel, arrays)
+            observer.launched(kernel, arrays, grid)
+
+    def begin(self, program: int) -> None:
+        """Let accesses be those of another program."""
+        self._program = program
+        self._seen: set[tuple[int, int, int]] = set()  # loads since something changed
+        self._repeats = 0
 
     def load(self, addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Return the items at `addresses`, in their shape."""
-        parts = self._resolve("load", addresses.reshape(-1), dtype)
+        parts = self._resolve("load", addresses.reshape(-1), dtype, _PLAIN)
         if len(parts) == 1:
             array, indices, _ = parts[0]
-            return array.take(indices).reshape(addresses.shape)
-        items = np.empty(addresses.size, dtype)
-        for array, indices, lanes in parts:
-            items[lanes] = array.take(indices)
-        return items.reshape(addresses.shape)
+            items = array.take(indices).reshape(addresses.shape)
+        else:
+            items = np.empty(addresses.size, dtype)
+            for array, indices, lanes in parts:
+                items[lanes] = array.take(indices)
+            items = items.reshape(addresses.shape)
+        if parts:
+            self._wait(addresses)
+        return items
 
     def store(self, addresses: np.ndarray, items: np.ndarray) -> None:
         """Write items, one to each of the addresses; both flat."""
-        for array, indices, lanes in self._resolve("store", addresses, items.dtype):
+        self._seen.clear()
+        for array, indices, lanes in self._resolve("store", addresses, items.dtype, _PLAIN):
             array[indices] = items[lanes]
 
+    def update(
+        self,
+        addresses: np.ndarray,
+        dtype: np.dtype,
+        change: Callable[[Any, int], Any],
+        kinds: tuple[Kind, ...],
+        synchronisation: Synchronisation,
+    ) -> np.ndarray:
+        """Change items, one lane after the other, and return what each lane found; all flat."""
+        found = np.empty(addresses.size, dtype)
+        resolved = [self._resolve(kind, addresses, dtype, synchronisation) for kind in kinds]
+        for array, indices, lanes in resolved[-1]:
+            for lane, index in zip(np.arange(addresses.size)[lanes], indices):
+                found[lane] = array[index]
+                array[index] = change(array[index], lane)
+                if array[index].tobytes() != found[lane].tobytes():
+                    self._seen.clear()
+        if addresses.size:
+            self._wait(addresses)
+        return found
+
+    def _wait(self, addresses: np.ndarray) -> None:
+        """Refuse to load the same again and again: nobody else runs who might change it."""
+        flat = addresses.reshape(-1)
+        loaded = flat.size, int(flat[0]), int(flat[-1])
+        if loaded not in self._seen:
+            self._seen.add(loaded)
+            self._repeats = 0
+            return
+        self._repeats += 1
+        if self._repeats > _PATIENCE:
+            name = self._regions[loaded[1] >> _REGION_BITS].name
+            raise DeadlockError(
+                f"{self._who()}: loads {name!r} {_PATIENCE} times, and nothing changes: it waits "
+                "for a program that runs after it, and here each runs to its end"
+            )
+
     def _resolve(
-        self, kind: Literal["load", "store"], addresses: np.ndarray, dtype: np.dtype
+        self, kind: Kind, addresses: np.ndarray, dtype: np.dtype, promised: Synchronisation
     ) -> list[tuple[np.ndarray, np.ndarray, Any]]:
         """Split addresses by region: a flat array, indices into it, lanes; refuse bad ones."""
         if not addresses.size:
@@ -177,18 +259,25 @@ class Memory:
                 raise MemoryAccessError(f"{self._who()}: {kind} through a pointer to nothing")
             offsets = (addresses[lanes] - region.start).view(np.int64)
             self._check(kind, region, offsets, dtype.itemsize)
-            for observer in _observers:
-                observer.accessed(Access(kind, region.name, offsets, dtype.itemsize, self.program))
+            if _observers:
+                orders = promised.acquires if kind == "load" else promised.releases
+                access = Access(
+                    kind, region.name, offsets, dtype.itemsize, self._program, region.role,
+                    promised.atomic, orders,
+                )  # fmt: skip
+                for observer in _observers:
+                    observer.accessed(access)
             parts.append((region.as_type(dtype), offsets // dtype.itemsize, lanes))
         return parts
 
-    def _check(self, kind: str, region: _Region, offsets: np.ndarray, itemsize: int) -> None:
+    def _check(self, kind: Kind, region: _Region, offsets: np.ndarray, itemsize: int) -> None:
         size = region.bytes.size
         if region.array is None:
             raise MemoryAccessError(f"{self._who()}: {kind} of {region.name!r}, which is absent")
-        if kind == "store" and not region.writable:
+        if kind == "store" and region.role == "input":
             raise MemoryAccessError(f"{self._who()}: store to {region.name!r}, which is an input")
-        if offsets.min() < 0 or offsets.max() > size - itemsize:
+        bits = int(np.bitwise_or.reduce(offsets))  # negative, or odd, if any of them is
+        if bits < 0 or offsets.max() > size - itemsize:
             outside = offsets[(offsets < 0) | (offsets > size - itemsize)]
             first = int(outside[0])
             where = (
@@ -200,8 +289,8 @@ class Memory:
                 f"{self._who()}: {kind} outside {region.name!r} ({size} bytes), "
                 f"{outside.size} of {offsets.size} lanes, the first {where}"
             )
-        if itemsize != region.array.itemsize and (offsets % itemsize).any():
+        if bits & (itemsize - 1):
             raise MemoryAccessError(f"{self._who()}: misaligned {kind} in {region.name!r}")
 
     def _who(self) -> str:
-        return f"{self._kernel}, program {self.program}"
+        return f"{self._kernel}, program {grids.name(self._program, self._grid)}"

@@ -74,8 +74,23 @@ def _substitutions() -> tuple[tuple[Any, str, Any, Any], ...]:
         for name, interpreting in dict(vars(owner)).items():
             compiling = old.get(name, _ABSENT)
             if interpreting is not compiling:
-                substitutions.append((owner, name, compiling, interpreting))
+                substitutions.append((owner, name, compiling, _direct(interpreting)))
     return tuple(substitutions)
+
+
+@typing.no_type_check
+def _direct(interpreting: Any) -> Any:
+    """Leave out what Triton puts between a function of its language and a call: two more calls."""
+    member = (getattr(interpreting, "__kwdefaults__", None) or {}).get("member")
+    function = getattr(member, "__wrapped__", None)
+    if function is None:
+        return interpreting
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        named["_semantic"] = semantic
+        return function(*arguments, **named)
+
+    return call
 
 
 def _own_substitutions() -> list[tuple[Any, str, Any]]:
@@ -96,8 +111,8 @@ def _own_substitutions() -> list[tuple[Any, str, Any]]:
         (interpreter.ReduceOps, "min_max", _quiet_min_max(interpreter.ReduceOps.min_max)),
         # Triton's is a network of a thousand reductions.
         (tl, "sort", _sort),
-        # Without these two a launch takes 1.4 times as long: they make the descriptions of its
-        # tensors' shapes over and over.
+        # Triton's make the descriptions of tensors' shapes and types over and over.
+        (interpreter, "_get_np_dtype", _remembered_dtypes()),
         (tl.tensor, "__init__", initialise_tensor),
         (tl.block_type, "__init__", remembered_block_types(tl.block_type.__init__)),
     ]
@@ -132,6 +147,21 @@ def _sort(x: Any, dim: Any = None, descending: Any = False) -> Any:
     order = slice(None, None, -1) if descending else slice(None)
     handle = interpreter.TensorHandle(np.sort(x.handle.data)[..., order].copy(), x.dtype)
     return tl.tensor(handle, x.type)
+
+
+@typing.no_type_check
+def _remembered_dtypes() -> Callable[..., Any]:
+    """Do what `_get_np_dtype` does, which makes a table of all types, once for each type."""
+    find = interpreter._get_np_dtype  # pyright: ignore[reportPrivateUsage]
+    remembered: dict[str, np.dtype] = {}
+
+    def find_or_remember(kind: Any) -> np.dtype:
+        scalar = kind.scalar
+        if scalar.name not in remembered:
+            remembered[scalar.name] = find(scalar)
+        return remembered[scalar.name]
+
+    return find_or_remember
 
 
 @typing.no_type_check
