@@ -76,7 +76,7 @@ def backend_report(
     if not isinstance(backend, str | Backend | None):
         raise TypeError(f"backend={describe(backend)} must be str or Backend or None")
     if platform in (None, "gpu"):
-        default = _default_platform()
+        default = default_platform()
         platform = default if platform is None or default == "rocm" else "cuda"
     if platform not in _backend.PLATFORMS:
         raise ValueError(
@@ -118,7 +118,7 @@ def _call(
     return operation(*replaced, **{k: next(rest) if _is_array(x) else x for k, x in kwargs.items()})
 
 
-def _default_platform() -> str:
+def default_platform() -> str:
     """The default device's, as lowering spells it: JAX's "gpu" is CUDA's or ROCm's."""
     client = jax.devices()[0].client
     if client.platform != "gpu":

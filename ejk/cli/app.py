@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ejk.cli import bench, compile, doctor, explain, tune
+from ejk.cli import bench, check, compile, doctor, explain, repro, tune
 
 
 class OneLine(TyperGroup):
@@ -38,5 +38,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Say what ejk runs on this machine, how fast, in which pieces, and what is in its way.",
 )
-for command in (doctor, bench, tune, compile, explain):
+for command in (doctor, bench, tune, compile, explain, check, repro):
     app.command()(getattr(command, command.__name__.rpartition(".")[2]))

@@ -11,6 +11,7 @@ from ejk.testing import bounds as bounds
 from ejk.testing import oracle as oracle
 from ejk.testing.agreement import assert_backend_agrees as assert_backend_agrees
 from ejk.testing.agreement import calls as calls
+from ejk.testing.dumps import dump as dump
 from ejk.testing.interpreter import interpret as interpret
 from ejk.testing.memory import MemoryChecker as MemoryChecker
 from ejk.testing.memory import RaceError as RaceError
@@ -30,6 +31,7 @@ __all__ = [
     "assert_backend_agrees",
     "bounds",
     "calls",
+    "dump",
     "interpret",
     "memory_checked",
     "oracle",

@@ -17,7 +17,7 @@ from ejk.cli._batch import MODELS, Batch, Shape, shape_of
 from ejk.cli.app import app
 
 SMALL = "--shape 4/2/64 --batch 2 --context 64"
-COMMANDS = ("doctor", "bench", "tune", "compile", "explain")
+COMMANDS = ("doctor", "bench", "tune", "compile", "explain", "check", "repro")
 
 
 def run(line: str, code: int = 0) -> str:

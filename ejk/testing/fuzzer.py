@@ -1,0 +1,192 @@
+"""Draws calls until the time is over, and shrinks those that fail: what `ejk check` runs.
+
+Hypothesis draws and shrinks (MacIver, 2019); what it finds is a recipe, which needs neither its
+database nor its version.
+"""
+
+import collections
+import dataclasses
+import shlex
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import hypothesis
+import hypothesis.errors
+import jax
+
+import ejk
+from ejk.testing import compositions, runs
+from ejk.testing.drawn_recipes import recipes
+from ejk.testing.recipes import Recipe
+from ejk.testing.verdicts import Verdict, backend_of, judge
+
+LONGEST_TURN = 20.0  # seconds
+PROGRAMS = 100  # of a turn, at most
+SHRINKING = 20.0  # seconds that a failure is shrunk for
+
+SETTINGS = hypothesis.settings(
+    max_examples=PROGRAMS,
+    database=None,
+    deadline=None,
+    derandomize=False,
+    print_blob=False,
+    report_multiple_bugs=False,
+    phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.large_base_example,
+        hypothesis.HealthCheck.data_too_large,
+    ],
+    verbosity=hypothesis.Verbosity.quiet,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A call that does not agree, as small as it was made."""
+
+    recipe: Recipe
+    said: str
+
+    @property
+    def line(self) -> str:
+        """The command that runs it again."""
+        return f"python -m ejk repro {shlex.quote(str(self.recipe))}"
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the calls of one operation on one backend.
+
+    Attributes:
+        examples: how many were run and compared.
+        refused: by reason, how many were refused by name.
+        failures: those that failed; of them no more are drawn.
+        names: the compositions that are still drawn.
+    """
+
+    operation: str
+    backend: ejk.Backend
+    names: list[str]
+    examples: int = 0
+    refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    failures: list[Failure] = dataclasses.field(default_factory=list)
+
+    def add(self, verdict: Verdict) -> None:
+        if verdict.outcome == "refused":
+            self.refused[verdict.said] += 1
+        else:
+            self.examples += 1
+
+    def as_object(self) -> dict[str, Any]:
+        return {
+            "operation": self.operation,
+            "backend": self.backend.name,
+            "interpret": is_interpreted(self.backend),
+            "examples": self.examples,
+            "refused": dict(self.refused),
+            "failures": [{"said": x.said, "repro": x.line} for x in self.failures],
+        }
+
+
+def is_interpreted(backend: ejk.Backend) -> bool:
+    return bool(getattr(backend, "interpret", False))
+
+
+class _Disagreement(Exception):  # noqa: N818
+    """Carries what fails through Hypothesis, which takes all of them for one."""
+
+    def __init__(self, failure: Failure):
+        self.failure = failure
+
+
+def fuzz(
+    pairs: Iterable[tuple[str, ejk.Backend]],
+    *,
+    seconds: float = 30.0,
+    seed: int = 0,
+    progress: Callable[[Sequence[Tally], float], None] = lambda tallies, left: None,
+) -> list[Tally]:
+    """Draw calls and compositions of each operation and backend until the time is over.
+
+    Where a plain call fails no more of that backend's are drawn, nor of another composition that
+    failed: what is found once would be found again and again.
+
+    Args:
+        pairs: operations by name, each with a backend.
+        seconds: to run for. What is then being compiled or shrunk is brought to its end.
+        seed: of everything. The same seed draws the same, as far as the time goes.
+        progress: called after every turn.
+    """
+    tallies = [
+        Tally(operation, backend, compositions.names_of(operation, backend))
+        for operation, backend in pairs
+    ]
+    end = time.monotonic() + seconds
+    turn = min(max(seconds / max(len(tallies), 1), 1.0), LONGEST_TURN)
+    number = 0
+    while any(tally.names for tally in tallies):
+        for tally in tallies:
+            now = time.monotonic()
+            if now >= end:
+                return tallies
+            if tally.names:
+                salt = f"{seed} {number} {tally.operation} {tally.backend.name}"
+                hunt(tally, zlib.crc32(salt.encode()), min(now + turn, end))
+                progress(tallies, end - time.monotonic())
+        number += 1
+        runs.forget_programs()
+        jax.clear_caches()  # a process may map only so many programs
+    return tallies
+
+
+def hunt(tally: Tally, seed: int, end: float) -> None:
+    """Draw until `end`, of `time.monotonic`; shrink the first failure and add it to the tally."""
+    failed: dict[str, Failure] = {}
+    agreed: set[str] = set()
+    known = {tally.backend.name: tally.backend}
+    limit = end
+
+    def judged(recipe: Recipe, text: str) -> None:
+        nonlocal limit
+        verdict = judge(recipe, backend_of(recipe, known))
+        if not failed:
+            tally.add(verdict)
+        if verdict.outcome != "fails":
+            agreed.add(text)
+            return
+        if not failed:
+            limit = time.monotonic() + SHRINKING
+        failed[text] = Failure(recipe, verdict.said)
+
+    def run(drawn: Any) -> None:
+        for recipe in drawn:
+            text = str(recipe)
+            if text not in failed and text not in agreed and time.monotonic() < limit:
+                judged(recipe, text)
+            if text in failed:
+                raise _Disagreement(failed[text])  # in one line: Hypothesis tells failures by it
+
+    drawn = recipes(tally.operation, tally.backend, tuple(tally.names))
+    try:
+        hypothesis.seed(seed)(SETTINGS(hypothesis.given(drawn)(run)))()
+    except _Disagreement as error:
+        found = error.failure
+    except hypothesis.errors.Flaky:  # it failed, and then no more
+        found = next(reversed(failed.values()))
+    else:
+        return
+    tally.failures.append(found)
+    composition = found.recipe.composition
+    tally.names = [] if composition == "plain" else [n for n in tally.names if n != composition]
+
+
+def summary(tallies: Sequence[Tally]) -> Mapping[str, int]:
+    """Count what was run, refused and failed over all."""
+    return {
+        "examples": sum(tally.examples for tally in tallies),
+        "refused": sum(tally.refused.total() for tally in tallies),
+        "failures": sum(len(tally.failures) for tally in tallies),
+    }

@@ -1,0 +1,34 @@
+"""Backends with a planted fault, as another package might have them: for `ejk check` to find."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+import ejk
+
+
+@dataclasses.dataclass(frozen=True)
+class DropsACopy(ejk.XlaCopyKVCache):
+    """Forgets the first copy."""
+
+    name = "drops"
+
+    def run(self, problem, operands, platform):
+        sources = jnp.where(jnp.arange(problem.num_copies) == 0, -1, operands.sources)
+        return super().run(problem, operands._replace(sources=sources), platform)
+
+
+@dataclasses.dataclass(frozen=True)
+class LosesTheLast(ejk.XlaPageAttention):
+    """Does not see the last token of a sequence that fills its pages."""
+
+    name = "loses"
+
+    def run(self, problem, operands, platform):
+        full = operands.context_lens >= problem.capacity
+        lens = jnp.where(full, problem.capacity - 1, operands.context_lens)
+        return super().run(problem, operands._replace(context_lens=lens), platform)
+
+
+class NoBackend:
+    """None at all."""

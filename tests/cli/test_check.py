@@ -1,0 +1,161 @@
+"""`ejk check` and `ejk repro`: a planted fault is found, made small, and repeated by its line."""
+
+import json
+import re
+import shlex
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from ejk.cli.app import app
+from ejk.testing import recipes
+
+COPY = {
+    "operation": "copy_kv_pages",
+    "backend": "xla",
+    "call": {
+        "shape": {
+            "num_kv_heads": 1, "head_dim": 4, "value_head_dim": 4, "page_size": 2, "num_pages": 3,
+        },
+        "sources": [0, 1],
+        "targets": [2, 0],
+    },
+}  # fmt: skip
+
+
+def run(line: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, shlex.split(line), prog_name="ejk")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stderr if code == 2 else result.stdout
+
+
+def found(line: str):
+    """Run `check` with a planted fault; return the recipe, its line and what is said of it."""
+    said = run(f"check --seed 0 {line}", code=1)
+    message, command = re.findall(r": (.*)\n  python -m ejk (repro .*)", said)[0]
+    return recipes.parse(shlex.split(command)[1]), command, message
+
+
+def test_a_planted_fault_is_found_made_small_and_repeated():
+    options = "--seconds 10 --operation copy_kv_slots --backend planted:DropsACopy"
+    recipe, command, message = found(options)
+    call = recipe.call
+    assert "not equal" in message and "the oracle says" in message
+    assert len(call["sources"]) <= 2 and call["shape"]["num_kv_heads"] == 1
+    assert call["shape"]["head_dim"] * call["shape"]["page_size"] <= 4
+    assert recipe.composition == "plain" and call["cache_layout"] == "HND"
+    assert len(str(recipe)) < 500
+
+    assert "fails" in run(f"{command} --backend planted:DropsACopy", code=1)
+    assert "agrees with the oracle" in run(f"{command} --backend xla")
+    assert "--backend module:Class" in run(command, code=2)  # which it does not know by itself
+
+
+@pytest.mark.slow
+def test_a_fault_of_attention_shrinks_to_one_token():
+    options = "--seconds 10 --operation page_attention --backend planted:LosesTheLast"
+    recipe, command, message = found(options)
+    shape = recipe.call["shape"]
+    assert re.search(r"out\[0, 0\] .*; (out|lse)\[0, 0.*\] is .*, the oracle says", message)
+    assert len(recipe.call["lens"]) == 1 and not recipe.call["features"]
+    assert shape["num_heads"] * shape["head_dim"] * shape["page_size"] * shape["max_blocks"] <= 32
+    assert "agrees with the oracle" in run(f"{command} --backend xla")
+
+
+@pytest.mark.parametrize("backends", ["xla", "triton --interpret"])
+def test_all_operations_agree_for_two_seconds(backends):
+    said = json.loads(run(f"check --seconds 2 --seed 1 --json --backend {backends}"))
+    assert said["failures"] == 0 and said["examples"] > 0
+    assert {row["operation"] for row in said["results"]} == set(recipes.OPERATIONS)
+
+
+def test_what_is_refused_is_counted_by_its_reason():
+    options = "--interpret --backend mosaic_gpu --operation ragged_page_attention"
+    [row] = json.loads(run(f"check --seconds 1 --seed 3 --json {options}"))["results"]
+    assert sum(row["refused"].values()) > 0 and all(row["refused"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("check --seconds 0", "'--seconds': 0.0 must be above 0"),
+        ("check --operation copy_kv_page", "did you mean 'copy_kv_pages'?"),
+        ("check --backend tritn", "did you mean 'triton'?"),
+        ("check --backend triton", "add --interpret"),
+        (
+            "check --backend mosaic_gpu --operation write_kv_cache",
+            "must be one of xla, pallas, triton",
+        ),
+        ("check --backend planted:Nothing", "has no attribute 'Nothing'"),
+        ("check --backend planted:NoBackend", "must be a subclass of ejk.Backend"),
+    ],
+)
+def test_wrong_arguments_are_told_in_a_line(line, said):
+    [told] = run(line, code=2).splitlines()
+    assert said in told
+
+
+def spelled(**changes) -> str:
+    return json.dumps({**COPY, **changes})
+
+
+def sized(**changes) -> str:
+    return spelled(call={**COPY["call"], "shape": {**COPY["call"]["shape"], **changes}})
+
+
+PACKED = str(recipes.Recipe("copy_kv_pages", "xla", COPY["call"] | {"seed": 2**31}, "x" * 99))
+WRONG = {
+    "hallo": "is its end missing?",
+    "{": "it is not JSON",
+    "[]": "is its end missing?",
+    PACKED[:-9]: "is its end missing?",
+    "{}": "it must have operation, backend, call",
+    PACKED: "composition='xxx",
+    spelled(operation="copy_kv_page"): "did you mean 'copy_kv_pages'?",
+    spelled(colour="red"): "it has 'colour', which is unknown",
+    spelled(call=3): "call must be dict, not int",
+    spelled(backend="trition"): "backend='trition' must be one of",
+    spelled(fields={"no": 1}): "fields: ",
+    spelled(call={**COPY["call"], "source": [1]}): "did you mean 'sources'?",
+    spelled(call={**COPY["call"], "sources": [1.5, 2]}): "sources has 1.5",
+    spelled(call={**COPY["call"], "sources": [2**31, 2]}): "must be an integer of int32",
+    spelled(
+        call={**COPY["call"], "shape": {**COPY["call"]["shape"], "num_pages": 2**24}}
+    ): "num_pages=",
+    spelled(
+        call={
+            **COPY["call"],
+            "shape": {**COPY["call"]["shape"], "num_pages": 2**19, "head_dim": 512},
+        }
+    ): "pool",
+    spelled(call={**COPY["call"], "shape": {**COPY["call"]["shape"], "pages": 1}}): "'pages'",
+    spelled(call={**COPY["call"], "dtype": "object"}): "call builds nothing",
+    "nowhere.npz": "nowhere.npz cannot be read",
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("text", "said"), WRONG.items(), ids=range(len(WRONG)))
+def test_a_text_that_is_no_recipe_is_told_why(text, said):
+    [told] = run(f"repro {shlex.quote(text)}", code=2).splitlines()
+    assert said in told
+
+
+@pytest.mark.fast
+def test_a_recipe_survives_its_text():
+    short = recipes.parse(spelled())
+    long = recipes.Recipe("page_attention", "xla", {"lens": [*range(300)]}, "jit", {"block_kv": 16})
+    assert recipes.parse(str(long)) == long and "{" not in str(long)
+    assert recipes.parse(str(short)) == short
+
+
+def test_without_hypothesis_one_line_says_what_installs_it(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("ejk.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    for line in ("check", "repro x"):
+        [told] = run(line, code=2).splitlines()
+        assert 'hypothesis is not installed: pip install "ejk[testing]"' in told
