@@ -25,13 +25,14 @@ CUDA := $(if $(filter cuda12,$(ACCELERATOR)),cuda12,cuda13)
 # What runs the real kernels where there is a GPU; the other tests are the same on a CPU.
 GPU_TESTS := $(foreach name,gpu page_attention edges gradients vmap fused_pools \
 	ragged_page_attention ragged_gradients write_kv_cache write_transformations copy_kv_cache processes \
-	not_finite stale_plans long_products mosaic_gpu mosaic_gpu_ragged cli_gpu,\
+	not_finite stale_plans long_products hostile_integers determinism gpu_packs prefix_groups every_layout \
+	first_tokens mosaic_gpu mosaic_gpu_ragged cli_gpu,\
 	$(or $(wildcard tests/*/test_$(name).py),tests/test_$(name).py))
 
 SMOKE_TESTS = $(shell grep -rl --include='test_*.py' pytest.mark.smoke tests)
 
-.PHONY: help demo engine test test-all smoke gpu lint static prices docs docs-external stranger \
-	resolve release clean
+.PHONY: help demo engine test test-all smoke gpu reliability lint static prices docs docs-external \
+	stranger resolve release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +42,8 @@ help:
 	@echo 'make engine  answers several messages at once: continuous batching; takes ARGS as demo does'
 	@echo 'make test    a fixed choice of the tests, on the CPU, in a few minutes'
 	@echo 'make test-all   all of them; ARGS="-k name" is passed on to pytest'
+	@echo 'make reliability   drawn calls, hostile integers, seeded bugs, repeats, a soak: 20 minutes, and'
+	@echo '             a line each in benchmarks/results/; ARGS="--only fuzz" runs one'
 	@echo 'make gpu     the tests of the real kernels, on an NVIDIA GPU; ARGS="-n 10": side by side'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make docs    the documentation as a site, in docs/_build/html; a warning or a dead link fails'
@@ -67,6 +70,11 @@ test-all: $(VENV)/.test
 # Compiles with all optimisations and anew each time, as users do; the other tests do not.
 smoke: $(VENV)/.smoke
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PY) -m pytest -n 2 -m smoke $(SMOKE_TESTS) $(ARGS)
+
+# On the CPU. It fails if anything is found; the page says what was.
+reliability: $(VENV)/.test
+	@JAX_PLATFORMS=cpu $(PY) benchmarks/reliability.py --platform cpu $(ARGS); found=$$?; \
+		$(PY) benchmarks/reliability_report.py --bugs && exit $$found
 
 gpu: $(VENV)/.test $(VENV)/.demo-$(ACCELERATOR)
 	@$(PY) -m pytest --gpu $(GPU_TESTS) $(ARGS)

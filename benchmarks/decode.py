@@ -24,12 +24,12 @@ one pool that holds as many layers as fit, twenty or fifty programs queued witho
 
 The read ceiling is measured at some sizes, and interpolated between them.
 
-Six suites are timed by `ejk` alone, in processes that compile side by side and take turns on the
-device: shapes, order, waves, latent, map, quantised. There each call is a program of its own, and
-no wall time is measured. The map ends with every place that is short of what it should reach; a
-call that failed makes the script fail. The caches of a quantised batch take turns, call by call;
-each line has its time over that of the first: bfloat16, or the queries' float32. Scales count as
-bytes that are read.
+Seven suites are timed by `ejk` alone, in processes that compile side by side and take turns on the
+device: shapes, order, waves, latent, map, quantised, prefix. There each call is a program of its
+own, and no wall time is measured. The map ends with every place that is short of what it should
+reach; a call that failed makes the script fail. The caches of a quantised batch take turns, call by
+call; each line has its time over that of the first: bfloat16, or the queries' float32. Scales count
+as bytes that are read.
 """
 
 import argparse
@@ -159,9 +159,7 @@ def main():
 
     with side_by_side.started(parallel, args.tiny, args.processes) as (yardsticks, own):
         record(own)
-    shared = [workload for workload in alone if isinstance(workload, prefix.Shared)]
-    record(jobs([workload for workload in alone if workload not in shared], found, yardsticks))
-    record(prefix.jobs(shared, yardsticks))
+    record(jobs(alone, found, yardsticks))
     if "map" in args.suite:
         judge(lines)
 

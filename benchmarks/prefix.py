@@ -7,10 +7,8 @@ What counts is device time: `of_base` is that with groups over that without.
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import ceiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,19 +76,16 @@ def block_tables(batch: Shared) -> np.ndarray:
 
 
 def measure(
-    batch: Shared, yardsticks: ceiling.Yardsticks | None, backend: Any = None
+    batch: Shared, tiny: bool = False, lock: str | None = None, backend: Any = None
 ) -> dict[str, Any]:
-    """Check that both ways agree, then time them in turns, on the pools of several layers."""
-    layers = max(2, min(16, -(-2 * programs.CACHED // batch.pool_bytes)))
-    shape = (layers * batch.num_pages, batch.num_kv_heads, batch.page_size, batch.head_dim)
-    keys = jax.random.split(jax.random.key(0), 3)
-    pools = [jax.random.normal(key, shape, jnp.dtype(batch.dtype)) for key in keys[:2]]
-    query = (batch.num_seqs, batch.num_heads, batch.head_dim)
-    query = 1.5 * jax.random.normal(keys[2], query, jnp.dtype(batch.dtype))
-    lens = jnp.asarray(batch.context_lens, jnp.int32)
-    tables = [jnp.asarray(block_tables(batch) + i * batch.num_pages) for i in range(layers)]
-    pages = np.full(batch.num_groups, batch.prefix // batch.page_size, np.int32)
-    groups = (jnp.asarray(batch.groups), jnp.asarray(pages))
+    """Compile, then check that both ways agree and time them in turns, on pools of several layers.
+
+    What compiles needs no device; drawing and timing wait for the lock.
+    """
+    if tiny:
+        backend = ejk.TritonPageAttention(interpret=True, num_sms=4, least_saved_bytes=0)
+    layers = 1 if tiny else max(2, min(16, -(-2 * programs.CACHED // batch.pool_bytes)))
+    groups = batch.groups, np.full(batch.num_groups, batch.prefix // batch.page_size, np.int32)
 
     @functools.partial(jax.jit, static_argnums=2)
     def make(lens, table, is_grouped):
@@ -102,23 +97,35 @@ def measure(
         )  # fmt: skip
 
     @jax.jit
-    def call(query, pools, lens, table, plan):
-        return ejk.page_attention(query, *pools, lens, table, plan=plan, backend=backend)
+    def call(given, table, plan):
+        return ejk.page_attention(*given, table, plan=plan, backend=backend)
 
-    plans = [make(lens, tables[0], is_grouped) for is_grouped in (False, True)]
+    draw = jax.jit(functools.partial(drawn, batch, layers))
+    given = jax.eval_shape(draw)
+    table = jax.ShapeDtypeStruct((batch.num_seqs, batch.max_blocks), jnp.int32)
+    for is_grouped in (False, True):
+        plan = jax.eval_shape(functools.partial(make, is_grouped=is_grouped), given[3], table)
+        make.lower(given[3], table, is_grouped).compile()
+        call.lower(given, table, plan).compile()
 
-    def run_with(plan):
-        return lambda: [call(query, pools, lens, table, plan) for table in tables]
+    with timing.exclusive(lock):
+        given = draw()
+        first = block_tables(batch)
+        tables = [jnp.asarray(first + i * batch.num_pages) for i in range(layers)]
+        plans = [make(given[3], tables[0], is_grouped) for is_grouped in (False, True)]
 
-    plain, grouped = (jnp.float32(run_with(plan)()[0]) for plan in plans)
-    error = float(jnp.abs(grouped - plain).max() / jnp.abs(plain).max())
-    if not error < programs.TOLERANCE:
-        raise ArithmeticError(f"with groups the result is off by {error:.2g}")
-    base_us, device_us = (
-        statistics.median(map(timing.busy_us, turns)) / layers
-        for turns in timing.interleaved([run_with(plan) for plan in plans])
-    )
-    plan_us = timing.busy_us(timing.device_kernels(lambda: make(lens, tables[0], True)))
+        def run_with(plan):
+            return lambda: [call(given, table, plan) for table in tables]
+
+        plain, grouped = (jnp.float32(run_with(plan)()[0]) for plan in plans)
+        error = float(jnp.abs(grouped - plain).max() / jnp.abs(plain).max())
+        if not error < programs.TOLERANCE:
+            raise ArithmeticError(f"with groups the result is off by {error:.2g}")
+        base_us, device_us = (
+            statistics.median(map(timing.busy_us, turns)) / layers
+            for turns in timing.interleaved([run_with(plan) for plan in plans])
+        )
+        plan_us = timing.busy_us(timing.device_kernels(lambda: make(given[3], tables[0], True)))
     line = {
         "device_us": round(device_us, 2),
         "base": "without groups",
@@ -127,10 +134,14 @@ def measure(
         "plan_us": round(plan_us / timing.REPEATS, 2),
         "error": error,
     }
-    return line | (yardsticks.shares(batch, device_us) if yardsticks else {})
+    return {batch.name: line}
 
 
-def jobs(chosen: list[Shared], yardsticks: ceiling.Yardsticks) -> Iterator[programs.Job]:
-    for batch in chosen:
-        job: Callable[[], dict[str, Any]] = functools.partial(measure, batch, yardsticks)
-        yield batch, "ejk with groups", job
+def drawn(batch: Shared, layers: int) -> tuple[jax.Array, ...]:
+    """Draw a query, pools of so many layers, and lengths."""
+    shape = (layers * batch.num_pages, batch.num_kv_heads, batch.page_size, batch.head_dim)
+    keys = jax.random.split(jax.random.key(0), 3)
+    pools = (jax.random.normal(key, shape, jnp.dtype(batch.dtype)) for key in keys[:2])
+    query = (batch.num_seqs, batch.num_heads, batch.head_dim)
+    query = 1.5 * jax.random.normal(keys[2], query, jnp.dtype(batch.dtype))
+    return query, *pools, jnp.asarray(batch.context_lens, jnp.int32)

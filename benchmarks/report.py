@@ -19,7 +19,14 @@ import workloads
 
 ROOT = Path(__file__).parent.parent
 PAGE, QUANTISED = (ROOT / "docs" / f"{name}.md" for name in ("performance", "quantised"))
-OTHERS = ("tune_", "compare_", "first_call_", "plan_cost_", "paging_")  # no lines of the tables
+OTHERS = (
+    "tune_",
+    "compare_",
+    "first_call_",
+    "plan_cost_",
+    "paging_",
+    "reliability_",
+)  # no lines of the tables
 WITHOUT = "ejk without a plan"
 
 

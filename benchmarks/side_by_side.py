@@ -18,12 +18,13 @@ from typing import Any
 
 import ceiling
 import contenders
+import prefix
 import programs
 import timing
 import workloads
 
 OWN = "ejk"
-SUITES = ("shapes", "order", "waves", "latent", "map", "quantised")
+SUITES = ("shapes", "order", "waves", "latent", "map", "quantised", "prefix")
 ROUNDS = 15
 
 
@@ -68,6 +69,8 @@ def with_lock(lock: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def measure(workload, tiny: bool, lock: str) -> dict[str, Any]:
     """Compile, then check and time one batch as soon as the device is free."""
+    if isinstance(workload, prefix.Shared):
+        return prefix.measure(workload, tiny, lock)
     [own] = [c for c in contenders.contenders(tiny) if c.name == OWN]
     ready = programs.compile_calls(workload, own, 2 if tiny else None)
     with timing.exclusive(lock):

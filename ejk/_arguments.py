@@ -151,7 +151,19 @@ def check_sizes(**sizes: tuple[Array | None, str, Size]) -> None:
     """Check the first axis of each array that is not None: its name and its size."""
     for name, (x, axis, size) in sizes.items():
         if x is not None and x.shape[0] != size:
-            raise ValueError(f"{name}.shape[0]={x.shape[0]} must be {axis}={size}")
+            raise ValueError(
+                f"{name}.shape[0]={x.shape[0]} must be {axis}={size}: {_ONE_FOR_EACH[axis]}"
+            )
+
+
+_ONE_FOR_EACH = {
+    "num_seqs": "pass one for each sequence",
+    "num_heads": "pass one for each query head",
+    "num_tokens": "pass one for each new token",
+    "total_tokens": "pass one for each row of the query",
+    "num_copies": "pass one for each source",
+    "num_seqs + 1": "of lengths pass jnp.pad(jnp.cumsum(q_lens), (1, 0))",
+}
 
 
 def _check_axes(given: Arguments, num_seqs: Size, page_size: int) -> None:

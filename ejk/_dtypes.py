@@ -36,10 +36,11 @@ def check_cache_dtype(argument: str, dtype: Any) -> CacheType:
     except TypeError:
         name = describe(dtype)
     if name not in CACHE_DTYPES:
-        packed = ": int4 has two values a byte" if name in ("int4", "uint4") else ""
+        packed = name in ("int4", "uint4")
+        how = "int4 has two values a byte" if packed else "make the pools with ejk.empty_kv_cache"
         raise ValueError(
-            f"{argument}={name} must be one of {', '.join(CACHE_DTYPES)}, of which uint8 "
-            f"holds int4{packed}"
+            f"{argument}={name} must be one of {', '.join(CACHE_DTYPES)}, of which uint8 holds "
+            f"int4: {how}"
         )
     return cache_type_of(name)
 

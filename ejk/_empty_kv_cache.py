@@ -133,7 +133,8 @@ def _type_of(dtype: Any) -> tuple[CacheType, np.dtype]:
     if found is None or found.name not in CACHE_DTYPES:
         names = [name for name in CACHE_DTYPES if name != "uint8"] + ["int4"]
         near = did_you_mean(dtype, names) if isinstance(dtype, str) else ""
-        raise ValueError(f"dtype={describe(dtype)} must be one of {', '.join(names)}{near}")
+        said = dtype.__name__ if isinstance(dtype, type) else describe(dtype)
+        raise ValueError(f"dtype={said} must be one of {', '.join(names)}{near}")
     return cache_type_of(found), found
 
 
@@ -142,13 +143,16 @@ def _check_options(
 ) -> None:
     """Check that no option excludes another."""
     if layout.interleaved and (fused or latent or value_head_dim is not None):
-        name = "fused" if fused else "latent" if latent else "value_head_dim"
+        given = {"fused": fused, "latent": latent, "value_head_dim": value_head_dim}
+        name, value = next(pair for pair in given.items() if pair[1] not in (False, None))
         raise ValueError(
-            f'{name} must not come with cache_layout="INTERLEAVED", which has a key and a value of '
-            "each head side by side"
+            f'{name}={value} must not come with cache_layout="INTERLEAVED", which has a key and a '
+            "value of each head side by side: leave one of them out"
         )
     if fused and latent:
-        raise ValueError("fused=True must not come with latent=True, whose values are the keys")
+        raise ValueError(
+            "fused=True must not come with latent=True, whose values are the keys: leave one out"
+        )
     if (fused or latent) and value_head_dim is not None:
         raise ValueError(
             f"value_head_dim={value_head_dim} must be None with {'fused' if fused else 'latent'}="
@@ -160,9 +164,9 @@ def _has_token_scales(cache_type: CacheType, token_scales: Flag | None) -> bool:
     """Say whether a cache has a scale per token and head, and check that it may."""
     if token_scales and not cache_type.is_quantised:
         raise ValueError(
-            f"token_scales=True must come with a quantised dtype, not {cache_type.name}: the write "
-            "computes no scales for it"
+            f"token_scales=True must come with a quantised dtype, not {cache_type.name}: leave it "
+            "out, as the write computes no scales for it"
         )
     if cache_type.per_element == 2 and token_scales is not None and not token_scales:
-        raise ValueError("token_scales=False must not come with int4, which needs them")
+        raise ValueError("token_scales=False must not come with int4, which has them: leave it out")
     return cache_type.is_integer if token_scales is None else bool(token_scales)

@@ -43,7 +43,9 @@ def merge_attention_states(
         Attention states of FlashInfer (Ye et al., 2025, arXiv:2501.01005).
     """
     if outs.shape[:3] != lses.shape:
-        raise ValueError(f"lses.shape={lses.shape} must be outs.shape[:3]={outs.shape[:3]}")
+        raise ValueError(
+            f"lses.shape={lses.shape} must be outs.shape[:3]={outs.shape[:3]}: pass one a row"
+        )
     outs, lses = jnp.asarray(outs), jnp.asarray(lses).astype(jnp.float32)
     if outs.shape[0] == 0:
         return jnp.zeros(outs.shape[1:], outs.dtype), jnp.full_like(lses[:0].sum(0), -jnp.inf)

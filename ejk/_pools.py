@@ -71,17 +71,18 @@ def check_value_cache(key_cache: Array, value_cache: Array | None, cache_layout:
         return
     if holds_both(key_cache, cache_layout):
         raise ValueError(
-            f"value_cache{list(value_cache.shape)} must be None with {both_in(key_cache)}, which "
+            f"value_cache={describe(value_cache)} must be None with {both_in(key_cache)}, which "
             "holds keys and values"
         )
     if value_cache.dtype != key_cache.dtype:
         raise ValueError(
-            f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}"
+            f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}: "
+            "pass value_cache.astype(key_cache.dtype)"
         )
     if value_cache.shape[:-1] != key_cache.shape[:-1]:
         raise ValueError(
             f"value_cache.shape={value_cache.shape} must be key_cache.shape={key_cache.shape} "
-            "but for the last axis"
+            "but for the last axis: make both with one ejk.empty_kv_cache"
         )
     if value_cache.shape[-1] < 1:
         raise ValueError(f"value_cache.shape[3]={value_cache.shape[-1]} must be at least 1")

@@ -37,10 +37,7 @@ def ragged_page_attention_problem(
     """Check the arguments and collect the static facts of the call."""
     total_tokens, num_seqs = given.query.shape[0], given.context_lens.shape[0]
     facts = facts_of(given, num_seqs)
-    if cu_q_lens.shape[0] != num_seqs + 1:
-        rule = f"cu_q_lens.shape[0]={cu_q_lens.shape[0]} must be num_seqs + 1={num_seqs + 1}"
-        lengths = cu_q_lens.shape[0] == num_seqs
-        raise ValueError(rule + ": of lengths pass jnp.pad(jnp.cumsum(q_lens), (1, 0))" * lengths)
+    check_sizes(cu_q_lens=(cu_q_lens, "num_seqs + 1", num_seqs + 1))
     if exceeds(total_tokens, 2**31 - 1):
         raise ValueError(
             f"total_tokens={total_tokens} must be below 2**31: rows are counted in 32 bits"

@@ -1,5 +1,6 @@
 """Settings that hold for every test. `ejk` is not imported here: the import hook comes later."""
 
+import gc
 import os
 import pathlib
 import random
@@ -18,6 +19,7 @@ if not os.environ.get("EJK_TEST_GPU"):
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # in several processes of pytest-xdist
 
+import faults
 import hypothesis
 import jax
 import numpy as np
@@ -36,6 +38,7 @@ if not any(os.environ.get(name) for name in OPTIMISED):
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+gc.set_threshold(10_000)  # tracing makes objects by the thousand, and hardly any garbage
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -60,6 +63,10 @@ def pytest_addoption(parser):
     )  # fmt: skip
 
 
+def pytest_configure(config):
+    config.pluginmanager.register(faults)  # its hooks keep the score of the seeded bugs
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     """Leave out what needs a GPU, cases that are `one_in(n)`, and another tier, unless named."""
@@ -68,9 +75,7 @@ def pytest_collection_modifyitems(config, items):
     keep(config, items, {x for x in items if not x.get_closest_marker("gpu")})
     if os.environ.get("EJK_TEST_THOROUGH") or any("::" in name for name in config.args):
         return
-    marks = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("one_in"))}
-    thinned = [tiers.one_in(n, [x for x in marks if marks[x] == n]) for n in {*marks.values()}]
-    keep(config, items, ({*items} - {*marks}).union(*thinned), "EJK_TEST_THOROUGH=1 make test-all")
+    keep(config, items, {*tiers.thinned(items)}, "EJK_TEST_THOROUGH=1 make test-all")
     tier = config.getoption("tier")
     whole = config.args == config.getini("testpaths") and not config.getoption("keyword")
     if tier != "all" and whole:

@@ -106,7 +106,8 @@ def split_arguments(case: PageAttentionCase):
     else:
         given, options = arrays(case)
     static = {name: options.pop(name) for name in STATIC if name in options}
-    given |= {name: jnp.asarray(x) for name, x in options.items()}
+    # A window of Python's and one of JAX's are one program.
+    given |= {n: jnp.int32(x) if isinstance(x, int) else jnp.asarray(x) for n, x in options.items()}
     integers = ("context_lens", "block_tables", "cu_q_lens")
     given = {name: narrow(x) if name in integers else jnp.asarray(x) for name, x in given.items()}
     return given, tuple(static.items())

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import gpu_interpreter
 import hypothesis
@@ -35,14 +35,14 @@ class Entry(Subject):
         suits: says which configurations it is given, where some of them do.
         dtype: of the edges.
         marks: of its tests.
-        slow: it runs one in four of the edges, and of properties those that have their share.
+        slow: it runs one in eight of the edges, and of properties those that have their share.
     """
 
     name: str
     backend: ejk.Backend
     examples: int
     batch_invariant: bool = True
-    may_refuse: tuple[str, ...] = ()
+    may_refuse: Collection[str] = ()
     suits: Callable[[Configuration], bool] | None = None
     dtype: np.dtype = F32
     marks: Sequence[pytest.MarkDecorator] = ()
@@ -230,7 +230,7 @@ def edge(body):
 
 def ragged_edge(body):
     """The same on every backend of ragged batches."""
-    return each_of(RAGGED, [pytest.mark.one_in(4)])(counted(body))
+    return each_of(RAGGED, [pytest.mark.one_in(8)])(counted(body))
 
 
 def writer_edge(body):
@@ -261,7 +261,8 @@ def each_case(strategy, share: float = 1.0, entries=ENTRIES):
             def holds(case):
                 run(entry, case)
 
-            examples = max(2, round(entry.examples * share * (20 if THOROUGH else 1)))
+            least = 1 if entry.slow else 2
+            examples = max(least, round(entry.examples * share * (20 if THOROUGH else 1)))
             seed = zlib.crc32(f"{body.__name__} {entry.name}".encode())
             # Properties and backends have different ones, and many calls of each.
             few = Few(seed, None if THOROUGH else 1 + examples // 3, entry.suits)

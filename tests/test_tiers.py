@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import json
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import tiers
+from faults import BACKENDS, Fault, Planted, summary, table
 from kernels import kernel_modules
 
 from ejk.testing.configurations import LAYOUTS
@@ -17,21 +19,31 @@ from ejk.testing.configurations import LAYOUTS
 pytestmark = pytest.mark.fast
 
 ROOT = pathlib.Path(__file__).parents[1]
-SEEDED = "test_a_bug_is_caught|test_a_(seeded_)?fault_is_caught|test_bugs_"
 
 
 @pytest.fixture(scope="module")
-def fast():
-    """The ids of the fast tier, file by file."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--tier", "fast"]
+def collected():
+    """What a collection of all tests finds: every fault, and the ids of the fast tier."""
+    command = [sys.executable, "tests/faults.py", "--json"]
     found = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ,
-    ).stdout  # fmt: skip
+        command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ
+    )
+    return json.loads(found.stdout)
+
+
+@pytest.fixture(scope="module")
+def fast(collected):
+    """The ids of the fast tier, file by file."""
     ids: dict[str, list[str]] = {}
-    for file, name in re.findall(r"^tests/(?:\w+/)*(test_\w+)\.py::(.*)$", found, re.MULTILINE):
-        ids.setdefault(file, []).append(name)
+    for node in collected["fast"]:
+        path, _, name = node.partition("::")
+        ids.setdefault(pathlib.Path(path).stem, []).append(name)
     return ids
+
+
+@pytest.fixture(scope="module")
+def planted(collected):
+    return [Planted(Fault(*fault), *runs) for fault, *runs in collected["faults"]]
 
 
 OPERATIONS = ("page_attention", "ragged_page_attention", "write_kv_cache", "copy_kv_cache")
@@ -53,36 +65,71 @@ def test_every_page(fast):
     assert pages and not missing - {*fast["test_docs"]}
 
 
-# But for Triton, the file that puts bugs into each kernel or program.
-MUTATED = {
-    "pallas/page_attention_kernel": "test_pallas_faults",
-    "pallas/ragged_page_attention_kernel": "test_ragged_pallas_interpret",
-    "pallas/write_kv_cache_kernel": "test_write_pallas_interpret",
-    "pallas/copy_kv_cache_kernel": "test_copy_seeded_bugs",
-    "mosaic_gpu/page_attention_kernel": "test_mosaic_gpu_faults",
-    "mosaic_gpu/ragged_page_attention_kernel": "test_mosaic_gpu_ragged_faults",
-    "xla/page_attention": "test_seeded_bugs",
-    "reverse_mode/page_attention": "test_seeded_bugs",
-    "xla/ragged_page_attention": "test_ragged_seeded_bugs",
-    "xla/write_kv_cache": "test_write_seeded_bugs",
-    "reverse_mode/write_kv_cache": "test_write_seeded_bugs",
-    "xla/copy_kv_cache": "test_copy_seeded_bugs",
-    "reverse_mode/copy_kv_cache": "test_copy_seeded_bugs",
-}
-KERNELS = {
-    f"{backend}/{name}"
-    for backend in ("triton", "pallas", "mosaic_gpu")
-    for name in kernel_modules(backend)
+PROGRAMS = sorted(
+    (path.stem, backend)
+    for backend in BACKENDS
+    for path in (ROOT / "ejk/backends" / backend).glob("*")
+    if path.stem in OPERATIONS
+)
+
+
+@pytest.mark.parametrize("operation, backend", PROGRAMS)
+def test_seeded_bugs_of_every_program(planted, operation, backend):
+    """Of every operation on every backend, and of its gradient, in the fast tier and in all."""
+    there = [x for x in planted if x.fault[:2] == (operation, backend)]
+    assert len(there) >= 2 and any(x.in_fast for x in there)
+
+
+@pytest.mark.parametrize("kernel", kernel_modules("triton"))
+def test_a_seeded_bug_of_every_triton_kernel(fast, kernel):
+    assert any(f"[{kernel}: " in case for case in fast["test_triton_seeded_bugs"])
+
+
+def test_the_page_counts_the_seeded_bugs(planted):
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert table(planted) in page, "stale: run `python benchmarks/reliability_report.py --bugs`"
+
+
+def test_every_seeded_bug_is_run(planted):
+    assert not [str(x.fault) for x in planted if not x.in_full]
+
+
+def test_only_what_passed_is_caught():
+    faults = [Fault("write", "xla", "test.py", bug) for bug in "abcd"]
+    outcomes = {faults[0]: {"passed"}, faults[1]: {"passed", "failed"}}
+    head, row, _, left, missed = summary(faults, outcomes)
+    assert head.split() == ["operation", *BACKENDS, "all"] and row.split() == [
+        "write",
+        "1/4",
+        "1/4",
+    ]
+    assert left == "2 were not run" and missed == "NOT CAUGHT: write, xla: b (test.py)"
+    found = [Planted(fault, fault.bug == "a", fault.bug != "d") for fault in faults]
+    assert table(found).splitlines()[2] == "| write | 1 / 3 / 4 |  |  |  |  |  | 1 / 3 / 4 |"
+
+
+TESTS = {
+    f"{path.stem}::{node.name}": (path, node)
+    for path in sorted((ROOT / "tests").rglob("test_*.py"))
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 }
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS | {*MUTATED}))
-def test_a_seeded_bug_of_every_kernel(fast, kernel):
-    backend, name = kernel.split("/")
-    if backend == "triton":
-        assert any(f"[{name}: " in case for case in fast["test_triton_seeded_bugs"])
-    else:
-        assert any(re.match(SEEDED, case) for case in fast[MUTATED[kernel]])
+def plants(path, node):
+    """Say whether a test looks as if it plants faults."""
+    body = ast.unparse(node)
+    return (
+        "bug" in [argument.arg for argument in node.args.args]
+        or (node.name.endswith("caught") and "monkeypatch" in body)
+        or (re.search("seeded_bugs|faults", path.stem) and "pytest.raises" in body)
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, test in TESTS.items() if plants(*test)])
+def test_every_seeded_bug_is_marked(name):
+    _, node = TESTS[name]
+    assert any(".fault(" in ast.unparse(mark) for mark in node.decorator_list)
 
 
 @pytest.mark.parametrize(

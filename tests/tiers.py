@@ -32,6 +32,24 @@ def one_in(n, items, salt=""):
     return kept
 
 
+def full(items):
+    """Choose what `make test-all` runs: what needs no GPU, nor hours."""
+    left_out = ("gpu", "demo", "thorough")
+    return thinned([x for x in items if not any(map(x.get_closest_marker, left_out))])
+
+
+def thinned(items):
+    """Choose one in `n` of what is marked `one_in(n)`, and all of the rest.
+
+    Of a test's share and its entry's the smaller one holds.
+    """
+    shares = {item: [mark.args[0] for mark in item.iter_markers("one_in")] for item in items}
+    marks = {item: max(share) for item, share in shares.items() if share}
+    chosen = [one_in(n, [x for x in marks if marks[x] == n]) for n in {*marks.values()}]
+    kept = ({*items} - {*marks}).union(*chosen)
+    return [item for item in items if item in kept]
+
+
 def fast(items):
     """Choose the fast tier: what is marked `fast` or `smoke`, what expects an error, some others.
 

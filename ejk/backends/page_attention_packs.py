@@ -70,24 +70,14 @@ class Packs(NamedTuple):
         return jnp.concatenate([of_sequences, of_packs, members])
 
 
-def for_tables(problem: PlanProblem, work: jax.Array, block_tables: jax.Array) -> jax.Array:
-    """Return a plan whose packs share no page that these tables do not: it may be for others."""
-    packs = problem.packs
-    assert packs is not None
-    first = 1 + problem.max_pieces
-    rows = first + problem.max_splits + 1 + packs.max_pieces
-    of_packs = rows + packs.num_seqs
-    size = packs.num_seqs * problem.members
-    members = work[of_packs:].reshape(-1)[:size].reshape(packs.num_seqs, problem.members)
-    places = work[first : first + problem.num_seqs, 0]
-    seq = _count(places)
-    leader = jnp.where(places < 0, seq, members.max(1)[places // problem.members])  # the kernel's
-    width = block_tables.shape[1]
-    differs = block_tables != block_tables[leader]
-    pages = jnp.where(differs, _count(block_tables[0]), width).min(1)
-    pages = jnp.where(members < 0, width, pages[members]).min(1)
-    tokens = jnp.minimum(work[rows:of_packs, 0], pages * problem.page_size)
-    return work.at[rows:of_packs, 0].set(tokens)
+def may_pay(cost: int, size: int) -> bool:
+    """Say whether packs of so many members could pay in a batch that costs no more."""
+    least = cost + cost // 4
+    return _is_worth(cost, least // size)
+
+
+def _is_worth(plain: Any, packed: Any) -> Any:
+    return packed + packed // 16 + MARGIN <= plain
 
 
 def _pays(
@@ -108,7 +98,7 @@ def _pays(
         _ceil_div(total * problem.programs_per_piece, problem.slots)
         for total in (_cost(problem, lens), packed)
     )
-    return pays & (packed + packed // 16 + MARGIN <= plain)
+    return pays & _is_worth(plain, packed)
 
 
 def _cost(problem: PlanProblem, tokens: jax.Array) -> jax.Array:

@@ -30,7 +30,8 @@ def check(
     """Draw calls and compositions of them, run them here and compare them with the oracle.
 
     Every backend that runs on this machine is tried, or those that are named. A call that fails is
-    shrunk and printed as one line, which runs it again. The exit code is 1 where there is any.
+    shrunk and printed as one line, which runs it again. The exit code is 1 where there is any, or
+    where no call was compared at all.
 
     Example: ejk check --seconds 1 --operation copy_kv_slots --seed 3
     """
@@ -65,7 +66,7 @@ def check(
         print(json.dumps({**found, **counts, "results": rows}, indent=2))
     else:
         print(report(tallies))
-    raise typer.Exit(1 if counts["failures"] else 0)
+    raise typer.Exit(1 if counts["failures"] or not counts["examples"] else 0)
 
 
 class Progress:
@@ -103,6 +104,10 @@ def report(tallies: Any) -> str:
         for failure in tally.failures:
             named = f"{tally.operation} on {tally.backend.name}, {failure.recipe.composition}"
             parts.append(f"{named}: {failure.said}\n  {failure.line}")
-    if not any(tally.failures for tally in tallies):
-        parts.append("All agree with the oracle.")
+    bare = [f"{x.operation} on {x.backend.name}" for x in tallies if not x.examples]
+    if bare:
+        said = "; ".join(bare)
+        parts.append(f"Nothing was compared of {said}: give it more --seconds, or see --json.")
+    if len(bare) < len(tallies) and not any(tally.failures for tally in tallies):
+        parts.append("All that was compared agrees with the oracle.")
     return "\n\n".join(parts)

@@ -11,22 +11,26 @@ from ejk.testing import bounds as bounds
 from ejk.testing import oracle as oracle
 from ejk.testing.agreement import assert_backend_agrees as assert_backend_agrees
 from ejk.testing.agreement import calls as calls
+from ejk.testing.configurations import Configuration as Configuration
 from ejk.testing.dumps import dump as dump
 from ejk.testing.interpreter import interpret as interpret
 from ejk.testing.memory import MemoryChecker as MemoryChecker
 from ejk.testing.memory import RaceError as RaceError
 from ejk.testing.memory import memory_checked as memory_checked
 from ejk.testing.properties import PROPERTIES as PROPERTIES
+from ejk.testing.shapes import Shape as Shape
 from ejk.testing.subject import Refusal as Refusal
 from ejk.testing.subject import Subject as Subject
 
 __all__ = [
     "PROPERTIES",
+    "Configuration",
     "DeadlockError",
     "MemoryAccessError",
     "MemoryChecker",
     "RaceError",
     "Refusal",
+    "Shape",
     "Subject",
     "assert_backend_agrees",
     "bounds",

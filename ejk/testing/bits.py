@@ -15,6 +15,13 @@ def bits(x: Any) -> Array:
 
 def bits_equal(a: Iterable[Any], b: Iterable[Any]) -> None:
     """Compare what two calls return."""
-    for x, y in zip(a, b, strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(bits(x), bits(y))
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), f"result {i} is of another kind"
+        differ = np.argwhere(bits(x) != bits(y))
+        if len(differ):
+            at = tuple(differ[0].tolist())
+            numbers = " and ".join(f"{z[at]} ({bits(z)[at]:#x})" for z in (x, y))
+            raise AssertionError(
+                f"result {i} differs in {len(differ)} of {x.size} numbers: at {at} {numbers}"
+            )

@@ -22,7 +22,20 @@ INT32_MAX = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """What a program is compiled for."""
+    """What a program of attention is compiled for.
+
+    Attributes:
+        shape: the sizes.
+        dtype: NumPy's, of queries and results.
+        cache_layout: "HND", "NHD", "KV_HEADS_FIRST" or "INTERLEAVED".
+        features: the optional arguments that are given: of "sliding_window",
+            "attn_logits_soft_cap", "sinks", "alibi_slopes" and "attn_scale", and for ragged batches
+            of "positions", "tree_mask" and "causal=False".
+        num_splits: of `ejk.page_attention`.
+        fused: one pool of five axes holds keys and values.
+        cache_dtype: of the pools if it is another; uint8 is int4, two values a byte.
+        scales: what has one: "none", "scalar", "head" or "token".
+    """
 
     shape: Shape
     dtype: DType
@@ -30,8 +43,8 @@ class Configuration:
     features: frozenset[str] = frozenset()
     num_splits: int = 0
     fused: bool = False
-    cache_dtype: DType | None = None  # another than the query's
-    scales: str = "none"  # or "scalar", "head" or "token"
+    cache_dtype: DType | None = None
+    scales: str = "none"
 
     @property
     def holds(self) -> DType:
@@ -97,18 +110,18 @@ def configurations(per_shape: int) -> list[Configuration]:
     ]
 
 
-CONFIGURATIONS, MANY = configurations(2), configurations(12)
-"""A few of each shape, and many."""
+CONFIGURATIONS, MANY_CONFIGURATIONS = configurations(2), configurations(12)
+"""Two of each shape, or twelve, and one that is quantised."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Few:
-    """Lets what is drawn have few configurations alone: each is a program or two.
+    """Chooses few configurations, of which all calls of a test are: each is a program or two.
 
     Attributes:
-        seed: chooses them.
-        count: how many, or None for all; a quantised one is among them, or comes on top.
-        suits: says which configurations are chosen from, if any suits.
+        seed: which they are.
+        count: how many, or None for all. One of a quantised cache is among them, or comes on top.
+        suits: says of a configuration whether it may be chosen; if it lets none be, all may.
     """
 
     seed: int = 0

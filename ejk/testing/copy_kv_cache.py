@@ -26,7 +26,7 @@ from ejk.testing.configurations import (
     Few,
 )
 from ejk.testing.oracle import Array, DType
-from ejk.testing.running import represent, run
+from ejk.testing.running import represent, run, show
 from ejk.testing.write_kv_cache import WriteShape, hostile_slots
 from ejk.testing.write_kv_cache import build as build_write
 
@@ -91,7 +91,7 @@ class CopyKVCacheCase:
     scales: tuple[Any, Any] = (None, None)
     as_jax: bool = True
 
-    __repr__ = represent
+    __repr__, _repr_pretty_ = represent, show
 
     @property
     def operation(self) -> str:

@@ -99,6 +99,8 @@ def _attention(draw: Any, is_ragged: bool) -> Any:
     if is_ragged:
         extras = st.just([]) if plain else st.lists(st.sampled_from(EXTRAS), unique=True)
         program |= {"total": total, "extras": draw(extras)}
+        causal = plain or "tree_mask" in program["extras"]
+        program["causal"] = causal or draw(st.sampled_from((True, False)))
         program["cu_dtype"] = draw(st.sampled_from(_names(total)))
         values["cu_q_lens"] = _cuts(num_seqs, total, np.iinfo(program["cu_dtype"]))
     return program, st.fixed_dictionaries(values)

@@ -6,7 +6,7 @@ import os
 import shlex
 import zipfile
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -33,7 +33,7 @@ def dump(
     path: str | os.PathLike[str],
     operation: str | Callable[..., Any],
     *arguments: Any,
-    pages: Literal["all", "visible"] = "all",
+    pages: str = "all",
     **options: Any,
 ) -> str:
     """Write a call to a file, so that it can be run elsewhere and compared with the oracle.
@@ -54,7 +54,8 @@ def dump(
 
     Raises:
         TypeError: an argument is traced, or none that a file holds; the call's own.
-        ValueError: the operation is unknown, or the call is a part of one on several devices.
+        ValueError: the operation or `pages` is unknown, or the call is a part of one on several
+            devices.
 
     Examples:
         >>> import contextlib, os, tempfile, jax.numpy as jnp, ejk.testing
@@ -69,6 +70,8 @@ def dump(
     name = operation if isinstance(operation, str) else getattr(operation, "__name__", "")
     if name not in OPERATIONS:
         raise ValueError(f"operation={describe(operation)} must be one of {', '.join(OPERATIONS)}")
+    if pages not in ("all", "visible"):
+        raise ValueError(f"pages={pages!r} must be 'all' or 'visible'")
     given = inspect.signature(getattr(ejk, name)).bind(*arguments, **options).arguments
     arrays, static = _apart(given)
     if pages == "visible":

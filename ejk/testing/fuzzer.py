@@ -48,7 +48,11 @@ class Failure:
     """A call that does not agree, as small as it was made."""
 
     recipe: Recipe
-    said: str
+    verdict: Verdict
+
+    @property
+    def said(self) -> str:
+        return self.verdict.said
 
     @property
     def line(self) -> str:
@@ -112,7 +116,8 @@ def fuzz(
     """Draw calls and compositions of each operation and backend until the time is over.
 
     Where a plain call fails no more of that backend's are drawn, nor of another composition that
-    failed: what is found once would be found again and again.
+    failed: what is found once would be found again and again. An error that a GPU does not recover
+    from ends the run, and its call is left as it was drawn.
 
     Args:
         pairs: operations by name, each with a backend.
@@ -136,6 +141,8 @@ def fuzz(
                 salt = f"{seed} {number} {tally.operation} {tally.backend.name}"
                 hunt(tally, zlib.crc32(salt.encode()), min(now + turn, end))
                 progress(tallies, end - time.monotonic())
+                if any(failure.verdict.loses_device for failure in tally.failures):
+                    return tallies
         number += 1
         runs.forget_programs()
         jax.clear_caches()  # a process may map only so many programs
@@ -158,8 +165,8 @@ def hunt(tally: Tally, seed: int, end: float) -> None:
             agreed.add(text)
             return
         if not failed:
-            limit = time.monotonic() + SHRINKING
-        failed[text] = Failure(recipe, verdict.said)
+            limit = time.monotonic() + SHRINKING * (not verdict.loses_device)
+        failed[text] = Failure(recipe, verdict)
 
     def run(drawn: Any) -> None:
         for recipe in drawn:

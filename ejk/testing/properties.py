@@ -1,6 +1,6 @@
 """What each operation promises, as functions of a backend under test and a drawn call.
 
-A property that a call has no part in returns at once.
+A property returns at once of a call that it does not concern.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,15 @@ ATTENTIONS = ("page_attention", "ragged_page_attention")
 CACHES = ("write_kv_cache", "copy_kv_slots", "copy_kv_pages")
 PROPERTIES: dict[str, dict[str, Property]] = {name: {} for name in (*ATTENTIONS, *CACHES)}
 """By operation and name, functions `(subject, case)` that raise what does not hold."""
+
+CAUSAL_ALONE = ("chunks_equal_one_shot", "defaults_may_be_given")
+"""These concern ragged batches that have none of their own options."""
+
+
+def concerns(name: str, configuration: Any) -> bool:
+    """Say whether a property concerns calls of a configuration."""
+    own = {"positions", "tree_mask", "causal=False"}
+    return name not in CAUSAL_ALONE or not configuration.features & own
 
 
 def promised_by(*operations: str) -> Callable[[Property], Property]:
@@ -73,8 +82,7 @@ def unread_memory_changes_no_bit(subject: Subject, case: Any) -> None:
 @promised_by("page_attention")
 def alone_equals_in_a_batch(subject: Subject, case: Any) -> None:
     """Another row, other mates, a wider table, a larger pool: bit-equal if that is promised."""
-    # A plan and a bound are of this batch.
-    case = case.replace(num_splits=max(1, case.num_splits), hints={})
+    case = case.replace(num_splits=max(1, case.num_splits), hints={})  # a plan is of this batch
     together = subject(case)
     others = case.rows(range(len(case.context_lens))[::-1])
     alone = case.rows([0], more_blocks=2).permuted(seed=2, more_pages=3)
@@ -105,6 +113,15 @@ def results_are_finite_on_poisoned_memory(subject: Subject, case: Any) -> None:
     out, lse = subject(case)
     assert np.isfinite(out.astype(np.float32)).all(), "the output must be finite"
     assert not np.isnan(lse).any() and not np.isposinf(lse).any(), "the LSE must be finite or -inf"
+
+
+@promised_by("page_attention")
+def a_nan_in_a_query_is_never_lost(subject: Subject, case: Any) -> None:
+    """Nor does it reach other heads, nor rows that see nothing."""
+    query = case.query.copy()
+    query[:, 0, -1] = np.nan
+    case = case.replace(query=query)
+    case.check(subject(case))
 
 
 @promised_by("ragged_page_attention")

@@ -103,11 +103,11 @@ class RaggedPageAttentionCase(PageAttentionCase):
         return self.replace(
             shape=dataclasses.replace(self.shape, num_seqs=1), query=self.query[rows],
             context_lens=lens, block_tables=self.block_tables[one], needed=self.needed[one],
-            cu_q_lens=np.array([0, end - begin]), options=options,
+            cu_q_lens=np.array([0, end - begin]), options=options, hints={},
         )  # fmt: skip
 
 
-def dealt(configurations: Iterable[Configuration]) -> list[Configuration]:
+def with_own_options(configurations: Iterable[Configuration]) -> list[Configuration]:
     """Give ragged batches' own options to configurations, to each its own, to the first none."""
     options = itertools.cycle(((), ("positions", "tree_mask"), ("causal=False",), ("positions",),
                                ("tree_mask",), (), ("positions", "causal=False")))  # fmt: skip
@@ -117,7 +117,7 @@ def dealt(configurations: Iterable[Configuration]) -> list[Configuration]:
     ]
 
 
-RAGGED_CONFIGURATIONS = dealt(CONFIGURATIONS)
+RAGGED_CONFIGURATIONS = with_own_options(CONFIGURATIONS)
 HINTS: tuple[dict[str, Any], ...] = (
     {}, {}, {"max_q_len": 0}, {"max_q_len": 3, "max_context_len": 17}, {"max_context_len": 0},
     {"max_q_len": 10**6, "max_context_len": 10**6}, {"prefix_groups": True},
@@ -143,7 +143,7 @@ def ragged_cases(
         np.array(lens, lens_dtype),
         draw(_bounds(shape.num_seqs)),
         tables_dtype=draw(st.sampled_from(ints)),
-        window=draw(draw(few.fixed(windows(shape), number))),
+        window=draw(windows(shape)),
         seed=draw(st.integers(0, 2**32 - 1)),
         share=draw(st.booleans()),
         invalid=draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))),

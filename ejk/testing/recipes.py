@@ -8,6 +8,7 @@ import base64
 import binascii
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import ejk
 from ejk._nearest import did_you_mean
 from ejk.testing import copy_kv_cache, page_attention, ragged_page_attention, write_kv_cache
-from ejk.testing.configurations import Configuration
+from ejk.testing.configurations import FEATURES, Configuration
 from ejk.testing.shapes import Shape
 
 OPERATIONS = (
@@ -26,7 +27,7 @@ OPERATIONS = (
 )  # fmt: skip
 LONG = 160  # characters of JSON, from which on it is compressed
 LARGEST_TEXT = 2**20  # bytes of JSON: a line that somebody pastes must not fill the memory
-LARGEST_POOL = 2**26  # values
+LARGEST_ARRAY = 2**26  # values
 
 
 class RecipeError(ValueError):
@@ -122,17 +123,25 @@ def build_case(operation: str, call: Mapping[str, Any], seeds_on: int = 0) -> An
         raise RecipeError(f"call builds nothing: {type(error).__name__}: {said}") from None
 
 
-def sizes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check sizes: integers, and a pool that fits."""
-    product: Any = 1
+def sizes(given: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Check the sizes of a call with so many rows: integers, and arrays that fit."""
     for name, size in given.items():
         least = 0 if name == "value_head_dim" else 1
         if size is not None and not (isinstance(size, int) and least <= size < 2**20):
             raise RecipeError(f"shape has {name}={size!r}, which must be an integer of a size")
-        if name in ("num_pages", "page_size", "num_kv_heads", "head_dim"):
-            product *= size
-    if product > LARGEST_POOL:
-        raise RecipeError(f"shape makes a pool of {product} values, at most {LARGEST_POOL}")
+
+    def product(*names: str) -> int:
+        return math.prod(given.get(name) or 1 for name in names)
+
+    width = max(product("head_dim"), product("value_head_dim"))
+    heads = max(product("num_heads"), product("num_kv_heads"))
+    for what, count in {
+        "a pool": product("num_pages", "page_size", "num_kv_heads") * width,
+        "rows": rows * heads * width,
+        "logits": rows * product("num_heads", "max_blocks", "page_size") * ("num_heads" in given),
+    }.items():
+        if count > LARGEST_ARRAY:
+            raise RecipeError(f"shape makes {what} of {count} values, at most {LARGEST_ARRAY}")
     return dict(given)
 
 
@@ -147,6 +156,13 @@ def integers(name: str, given: Any, dtype: str) -> np.ndarray:
     return np.array(given, dtype)
 
 
+def _chosen(name: str, call: Mapping[str, Any], known: tuple[str, ...]) -> frozenset[str]:
+    """Check names, and return them as a set."""
+    given = call.get(name, [])
+    _check_names(name, dict.fromkeys(given), known, ())
+    return frozenset(given)
+
+
 def _cache_dtype(call: Mapping[str, Any]) -> np.dtype | None:
     name = call.get("cache_dtype")
     return None if name is None else np.dtype(name)
@@ -154,12 +170,15 @@ def _cache_dtype(call: Mapping[str, Any]) -> np.dtype | None:
 
 def _attention(operation: str, call: dict[str, Any]) -> Any:
     lens = integers("lens", call["lens"], call.get("lens_dtype", "int32"))
-    shape = Shape("drawn", **sizes(call["shape"]), num_seqs=len(lens))
+    total = call.get("total", 1)
+    if not (isinstance(total, int) and 0 <= total < 2**12):
+        raise RecipeError(f"total={total!r} must be an integer below {2**12}")
+    shape = Shape("drawn", **sizes(call["shape"], max(len(lens), total)), num_seqs=len(lens))
     config = Configuration(
         shape,
         np.dtype(call.get("dtype", "float32")),
         call.get("cache_layout", "HND"),
-        frozenset(call.get("features", ())),
+        _chosen("features", call, FEATURES),
         call.get("num_splits", 0),
         call.get("fused", False),
         _cache_dtype(call),
@@ -178,15 +197,16 @@ def _attention(operation: str, call: dict[str, Any]) -> Any:
     if operation == "page_attention":
         return page_attention.build(config, lens, **options)
     cuts = integers("cu_q_lens", call["cu_q_lens"], call.get("cu_dtype", "int32"))
-    total, extras = call.get("total", 1), frozenset(call.get("extras", ()))
+    extras = _chosen("extras", call, ragged_page_attention.EXTRAS)
+    options["causal"] = bool(call.get("causal", True))
     return ragged_page_attention.build_ragged(
-        config, lens, cuts, total=sizes({"total": total})["total"], extras=extras, **options
+        config, lens, cuts, total=total, extras=extras, **options
     )
 
 
 def _write(operation: str, call: dict[str, Any]) -> Any:
     slots = integers("slots", call["slots"], call.get("slots_dtype", "int32"))
-    shape = write_kv_cache.WriteShape("drawn", len(slots), **sizes(call["shape"]))
+    shape = write_kv_cache.WriteShape("drawn", len(slots), **sizes(call["shape"], len(slots)))
     return write_kv_cache.build(
         shape,
         np.dtype(call.get("dtype", "float32")),
@@ -202,8 +222,10 @@ def _write(operation: str, call: dict[str, Any]) -> Any:
 def _copy(operation: str, call: dict[str, Any]) -> Any:
     kind = call.get("slots_dtype", "int32")
     sources, targets = (integers(name, call[name], kind) for name in ("sources", "targets"))
+    shape = call["shape"]
+    rows = len(sources) * (shape.get("page_size", 1) if operation == "copy_kv_pages" else 1)
     config = copy_kv_cache.CopyConfiguration(
-        write_kv_cache.WriteShape("drawn", len(sources), **sizes(call["shape"])),
+        write_kv_cache.WriteShape("drawn", len(sources), **sizes(shape, rows)),
         {"copy_kv_slots": "slot", "copy_kv_pages": "page"}[operation],
         np.dtype(call.get("dtype", "float32")),
         call.get("cache_layout", "HND"),
@@ -218,7 +240,7 @@ _OF_ATTENTION = (
     *_COMMON, "lens", "lens_dtype", "features", "num_splits", "fused", "cache_dtype",
     "tables_dtype", "window", "traced_window", "share", "invalid", "magnitudes",
 )  # fmt: skip
-_OF_RAGGED = (*_OF_ATTENTION, "cu_q_lens", "cu_dtype", "total", "extras")
+_OF_RAGGED = (*_OF_ATTENTION, "cu_q_lens", "cu_dtype", "total", "extras", "causal")
 _COPIES = (_copy, (*_COMMON, "sources", "targets", "slots_dtype"), ("shape", "sources", "targets"))
 
 Builder = Callable[[str, dict[str, Any]], Any]

@@ -51,6 +51,8 @@ def narrow(x: Any) -> jax.Array:
 def printed(x: Any) -> str:
     """Write what a reader can use: short arrays whole, of others the type and the shape."""
     if isinstance(x, np.ndarray | jax.Array):
+        if not x.ndim:
+            return f"{x.dtype}({x})"
         if x.size <= LONGEST_PRINTED:
             return f"{x.dtype}{np.asarray(x).tolist()}"
         return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
@@ -68,3 +70,8 @@ def represent(self: Any) -> str:
     fields = [field.name for field in dataclasses.fields(self) if field.repr]
     inside = [f"  {name}={printed(getattr(self, name))}," for name in fields]
     return "\n".join([f"{type(self).__name__}(  # {self.operation}", *inside, ")"])
+
+
+def show(self: Any, printer: Any, cycle: bool) -> None:
+    """Let Hypothesis write a case as `represent` does, and not every number of it."""
+    printer.text(repr(self))

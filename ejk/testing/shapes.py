@@ -8,7 +8,20 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes of one call."""
+    """The sizes of one call.
+
+    Attributes:
+        name: printed in place of the sizes.
+        num_heads: query heads, a multiple of `num_kv_heads`.
+        num_kv_heads: heads of keys and values.
+        head_dim: width of queries and keys.
+        page_size: tokens of a page.
+        max_blocks: width of the block tables.
+        num_pages: of the pool.
+        num_seqs: sequences of a batch.
+        value_head_dim: width of the values, or None for `head_dim`.
+        latent: the values are the first `value_head_dim` entries of the keys.
+    """
 
     name: str
     num_heads: int

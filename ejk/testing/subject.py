@@ -29,6 +29,8 @@ class Subject:
     def __init__(
         self, backend: Any, may_refuse: Collection[str] = (), batch_invariant: bool = False
     ) -> None:
+        if isinstance(may_refuse, str):  # each of its letters would be an expression
+            raise TypeError(f"{may_refuse=} must be a list of expressions: [{may_refuse!r}]")
         self.backend, self.may_refuse = backend, may_refuse
         self.batch_invariant = batch_invariant
 

@@ -11,12 +11,13 @@ import ejk
 from ejk import _registry
 from ejk._load_tuning import OPERATIONS as BACKENDS
 from ejk.testing.bits import bits
-from ejk.testing.compositions import COMPOSITIONS
+from ejk.testing.compositions import COMPOSITIONS, names_of
 from ejk.testing.memory import memory_checked
 from ejk.testing.recipes import Recipe, RecipeError, build_case
 from ejk.testing.runs import ATTENTION, POOLS, POSITIONAL, Call
 
 MOST_CHARACTERS = 400
+LOST = re.compile("CUDA_ERROR_(?!OUT_OF_MEMORY)")
 
 
 class Verdict(NamedTuple):
@@ -24,6 +25,11 @@ class Verdict(NamedTuple):
 
     outcome: Literal["agrees", "refused", "fails"]
     said: str = ""
+
+    @property
+    def loses_device(self) -> bool:
+        """After such an error the process gets nothing from its GPU but the same error."""
+        return self.outcome == "fails" and LOST.search(self.said) is not None
 
 
 def implemented_as(operation: str) -> str:
@@ -64,9 +70,9 @@ def judge(recipe: Recipe, backend: ejk.Backend) -> Verdict:
         RecipeError: it builds no call.
     """
     operation, given = recipe.operation, recipe.call
-    if recipe.composition not in COMPOSITIONS:
-        known = ", ".join(COMPOSITIONS)
-        raise RecipeError(f"composition={recipe.composition!r} must be one of {known}")
+    known = names_of(operation, backend)
+    if recipe.composition not in known:
+        raise RecipeError(f"composition={recipe.composition!r} must be one of {', '.join(known)}")
 
     def twin() -> Any:
         return build_case(operation, given, 1)

@@ -29,7 +29,7 @@ from ejk.testing.configurations import (
     Few,
 )
 from ejk.testing.oracle import Array, DType
-from ejk.testing.running import represent, run
+from ejk.testing.running import represent, run, show
 from ejk.testing.written import assert_written as assert_written
 
 
@@ -137,7 +137,7 @@ class WriteKVCacheCase:
     as_jax: bool = True
     scales: tuple[Any, Any] = (None, None)  # as they are passed
 
-    __repr__ = represent
+    __repr__, _repr_pretty_ = represent, show
 
     def run(self, backend: Any = None, *, jit: bool = False, **overrides: Any) -> tuple[Array, ...]:
         """Call the operation; return the caches that there are, then their scales."""

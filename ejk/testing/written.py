@@ -19,7 +19,7 @@ def assert_written(case: Any, pools: Iterable[Any]) -> None:
     if case.key_cache.dtype != case.key.dtype or case.scales[0] is not None:
         written = [x for x in _written(case) if x is not None]
         written += [x.any(-1) for x in written]  # the scales of tokens come after the caches
-        pools = [_as_one_nan(*x) for x in zip(pools, expected, written)]
+        pools = [_as_one_nan(np.asarray(x), *of) for x, *of in zip(pools, expected, written)]
     bits_equal(pools, expected)
 
 

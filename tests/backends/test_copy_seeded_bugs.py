@@ -131,6 +131,7 @@ def put(bugs, monkeypatch):
         monkeypatch.setattr(module, name, bug)
 
 
+@pytest.mark.fault("copy_kv_cache", "xla")
 @pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", FORWARD)
 def test_bugs_of_copies_are_caught(bug, monkeypatch):
@@ -139,6 +140,7 @@ def test_bugs_of_copies_are_caught(bug, monkeypatch):
         holds_forward(Copier(bug, Mutant(bug=bug), examples=0))
 
 
+@pytest.mark.fault("copy_kv_cache", "reverse_mode")
 @pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", BACKWARD)
 def test_bugs_of_the_gradient_are_caught(bug, monkeypatch):
@@ -201,6 +203,7 @@ TPU = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("copy_kv_cache", "pallas")
 @pytest.mark.fast(20)
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("bug", TPU)

@@ -5,6 +5,7 @@ import re
 import hypothesis
 import jax
 import jax.numpy as jnp
+import mutants
 import numpy as np
 import offline
 import pytest
@@ -22,9 +23,9 @@ from tiers import THOROUGH
 import ejk
 from ejk.backends.copy_kv_cache import CopyKVCacheOperands, CopyKVCacheProblem
 from ejk.backends.gpu import Target
-from ejk.backends.triton.copy_kv_cache import sizes
-from ejk.backends.triton.copy_kv_cache.kernel import copy_kv_cache_kernel
-from ejk.backends.triton.copy_kv_cache.stage_kernel import stage_kernel
+from ejk.backends.triton.copy_kv_cache import kernel, sizes, stage_kernel
+from ejk.backends.triton.copy_kv_cache import units as units_of_pools
+from ejk.backends.triton.interpreter.memory import MemoryAccessError
 from ejk.testing.configurations import F16, F32, INT8
 from ejk.testing.copy_kv_cache import (
     SHAPES,
@@ -92,8 +93,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_pools_above_2_31_elements(on_numpy, name):
+def copy_large(name):
     """The last unit and a middle one change places: one is staged, and both are far out."""
     shape, layout, unit = LARGE[name]
     pool = sparse(shape)
@@ -116,6 +116,28 @@ def test_pools_above_2_31_elements(on_numpy, name):
     seen = copied.reshape(seen.shape)
     for i, of in zip(ends[1, :2], expected):
         np.testing.assert_array_equal(unit_at(i), of)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_pools_above_2_31_elements(on_numpy, name):
+    copy_large(name)
+
+
+@pytest.mark.fault("copy_kv_cache", "triton")
+@pytest.mark.parametrize(
+    ("name", "bug"),
+    [
+        ("HND", "(ids // SLOTS).to(tl.int64)"),
+        ("one page", "(ids % SLOTS).to(tl.int64)"),
+        ("KV_HEADS_FIRST", "(row // INNER).to(tl.int64)"),
+    ],
+)
+def test_offsets_of_32_bits_are_caught(on_numpy, monkeypatch, tmp_path, name, bug):
+    narrow = mutants.load(units_of_pools, bug, bug.removesuffix(".to(tl.int64)"), tmp_path)
+    for module in (kernel, stage_kernel):
+        monkeypatch.setattr(module, "in_pool", narrow.in_pool)
+    with pytest.raises((MemoryAccessError, AssertionError)):
+        copy_large(name)
 
 
 def test_pages_and_grids_of_more_than_32_bits_are_refused():
@@ -158,12 +180,12 @@ def compile_for(target, variant, unit, num_copies):
     compile_kernel = offline.compile_cuda if is_cuda else offline.compile_amd
     options = {"num_warps": cut.num_warps, "num_stages": 1}
     first = compile_kernel(
-        stage_kernel,
+        stage_kernel.stage_kernel,
         {**ids, "given_route_ptr": "int32", **pools, "route_ptr": "int32", **stages},
         cut.staging(problem), target, **options,
     )  # fmt: skip
     second = compile_kernel(
-        copy_kv_cache_kernel, {**ids, "route_ptr": "int32", **stages, **pools},
+        kernel.copy_kv_cache_kernel, {**ids, "route_ptr": "int32", **stages, **pools},
         cut.copying(problem), target, **options,
     )  # fmt: skip
     return problem, cut, first, second

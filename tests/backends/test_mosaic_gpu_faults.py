@@ -124,12 +124,13 @@ def test_the_sound_kernel_is_not_accused():
     check("")
 
 
+@pytest.mark.fault("page_attention", "mosaic_gpu")
 @pytest.mark.fast(5)
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_caught(name, monkeypatch):
-    made = mutated(*FAULTS[name])
+@pytest.mark.parametrize("bug", FAULTS)
+def test_a_fault_is_caught(bug, monkeypatch):
+    made = mutated(*FAULTS[bug])
     monkeypatch.setattr(call, "latent_attention_kernel", made["kernel"].latent_attention_kernel)
     monkeypatch.setattr(call, "shared_types", made["memory"].shared_types)
     with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
-        check(name)
+        check(bug)

@@ -16,7 +16,6 @@ from test_mosaic_gpu_ragged import (
     BF16,
     F16,
     LONG,
-    SHAPE,
     build,
     build_cut,
     build_empty_piece,
@@ -29,6 +28,7 @@ from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import E4M3, FEATURES, INT8, Configuration
 
 pytestmark = gpu_interpreter.marks
+SHAPE = changed(page_size=16, max_blocks=28, num_pages=130)
 FOLDER = "ejk.backends.mosaic_gpu.ragged_page_attention"
 # Each imports of those before it.
 MODULES = (
@@ -213,7 +213,8 @@ def hidden():
 
 def edge():
     """Two warpgroups whose first tokens see less of the second block than their last ones."""
-    return build(lens=(264, 0, 0, 0), bounds=(0, 20, 20, 20, 20), total=20)
+    config = Configuration(SHAPE, BF16, "HND")
+    return build(config, (264, 0, 0, 0), (0, 20, 20, 20, 20), total=20)
 
 
 def features():
@@ -301,11 +302,12 @@ def test_the_sound_kernel_is_not_accused(case):
     check(case, "")
 
 
+@pytest.mark.fault("ragged_page_attention", "mosaic_gpu")
 @pytest.mark.fast(20)
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_caught(name, monkeypatch):
-    *fault, case = FAULTS[name]
+@pytest.mark.parametrize("bug", FAULTS)
+def test_a_fault_is_caught(bug, monkeypatch):
+    *fault, case = FAULTS[bug]
     mutated(monkeypatch, *fault)
     with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
-        check(case, name)
+        check(case, bug)

@@ -175,6 +175,7 @@ def test_versions_of_cuda_that_compile_masks_wrongly(version, is_wrong, monkeypa
     assert is_wrong == any("compiles masks wrongly" in x for x in found.refusals["mosaic_gpu"])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "head_dim, layout, fused", [(64, "HND", True), (128, "NHD", False), (256, "NHD", True)]
 )

@@ -3,6 +3,8 @@
 In blocks that are computed alone and in rounds of two, whichever way copies are carried out.
 """
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -106,19 +108,10 @@ def check(blocks_per_round, dma_execution_mode, fused, **fields):
     assert_close(case, *tpu_interpreter.run(case, backend))
 
 
-everywhere = (
-    pytest.mark.parametrize(
-        "fused", [pytest.param(False, id="split", marks=pytest.mark.thorough), True]
-    ),
-    pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"]),
-    pytest.mark.parametrize("blocks_per_round", [1, 2]),
-)
-
-
-def on_all(test):
-    for mark in everywhere:
-        test = mark(test)
-    return pytest.mark.timeout(60)(test)
+# Blocks in a round, the way of copies, fused pools: fused ones have all that split ones have.
+WAYS = [*itertools.product((1, 2), ("on_wait", "eager"), (True, False))]
+thorough = pytest.mark.thorough
+pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(autouse=True)
@@ -127,18 +120,28 @@ def _fresh_interpreter():
     tpu_interpreter.reset()
 
 
-@on_all
-def test_the_sound_kernel_is_not_accused(blocks_per_round, dma_execution_mode, fused):
-    check(blocks_per_round, dma_execution_mode, fused)
+@pytest.mark.parametrize(
+    "way", [w if w[2] else pytest.param(w, marks=thorough) for w in WAYS], ids=str
+)
+def test_the_sound_kernel_is_not_accused(way):
+    check(*way)
 
 
-@pytest.mark.fast(24)
-@pytest.mark.one_in(5)
-@on_all
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_caught(name, blocks_per_round, dma_execution_mode, fused, monkeypatch):
-    monkeypatch.setattr(*FAULTS[name])
+@pytest.mark.fault("page_attention", "pallas")
+# Each in one way, and each way its share of them; a thorough run takes all.
+@pytest.mark.fast(6)
+@pytest.mark.parametrize(
+    ("bug", "way"),
+    [
+        pytest.param(bug, way, marks=() if way == WAYS[2 * i % len(WAYS)] else thorough)
+        for i, bug in enumerate(FAULTS)
+        for way in WAYS
+    ],
+    ids=str,
+)
+def test_a_fault_is_caught(bug, way, monkeypatch):
+    monkeypatch.setattr(*FAULTS[bug])
     # A field of its own, so that no program of the sound kernel is used again.
-    number = 2**28 + list(FAULTS).index(name)
+    number = 2**28 + list(FAULTS).index(bug)
     with pytest.raises((AssertionError, IndexError, RuntimeError, tpu_interpreter.RaceError)):
-        check(blocks_per_round, dma_execution_mode, fused, vmem_limit_bytes=number)
+        check(*way, vmem_limit_bytes=number)

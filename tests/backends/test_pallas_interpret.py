@@ -78,6 +78,7 @@ def test_windows(window, blocks_per_round):
     check(case, tpu_interpreter.backend(blocks_per_round=blocks_per_round))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("invalid", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_entries_that_name_no_page(layout, invalid):

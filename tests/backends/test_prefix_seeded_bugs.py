@@ -96,6 +96,7 @@ BUGS = {
 }
 
 
+@pytest.mark.fault("prefix_groups", "shared")
 @pytest.mark.fast(20)
 @each_backend
 @pytest.mark.parametrize("bug", BUGS)
@@ -128,7 +129,9 @@ CAUSAL = {
 
 
 @pytest.mark.fast(20)
-@each_backend
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.fault("ragged_page_attention", n)) for n in CAUSAL]
+)
 def test_a_causal_mask_that_nobody_asked_for_is_caught(name, monkeypatch):
     monkeypatch.setattr(*CAUSAL[name])
     with pytest.raises(AssertionError):

@@ -124,6 +124,7 @@ READING = {
 }
 
 
+@pytest.mark.fault("page_attention", "xla")
 @pytest.mark.fast(4)
 @pytest.mark.parametrize("bug", READING)
 def test_bugs_of_reading_are_caught(bug, monkeypatch):
@@ -191,6 +192,7 @@ WRITING = {
 }
 
 
+@pytest.mark.fault("write_kv_cache", "xla")
 @pytest.mark.fast(4)
 @pytest.mark.parametrize("bug", WRITING)
 def test_bugs_of_writing_are_caught(bug, monkeypatch):

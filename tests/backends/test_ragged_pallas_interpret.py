@@ -138,12 +138,6 @@ FAULTS = {
     "items begin one place on": (Paging, "first_place", one_place_on),
 }
 
-QUICK = (
-    "no wait", "logits unmasked", "another sequence's pages", "no block is masked",
-    "columns of new tokens are off by one", "heads in reverse", "items begin one place on",
-)  # fmt: skip
-REST = sorted(FAULTS.keys() - set(QUICK))
-
 
 def faulty(dma_execution_mode, extras=(), **fields):
     config = Configuration(SHAPE, F32, "HND", frozenset({"sliding_window"}), fused=True)
@@ -168,13 +162,14 @@ def test_the_sound_kernel_is_not_accused(extras, dma_execution_mode):
     faulty(dma_execution_mode, extras)
 
 
+@pytest.mark.fault("ragged_page_attention", "pallas")
 @pytest.mark.fast(20)
 @pytest.mark.timeout(60)
 @modes
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=thorough) for n in REST)])
-def test_a_fault_is_caught(name, dma_execution_mode, monkeypatch):
-    monkeypatch.setattr(*FAULTS[name])
+@pytest.mark.parametrize("bug", FAULTS)
+def test_a_fault_is_caught(bug, dma_execution_mode, monkeypatch):
+    monkeypatch.setattr(*FAULTS[bug])
     # A field of its own, so that no program of the sound kernel is used again.
-    number = 2**28 + list(FAULTS).index(name)
+    number = 2**28 + list(FAULTS).index(bug)
     with pytest.raises((AssertionError, IndexError, RuntimeError, tpu_interpreter.RaceError)):
-        faulty(dma_execution_mode, EXTRAS if "columns" in name else (), vmem_limit_bytes=number)
+        faulty(dma_execution_mode, EXTRAS if "columns" in bug else (), vmem_limit_bytes=number)

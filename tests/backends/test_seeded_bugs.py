@@ -242,6 +242,7 @@ BACKWARD = {
 }
 
 
+@pytest.mark.fault("page_attention", "xla")
 @pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", FORWARD)
 def test_bugs_of_the_forward_pass_are_caught(bug, monkeypatch):
@@ -251,6 +252,7 @@ def test_bugs_of_the_forward_pass_are_caught(bug, monkeypatch):
         holds_forward(mutant(bug))
 
 
+@pytest.mark.fault("page_attention", "reverse_mode")
 @pytest.mark.fast(9)
 @pytest.mark.parametrize("bug", BACKWARD)
 def test_bugs_of_the_backward_pass_are_caught(bug, monkeypatch):

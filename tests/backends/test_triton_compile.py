@@ -12,10 +12,12 @@ from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton import _sizes
 from ejk.backends.triton._sizes import value_bytes
+from ejk.backends.triton.page_attention.agreement_kernel import agreement_kernel
 from ejk.backends.triton.page_attention.backend import TritonPageAttention
 from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
 from ejk.backends.triton.page_attention.kernel import page_attention_kernel
 from ejk.backends.triton.page_attention.plan import (
+    agreement_constants,
     plan_blocks,
     plan_constants,
 )
@@ -314,6 +316,21 @@ def test_planning_does_not_spill(target, num_seqs):
         plan_constants(sizes.plan, block_seqs),
         target,
         num_warps=num_warps,
+        num_stages=1,
+    )
+    assert program.spill_store_bytes == 0
+
+
+@pytest.mark.parametrize("heads", [32, 8], ids=["packs of 16", "packs of 64"])
+def test_comparing_tables_does_not_spill(heads):
+    sizes, problem, _ = compile_for("sm_90", {"num_heads": heads, "num_prefix_groups": 1})
+    assert sizes.plan is not None and sizes.plan.members == 512 // heads
+    program = offline.compile_cuda(
+        agreement_kernel,
+        dict.fromkeys(("work_ptr", "block_tables_ptr", "agreed_ptr"), "int32"),
+        agreement_constants(sizes.plan, problem.max_blocks),
+        "sm_90",
+        num_warps=8,
         num_stages=1,
     )
     assert program.spill_store_bytes == 0

@@ -206,3 +206,33 @@ def test_pointers_are_specialized_as_triton_does_without_importing_torch(is_alig
         ours = triton_lib._triton.native_specialize_impl
         assert ours is not libtriton.native_specialize_impl
         assert ours(*asked) == libtriton.native_specialize_impl(*asked)
+
+
+@pytest.mark.parametrize("num_seqs, capacity, launches", [(64, 16640, 3), (2, 8448, 2)])
+def test_a_plan_for_groups_adds_a_launch_to_its_calls_where_packs_may_pay(
+    num_seqs, capacity, launches
+):
+    """And nothing else: attention, the combination, and what tables agree about."""
+    backend = ejk.TritonPageAttention(compute_capability=90, num_sms=132)
+    lens, groups = jax.ShapeDtypeStruct((num_seqs,), jnp.int32), jnp.zeros(num_seqs, jnp.int32)
+    tables = jax.ShapeDtypeStruct((num_seqs, capacity // 16), jnp.int32)
+
+    def plan(lens, tables):
+        return ejk.plan_page_attention(
+            lens, num_heads=32, num_kv_heads=8, head_dim=128, page_size=16,
+            max_blocks=tables.shape[1], prefix_groups=(groups, jnp.array([4])),
+            block_tables=tables, backend=backend,
+        )  # fmt: skip
+
+    query = jax.ShapeDtypeStruct((num_seqs, 32, 128), jnp.bfloat16)
+    pool = jax.ShapeDtypeStruct((64, 8, 16, 128), jnp.bfloat16)
+    text = lower(
+        lambda query, pool, lens, tables, plan: ejk.page_attention(
+            query, pool, pool, lens, tables, plan=plan, backend=backend
+        ),
+        query, pool, lens, tables, jax.eval_shape(plan, lens, tables),
+    )  # fmt: skip
+    assert len(custom_calls(text)) == launches
+    assert set(re.findall(r"stablehlo\.(\w+)", text)) <= {
+        "constant", "custom_call", "optimization_barrier", "output_operand_alias",
+    }  # fmt: skip

@@ -1,11 +1,11 @@
 """How the Triton kernels make numbers of the codes of a quantised cache, and of queries."""
 
-import importlib.util
 import typing
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import mutants
 import numpy as np
 import pytest
 import triton
@@ -138,22 +138,13 @@ def test_queries_that_are_not_finite_stay_so():
     assert (normalise(q, 0.0)[1] > 0).all()  # or a token that is not seen, -inf, would be NaN
 
 
+@pytest.mark.fault("page_attention", "triton")
 @pytest.mark.cpu
 @pytest.mark.fast
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_in_a_conversion_is_caught(bug, monkeypatch, tmp_path):
     cache, old, new = BUGS[bug]
-    source = importlib.util.find_spec(quantised.__name__)
-    assert source is not None and source.origin is not None
-    with open(source.origin) as file:
-        text = file.read()
-    assert text.count(old) == 1, f"{old!r} is not there once"
-    path = tmp_path / "faulty.py"
-    path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    assert spec is not None and spec.loader is not None
-    faulty = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
+    faulty = mutants.load(quantised, old, new, tmp_path)
     monkeypatch.setitem(globals(), "tiles_of", faulty.tiles_of)
     found, expected = codes(cache, True, ptx=False, interpret=True)
     with pytest.raises(AssertionError):

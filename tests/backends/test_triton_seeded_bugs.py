@@ -4,11 +4,11 @@ with the definition catches each of them.
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import re
 
 import jax
+import mutants
 import numpy as np
 import pytest
 import test_plan
@@ -18,8 +18,9 @@ from planned import long_case
 
 import ejk
 from ejk.backends.triton.interpreter import call as interpreter
+from ejk.backends.triton.page_attention import agreement_kernel
 from ejk.backends.triton.ragged_page_attention import widen_kernel
-from ejk.testing import shuffled
+from ejk.testing import MemoryAccessError, shuffled
 from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import BF16, E4M3, FEATURES, INT4, INT8, Configuration
 from ejk.testing.copy_kv_cache import CopyConfiguration, assert_copied
@@ -99,16 +100,38 @@ def ragged(bug):
     )
     features = frozenset({"sinks", "sliding_window"})
     bounds = np.array([1, 2, 9, 12])
-    for shape, extras, backend in ((SHAPE, (), few), (SHAPE, EXTRAS, few), (LATENT, (), many)):
+    for shape, extras, backend, invalid in (
+        (SHAPE, (), few, 0.1), (SHAPE, EXTRAS, few, 0.1), (LATENT, (), many, 0.0),
+    ):  # fmt: skip
         entry = RaggedEntry(bug, backend, examples=0)
         config = Configuration(shape, F32, "NHD", features, fused=shape.fusible)
-        case = build_ragged(config, LENS, bounds, window=300, invalid=0.1, extras=extras)
+        case = build_ragged(config, LENS, bounds, window=300, invalid=invalid, extras=extras)
+        if not invalid:  # of what every row sees, the first that is no page lies past the pool
+            case.block_tables[1, 0] = shape.num_pages
         assert_close(case, *entry(case))
     for backend, cache, scales in ((few, INT8, "token"), (many, E4M3, "head")):
         entry = RaggedEntry(bug, backend, examples=0)
         config = Configuration(SHAPE, F32, "NHD", cache_dtype=cache, scales=scales)
         case = build_ragged(config, LENS, bounds)
         assert_close(case, *entry(case))
+
+
+def agreement(bug):
+    """Two packs may share five pages of four tokens: one's tables agree on three, one is empty."""
+    tables = np.arange(24).reshape(4, 6).astype(np.int32)
+    tables[[1, 3], :3] = tables[0, :3]
+    work = np.arange(-7, 21).reshape(7, 4).astype(np.int32)
+    work[1:3, 0] = 20
+    work[3:] = -1
+    work.ravel()[12:15] = 0, 1, 3
+    sizes = {"NUM_SEQS": 4, "MAX_BLOCKS": 6, "PAGE_SIZE": 4, "MEMBERS": 8, "MAX_PACKS": 2,
+             "FIRST_ROW": 1, "ROWS": 7}  # fmt: skip
+    agreed = interpret(
+        agreement_kernel.agreement_kernel, work, tables, jax.ShapeDtypeStruct(work.shape, np.int32),
+        **sizes, BLOCK_MEMBERS=8, BLOCK_PAGES=2, BLOCK=8, grid=2,
+    )["agreed_ptr"]  # fmt: skip
+    work[1:3, 0] = 12, 0
+    np.testing.assert_array_equal(agreed, work)
 
 
 def write(bug):
@@ -141,6 +164,7 @@ def copy(bug):
 
 HOLDS = {
     "page_attention_kernel": decode,
+    "page_attention_agreement_kernel": agreement,
     "page_attention_combine_kernel": combine,
     "page_attention_plan_kernel": plan,
     "ragged_page_attention_kernel": ragged,
@@ -152,11 +176,20 @@ HOLDS = {
     "copy_kv_cache_stage_kernel": copy,
 }
 
+OPERATIONS = ("page_attention", "ragged_page_attention", "write_kv_cache", "copy_kv_cache")
+
 # What a kernel calls and is bent with it.
 PARTS = {
-    kernel: [f"ejk.backends.triton.page_attention.{part}" for part in parts]
+    kernel: [f"ejk.backends.triton.{part}" for part in parts]
     for kernel, parts in {
-        "page_attention_kernel": ("attending", "packs"), "page_attention_combine_kernel": ("packs",)
+        "page_attention_kernel": (
+            "page_attention.attending", "page_attention.packs", "page_attention.writing",
+            "_softmax",
+        ),
+        "page_attention_combine_kernel": ("page_attention.packs",),
+        "ragged_page_attention_kernel": ("ragged_page_attention.rows", "_softmax"),
+        "copy_kv_cache_kernel": ("copy_kv_cache.units",),
+        "copy_kv_cache_stage_kernel": ("copy_kv_cache.units",),
     }.items()
 }  # fmt: skip
 
@@ -214,6 +247,34 @@ BUGS = {
             "mask=visible, other=0.0)\n        if not FOLDED",
             "mask=(page >= 0) & (page < NUM_PAGES), other=0.0)\n        if not FOLDED",
         ),
+        "the window is one too long": (
+            "first = tl.maximum(length - tl.maximum(window, 0), 0)",
+            "first = tl.maximum(length - tl.maximum(window, 0) - 1, 0)",
+        ),
+        "the token past the end is seen": (
+            "visible & (positions < end if", "visible & (positions <= end if",
+        ),
+        "entries past the pool are read": (
+            "visible = (page >= 0) & (page < NUM_PAGES)", "visible = page >= 0",
+        ),
+        "entries below 0 are read": (
+            "visible = (page >= 0) & (page < NUM_PAGES)", "visible = page < NUM_PAGES",
+        ),
+        "logits of what is not visible stay": (
+            'return tl.where(visible, s, float("-inf"))', "return s",
+        ),
+        "earlier values are not rescaled": (
+            "scaled_acc = acc[i] * rescale[:, None]", "scaled_acc = acc[i]",
+        ),
+        "earlier weights are not rescaled": (
+            "if not SAME_TILE:\n        l = l * alpha", "if not SAME_TILE:\n        l = l",
+        ),
+        "slopes count from the next token": (
+            "behind = positions - (length - 1)", "behind = positions - length",
+        ),
+        "another cap": ("return SOFT_CAP * tanh_f32", "return 0.9 * SOFT_CAP * tanh_f32"),
+        "the sink weighs nothing": ("l + tl.exp2(in_log2 - m_safe), alpha", "l, alpha"),
+        "the LSE is in base two": ("(m + tl.log2(l)) * LN2)", "m + tl.log2(l))"),
         "the pages of a block take turns": (
             "of_tokens(pages, PAGES, PAGE_SIZE)",
             "tl.reshape(of_tokens(pages, PAGES, PAGE_SIZE), [PAGES, BLOCK_KV // PAGES]).trans()"
@@ -228,6 +289,16 @@ BUGS = {
         "the last part is dropped": (
             "exists = start + i < num_parts", "exists = start + i < num_parts - 1",
         ),
+        "earlier parts are not rescaled": ("acc * alpha)", "acc)"),
+        "parts weigh the same": ("weight = tl.exp2(lse - m_safe)", "weight = tl.exp2(lse - lse)"),
+    },
+    "page_attention_agreement_kernel": {
+        "a page that differs is shared": ("agreed * PAGE_SIZE)", "(agreed + 1) * PAGE_SIZE)"),
+        "the last member agrees with itself alone": (
+            "mask = exists[:, None] &", "mask = (seqs == last)[:, None] &",
+        ),
+        "a row of members is not copied": ("(row < MAX_PACKS)", "(row <= MAX_PACKS)"),
+        "a pack without members shares": ("tl.where(last >= 0, num_pages, 0)", "num_pages"),
     },
     "page_attention_plan_kernel": {
         "the shortest pieces come first": (
@@ -266,6 +337,25 @@ BUGS = {
         ),
         "the values' scale is missing": (
             "tl.where(saw_nothing, 0.0, value_scale)", "tl.where(saw_nothing, 0.0, 1.0)",
+        ),
+        "the window is one too long": (
+            "key_position[None, :] < window)", "key_position[None, :] <= window)",
+        ),
+        "entries past the pool end no block": (
+            "is_bad = (pages < 0) | (pages >= NUM_PAGES)", "is_bad = pages < 0",
+        ),
+        "entries below 0 are read": (
+            "exists = (edge_pages >= 0) & (edge_pages < NUM_PAGES)",
+            "exists = edge_pages < NUM_PAGES",
+        ),
+        "earlier values are not rescaled": (
+            "scaled_acc = acc[i] * rescale[:, None]", "scaled_acc = acc[i]",
+        ),
+        "rows before the first are not cleared": (
+            "(tokens < first) | (tokens >= top)", "(tokens >= top)",
+        ),
+        "the last row is nobody's": (
+            "rows % GROUP, rows < q_len * GROUP", "rows % GROUP, rows < q_len * GROUP - 1",
         ),
         "columns of the mask are off by one": (
             "column = (key - context)[None, :]", "column = (key - context + 1)[None, :]",
@@ -319,6 +409,9 @@ BUGS = {
             "tl.load(staged, mask=is_staged & in_unit)",
             "tl.load(pool_ptr + source, mask=is_staged & in_unit)",
         ),
+        "another page of the same head": (
+            "inner = (row % INNER)", "inner = ((row + 1) % INNER)",
+        ),
         "scales are left behind": ("if SCALE_WIDTH > 0:", "if SCALE_WIDTH < 0:"),
         "the end of a unit is missing": (
             "in_unit = (offs < UNIT)[None, :]", "in_unit = (offs < UNIT - 1)[None, :]",
@@ -336,6 +429,7 @@ BUGS = {
             "tl.where(is_unit(other_sources, NUM_PAGES, SLOTS), other",
             "tl.where(others >= 0, other",
         ),
+        "the unit past the end is one": ("(ids < NUM_PAGES * SLOTS)", "(ids <= NUM_PAGES * SLOTS)"),
         "the target is staged": (
             "source = in_pool(sources, offs", "source = in_pool(sources + 1, offs",
         ),
@@ -344,21 +438,16 @@ BUGS = {
 
 
 def replace(kernel, old, new, monkeypatch, folder):
-    """Run a kernel with a line changed. The interpreter reads the file, so it is one."""
+    """Run a kernel with a line changed."""
     sound = importlib.import_module(kernel_modules("triton")[kernel])
     parts = [sound, *(importlib.import_module(name) for name in PARTS.get(kernel, ()))]
     [faulty] = [part for part in parts if old in inspect.getsource(part)]
-    source = inspect.getsource(faulty)
-    assert source.count(old) == 1, f"{old!r} is not in {kernel} once"
-    path = folder / "faulty.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in vars(sound):
-        if name.endswith("_kernel") if faulty is sound else name in functions_of(faulty):
-            monkeypatch.setattr(sound, name, getattr(module, name))
+    module = mutants.load(faulty, old, new, folder)
+    changed = [name for name in functions_of(faulty) if faulty is not sound or "_kernel" in name]
+    # Where they are imported: who is imported meanwhile must find the sound ones.
+    for part in parts if faulty is sound else [part for part in parts if part is not faulty]:
+        for name in {*vars(part)}.intersection(changed):
+            monkeypatch.setattr(part, name, getattr(module, name))
 
 
 def functions_of(module):
@@ -371,13 +460,18 @@ def functions_of(module):
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("kernel", "bug"),
-    [(kernel, bug) for kernel in BUGS for bug in BUGS[kernel]],
-    ids=[f"{kernel}: {bug}" for kernel in BUGS for bug in BUGS[kernel]],
+    [
+        pytest.param(kernel, bug, id=f"{kernel}: {bug}", marks=pytest.mark.fault(name, "triton"))
+        for kernel in BUGS
+        for name in OPERATIONS
+        if kernel.startswith(f"{name}_")
+        for bug in BUGS[kernel]
+    ],
 )
 def test_a_bug_is_caught(kernel, bug, monkeypatch, tmp_path):
     replace(kernel, *BUGS[kernel][bug], monkeypatch, tmp_path)
     # What the interpreter raises inside `jit` comes as an error of JAX's.
-    caught = (AssertionError, RaceError, jax.errors.JaxRuntimeError)
+    caught = (AssertionError, MemoryAccessError, RaceError, jax.errors.JaxRuntimeError)
     with pytest.raises(caught) as info, memory_checked():
         HOLDS[kernel](f"{kernel}: {bug}")
     if isinstance(info.value, jax.errors.JaxRuntimeError):  # and not of a kernel that cannot run

@@ -126,6 +126,7 @@ def compile_for(generation, monkeypatch, **options):
     return lowered.compile(), predicted[0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_in_place_in_the_memory_that_was_predicted(name, generation, monkeypatch):

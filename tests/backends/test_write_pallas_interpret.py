@@ -127,13 +127,14 @@ def test_the_sound_kernel_passes_where_faults_are_caught(dma_execution_mode):
     check(case_that_shows_faults(), dma_execution_mode)
 
 
+@pytest.mark.fault("write_kv_cache", "pallas")
 @pytest.mark.fast(20)
 @pytest.mark.parametrize("dma_execution_mode", ["on_wait", "eager"])
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_seeded_fault_is_caught(name, dma_execution_mode, monkeypatch):
-    monkeypatch.setattr(*FAULTS[name])
+@pytest.mark.parametrize("bug", FAULTS)
+def test_a_seeded_fault_is_caught(bug, dma_execution_mode, monkeypatch):
+    monkeypatch.setattr(*FAULTS[bug])
     with pytest.raises((AssertionError, IndexError, RuntimeError, tpu_interpreter.RaceError)):
-        check(case_that_shows_faults(), dma_execution_mode, bug=name)
+        check(case_that_shows_faults(), dma_execution_mode, bug)
 
 
 @pytest.mark.one_in(2)
@@ -171,9 +172,10 @@ def _turned(codes, scales):
     return codes, scales[::-1]
 
 
+@pytest.mark.fault("write_kv_cache", "pallas")
 @pytest.mark.fast(20)
-@pytest.mark.parametrize("name", SCALE_FAULTS)
-def test_a_seeded_fault_of_scales_is_caught(name, monkeypatch):
-    monkeypatch.setattr(*SCALE_FAULTS[name])
+@pytest.mark.parametrize("bug", SCALE_FAULTS)
+def test_a_seeded_fault_of_scales_is_caught(bug, monkeypatch):
+    monkeypatch.setattr(*SCALE_FAULTS[bug])
     with pytest.raises((AssertionError, tpu_interpreter.RaceError)):
-        check(quantised_case(), bug=name)
+        check(quantised_case(), bug=bug)

@@ -1,11 +1,10 @@
 """The Triton write touches only what is its own, whatever slots are passed, and in 64 bits."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import hypothesis
 import jax
+import mutants
 import numpy as np
 import pytest
 from entries import Writer
@@ -128,8 +127,9 @@ def test_pools_above_2_31_elements(on_numpy, name):
     write_large(*LARGE[name])
 
 
+@pytest.mark.fault("write_kv_cache", "triton")
 @pytest.mark.parametrize(
-    ("name", "wide"),
+    ("name", "bug"),
     [
         ("HND", "(slots // PAGE_SIZE).to(tl.int64)"),
         ("NHD", "(slots // PAGE_SIZE).to(tl.int64)"),
@@ -137,14 +137,8 @@ def test_pools_above_2_31_elements(on_numpy, name):
         ("one page", "(slots % PAGE_SIZE).to(tl.int64)"),
     ],
 )
-def test_offsets_of_32_bits_are_caught(on_numpy, monkeypatch, tmp_path, name, wide):
-    source = Path(kernel.__file__).read_text()
-    assert source.count(wide) == 1
-    path = tmp_path / "narrow.py"
-    path.write_text(source.replace(wide, wide.removesuffix(".to(tl.int64)")))
-    spec = importlib.util.spec_from_file_location("narrow", path)
-    narrow = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(narrow)
+def test_offsets_of_32_bits_are_caught(on_numpy, monkeypatch, tmp_path, name, bug):
+    narrow = mutants.load(kernel, bug, bug.removesuffix(".to(tl.int64)"), tmp_path)
     monkeypatch.setattr(kernel, "write_kv_cache_kernel", narrow.write_kv_cache_kernel)
     with pytest.raises((MemoryAccessError, AssertionError)):
         write_large(*LARGE[name])

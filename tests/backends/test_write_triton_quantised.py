@@ -1,13 +1,12 @@
 """How the Triton write makes codes and scales of rows, and bugs in that: each is caught."""
 
 import dataclasses
-import importlib.util
 import re
 import typing
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mutants
 import numpy as np
 import pytest
 import triton
@@ -22,7 +21,6 @@ from ejk.testing.configurations import BF16, E4M3, E5M2, F32, INT4, INT8
 from ejk.testing.memory import memory_checked
 from ejk.testing.write_kv_cache import WriteShape, assert_written, build
 
-SOURCE = Path(quantise.__file__)
 SPLIT = WriteShape("split", 9, 3, 34, 18, page_size=8)
 FUSED = WriteShape("fused", 9, 3, 20, None, page_size=8)
 LATENT = WriteShape("latent", 9, 1, 72, 0, page_size=8)
@@ -98,24 +96,12 @@ BUGS = {
 }  # fmt: skip
 
 
-def load_faulty(old, new, folder):
-    """Return the module with a line changed. The interpreter reads the file, so it is one."""
-    source = SOURCE.read_text()
-    assert source.count(old) == 1, f"{old!r} is not there once"
-    path = folder / "faulty.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
+@pytest.mark.fault("write_kv_cache", "triton")
 @pytest.mark.cpu
 @pytest.mark.fast
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_caught(bug, monkeypatch, tmp_path):
-    faulty = load_faulty(*BUGS[bug], tmp_path)
+    faulty = mutants.load(quantise, *BUGS[bug], tmp_path)
     monkeypatch.setattr(kernel, "store_heads", faulty.store_heads)
     monkeypatch.setitem(globals(), "quantise", faulty)
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)) as info:
@@ -126,7 +112,7 @@ def test_a_bug_is_caught(bug, monkeypatch, tmp_path):
 
 @pytest.mark.cpu
 def test_the_sound_write_is_not_accused(monkeypatch, tmp_path):
-    same = load_faulty("import typing", "import typing", tmp_path)
+    same = mutants.load(quantise, "import typing", "import typing", tmp_path)
     monkeypatch.setattr(kernel, "store_heads", same.store_heads)
     holds("none")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 import ejk
@@ -28,6 +29,30 @@ class LosesTheLast(ejk.XlaPageAttention):
         full = operands.context_lens >= problem.capacity
         lens = jnp.where(full, problem.capacity - 1, operands.context_lens)
         return super().run(problem, operands._replace(context_lens=lens), platform)
+
+
+@dataclasses.dataclass(frozen=True)
+class RefusesAll(ejk.XlaCopyKVCache):
+    """Runs nothing."""
+
+    name = "refuses"
+
+    def limits(self, problem, platform):
+        return ("has no room",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LosesTheDevice(ejk.XlaCopyKVCache):
+    """From the first call of several copies on nothing works, as after a fault of a GPU."""
+
+    name = "breaks"
+    is_lost = [False]  # noqa: RUF012
+
+    def run(self, problem, operands, platform):
+        self.is_lost[0] |= problem.num_copies > 2
+        if self.is_lost[0]:
+            raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an access")
+        return super().run(problem, operands, platform)
 
 
 class NoBackend:

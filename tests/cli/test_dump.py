@@ -130,6 +130,8 @@ def test_what_cannot_be_dumped_is_told_by_name(tmp_path):
         dump(path, ejk.page_attention, *operands, axis_name="x")
     with pytest.raises(ValueError, match=r"operation=.* must be one of page_attention"):
         dump(path, np.sum, *operands)
+    with pytest.raises(ValueError, match="pages='some' must be 'all' or 'visible'"):
+        dump(path, ejk.page_attention, *operands, pages="some")
     with pytest.raises(TypeError, match=r"block_tables=.* must be an array"):
         dump(path, ejk.page_attention, *operands[:4], {})
     np.savez(path, some=np.zeros(3))

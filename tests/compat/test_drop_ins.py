@@ -367,13 +367,13 @@ def test_vllm(dtype):
     key, value, slots = numbers(4, 2, 64), numbers(4, 2, 64), jnp.array([5, -1, 30])
     held = {"auto": jnp.float32, "fp8": E4M3, "fp8_e5m2": jnp.float8_e5m2}[dtype]
     pool = jnp.zeros((4, 8, 2, 64), jnp.float32 if dtype == "auto" else jnp.uint8)
-    scale = jnp.array([0.5])
-    caches = vllm.reshape_and_cache_flash(key, value, pool, pool, slots, dtype, scale, scale)
-    for cache, rows in zip(caches, (key, value)):
+    scale, other = jnp.array([0.5]), jnp.array([0.25])
+    caches = vllm.reshape_and_cache_flash(key, value, pool, pool, slots, dtype, scale, other)
+    for cache, rows, by in zip(caches, (key, value), (0.5, 0.25)):
         assert cache.dtype == pool.dtype
         codes = cache if dtype == "auto" else jax.lax.bitcast_convert_type(cache, held)
         codes = np.asarray(codes, np.float32).reshape(32, 2, 64)
-        expected = rows if dtype == "auto" else (rows / 0.5).astype(held)
+        expected = rows if dtype == "auto" else (rows / by).astype(held)
         expected = np.asarray(expected, np.float32)
         np.testing.assert_array_equal(codes[[5, 30]], expected[[0, 2]])
         assert not codes[[i for i in range(32) if i not in (5, 30)]].any()

@@ -92,6 +92,7 @@ def test_one_device_may_hold_everything(entry):
         assert_close(moved, *entry(moved))
 
 
+@pytest.mark.one_in(2)
 @each_entry(XLA, TRITON)
 @pytest.mark.parametrize("window", [1, 3, 4, 5, 11, 12, 13, 35, 36, 37, INT32_MAX])
 def test_windows_that_cross_devices(entry, window):

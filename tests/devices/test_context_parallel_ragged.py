@@ -63,6 +63,7 @@ def test_any_device_may_hold_any_page(entry, case):
     assert_close(moved, *entry(moved))
 
 
+@pytest.mark.one_in(2)
 @each_entry
 @counted
 @pytest.mark.parametrize("window", [1, 4, 5, 12, 35, 36, INT32_MAX])

@@ -61,6 +61,7 @@ def test_shards_run_where_they_are(backend, split, kind, num_splits):
     check(meshes.split_case(num_splits=num_splits), backend, split, meshes.mesh(kind))
 
 
+@pytest.mark.one_in(2)
 @each_kernel
 @pytest.mark.parametrize("layout, fused", POOLS)
 def test_layouts(backend, layout, fused):

@@ -67,6 +67,7 @@ def test_shards_equal_the_whole(entry, what):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize("what", SHARDED)
 def test_each_shard_plans_for_itself(entry, what):
@@ -85,6 +86,7 @@ def test_each_shard_plans_for_itself(entry, what):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize("what", SHARDED)
 def test_gradients_of_shards_equal_those_of_the_whole(entry, what):

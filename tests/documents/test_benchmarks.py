@@ -113,6 +113,16 @@ def test_quantised_caches_are_timed_beside_bfloat16(tmp_path):
         assert line["of_base"] == round(line["device_us"] / line["base_us"], 4)
 
 
+def test_shared_prefixes_are_timed_beside_the_plain_call():
+    import prefix
+    import side_by_side
+
+    batch = prefix.Shared("tiny", 2, 1, 16, (520, 520), 16, 528, prefix=512)
+    [line] = side_by_side.measure(batch, True, None).values()
+    assert 0 < line["error"] < 0.01, "packs change last bits"
+    assert line["of_base"] == pytest.approx(line["device_us"] / line["base_us"], rel=1e-3)
+
+
 def test_prefills_over_quantised_caches_are_timed_beside_bfloat16(tmp_path):
     path = tmp_path / "ragged.jsonl"
     run("ragged.py", "--suite", "quantised", "--output", str(path))
@@ -121,6 +131,18 @@ def test_prefills_over_quantised_caches_are_timed_beside_bfloat16(tmp_path):
     for line in others:
         assert line["base_us"] == first["device_us"] > 0 and line["error"] < 1e-2
         assert line["of_base"] == round(line["device_us"] / line["base_us"], 4)
+
+
+def test_what_reliability_is_counted_by(tmp_path):
+    path = tmp_path / "reliability.jsonl"
+    parts = ("repeats", "soak", "replay", "memory")
+    run("reliability.py", "--platform", "cpu", "--output", str(path), "--only", *parts)
+    lines = {line["part"]: line for line in lines_of(path)}
+    assert tuple(lines) == parts and not [line for line in lines.values() if line["found"]]
+    assert lines["repeats"]["counts"] == {"variants": 1, "calls": 3}
+    assert lines["soak"]["counts"]["tokens"] > 0 and lines["soak"]["counts"]["checks"] > 0
+    assert lines["replay"]["counts"] == {"steps": 3}
+    assert lines["memory"]["errors"]["the donated pools"]
 
 
 def test_ragged_tuning_names_the_best_of_each_batch():
@@ -228,7 +250,7 @@ def test_the_floor_of_latent_attention_is_the_larger_of_two():
     ("arguments", "said"),
     [
         ("--suite waves --workload W1a", "--suite waves has no W1a"),
-        ("--suite named map --contender cuDNN", "map, quantised are timed by ejk alone"),
+        ("--suite named map --contender cuDNN", "map, quantised, prefix are timed by ejk alone"),
         ("--tiny --suite map", "--tiny needs --suite map, or quantised, and --output"),
     ],
 )

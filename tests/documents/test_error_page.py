@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import test_errors
 import test_paging_errors
-import test_ragged_errors
+import wrong_calls
 from jax.sharding import PartitionSpec as P
-from test_errors import zeros
+from wrong_calls import zeros
 
 import ejk
 
@@ -23,29 +23,24 @@ INT = np.int32
 
 
 def decode(**changes):
-    return functools.partial(ejk.page_attention, **test_errors.arguments(**changes))
+    return functools.partial(ejk.page_attention, **wrong_calls.decode(**changes))
 
 
 def ragged(**changes):
-    return functools.partial(ejk.ragged_page_attention, **test_ragged_errors.arguments(**changes))
+    return functools.partial(ejk.ragged_page_attention, **wrong_calls.ragged(**changes))
 
 
 def write(**changes):
-    pool, rows = changes.pop("pool", zeros(8, 2, 16, 64)), zeros(3, 2, 64)
-    right = dict(key=rows, value=rows, key_cache=pool, value_cache=pool)
-    right |= dict(slot_mapping=zeros(3, dtype=INT))
-    return functools.partial(ejk.write_kv_cache, **right | changes)
+    return functools.partial(ejk.write_kv_cache, **wrong_calls.write(**changes))
 
 
 def copy(**changes):
-    ids = zeros(3, dtype=INT)
-    right = dict(key_cache=POOL, value_cache=POOL, source_slots=ids, target_slots=ids)
-    return functools.partial(ejk.copy_kv_slots, **right | changes)
+    return functools.partial(ejk.copy_kv_slots, **wrong_calls.RIGHT["copy_kv_slots"](**changes))
 
 
 def checked_ragged(**changes):
     right = dict(context_lens=np.array([20, 5]), cu_q_lens=np.array([0, 2, 5]))
-    ejk.check_ragged_page_attention_inputs(**test_ragged_errors.arguments(**right | changes))
+    ejk.check_ragged_page_attention_inputs(**wrong_calls.ragged(**right | changes))
 
 
 def checked_write(**changes):
@@ -53,13 +48,12 @@ def checked_write(**changes):
 
 
 def plan(**changes):
-    right = dict(num_heads=4, num_kv_heads=2, head_dim=64, page_size=16, max_blocks=3)
-    return ejk.plan_page_attention(zeros(2, dtype=INT), **right | changes)
+    return ejk.plan_page_attention(**wrong_calls.RIGHT["plan_page_attention"](**changes))
 
 
 def split(**changes):
     """A call on pages of one device, inside `jax.shard_map`."""
-    arguments = test_errors.arguments() | {"axis_name": "pages"} | changes
+    arguments = wrong_calls.decode() | {"axis_name": "pages"} | changes
     query = jnp.asarray(arguments.pop("query"))
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((1,), ("pages",), auto, devices=jax.devices()[:1])
@@ -101,7 +95,7 @@ POOL = zeros(8, 2, 16, 64)
 FUSED = zeros(8, 2, 2, 16, 64)
 INT8_POOL = zeros(8, 2, 16, 64, dtype=np.int8)
 LENS, TABLES = zeros(2, dtype=INT), zeros(2, 3, dtype=INT)
-ELSEWHERE = {"axis_name": "pages", **test_errors.arguments()}
+ELSEWHERE = {"axis_name": "pages", **wrong_calls.decode()}
 
 # What is done, as the page has it, and a call that does it.
 MISTAKES = {
@@ -240,7 +234,7 @@ MISTAKES = {
     "fused pools without values": write(key_cache=FUSED, value_cache=None, value=None),
     "another number of slots": write(slot_mapping=zeros(4, dtype=INT)),
     # Copies
-    "more sources than targets": copy(target_slots=zeros(2, dtype=INT)),
+    "more sources than targets": copy(targets=zeros(2, dtype=INT)),
     "pages of a batch, `[copies, 2]`": lambda: ejk.copy_kv_pages(
         POOL, POOL, zeros(3, 2, dtype=INT), zeros(3, dtype=INT)
     ),
@@ -255,10 +249,10 @@ MISTAKES = {
     ),
     # Checks
     "a length past the table": lambda: ejk.check_page_attention_inputs(
-        **test_errors.arguments(context_lens=np.array([20, 49]))
+        **wrong_calls.decode(context_lens=np.array([20, 49]))
     ),
     "a page that is none": lambda: ejk.check_page_attention_inputs(
-        **test_errors.arguments(context_lens=LENS + 20, block_tables=TABLES - np.array([0, 1, 0]))
+        **wrong_calls.decode(context_lens=LENS + 20, block_tables=TABLES - np.array([0, 1, 0]))
     ),
     "bounds that fall": lambda: checked_ragged(cu_q_lens=np.array([0, 4, 2])),
     "more new tokens than tokens": lambda: checked_ragged(context_lens=np.array([1, 2])),

@@ -4,6 +4,7 @@ import dataclasses
 
 import hypothesis
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import ejk
@@ -11,7 +12,7 @@ import ejk.testing
 from ejk.testing.configurations import FEATURES
 
 FAULTS = {
-    "zeros": "out[",
+    "zeros": "] is ",  # an LSE that must be -inf
     "no window": "out[",
     "a dead slot": "must be finite, is nan",
     "a table's first row": "out[",
@@ -39,7 +40,7 @@ def is_small(call):
 
 
 def check(backend, **options):
-    options = {"suits": is_small, "examples": 4, "programs": 3} | options
+    options = {"suits": is_small, "examples": 8, "programs": 2} | options
     ejk.testing.assert_backend_agrees(backend, "page_attention", **options)
 
 
@@ -73,11 +74,36 @@ def test_a_backend_that_refuses_everything_fails():
         check(Choosy(), may_refuse=["takes nothing"])
 
 
+def test_one_expression_is_no_list_of_them():
+    with pytest.raises(TypeError, match=r"may_refuse='nothing' must be a list .*: \['nothing'\]"):
+        check(Choosy(), may_refuse="nothing")
+
+
 def test_what_cannot_be_drawn_is_an_error():
     with pytest.raises(ValueError, match=r"operation='page_atention' .*mean 'page_attention'"):
         ejk.testing.calls("page_atention")
     with pytest.raises(ValueError, match="suits= must let one of the configurations"):
         ejk.testing.calls("write_kv_cache", suits=lambda call: False)
+
+
+def test_a_property_is_given_calls_that_it_concerns(monkeypatch):
+    given = []
+    properties = {"chunks_equal_one_shot": lambda subject, case: given.append(case)}
+    monkeypatch.setitem(ejk.testing.PROPERTIES, "ragged_page_attention", properties)
+    for seed in range(4):
+        ejk.testing.assert_backend_agrees(
+            "xla", "ragged_page_attention", examples=2, programs=1, seed=seed
+        )
+    assert len(given) >= 4
+    assert not [case for case in given if {"positions", "tree_mask", "causal"} & {*case.options}]
+
+
+def test_configurations_may_be_ones_own():
+    shape = ejk.testing.Shape("mine", num_heads=2, num_kv_heads=1, head_dim=8, page_size=64)
+    mine = ejk.testing.Configuration(shape, np.dtype(np.float16), "NHD")
+    drawn = ejk.testing.calls("page_attention", configurations=[mine], programs=1)
+    case = hypothesis.find(drawn, lambda case: True)
+    assert (case.shape, case.dtype, case.cache_layout) == (shape, np.float16, "NHD")
 
 
 @pytest.mark.parametrize("operation", [x for x in ejk.testing.PROPERTIES if "attention" not in x])

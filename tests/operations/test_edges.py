@@ -20,7 +20,7 @@ def test_lengths_around_page_edges(entry, num_splits):
     assert_close(case, *entry(case))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @edge
 @pytest.mark.parametrize("features", [(), ("sliding_window", "sinks")], ids=["", "windowed"])
 @pytest.mark.parametrize("cache_layout", LAYOUTS)
@@ -31,6 +31,7 @@ def test_fused_pools(entry, cache_layout, features):
     assert_close(case, *entry(case, num_splits=3))
 
 
+@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint32", "uint64"])
 def test_lengths_are_checked_in_their_own_dtype(entry, dtype):
@@ -42,7 +43,7 @@ def test_lengths_are_checked_in_their_own_dtype(entry, dtype):
     assert_close(case, *entry(case))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @edge
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint32", "uint64"])
 @pytest.mark.parametrize("as_jax", [False, True])
@@ -52,7 +53,7 @@ def test_entries_are_checked_in_their_own_dtype(entry, dtype, as_jax):
     assert_close(case, *entry(case))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @edge
 @pytest.mark.parametrize("window", [1, 2, 16, 17, 48, 49, INT32_MAX])
 @pytest.mark.parametrize("traced", [False, True])
@@ -65,6 +66,7 @@ def test_windows(entry, window, traced):
     assert_close(case, *entry(case))
 
 
+@pytest.mark.one_in(3)
 @edge
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint16])
 def test_windows_of_other_dtypes(entry, dtype):
@@ -123,6 +125,7 @@ def test_large_logits_do_not_overflow(entry, magnitude):
             np.testing.assert_allclose(out[0, h], best, rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize("scale", [0.25, np.float32(0.25), np.array(0.25), jnp.float32(0.25), 1])
 def test_kinds_of_scale(entry, scale):

@@ -69,23 +69,3 @@ def test_bytes_of_all_pools():
     scaled = ejk.empty_kv_cache(8, 2, 16, 64, dtype=jnp.float8_e4m3fn, token_scales=True)
     assert scaled.nbytes == half.nbytes + 2 * 8 * 2 * 16 * 4
     assert scaled.key_scale is not None and scaled.key_scale.dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"dtype": "int3"}, r"dtype='int3' must be one of float32, .*int4: did you mean 'int8'"),
-        ({"dtype": np.int32}, "dtype=int32 .* must be one of"),
-        ({"num_layers": 2**30}, r"num_layers \* num_pages \* page_size=.* must be below 2\*\*31"),
-        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
-        ({"cache_layout": "NDH"}, "cache_layout='NDH' must be one of 'HND'"),
-        ({"fused": True, "latent": True}, "fused=True must not come with latent=True"),
-        ({"fused": True, "value_head_dim": 4}, "value_head_dim=4 must be None with fused=True"),
-        ({"token_scales": True}, "token_scales=True must come with a quantised dtype"),
-        ({"dtype": "int4", "token_scales": False}, "must not come with int4"),
-        ({"dtype": "int4", "value_head_dim": 3}, "value_head_dim=3 must be even with int4"),
-    ],
-)
-def test_what_cannot_be_is_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        ejk.empty_kv_cache(3, 2, 4, 8, **given)

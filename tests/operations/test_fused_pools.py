@@ -15,7 +15,8 @@ from edges import LENGTHS, config
 from entries import edge
 from planned import TRITON, launches, long_case, plan_for
 from test_dispatch import Sevens, kernels
-from test_errors import NUM_HEADS, arguments, zeros
+from wrong_calls import NUM_HEADS, zeros
+from wrong_calls import decode as arguments
 
 import ejk
 from ejk.testing.bits import bits_equal
@@ -38,11 +39,11 @@ def fused(*shape, dtype=np.float32, **changes):
 MISTAKES = {
     "a pool of values, too": (
         arguments(key_cache=zeros(8, 2, 2, 16, 64)),
-        "value_cache[8, 2, 16, 64] must be None with a key_cache of five axes",
+        "value_cache=float32[8, 2, 16, 64] must be None with a key_cache of five axes",
     ),
     "twice": (
         arguments(pool=zeros(8, 2, 2, 16, 64)),
-        "value_cache[8, 2, 2, 16, 64] must be None with a key_cache of five axes",
+        "value_cache=float32[8, 2, 2, 16, 64] must be None with a key_cache of five axes",
     ),
     "beside a pool of keys": (
         arguments(value_cache=zeros(8, 2, 2, 16, 64)),

@@ -17,6 +17,7 @@ LATENT = Configuration(
 )  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @ragged_edge
 @pytest.mark.parametrize("window", [1, 2])
 def test_rows_that_see_one_token_or_two(entry, window):

@@ -139,9 +139,10 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_rule_is_caught(fault):
-    old, new = FAULTS[fault]
+@pytest.mark.fault("plan", "shared")
+@pytest.mark.parametrize("bug", FAULTS)
+def test_a_fault_of_the_rule_is_caught(bug):
+    old, new = FAULTS[bug]
     source = inspect.getsource(plan_oracle.count_pieces)
     assert source.count(old) == 1, f"{old!r} is not there once"
     namespace = {}

@@ -85,11 +85,3 @@ def test_gradients_are_finite_and_zero_on_what_was_selected_away():
     for grad in jax.grad(loss, argnums=(0, 1))(jnp.asarray(outs), jnp.asarray(lses)):
         assert np.isfinite(grad).all() and np.any(grad)
         assert not np.asarray(grad)[np.isneginf(lses)].any()
-
-
-def test_misfits_are_named():
-    outs, lses = parts(0)
-    with pytest.raises(ValueError, match=r"lses.shape=\(2, 4, 2\) must be outs.shape\[:3\]"):
-        ejk.merge_attention_states(outs, lses[:2])
-    with pytest.raises(TypeError, match=r"lses=float32\[4, 2\] must be"):
-        ejk.merge_attention_states(outs, lses[0])

@@ -227,6 +227,7 @@ def test_merged_float16_and_large_parts_stay_finite():
 CAPS = [1e4, 1e20, 1e29, 1e30, 3e38]
 
 
+@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize("cap", CAPS)
 def test_a_cap_that_caps_nothing_changes_nothing(entry, cap):
@@ -252,6 +253,7 @@ def test_a_cap_that_float32_cannot_hold_is_refused(cap):
         ejk.ragged_page_attention(*case.arguments(), attn_logits_soft_cap=cap)
 
 
+@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize("cap", [2, np.float16(2), np.int8(2), np.float64(2)])
 def test_kinds_of_caps(entry, cap):

@@ -18,6 +18,7 @@ from test_triton_seeded_bugs import replace
 
 import ejk
 from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
+from ejk.backends.triton.page_attention import sharing
 from ejk.backends.triton.page_attention.plan import TritonPlan
 from ejk.backends.triton.page_attention.sizes import Sizes
 from ejk.testing.memory import RaceError, memory_checked
@@ -293,6 +294,25 @@ def test_by_the_model_the_targets_are_met():
 
 
 @pytest.mark.fast
+def test_packs_that_can_never_pay_are_not_planned_and_those_that_can_are(monkeypatch):
+    sizes = [(n, 128 * length) for n in (2, 3, 4, 8, 16, 64) for length in (*range(1, 20, 3), 66)]
+    planned = [plan_of(n, 1, capacity).packs is not None for n, capacity in sizes]
+    monkeypatch.setattr(sharing, "may_pay", lambda *_: True)
+    left_out = 0
+    for (n, capacity), has_packs in zip(sizes, planned, strict=True):
+        problem, width = plan_of(n, 1, capacity), capacity // 16
+        if problem.packs is None or has_packs:
+            continue
+        left_out += 1
+        for shared in range(8, width + 1, 8):
+            for own in (0, 1, capacity - 16 * shared):
+                lens = [min(16 * shared + own, capacity)] * n
+                tables = np.zeros((n, width), np.int32)
+                assert not packs_oracle(problem, lens, tables, [0] * n, [shared])
+    assert left_out > 5
+
+
+@pytest.mark.fast
 def test_by_the_model_groups_never_cost():
     random = np.random.default_rng(0)
     gains = [
@@ -332,6 +352,7 @@ class Mutant(ejk.TritonPageAttention):
     bug: str = ""
 
 
+@pytest.mark.fault("prefix_groups", "triton")
 @pytest.mark.fast
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_caught(bug, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from tiers import THOROUGH
 
 import ejk
 from ejk.testing import PROPERTIES
-from ejk.testing.configurations import CONFIGURATIONS, MANY
+from ejk.testing.configurations import CONFIGURATIONS, MANY_CONFIGURATIONS
 from ejk.testing.page_attention import cases
 
 PROMISED = PROPERTIES["page_attention"]
@@ -40,7 +40,7 @@ def test_plain_call_is_a_softmax_over_the_tokens(entry):
 
 
 def held(name, share=0.5):
-    drawn = partial(cases, MANY if THOROUGH else CONFIGURATIONS)
+    drawn = partial(cases, MANY_CONFIGURATIONS if THOROUGH else CONFIGURATIONS)
     return each_case(drawn, share)(PROMISED[name])
 
 
@@ -57,6 +57,7 @@ test_asking_for_the_lse_changes_no_bit_of_the_output = held(
 )
 test_a_row_that_sees_nothing_is_zero = held("a_row_that_sees_nothing_is_zero", 0.25)
 test_results_are_finite_on_poisoned_memory = held("results_are_finite_on_poisoned_memory", 0.25)
+test_a_nan_in_a_query_is_never_lost = held("a_nan_in_a_query_is_never_lost", 0.25)
 
 
 def test_every_property_is_tested():

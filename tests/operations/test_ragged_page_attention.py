@@ -16,20 +16,20 @@ from ejk.backends.triton._sizes import GRANULE
 from ejk.testing import PROPERTIES
 from ejk.testing.bits import bits_equal
 from ejk.testing.bounds import assert_close
-from ejk.testing.configurations import MANY
+from ejk.testing.configurations import MANY_CONFIGURATIONS
 from ejk.testing.page_attention import cases
 from ejk.testing.ragged_page_attention import (
     EXTRAS,
     RAGGED_CONFIGURATIONS,
     RaggedPageAttentionCase,
     build_ragged,
-    dealt,
     ragged_cases,
+    with_own_options,
 )
 
 F32, BF16 = np.dtype(np.float32), np.dtype(jnp.bfloat16)
 PROMISED = PROPERTIES["ragged_page_attention"]
-CONFIGURATIONS = dealt(MANY) if THOROUGH else RAGGED_CONFIGURATIONS
+CONFIGURATIONS = with_own_options(MANY_CONFIGURATIONS) if THOROUGH else RAGGED_CONFIGURATIONS
 
 
 @pytest.mark.smoke
@@ -118,7 +118,7 @@ def test_single_tokens_are_page_attention(entry, case):
         bits_equal((np.asarray(out), np.asarray(lse)), [np.asarray(x) for x in decoded])
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @ragged_edge
 @pytest.mark.parametrize(
     "bounds",
@@ -138,6 +138,7 @@ def test_bounds(entry, bounds, features):
     assert_close(case, *entry(case))
 
 
+@pytest.mark.one_in(2)
 @ragged_edge
 @pytest.mark.parametrize("dtype", ["int8", "int16", "uint8", "uint32", "uint64", "int64"])
 def test_bounds_are_checked_in_their_own_dtype(entry, dtype):
@@ -159,6 +160,7 @@ PREFILLS = {
 }
 
 
+@pytest.mark.one_in(2)
 @ragged_edge
 @pytest.mark.parametrize("dtype, features, extras", PREFILLS.values(), ids=PREFILLS)
 def test_a_long_prefill(entry, dtype, features, extras):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_errors import arguments
+from wrong_calls import decode as arguments
 
 import ejk
 from ejk.backends._fields import at_least

@@ -86,6 +86,7 @@ BUGS = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("page manager", "shared")
 @pytest.mark.fast(8)
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_caught(bug):

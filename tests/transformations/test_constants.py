@@ -33,6 +33,7 @@ def cases():
                 yield backend, wrap
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("backend, wrap", list(cases()))
 def test_vmap_of_a_gradient(backend, wrap, scale):

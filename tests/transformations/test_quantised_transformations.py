@@ -99,6 +99,7 @@ def test_vmap_of_a_write(entry, batched, scales):
         assert_written(one, [np.asarray(pool[i]) for pool in pools])
 
 
+@pytest.mark.one_in(2)
 @edge
 @each_cache
 def test_64_bit_types_change_no_bit(entry, changes):

@@ -14,8 +14,8 @@ import ejk
 from ejk.testing.ragged_page_attention import (
     RaggedPageAttentionCase,
     build_ragged,
-    dealt,
     ragged_cases,
+    with_own_options,
 )
 
 BOUNDS = np.array([1, 5, 5, 7, 8, 10, 11, 12, 12, 12])  # the first row and the last are no one's
@@ -37,7 +37,7 @@ def clean_query(case: RaggedPageAttentionCase) -> RaggedPageAttentionCase:
     return case.replace(query=np.where(blind[:, None, None], 0, case.query).astype(case.dtype))
 
 
-@each_case(functools.partial(ragged_cases, dealt(ORDINARY)), share=0.2, entries=RAGGED)
+@each_case(functools.partial(ragged_cases, with_own_options(ORDINARY)), share=0.2, entries=RAGGED)
 def test_gradients_agree_with_autodiff_of_the_definition(entry, case):
     """For every float operand, through the output and the LSE; exactly 0 on unread memory."""
     check(clean_query(case), entry, attend)
@@ -68,7 +68,7 @@ def test_gradients_at_the_edges(entry, features, extras):
 def test_queries_that_see_nothing_and_unread_memory_change_no_bit(entry):
     """Whatever they hold: their own gradients are exactly 0, and so are those of the memory."""
     called = config(features=frozenset({"sinks", "alibi_slopes"}), dtype=entry.dtype)
-    case = build_ragged(called, np.array([48, 0, 2, 33, 0, 17, 16, 1, 40]), BOUNDS)
+    case = build_ragged(called, np.array([48, 0, 2, 33, 0]), BOUNDS[:6])
 
     def grads(case):
         floats = operands(case)
@@ -90,14 +90,15 @@ def test_queries_that_see_nothing_and_unread_memory_change_no_bit(entry):
 
 @ragged_edge
 def test_vmap_of_grad_equals_grads_one_by_one(entry):
-    case = build_ragged(config(dtype=entry.dtype), LENS, BOUNDS)
+    lens, first = LENS[:4], BOUNDS[:5]
+    case = build_ragged(config(dtype=entry.dtype), lens, first)
     clean = {name: jnp.nan_to_num(x, posinf=0, neginf=0) for name, x in operands(case).items()}
     queries = jnp.stack([clean["query"], clean["query"][::-1]])
-    bounds = jnp.stack([jnp.asarray(BOUNDS), jnp.asarray(BOUNDS).at[2:].add(1)])
+    bounds = jnp.stack([jnp.asarray(first), jnp.asarray(first).at[2:].add(1)])
 
     def loss(query, keys, values, bounds):
         out = ejk.ragged_page_attention(
-            query, keys, values, LENS, case.block_tables, bounds, backend=entry.backend
+            query, keys, values, lens, case.block_tables, bounds, backend=entry.backend
         )
         return (out * out).sum(dtype=jnp.float32)
 

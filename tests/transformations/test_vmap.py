@@ -65,6 +65,7 @@ def check(entry, batched: set[str], features=FEATURES, count=3):
     return primitives(jax.make_jaxpr(mapped)(*values).jaxpr)
 
 
+@pytest.mark.one_in(2)
 @edge
 @pytest.mark.parametrize(
     "batched",

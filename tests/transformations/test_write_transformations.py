@@ -60,7 +60,7 @@ def test_gradients(entry, kind, layout):
         size = 0 if x is None else x.size
         places.append(None if x is None else np.arange(count, count + size).reshape(x.shape))
         count += size
-    origins = oracle.write_kv_cache(*places, slots, cache_layout=layout)
+    origins = oracle.write_kv_cache(*places, np.array(slots), cache_layout=layout)
     expected = np.zeros(count)
     for origin, weight in zip(present(origins), present(weights)):
         expected[origin] = weight

@@ -48,15 +48,16 @@ def _times(cache: Array, scale: Any, cache_layout: str) -> Array:
         return cache.astype(np.float64) * (scale[..., None] if scale.ndim else scale)
 
 
-def holds_both(pool: Array, cache_layout: str) -> bool:
-    """Say whether a pool holds keys and values."""
+def holds_both(pool: Any, cache_layout: str) -> bool:
+    """Say whether a pool, of NumPy or traced, holds keys and values."""
     return pool.ndim == 5 or cache_layout == "INTERLEAVED"
 
 
-def halves(pool: Array, cache_layout: str) -> tuple[Array, Array]:
-    """Take a fused pool apart: the axis right after the pages has the keys, then the values.
+def halves(pool: Any, cache_layout: str) -> tuple[Any, Any]:
+    """Take a fused pool, of NumPy or traced, apart.
 
-    An interleaved one has a key and a value of each head in turn. Apart they lie as "NHD".
+    The axis right after the pages has the keys, then the values. An interleaved pool has a key and
+    a value of each head in turn; apart they lie as "NHD".
     """
     if cache_layout == "INTERLEAVED":
         return pool[:, :, 0::2], pool[:, :, 1::2]

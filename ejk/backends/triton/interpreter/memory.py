@@ -164,12 +164,11 @@ class Memory:
         self._grid = grid
         buffers: list[tuple[Role, Mapping[str, np.ndarray | None]]]
         buffers = [("input", inputs), ("in place", in_place), ("output", outputs)]
-        regions: list[tuple[Role, str, np.ndarray | None]]
-        regions = [(role, name, x) for role, arrays in buffers for name, x in arrays.items()]
-        self._regions = {
-            number: _Region(number, name, array, role)
-            for number, (role, name, array) in enumerate(regions, 1)
-        }
+        self._regions: dict[int, _Region] = {}
+        for role, arrays in buffers:
+            for name, array in arrays.items():
+                number = len(self._regions) + 1
+                self._regions[number] = _Region(number, name, array, role)
         self.addresses = {region.name: region.start for region in self._regions.values()}
         arrays = {r.name: r.array for r in self._regions.values() if r.array is not None}
         self.begin(0)

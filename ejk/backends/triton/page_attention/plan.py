@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ejk._indices import Size, is_static, least
 from ejk.backends.gpu import H100, Target
 from ejk.backends.page_attention import PageAttentionOperands
-from ejk.backends.page_attention_packs import Packs, for_tables
+from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import (
     PlanBackend,
     PlanFacts,
@@ -36,6 +36,8 @@ MOST_SEQS = 1024
 CUTS_PER_SLOT, CUTS_PER_BUSY_SLOT = 2, 3
 # Costs of a batch are below it, so that their products stay in 32 bits.
 VAST = 2**29
+# Entries of the members' tables that are compared at a time: 32 registers of a thread.
+AGREEING = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +185,7 @@ def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Cal
     if operands.plan is not None:
         if plan.packs is None:
             return operands.plan
-        return for_tables(plan, operands.plan, operands.block_tables)
+        return _for_tables(plan, operands, call)
     given = PlanOperands(
         operands.context_lens,
         operands.sliding_window,
@@ -193,6 +195,40 @@ def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Cal
     )
     [work] = run_plan(plan, given, call)
     return work
+
+
+def _for_tables(plan: PlanProblem, operands: PageAttentionOperands, call: Call) -> Any:
+    """Return a plan whose packs share no page that a call's tables do not: it may be for others."""
+    from ejk.backends.triton.page_attention.agreement_kernel import agreement_kernel
+
+    work, tables = operands.plan, operands.block_tables
+    [agreed] = call(
+        agreement_kernel,
+        {"work_ptr": work, "block_tables_ptr": tables},
+        {"agreed_ptr": jax.ShapeDtypeStruct(work.shape, work.dtype)},
+        agreement_constants(plan, tables.shape[1]),
+        grid=plan.packs.num_seqs if plan.packs else 0,
+        num_warps=8,
+        num_stages=1,
+    )
+    return agreed
+
+
+def agreement_constants(plan: PlanProblem, max_blocks: int) -> dict[str, Any]:
+    packs, block_members = plan.packs, power_of_two(plan.members)
+    assert packs is not None
+    return {
+        "NUM_SEQS": plan.num_seqs,
+        "MAX_BLOCKS": max_blocks,
+        "PAGE_SIZE": plan.page_size,
+        "MEMBERS": plan.members,
+        "MAX_PACKS": packs.num_seqs,
+        "FIRST_ROW": 1 + plan.max_pieces + plan.max_splits + 1 + packs.max_pieces,
+        "ROWS": plan.results[0].shape[0],
+        "BLOCK_MEMBERS": block_members,
+        "BLOCK_PAGES": max(16, min(power_of_two(max_blocks), AGREEING // block_members)),
+        "BLOCK": 256,
+    }
 
 
 def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ejk._indices import Size, is_static
 from ejk.backends.gpu import Target
+from ejk.backends.page_attention_packs import PIECE_COST, may_pay
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import GRANULE, QUANTISED_ROWS, power_of_two
 
@@ -66,9 +67,12 @@ class Sharing:
 
     def planned(self, problem: PlanProblem, max_cuts: int) -> PlanProblem:
         """Return a plan with packs, which are dealt out as sequences are, in up to so many cuts."""
-        if not problem.max_cuts and self.least_saved is None:
-            return problem
         longest = -(-problem.capacity // problem.granule)
+        if self.least_saved is None:
+            cost = problem.num_seqs * (longest * problem.granule_cost + PIECE_COST)
+            cost = -(-cost * problem.programs_per_piece // problem.slots)
+            if not (problem.max_cuts and may_pay(cost, min(self.members, problem.num_seqs))):
+                return problem
         cuts = min(max(1, max_cuts), self.max_packs * (longest - 1))
         packs = dataclasses.replace(problem, num_seqs=self.max_packs, max_cuts=cuts, is_packs=True)
         return dataclasses.replace(

@@ -1,0 +1,64 @@
+"""10,000 calls of hostile integers, over all operations: what `hostile` says holds of each."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import hostile
+import jax.numpy as jnp
+import pytest
+import tally
+
+import ejk
+
+pytestmark = pytest.mark.slow
+
+
+def test_10_000_calls():
+    """In a process of its own: the import hook of the tests would take more time than the calls."""
+    command = [sys.executable, pathlib.Path(hostile.__file__)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-5000:]
+    for calls, name in re.findall(r"^(\d+) calls of (.*)$", run.stdout, re.MULTILINE):
+        tally.hostile[name] += int(calls)
+    assert sum(n for name, n in tally.hostile.items() if name.endswith("on xla")) == 10_000
+    assert {name.rpartition(" on ")[0] for name in tally.hostile} == set(hostile.FAMILIES)
+
+
+class Clamped(ejk.XlaPageAttention):
+    """Takes the nearest page where an entry names none."""
+
+    def run(self, problem, operands, platform):
+        tables = jnp.clip(operands.block_tables, 0, problem.num_pages - 1)
+        return super().run(problem, operands._replace(block_tables=tables), platform)
+
+
+class Peeking(ejk.XlaPageAttention):
+    """Multiplies what it must not read by 0."""
+
+    def run(self, problem, operands, platform):
+        out, *lse = super().run(problem, operands, platform)
+        return [out + 0 * operands.key_cache.sum(), *lse]
+
+
+class Wrapped(ejk.XlaWriteKVCache):
+    """Writes to the pool's end what is written nowhere."""
+
+    def run(self, problem, operands, platform):
+        slots = jnp.where(operands.slot_mapping < 0, problem.num_slots - 1, operands.slot_mapping)
+        return super().run(problem, operands._replace(slot_mapping=slots), platform)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("page_attention", Clamped()),
+        ("page_attention", Peeking()),
+        ("write_kv_cache", Wrapped()),
+    ],
+)
+def test_what_reaches_further_is_found(name, backend):
+    with pytest.raises(AssertionError) as info:
+        hostile.check(name, backend, 40)
+    assert "hostile.check(" in info.value.__notes__[0]

@@ -1,0 +1,120 @@
+"""Every wrong call is refused alike on every backend, by argument, value, rule and mend."""
+
+import inspect
+import re
+
+import jax
+import numpy as np
+import pytest
+from wrong_calls import RIGHT, WRONG
+
+import ejk
+
+pytestmark = pytest.mark.fast
+
+MESSAGE = re.compile(r"(?P<argument>.+?)=(?P<value>.+?) must (?P<rule>.+?)(?:[:;] (?P<mend>.+))?")
+SIZES = {
+    "num_heads", "num_kv_heads", "head_dim", "page_size", "max_blocks", "num_layers", "num_pages",
+}  # fmt: skip
+"""What a message may name that no argument is called."""
+
+MEND = re.compile(
+    r"(pass|leave|pad|keep|make|trace|of|for|0 is|None (is|caps)|did you mean|it (is|has to be)|"
+    r"sliding_window=\d+ sees|the (lengths|new tokens) come|value_cache comes|"
+    r"num_kv_heads would be|a number, one per KV head|int4(, held as uint8,)? has two values|"
+    r"a byte has two values|latent attention reads|the values are|key_scale holds|"
+    r"scales per token are|(slots|positions|ids) .*are 32-bit|the cache's but for|"
+    r"the group of each)\b"
+)
+"""How what is to be done begins."""
+
+NUMBER = r"[\w.\[\]:]+=\S+"
+EXACT = re.compile(
+    rf"be (at least \d+|at most ({NUMBER}|3\.4e38)|a float32, at most 3\.4e38|below 2\*\*31|"
+    rf"half of .+|one of (.+, )+.+|None (with|where) .+|a multiple of {NUMBER}|"
+    rf"(the (query|key|value)s?'s? )?{NUMBER}.*|num_seqs \+ 1(=\d+)?(, at least 1)?|"
+    r"an? (int|bool|number)( or .+)?|(str|Backend) or .+|an? [\w -]*array .+|"
+    r"a scale per token and head, \[.+|(the name|a pair|a number), .+)( \(.+\))?"
+)
+"""Rules that are a mend themselves: they say exactly what to write."""
+
+
+def said_of(operation, given):
+    with pytest.raises((TypeError, ValueError)) as info:
+        getattr(ejk, operation)(**given)
+    return type(info.value), str(info.value)
+
+
+def under_jit(operation, given):
+    """Return what is said where every array that can be is traced."""
+    traced = {
+        name: x
+        for name, x in given.items()
+        if isinstance(x, np.ndarray) and x.nbytes < 2**24 and x.dtype.itemsize * 8 <= 32
+        and x.dtype.name != "complex64"
+    }  # fmt: skip
+
+    def call(traced):
+        return getattr(ejk, operation)(**given | traced)
+
+    with pytest.raises((TypeError, ValueError)) as info:
+        jax.eval_shape(call, traced)
+    return type(info.value), str(info.value).replace("traced ", "")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_is_refused_alike_on_every_backend(name):
+    operation, changes, error, begins = WRONG[name]
+    given = RIGHT[operation](**changes)
+    parameters = inspect.signature(getattr(ejk, operation)).parameters
+    kind, text = said_of(operation, given)
+    assert kind is error and text.startswith(begins)
+
+    found = MESSAGE.fullmatch(text)
+    assert found, f"a message is `argument=value must rule: mend`: {text}"
+    named = (
+        set(re.findall(r"[a-z_]\w*", found["argument"])) - {"shape"} - ({"dtype"} - {*parameters})
+    )
+    assert named and named <= {*parameters} | SIZES, text
+    assert (found["mend"] and MEND.match(found["mend"])) or EXACT.fullmatch(found["rule"]), text
+    if found["argument"] in given:  # the value is the one that was given
+        value = given[found["argument"]]
+        shape = re.sub(r".*\[(.*)\]", r"\1", found["value"])
+        is_array = isinstance(value, np.ndarray | jax.Array)
+        assert [*map(int, filter(None, shape.split(", ")))] == [*value.shape] if is_array else True
+
+    if operation != "empty_kv_cache":
+        assert under_jit(operation, given) == (kind, text)
+    if "backend" in parameters and "backend" not in changes:
+        for backend in ("xla", "triton", "pallas"):
+            assert said_of(operation, given | {"backend": backend}) == (kind, text)
+        own = {"plan_page_attention": "page_attention", "copy_kv_slots": "copy_kv_cache"}
+        own = own.get(operation, operation.replace("copy_kv_pages", "copy_kv_cache"))
+        ending = "".join(part.capitalize() for part in own.split("_")).replace("Kv", "KV")
+        for backend in (f"Xla{ending}", f"Triton{ending}", f"Pallas{ending}"):
+            assert said_of(operation, given | {"backend": getattr(ejk, backend)()}) == (kind, text)
+
+
+@pytest.mark.parametrize("operation", RIGHT)
+def test_the_right_calls_are_right(operation):
+    """Or the table would prove nothing."""
+    getattr(ejk, operation)(**RIGHT[operation]())
+
+
+def test_there_are_many_wrong_calls_of_every_operation():
+    assert {wrong.operation for wrong in WRONG.values()} == set(RIGHT)
+    assert len({(wrong.operation, wrong.begins) for wrong in WRONG.values()}) >= 120
+
+
+@pytest.mark.parametrize(
+    "vague",
+    [
+        "query is wrong",
+        "query=float32[4, 64] must be valid",
+        "num_splits=-1 must be sensible: check the arguments",
+        "block_tables.shape[0]=3 must fit the query",
+    ],
+)
+def test_a_vague_message_would_be_found(vague):
+    found = MESSAGE.fullmatch(vague)
+    assert not (found and (MEND.match(found["mend"] or "") or EXACT.fullmatch(found["rule"])))
