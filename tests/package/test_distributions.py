@@ -57,7 +57,8 @@ def test_the_wheel_is_the_package_and_its_metadata(built):
     about |= {"entry_points.txt"} if "scripts" in PROJECT else set()
     package = {name for name in files() if name.startswith("ejk/")}
     assert names == package | {f"{NAME}.dist-info/{name}" for name in about}
-    assert "ejk/py.typed" in names and not [name for name in names if "test" in name]
+    assert "ejk/py.typed" in names
+    assert all(name.startswith("ejk/testing/") for name in names if "test" in name)
     assert metadata["Version"] == ejk.__version__ and metadata["Requires-Python"] == ">=3.12"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {*metadata.get_all("Provides-Extra", [])} == {*PROJECT["optional-dependencies"]}
