@@ -22,13 +22,6 @@ endif
 PLATFORMS := $(patsubst cuda12,cuda,$(patsubst cuda13,cuda,$(ACCELERATOR)))
 CUDA := $(if $(filter cuda12,$(ACCELERATOR)),cuda12,cuda13)
 
-# What runs the real kernels where there is a GPU; the other tests are the same on a CPU.
-GPU_TESTS := $(foreach name,gpu page_attention edges gradients vmap fused_pools \
-	ragged_page_attention ragged_gradients write_kv_cache write_transformations copy_kv_cache processes \
-	not_finite stale_plans long_products hostile_integers determinism gpu_packs prefix_groups every_layout \
-	first_tokens mosaic_gpu mosaic_gpu_ragged cli_gpu,\
-	$(or $(wildcard tests/*/test_$(name).py),tests/test_$(name).py))
-
 SMOKE_TESTS = $(shell grep -rl --include='test_*.py' pytest.mark.smoke tests)
 
 .PHONY: help demo engine test test-all smoke gpu reliability lint static prices docs docs-external \
@@ -77,7 +70,7 @@ reliability: $(VENV)/.test
 		$(PY) benchmarks/reliability_report.py --bugs && exit $$found
 
 gpu: $(VENV)/.test $(VENV)/.demo-$(ACCELERATOR)
-	@$(PY) -m pytest --gpu $(GPU_TESTS) $(ARGS)
+	@$(PY) -m pytest --gpu $(ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

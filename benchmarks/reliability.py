@@ -4,6 +4,7 @@
     python benchmarks/reliability.py --only soak replay   those parts
     python benchmarks/reliability.py --tiny --output x.jsonl    all of them, small
 
+    kernels    the tests of the real kernels, on a GPU: `make gpu`
     fuzz       drawn calls and compositions of them on every backend that runs here, by `ejk check`
     hostile    calls whose integers may be anything, by `tests/hostile.py`
     bugs       every seeded bug, by `pytest -m fault`
@@ -75,6 +76,16 @@ def hostile(printed: str) -> Result:
     return {"counts": {"calls": sum(counts.values())} | counts, "found": []}
 
 
+def kernels(printed: str) -> Result:
+    """Read the summary of the tests of the real kernels."""
+    counts = {name: 0 for name in ("passed", "failed", "skipped")}
+    for count, name in re.findall(r"(\d+) (passed|failed|skipped)", printed.splitlines()[-1]):
+        counts[name] = int(count)
+    for name, count in re.findall(r"(\w+) on .*: (\d+) examples passed", printed):
+        counts[f"examples on {name}"] = counts.get(f"examples on {name}", 0) + int(count)
+    return {"counts": counts, "found": re.findall(r"^(?:FAILED|ERROR) .*$", printed, re.MULTILINE)}
+
+
 def bugs(printed: str) -> Result:
     """Read the summary of a run of tests that plant faults."""
     [(caught, planted)] = re.findall(r"^ *all .*?(\d+)/(\d+)$", printed, re.MULTILINE)
@@ -117,7 +128,9 @@ def jobs(device: str, tiny: bool, fuzz_seconds: float, soak_seconds: float) -> d
     calls = ["60", "8"] if tiny else ["1000", "2000"] if device == "gpu" else []  # XLA's, Triton's
     steps = "3" if tiny else "200" if device == "gpu" else "50"  # a CPU has no command buffers
     chosen = ["tests/backends/test_copy_seeded_bugs.py", "-k", "xla"] if tiny else []
+    suite = [sys.executable, "-m", "pytest", "-q", "--gpu", "-n", str((os.cpu_count() or 2) - 1)]
     found = {
+        "kernels": [Job([*suite, *["-k", "negative"] * tiny], kernels)],
         "fuzz": fuzz_jobs(device, tiny, fuzz_seconds),
         "hostile": [Job([sys.executable, "tests/hostile.py", *calls], hostile)],
         "bugs": [Job([*pytest, *chosen], bugs)],
@@ -128,7 +141,7 @@ def jobs(device: str, tiny: bool, fuzz_seconds: float, soak_seconds: float) -> d
         "sanitizer": [script("sanitizer")],
     }
     if device == "cpu":
-        del found["sanitizer"]
+        del found["sanitizer"], found["kernels"]
     else:
         del found["bugs"]  # faults are planted in what a CPU interprets
     return found

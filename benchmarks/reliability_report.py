@@ -19,6 +19,7 @@ from quantised_report import replaced
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "reliability.md", ROOT / "benchmarks" / "results"
 PARTS = {
+    "kernels": "tests of the real kernels",
     "fuzz": "drawn calls and compositions",
     "hostile": "hostile integers",
     "bugs": "seeded bugs",
@@ -29,7 +30,7 @@ PARTS = {
     "sanitizer": "compute-sanitizer",
 }
 ON_A_GPU = [part for part in PARTS if part != "bugs"]
-ON_A_CPU = [part for part in PARTS if part != "sanitizer"]
+ON_A_CPU = [part for part in PARTS if part not in ("kernels", "sanitizer")]
 Line = dict[str, Any]
 
 

@@ -67,6 +67,13 @@ def pytest_configure(config):
     config.pluginmanager.register(faults)  # its hooks keep the score of the seeded bugs
 
 
+def pytest_ignore_collect(collection_path):
+    """Leave out the files that have nothing for a GPU; those that are named are kept."""
+    if os.environ.get("EJK_TEST_GPU") and collection_path.name.startswith("test_"):
+        return collection_path.stem.removeprefix("test_") not in tiers.ON_A_GPU or None
+    return None
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     """Leave out what needs a GPU, cases that are `one_in(n)`, and another tier, unless named."""

@@ -81,6 +81,14 @@ def test_what_the_parts_print_is_read():
         reliability.hostile("")
     found = reliability.bugs("operation xla all\n  all  14/85  2/3  16/88\nNOT CAUGHT: x\n")
     assert found == {"counts": {"caught": 16, "planted": 88}, "found": ["NOT CAUGHT: x"]}
+    printed = "FAILED tests/test_x.py::test_y - off\ntriton on gpu, writing: 7 examples passed\n"
+    kernels = reliability.kernels(f"{printed}1 failed, 300 passed, 2 warnings in 9.00s\n")
+    assert kernels == {
+        "counts": {
+            "passed": 300, "failed": 1, "skipped": 0, "examples on triton": 7
+        },
+        "found": ["FAILED tests/test_x.py::test_y - off"],
+    }  # fmt: skip
     whole = reliability.merged([found, {"counts": {"caught": 1}, "found": [], "more": 3}])
     assert whole == {
         "counts": {"caught": 17, "planted": 88}, "found": ["NOT CAUGHT: x"], "more": 3,
