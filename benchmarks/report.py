@@ -13,6 +13,7 @@ from pathlib import Path
 
 import map_report
 import plots
+import prefix_report
 import quantised_report
 import ragged_report
 import workloads
@@ -71,6 +72,7 @@ def page(device: str, lines: dict) -> str:
         "Prefills, chunks, mixed batches and drafts": ragged_report.section(lines),
         "Writes": write_table(lines),
         "Copies": copy_table(lines),
+        "Shared prefixes": prefix_report.section(lines),
         "Quantised caches": quantised_report.section(lines),
         "The loop over layers": loop_table(lines),
         "Several GPUs": scaling_table(lines),
