@@ -112,7 +112,7 @@ class Operands(NamedTuple):
     inputs: BatchInputs  # positions are those in the tree
     tree_mask: np.ndarray | None
     picks: Picks
-    prefix_groups: PrefixGroups  # sequences whose first pages are the same ones
+    prefix_groups: PrefixGroups | None  # sequences whose first pages are the same ones
 
 
 class Engine:
@@ -124,6 +124,8 @@ class Engine:
         prefill_chunk: prompt tokens that a step reads, of all requests together.
         num_drafts: tokens that a step may guess for each request; 0 for none.
         num_candidates: continuations that the guesses may be of: more than one make a tree.
+        min_shared_pages: sequences that share fewer pages are not named to attention, which reads
+            them for each: a call with groups has more launches, see `docs/performance.md`.
         cache: how keys and values are held, a name in `paged_decode.QUANTISED`; None: unrounded.
         backend: passed on to `ejk.ragged_page_attention`: None, a name or an object.
         write_backend: passed on to `ejk.write_kv_cache`.
@@ -139,6 +141,7 @@ class Engine:
         prefill_chunk: int = 256,
         num_drafts: int = 0,
         num_candidates: int = 2,
+        min_shared_pages: int = 64,
         prefix_caching: bool = True,
         cache: str | None = None,
         cache_layout: CacheLayout = "HND",
@@ -149,12 +152,13 @@ class Engine:
             ("prefill_chunk", prefill_chunk, 1),
             ("num_drafts", num_drafts, 0),
             ("num_candidates", num_candidates, 1),
+            ("min_shared_pages", min_shared_pages, 1),
         ):
             if not is_integer(value, least):
                 raise ValueError(f"{name}={value!r} must be an int, at least {least}")
         self.model = model
         self.prefill_chunk, self.num_drafts = prefill_chunk, num_drafts
-        self.num_candidates = num_candidates
+        self.num_candidates, self.min_shared_pages = num_candidates, min_shared_pages
         self.spec = CacheSpec(num_pages, page_size, cache_layout, cache)
         self.pools = self.spec.poisoned_pools(model.config, model.dtype)
         self.room = min(num_pages * page_size, model.config.max_context_len)  # tokens of a request
@@ -319,7 +323,9 @@ class Engine:
         positions, tree_mask = tree(batch, [of.request.drafts for of in shares], max_q_len)
         inputs = batch.inputs._replace(positions=positions)
         picks = self._picks(batch, positions, shares)
-        operands = Operands(inputs, tree_mask, picks, batch.prefix_groups())
+        groups = batch.prefix_groups(self.min_shared_pages)
+        named = groups if groups.num_pages.any() else None
+        operands = Operands(inputs, tree_mask, picks, named)
         return self._run(operands, max_q_len).tolist()
 
     def _run(self, operands: Operands, max_q_len: int) -> np.ndarray:

@@ -46,7 +46,7 @@ REQUESTS = [
     )
 ]
 # Pages for one long request or a few short ones: they run out. All tests share these programs.
-SIZES = dict(page_size=4, num_pages=12, max_seqs=4, prefill_chunk=16)
+SIZES = dict(page_size=4, num_pages=12, max_seqs=4, prefill_chunk=16, min_shared_pages=1)
 DRAFTS = 5
 
 
@@ -344,7 +344,7 @@ def test_bad_requests_are_refused_and_nothing_is_lost(prompt, changes, message):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(prefill_chunk=0), dict(num_drafts=-1), dict(num_candidates=0)]
+    "wrong", [dict(prefill_chunk=0), dict(num_drafts=-1), dict(min_shared_pages=0)]
 )
 def test_an_engine_that_could_not_go_on_is_not_made(wrong):
     ((name, value),) = wrong.items()
