@@ -15,7 +15,11 @@ from ejk.backends.triton._sizes import value_bytes
 from ejk.backends.triton.page_attention.agreement_kernel import agreement_kernel
 from ejk.backends.triton.page_attention.backend import TritonPageAttention
 from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
+from ejk.backends.triton.page_attention.groups_kernel import groups_kernel
 from ejk.backends.triton.page_attention.kernel import page_attention_kernel
+from ejk.backends.triton.page_attention.members_kernel import members_kernel
+from ejk.backends.triton.page_attention.packing import packing_constants, packing_warps
+from ejk.backends.triton.page_attention.packs_kernel import packs_kernel
 from ejk.backends.triton.page_attention.plan import (
     agreement_constants,
     plan_blocks,
@@ -334,6 +338,23 @@ def test_comparing_tables_does_not_spill(heads):
         num_stages=1,
     )
     assert program.spill_store_bytes == 0
+
+
+@pytest.mark.parametrize("num_seqs", [64, 1024])
+@pytest.mark.parametrize("kernel", [groups_kernel, members_kernel, packs_kernel])
+def test_finding_packs_does_not_spill(kernel, num_seqs):
+    sizes, problem, _ = compile_for("sm_90", {"num_seqs": num_seqs, "num_prefix_groups": 1})
+    assert sizes.plan is not None and sizes.plan.packs is not None
+    constants = packing_constants(sizes.plan, 1, problem.max_blocks)[kernel.__name__]
+    program = offline.compile_cuda(
+        kernel,
+        {name: "int32" for name in kernel.arg_names if name.endswith("_ptr")},
+        constants,
+        "sm_90",
+        num_warps=packing_warps(num_seqs),
+        num_stages=1,
+    )
+    assert program.spill_store_bytes == 0 and program.registers <= 64
 
 
 @pytest.mark.parametrize("options", [{}, {"num_splits": 1024}], ids=["planned", "splits"])

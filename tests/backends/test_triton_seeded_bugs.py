@@ -8,17 +8,22 @@ import inspect
 import re
 
 import jax
+import jax.numpy as jnp
 import mutants
 import numpy as np
 import pytest
 import test_plan
 from entries import RAGGED_TRITON, Copier, Entry, RaggedEntry, Writer
-from kernels import kernel_modules
+from kernels import kernel_modules, launch_on_numpy
 from planned import long_case
 
 import ejk
+from ejk.backends.page_attention_packs import Packs
+from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
 from ejk.backends.triton.interpreter import call as interpreter
 from ejk.backends.triton.page_attention import agreement_kernel
+from ejk.backends.triton.page_attention.packing import find_packs
+from ejk.backends.triton.page_attention.plan import TritonPlan
 from ejk.backends.triton.ragged_page_attention import widen_kernel
 from ejk.testing import MemoryAccessError, shuffled
 from ejk.testing.bounds import assert_close
@@ -90,6 +95,24 @@ def combine(bug):
 def plan(bug):
     splits = test_plan.check("triton", [5000, 3, 900, 900, 0], capacity=6000, window=4000, slots=10)
     assert splits
+
+
+def packing(bug):
+    """A group of 7 in packs of 4, one whose tables differ, a pair, one that is not counted."""
+    facts = PlanFacts(13, 32, 2, 128, 1, 1100, None)
+    groups = np.array([2, 0, 2, 1, 0, 2, 2, 1, 7, 2, 7, 2, 2], np.int32)
+    tables = np.repeat(np.arange(1100, dtype=np.int32)[None], 13, 0)
+    tables[7, 250] = 3
+    lens = np.full(13, 1100, np.int32)
+    lens[[1, 8]] = 257, 3
+    given = groups, np.array([512, 1080, 1080, 800, 28], np.int32), tables
+    for num_sms, least in ((17, None), (1, 0), (18, None)):  # the last does not pay
+        problem = TritonPlan(90, num_sms, True, least).plan_problem(facts, 128, False, 5)
+        operands = PlanOperands(lens, None, *given)
+        found = find_packs(problem, operands, launch_on_numpy)
+        expected = Packs.of(problem, jax.tree.map(jnp.asarray, operands))
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def ragged(bug):
@@ -165,6 +188,9 @@ def copy(bug):
 HOLDS = {
     "page_attention_kernel": decode,
     "page_attention_agreement_kernel": agreement,
+    "page_attention_groups_kernel": packing,
+    "page_attention_members_kernel": packing,
+    "page_attention_packs_kernel": packing,
     "page_attention_combine_kernel": combine,
     "page_attention_plan_kernel": plan,
     "ragged_page_attention_kernel": ragged,
@@ -299,6 +325,33 @@ BUGS = {
         ),
         "a row of members is not copied": ("(row < MAX_PACKS)", "(row <= MAX_PACKS)"),
         "a pack without members shares": ("tl.where(last >= 0, num_pages, 0)", "num_pages"),
+    },
+    "page_attention_groups_kernel": {
+        "the last of a group leads it": (
+            "tl.min(tl.where(is_mate, others, NUM_SEQS), 0)",
+            "tl.max(tl.where(is_mate, others, -1), 0)",
+        ),
+        "the longest says how many pages": (
+            "tl.min(tl.where(is_mate, lengths, CAPACITY), 0)",
+            "tl.max(tl.where(is_mate, lengths, 0), 0)",
+        ),
+        "only the last pages are compared": ("differs |= (own", "differs = (own"),
+        "a group outside of all is one": ("(group >= 0) & (group < NUM_GROUPS)", "group >= 0"),
+    },
+    "page_attention_members_kernel": {
+        "only whose table differs shares nothing": (
+            "mask=is_mate, other=0)", "mask=others == seq, other=0)",
+        ),
+        "places count from one": ("(others < seq)", "(others <= seq)"),
+        "packs are all full": ("tl.minimum(left, MEMBERS)", "MEMBERS"),
+    },
+    "page_attention_packs_kernel": {
+        "members read the prefix, too": ("lengths - tokens, lengths)", "lengths, lengths)"),
+        "packs cost nothing": ("packed + tl.sum(of_packs, 0)", "packed"),
+        "each member begins a pack": ("begins = is_kept & is_first", "begins = is_kept"),
+        "packs of a group are one": ("(places < place // MEMBERS * MEMBERS)", "(places < 0)"),
+        "who is absent is not said": ("leads & (member >= size)", "leads & (member > size)"),
+        "a pack that is not there keeps its length": ("seq >= num_packs", "seq > num_packs"),
     },
     "page_attention_plan_kernel": {
         "the shortest pieces come first": (

@@ -11,14 +11,17 @@ import numpy as np
 import plan_oracle
 import pytest
 from hypothesis import strategies as st
+from kernels import launch_on_numpy
 from packs import INTERPRETED, packs_oracle, shared_case
 from test_plan import machine_of, triton_plan, xla_plan
 from test_triton_compile import LLAMA, gpu_of, of_dtype
 from test_triton_seeded_bugs import replace
 
 import ejk
+from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
 from ejk.backends.triton.page_attention import sharing
+from ejk.backends.triton.page_attention.packing import find_packs
 from ejk.backends.triton.page_attention.plan import TritonPlan
 from ejk.backends.triton.page_attention.sizes import Sizes
 from ejk.testing.memory import RaceError, memory_checked
@@ -380,3 +383,47 @@ def test_with_splits_the_groups_are_left_out_of_account():
         grouped = case.attend(INTERPRETED, prefix_groups=case.prefix_groups, **changes)
         for a, b in zip(plain, grouped, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+FAR = (-(2**31), -1, 2**31 - 1)
+
+
+def any_groups(num_seqs, num_groups, blocks, sms, least, agrees, seed):
+    """Build the problem and the operands of a plan; what a caller passes may be any integer."""
+    random = np.random.default_rng(seed)
+    lens = random.integers(64 * blocks, 128 * blocks + 1, num_seqs)
+    groups = random.integers(-1, num_groups + 1, num_seqs)
+    pages = random.integers(-1, blocks + 2, num_groups)
+    tables = np.repeat(random.integers(0, 99, (1, blocks)), num_seqs, 0)
+    for x, share in ((lens, 0.02), (groups, 0.1), (pages, 0.1), (tables, 0.01 * (not agrees))):
+        x[random.random(x.shape) < share] = random.choice(FAR)
+    lens, *given = (x.astype(np.int32) for x in (lens, groups, pages, tables))
+    facts = PlanFacts(num_seqs, 8, 2, 128, 128, blocks, None)
+    problem = TritonPlan(90, sms, True, least).plan_problem(facts, 128, False, num_groups)
+    return problem, PlanOperands(lens, None, *given)
+
+
+def test_the_kernels_find_the_packs_of_the_definition():
+    kept = []
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(max_examples=60)
+    @hypothesis.given(
+        num_seqs=st.sampled_from((2, 5, 17, 40, 130)), num_groups=st.integers(1, 6),
+        blocks=st.sampled_from((1, 9, 33)), sms=st.sampled_from((1, 4, 132)),
+        least=st.sampled_from((None, None, 0, 2**18)), agrees=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )  # fmt: skip
+    def holds(**drawn):
+        problem, operands = any_groups(**drawn)
+        if problem.packs is None:
+            return
+        with memory_checked():
+            found = find_packs(problem, operands, launch_on_numpy)
+        expected = Packs.of(problem, jax.tree.map(jnp.asarray, operands))
+        for name, a, b in zip(Packs._fields, found, expected, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        kept.append(int((np.asarray(found.floors) > 0).sum()))
+
+    holds()
+    assert min(kept) == 0 and np.mean(np.array(kept) > 0) > 0.2

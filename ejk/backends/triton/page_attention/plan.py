@@ -26,6 +26,7 @@ from ejk.backends.triton._sizes import (
     quantised_per_sm,
     rows_of_one_tile,
 )
+from ejk.backends.triton.page_attention.packing import find_packs
 from ejk.backends.triton.page_attention.sharing import Sharing
 
 # Sequences that are dealt out with each other in mind. Of more, which make many waves, only those
@@ -235,7 +236,7 @@ def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[
     """Launch the kernel; with packs once for what sequences read alone, and once for packs."""
     if problem.packs is None:
         return _run_list(problem, operands, None, call)
-    packs = Packs.of(problem, operands)
+    packs = find_packs(problem, operands, call)
     own = _run_list(problem, operands, packs, call)
     shared = _run_list(problem.packs, PlanOperands(packs.lengths, None), None, call)
     return (packs.listed(*own, *shared),)
