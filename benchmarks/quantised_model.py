@@ -65,20 +65,16 @@ def largest_magnitudes(model: smollm2.SmolLM2, texts: Sequence[Sequence[int]]) -
     return most
 
 
-def empty_pools(
-    cache: Cache, spec: paged_decode.CacheSpec, config: smollm2.Config
-) -> paged_decode.Pools:
-    rows = (config.num_layers * spec.num_pages, config.num_kv_heads, spec.page_size)
-    width = config.head_dim // 2 if cache.dtype == "int4" else config.head_dim
-    pools = [jnp.zeros((*rows, width), cache.held_as) for _ in range(2)]
-    scales = [jnp.zeros(rows) for _ in range(2)] if cache.scales == "token" else []
-    return paged_decode.Pools(*pools, *scales)
+def empty_pools(cache: Cache, spec: paged_decode.CacheSpec, config: smollm2.Config) -> ejk.KVCache:
+    sizes = (spec.num_pages, config.num_kv_heads, spec.page_size, config.head_dim)
+    options = dict(num_layers=config.num_layers, token_scales=cache.scales == "token")
+    return ejk.empty_kv_cache(*sizes, dtype=cache.dtype, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec"), donate_argnames="pools")
 def read_chunk(
     params: smollm2.Params,
-    pools: paged_decode.Pools,
+    pools: ejk.KVCache,
     head_scales: jax.Array | None,  # [num_layers, 2, num_kv_heads]
     tokens: jax.Array,  # [rows + 1]: what follows the last is among them
     first: jax.Array,
@@ -86,7 +82,7 @@ def read_chunk(
     *,
     config: smollm2.Config,
     spec: paged_decode.CacheSpec,
-) -> tuple[jax.Array, jax.Array, paged_decode.Pools]:
+) -> tuple[jax.Array, jax.Array, ejk.KVCache]:
     """Write and read the next tokens; return the choice and the likelihood of what follows each."""
     rows = len(tokens) - 1
     positions = first + jnp.arange(rows)
@@ -109,7 +105,7 @@ def read_chunk(
             key_scale=key_scale,
             value_scale=value_scale,
         )
-        return out, paged_decode.Pools(keys, values, *stored)
+        return out, ejk.KVCache(keys, values, *stored)
 
     hidden, pools = smollm2.hidden_states(config, params, tokens[:-1], positions, attend, pools)
     scores = jax.nn.log_softmax(smollm2.logits(params, hidden))

@@ -59,6 +59,8 @@ def mend(name: str, value: Any, *, is_static: bool, has_axes: bool) -> str:
         how = _static(name, value)
     elif name == "sliding_window" and isinstance(value, list | tuple):
         how = window_mend(value)
+    elif name == "sliding_window" and getattr(value, "ndim", 0):
+        how = "all sequences of a call have one window"
     elif has_axes:
         how = _array_mend(name, value)
     return f"; {how}" if how else ""
@@ -79,8 +81,8 @@ def _array_mend(name: str, value: Any) -> str:
     if name == "prefix_groups":
         return "pass (groups, num_pages), two integer arrays"
     if isinstance(value, list | tuple):
-        if name.endswith("_cache") and len(value) == 2:
-            return "pass the two pools as key_cache and value_cache"
+        if name.endswith("_cache"):
+            return _pools_mend(value)
         if len({len(row) for row in value if isinstance(row, list | tuple)}) > 1:
             return f"pad the rows with -1 to one length, and pass jnp.asarray({name})"
         return f"pass {'jnp.stack' if _holds_arrays(value) else 'jnp.asarray'}({name})"
@@ -94,6 +96,15 @@ def _array_mend(name: str, value: Any) -> str:
     if name in _INTEGERS and not jnp.issubdtype(value.dtype, np.integer):
         return f"pass {name}.astype(jnp.int32)"
     return ""
+
+
+def _pools_mend(value: Any) -> str:
+    """Say how several pools are passed: never stacked, as that would copy all of them."""
+    if hasattr(value, "key_cache"):  # an `ejk.KVCache`
+        return "pass its fields: cache.key_cache, cache.value_cache"
+    if len(value) == 2:
+        return "pass the two pools as key_cache and value_cache"
+    return "of a list of layers pass one layer's pools"
 
 
 def window_mend(window: Any) -> str:

@@ -68,7 +68,8 @@ def check_width(key_cache: Array, head_dim: int, whose: str) -> None:
             f"head_dim={head_dim} must be even with int4, held as uint8: a byte has two values"
         )
     if width * cache_type.per_element != head_dim:
+        as_float8 = "; pass bytes of float8 as key_cache.view(jnp.float8_e4m3fn)"
         raise ValueError(
             f"{axis} must be half of {whose} head_dim={head_dim}: int4, held as uint8, has two "
-            "values a byte"
+            "values a byte" + as_float8 * (width == head_dim)
         )

@@ -32,8 +32,8 @@ class KVCache(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pools together."""
-        return sum(pool.nbytes for pool in self if pool is not None)
+        """Bytes of all pools together; also of shapes, as `jax.eval_shape` returns them."""
+        return sum(pool.size * pool.dtype.itemsize for pool in self if pool is not None)
 
 
 @typed

@@ -36,7 +36,8 @@ _OWN_NAMES = {  # each with what it is called elsewhere
     "outs": "outputs v_states",
     "lses": "softmax_lses s_states",
     "num_heads": "num_qo_heads num_q_heads num_attention_heads num_query_heads",
-    "num_kv_heads": "num_key_value_heads kv_heads",
+    "num_kv_heads": "num_key_value_heads kv_heads num_heads",
+    "num_pages": "num_blocks num_gpu_blocks",
     "head_dim": "head_size head_dim_qk",
     "value_head_dim": "head_dim_vo head_size_v kv_lora_rank",
     "page_size": "block_size tokens_per_page",
@@ -134,6 +135,10 @@ _DROP_INS = {
     "flash_attn_with_kvcache": "ejk.compat.flash_attention.flash_attn_with_kvcache",
     "reshape_and_cache_flash": "ejk.compat.vllm.reshape_and_cache_flash",
 }
+_PAGE_MANAGERS = (
+    "PageManager", "BlockManager", "BlockSpaceManager", "BlockAllocator", "BlockPool",
+    "KVCacheManager", "PageAllocator",
+)  # fmt: skip
 _WITH_AXIS_NAME = {  # functions of `ejk` until an argument took their place
     "context_parallel_attention": "page_attention",
     "context_parallel_ragged_attention": "ragged_page_attention",
@@ -149,6 +154,8 @@ def unexpected_keyword(
     """
     arguments = list(arguments)
     owns = _OWN_NAME.get(name, [name])
+    if any(name in theirs for theirs in operations.values()):
+        owns = [name, *owns]
     own = next((own for own in owns if own in arguments), owns[0])
     others = [
         f"ejk.{other}"
@@ -175,6 +182,8 @@ def missing_attribute(name: str, public: Iterable[str]) -> str:
     if name in _OPERATION:
         same = f"; {_DROP_INS[name]} has its own signature" if name in _DROP_INS else ""
         return f"{message}: it is ejk.{_OPERATION[name]} here{same}"
+    if name in _PAGE_MANAGERS:
+        return f"{message}: it is ejk.paging.PageManager here"
     if name in _WITH_AXIS_NAME:
         return f"{message}: it is ejk.{_WITH_AXIS_NAME[name]} with axis_name="
     near = nearest(name, (other for other in public if not other.startswith("_")))

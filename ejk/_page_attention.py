@@ -190,8 +190,9 @@ def page_attention(
             integer dtype. Entries that no visible token needs may be anything.
         attn_scale: multiplies the logits; `head_dim ** -0.5` if None. May be traced.
         max_context_len: a bound on the lengths, used to size work; the table's width if None. Too
-            small a bound may be slow, never wrong. It is rounded up, so that each step's longest
-            context compiles a few programs, not one a value.
+            small a bound may be slow, never wrong. It is rounded up, so that eager calls with each
+            step's longest context compile a few programs. A `jit` around the call compiles one for
+            each value: round it up yourself there.
         num_splits: cut each sequence's visible range in this many parts of whole blocks that are
             computed apart, then combined. 0: automatic. With 1 or more, the kernels' result for a
             sequence has the same bits whatever else is in the batch. With `axis_name`, each device

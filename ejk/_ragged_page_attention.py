@@ -216,8 +216,9 @@ def ragged_page_attention(
             None. Too small a bound may be slow, never wrong. With 1, or as many as a draft has,
             what prefills need is left out.
         max_context_len: a bound on the lengths, used to size work; the table's width if None. Too
-            small a bound may be slow, never wrong. Both bounds are rounded up, so that values that
-            follow each other compile a few programs.
+            small a bound may be slow, never wrong. Both bounds are rounded up, so that eager calls
+            with values that follow each other compile a few programs. A `jit` around the call
+            compiles one for each pair: round them up yourself there.
         causal: a token sees no later ones. False: it sees them, too, and `tree_mask` is None.
         cache_layout: as in `ejk.page_attention`.
         sliding_window: only positions less than so many behind are visible. At least 1. May be

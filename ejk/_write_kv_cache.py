@@ -186,7 +186,11 @@ def _problem_of(
     num_pages, num_kv_heads, page_size = check_pool(key_cache, cache_layout, head_dim=head_dim)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
     if key.shape[1] != num_kv_heads:
-        raise ValueError(f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}")
+        turned = ": of [heads, tokens, dim] pass key.swapaxes(0, 1), and value"
+        raise ValueError(
+            f"key.shape[1]={key.shape[1]} must be num_kv_heads={num_kv_heads} {pool}"
+            + turned * (key.shape[0] == num_kv_heads)
+        )
     cache_type = check_cache_dtype("key_cache.dtype", key_cache.dtype)
     check_width(key_cache, head_dim, "the keys'")
     _check_values(key, value, key_cache, value_cache, cache_layout)

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import smollm2
 from drafts import Draft, follow, look_up, tree
-from paged_decode import CacheLayout, CacheSpec, Pools, write
+from paged_decode import CacheLayout, CacheSpec, write
 
 import ejk
 from ejk.paging import Batch, BatchInputs, OutOfPagesError, PageManager, PrefixGroups
@@ -402,7 +402,7 @@ class Engine:
 )
 def compute(
     params: smollm2.Params,
-    pools: Pools,
+    pools: ejk.KVCache,
     operands: Operands,
     *,
     config: smollm2.Config,
@@ -410,7 +410,7 @@ def compute(
     max_q_len: int,
     backend: str | ejk.Backend | None = None,
     write_backend: str | ejk.Backend | None = None,
-) -> tuple[jax.Array, Pools]:
+) -> tuple[jax.Array, ejk.KVCache]:
     """Read the new tokens of a batch into their pages; choose a token after each row of `picks`."""
     inputs, tree_mask, picks, prefix_groups = operands
     # Without a tree they are those that the call finds itself, and Hopper's kernel takes none.
@@ -421,8 +421,8 @@ def compute(
         pools = write(spec, pools, key, value, slots, write_backend)
         out = ejk.ragged_page_attention(
             query,
-            pools.key,
-            pools.value,
+            pools.key_cache,
+            pools.value_cache,
             inputs.context_lens,
             tables,
             inputs.cu_q_lens,

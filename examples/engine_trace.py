@@ -33,7 +33,6 @@ try:
     import smollm2
     from engine import Engine, Operands, Request, Sampling, choose, compute
     from generate import Parser, announced, arguments, number, run
-    from paged_decode import Pools
 
     import ejk
     from ejk.paging import BatchInputs
@@ -223,7 +222,7 @@ def again_in_parts(engine: TimedEngine, step: Program) -> tuple[float, float, fl
     """Run a step again: return the seconds of all of it, of the model alone, of sampling alone."""
     params, config = engine.model.params, engine.model.config
 
-    def whole(pools: Pools) -> Pools:
+    def whole(pools: ejk.KVCache) -> ejk.KVCache:
         return compute(
             params,
             pools,

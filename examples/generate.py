@@ -248,8 +248,8 @@ def backend_reports(args: argparse.Namespace):
     config = smollm2.CONFIG
     # How many pages and rows there are decides nothing here.
     spec = CacheSpec(1, args.page_size, args.cache_layout, args.cache)
-    pools = jax.eval_shape(lambda: spec.poisoned_pools(config, args.dtype))
-    key_and_value = pools.key, pools.value
+    pools = jax.eval_shape(lambda: spec.empty_pools(config, args.dtype))
+    key_and_value = pools.key_cache, pools.value_cache
 
     def rows(num_heads: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, num_heads, config.head_dim), args.dtype)
@@ -368,7 +368,8 @@ def savings(
 
     def megabytes(num_tokens: int, cache: str | None = args.cache) -> float:
         spec = CacheSpec(1, num_tokens, cache=cache)
-        return round(spec.num_bytes(model.config, model.dtype) / 1e6, 1)
+        pools = jax.eval_shape(lambda: spec.empty_pools(model.config, model.dtype))
+        return round(pools.nbytes / 1e6, 1)
 
     num_tokens = most_pages * args.page_size
     paged, dense = megabytes(num_tokens), megabytes(num_seqs * most)

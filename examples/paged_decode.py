@@ -33,27 +33,7 @@ import ejk
 CacheLayout: TypeAlias = Literal["HND", "NHD", "KV_HEADS_FIRST"]
 
 
-class CacheType(NamedTuple):
-    """How keys and values are held."""
-
-    dtype: str  # of the pools
-    values_per_element: int = 1
-
-
-QUANTISED = {
-    "int8": CacheType("int8"),
-    "fp8": CacheType("float8_e4m3fn"),
-    "int4": CacheType("uint8", values_per_element=2),
-}
-
-
-class Pools(NamedTuple):
-    """The keys and the values of all layers."""
-
-    key: jax.Array
-    value: jax.Array
-    key_scale: jax.Array | None = None  # quantised: the shape of `key` without its last axis
-    value_scale: jax.Array | None = None
+QUANTISED = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "int4"}  # dtypes by shorter names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,32 +45,27 @@ class CacheSpec:
     layout: CacheLayout = "HND"
     cache: str | None = None  # a name in `QUANTISED`; None: the model's own type
 
-    def type_of(self, dtype: DTypeLike) -> CacheType:
-        """Look the type of the cache up; `dtype` is the model's."""
-        return QUANTISED[self.cache] if self.cache else CacheType(jnp.dtype(dtype).name)
+    def empty_pools(self, config: smollm2.Config, dtype: DTypeLike) -> ejk.KVCache:
+        """Make the pools of all layers; `dtype` is the model's."""
+        return ejk.empty_kv_cache(
+            self.num_pages,
+            config.num_kv_heads,
+            self.page_size,
+            config.head_dim,
+            num_layers=config.num_layers,
+            dtype=QUANTISED[self.cache] if self.cache else dtype,
+            cache_layout=self.layout,
+            token_scales=self.cache is not None,
+        )
 
-    def num_bytes(self, config: smollm2.Config, dtype: DTypeLike) -> int:
-        """Count the bytes of all pages of all layers, scales included."""
-        held = self.type_of(dtype)
-        elements = config.head_dim // held.values_per_element
-        row = elements * jnp.dtype(held.dtype).itemsize + (4 if self.cache else 0)
-        tokens = config.num_layers * self.num_pages * self.page_size
-        return 2 * tokens * config.num_kv_heads * row
-
-    def poisoned_pools(self, config: smollm2.Config, dtype: DTypeLike) -> Pools:
+    def poisoned_pools(self, config: smollm2.Config, dtype: DTypeLike) -> ejk.KVCache:
         """Make pools in which every slot, or its scale, holds NaN."""
-        pages, heads = config.num_layers * self.num_pages, config.num_kv_heads
-        rows = {
-            "HND": (pages, heads, self.page_size),
-            "NHD": (pages, self.page_size, heads),
-            "KV_HEADS_FIRST": (heads, pages, self.page_size),
-        }[self.layout]
-        held = self.type_of(dtype)
-        shape = (*rows, config.head_dim // held.values_per_element)
-        poison = 127 if jnp.issubdtype(held.dtype, jnp.integer) else jnp.nan
-        pools = (jnp.full(shape, poison, held.dtype) for _ in range(2))
-        scales = (jnp.full(rows, jnp.nan, jnp.float32) for _ in range(2 if self.cache else 0))
-        return Pools(*pools, *scales)
+
+        def poisoned(pool: jax.Array) -> jax.Array:
+            is_codes = jnp.issubdtype(pool.dtype, jnp.integer)
+            return jnp.full_like(pool, 127 if is_codes else jnp.nan)
+
+        return jax.tree.map(poisoned, self.empty_pools(config, dtype))
 
     def slot_mapping(self, block_tables: jax.Array, positions: jax.Array) -> jax.Array:
         """Find the slot of one position a row of the table; -1 where it has none."""
@@ -134,19 +109,19 @@ class PageTables:
 
 def write(
     spec: CacheSpec,
-    pools: Pools,
+    pools: ejk.KVCache,
     key: jax.Array,
     value: jax.Array,
     slots: jax.Array,
     backend: str | ejk.Backend | None,
-) -> Pools:
+) -> ejk.KVCache:
     """Write the keys and values of new tokens to their `slots`, in place where JAX may."""
-    return Pools(
+    return ejk.KVCache(
         *ejk.write_kv_cache(
             key,
             value,
-            pools.key,
-            pools.value,
+            pools.key_cache,
+            pools.value_cache,
             slots,
             key_scale=pools.key_scale,
             value_scale=pools.value_scale,
@@ -196,7 +171,7 @@ def chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
 )
 def prefill_step(
     params: smollm2.Params,
-    pools: Pools,
+    pools: ejk.KVCache,
     chunk: Chunk,
     block_tables: jax.Array,
     *,
@@ -204,7 +179,7 @@ def prefill_step(
     spec: CacheSpec,
     backend: str | ejk.Backend | None = None,
     write_backend: str | ejk.Backend | None = None,
-) -> tuple[jax.Array, Pools]:
+) -> tuple[jax.Array, ejk.KVCache]:
     """Read a chunk of the prompts into their pages; choose what follows the last row of each.
 
     Each token sees what its sequence has in the pages: earlier chunks, and this one up to itself.
@@ -216,8 +191,8 @@ def prefill_step(
         pools = write(spec, pools, key, value, layer_slots, write_backend)
         out = ejk.ragged_page_attention(
             query,
-            pools.key,
-            pools.value,
+            pools.key_cache,
+            pools.value_cache,
             chunk.context_lens,
             layer_tables,
             chunk.cu_q_lens,
@@ -240,7 +215,7 @@ def prefill_step(
 )
 def decode_step(
     params: smollm2.Params,
-    pools: Pools,
+    pools: ejk.KVCache,
     tokens: jax.Array,
     context_lens: jax.Array,
     block_tables: jax.Array,
@@ -249,7 +224,7 @@ def decode_step(
     spec: CacheSpec,
     backend: str | ejk.Backend | None = None,
     write_backend: str | ejk.Backend | None = None,
-) -> tuple[jax.Array, Pools]:
+) -> tuple[jax.Array, ejk.KVCache]:
     """Append one token (`tokens [num_seqs]`) to each sequence; choose the next tokens.
 
     `context_lens` counts the new tokens. A sequence that has ended stays in the batch with length
@@ -263,8 +238,8 @@ def decode_step(
         pools = write(spec, pools, key, value, layer_slots, write_backend)
         out = ejk.page_attention(
             query,
-            pools.key,
-            pools.value,
+            pools.key_cache,
+            pools.value_cache,
             context_lens,
             layer_tables,
             key_scale=pools.key_scale,

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from ejk.paging._ledger import Int32s, Int64s, Ledger
 from ejk.paging._prefix_groups import PrefixGroups, find_groups
 from ejk.paging._sequences import Rows
+from ejk.paging._sizes import at_least
 
 
 class BatchInputs(NamedTuple):
@@ -55,9 +56,9 @@ class Batch:
     q_lens: Int64s
     """How many new tokens each of them has."""
     max_q_len: int
-    """The largest of `q_lens`: a hint for `ejk.ragged_page_attention`."""
+    """The largest of `q_lens`. As the hint of that name, round it up: each value is a program."""
     max_context_len: int
-    """The longest context: a hint for both attentions."""
+    """The longest context. As a hint it adds nothing to the table's width, which is rounded up."""
     number: int
     """Counts the manager's batches."""
     page_size: int
@@ -74,8 +75,7 @@ class Batch:
         Returns:
             A group for each row of the batch, -1 for none, and how many first pages each shares.
         """
-        if min_pages < 1:
-            raise ValueError(f"min_pages={min_pages} must be at least 1")
+        min_pages = at_least("min_pages", min_pages, 1)
         num_seqs, inputs = self.seqs.size, self.inputs
         shareable = (inputs.context_lens[:num_seqs] - self.q_lens) // self.page_size
         tables = inputs.block_tables[:num_seqs]
@@ -123,6 +123,13 @@ def build(ledger: Ledger, rows: Rows, q_lens: Int64s, number: int, least: "Least
         number=number,
         page_size=size,
     )
+
+
+def seqs_of(batch: Batch) -> Int64s:
+    """Return the sequences of a batch, and refuse what is none, such as its inputs alone."""
+    if not isinstance(batch, Batch):
+        raise TypeError(f"batch={type(batch).__name__} must be a Batch, which batch() returns")
+    return batch.seqs
 
 
 class Least(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ejk.paging._arguments import Integers, chosen, dealt_out, integers, kept
-from ejk.paging._batch import Batch, Least, build
+from ejk.paging._batch import Batch, Least, build, seqs_of
 from ejk.paging._content import CacheSalt, root
 from ejk.paging._ledger import Int32s, Int64s, Ledger
 from ejk.paging._sizes import Sizes, at_least
@@ -243,7 +243,7 @@ class PageManager:
         Raises:
             ValueError: a later batch has one of the sequences, or this one was committed before.
         """
-        rows = batch.seqs[self._seqs.still(batch.seqs)] % self.sizes.max_seqs
+        rows = self._seqs.living(seqs_of(batch))
         stale = self._seqs.handles(rows[self._seqs.batch[rows] != batch.number])
         if stale.size:
             raise ValueError(

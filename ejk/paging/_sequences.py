@@ -76,6 +76,10 @@ class Sequences:
         """Say which handles are of sequences that live."""
         return (handles >= 0) & (self._handles[handles % self._max_seqs] == handles)
 
+    def living(self, handles: npt.NDArray[np.int64]) -> Rows:
+        """Return the rows of those that live."""
+        return handles[self.still(handles)] % self._max_seqs
+
     def handle(self, row: int) -> int:
         return int(self._handles[row])
 

@@ -107,7 +107,7 @@ class Poisoned(Engine):
         pools = (np.asarray(pool) for pool in self.pools[:2])
         pools = (np.where(keep, x.reshape(*split, *x.shape[1:]), np.nan) for x in pools)
         flat = (jnp.asarray(x.reshape(-1, *x.shape[2:]).astype(np.float32)) for x in pools)
-        self.pools = paged_decode.Pools(*flat)
+        self.pools = ejk.KVCache(*flat)
         return super()._compute(batch, shares)
 
 

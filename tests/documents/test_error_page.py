@@ -117,6 +117,7 @@ MISTAKES = {
     "an argument given twice": lambda: ejk.page_attention(zeros(2, 4, 64), **decode().keywords),
     "too many by position": lambda: ejk.merge_attention_states(1, 2, 3),
     "an operation of another library": lambda: ejk.paged_attention,
+    "somebody who hands out pages": lambda: ejk.BlockManager,
     "a name that is nearly right, of the package": lambda: ejk.PageAttention,
     # Arrays
     "a wrong number of axes": decode(query=zeros(4, 64)),
@@ -131,6 +132,8 @@ MISTAKES = {
     "a table of one sequence, or a flat one": decode(block_tables=zeros(3, dtype=INT)),
     "values forgotten": lambda: ejk.page_attention(zeros(2, 4, 64), POOL, LENS, TABLES),
     "a pair of pools as one": decode(key_cache=(POOL, POOL), value_cache=None),
+    "what `ejk.empty_kv_cache` returns": decode(key_cache=ejk.KVCache(POOL, POOL)),
+    "a pool for each layer": decode(key_cache=[POOL] * 3),
     "a fused pool of all layers": decode(key_cache=zeros(5, 8, 2, 2, 16, 64), value_cache=None),
     "a class where an object is needed": decode(backend=ejk.XlaPageAttention),
     # Traced and static
@@ -159,7 +162,9 @@ MISTAKES = {
     # Quantised caches
     "int8 without scales": decode(pool=INT8_POOL),
     "int4 that is not packed": decode(pool=zeros(8, 2, 16, 64, dtype=ml_dtypes.int4)),
-    "int4 of two bytes a pair": decode(pool=zeros(8, 2, 16, 64, dtype=np.uint8)),
+    "int4 of two bytes a pair, or bytes of float8": decode(
+        pool=zeros(8, 2, 16, 64, dtype=np.uint8)
+    ),
     "int4 with scales of heads": decode(
         pool=zeros(8, 2, 16, 32, dtype=np.uint8), key_scale=zeros(2), value_scale=zeros(2)
     ),
@@ -193,6 +198,7 @@ MISTAKES = {
     # Values
     "another number of sequences": decode(block_tables=zeros(1, 3, dtype=INT)),
     "-1 as a window": decode(sliding_window=-1),
+    "a window for each sequence": decode(sliding_window=LENS),
     "a pair as a window": decode(sliding_window=(128, 0)),
     "a pair that is no window": decode(sliding_window=(-1, -1)),
     "negative splits": decode(num_splits=-1),
@@ -227,6 +233,7 @@ MISTAKES = {
     "slots of a batch": write(slot_mapping=zeros(1, 3, dtype=INT)),
     "slots that are no integers": write(slot_mapping=zeros(3)),
     "new tokens of integers": write(key=zeros(3, 2, 64, dtype=np.int8)),
+    "new tokens with the heads first": write(rows=zeros(2, 3, 64)),
     "other heads than the pools'": write(cache_layout="NHD"),
     "keys of another width than the pools": write(key=zeros(3, 2, 32)),
     "values of other tokens": write(value=zeros(4, 2, 64)),

@@ -94,3 +94,13 @@ def test_an_operation_of_another_name_is_named(name, own):
         getattr(ejk, name)
     with pytest.raises(ImportError):
         exec(f"from ejk import {name}")
+
+
+def test_a_name_that_several_operations_have_is_that_of_the_one_called():
+    with pytest.raises(TypeError) as info:
+        ejk.empty_kv_cache(num_blocks=8, num_heads=2, page_size=16, head_dim=64)
+    pages, heads = str(info.value).splitlines()
+    assert pages.endswith("'num_blocks': it is num_pages here")
+    assert heads.endswith("'num_heads': it is num_kv_heads here")
+    with pytest.raises(TypeError, match="num_heads is an argument of ejk"):
+        ejk.page_attention(num_heads=4)

@@ -120,6 +120,12 @@ class Case:
             lambda m, c: m.commit(c.batch), ValueError,
             "batch.number=1 must be the newest batch of seq=0, and not be committed yet",
         ),
+        (
+            lambda m, c: m.commit(c.batch.inputs), TypeError,
+            "batch=BatchInputs must be a Batch, which batch() returns",
+        ),
+        (lambda m, c: c.batch.prefix_groups(1.5), TypeError, "min_pages=1.5 must be an int"),
+        (lambda m, c: c.batch.prefix_groups(0), ValueError, "min_pages=0 must be at least 1"),
     ],
 )  # fmt: skip
 def test_calls(call, error, message):
