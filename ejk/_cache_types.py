@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ejk._quotient import quotient
+
 Scales = Literal["none", "head", "token"]
 """What has a scale of its own: nothing, a KV head, or a token and KV head."""
 
@@ -105,9 +107,7 @@ def scales_of(rows: jax.Array, cache_type: CacheType) -> jax.Array:
     assert cache_type.largest is not None
     is_nan = jnp.isnan(rows)  # which a maximum need not return
     largest = jnp.where(is_nan, 0.0, jnp.abs(rows)).max(axis=-1)
-    # Of a constant XLA takes the reciprocal, which is not the quotient to the last bit: so it is
-    # none, although the largest is no NaN.
-    scale = largest / jnp.where(jnp.isnan(largest), 1.0, cache_type.largest)
+    scale = quotient(largest, jnp.full_like(largest, cache_type.largest))
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
     return jnp.where(is_nan.any(axis=-1), jnp.nan, scale) if cache_type.is_integer else scale
 
@@ -120,7 +120,7 @@ def quantise(rows: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
     """
     cache_type = cache_type_of(dtype)
     if scale is not None:
-        rows = rows * (1 / scale)[..., None]
+        rows = rows * quotient(jnp.ones_like(scale), scale)[..., None]
     if cache_type.largest is None:
         return rows.astype(dtype)
     codes = jnp.clip(rows, -cache_type.largest, cache_type.largest)

@@ -30,13 +30,13 @@ def read_ceiling(num_bytes: int, lock: str | None = None) -> float:
 
 
 @functools.cache
-def copy_ceiling(num_bytes: int) -> float:
+def copy_ceiling(num_bytes: int, lock: str | None = None) -> float:
     """Return the best rate in GB/s, bytes read and bytes written, of copying `num_bytes`."""
     if not _has_kernels():
         return 2 * _rate_of_xla(jnp.negative, num_bytes)
     from ejk.cli._ceiling_kernel import copy_kernel
 
-    return 2 * _best_rate(copy_kernel, "target_ptr", num_bytes, None)
+    return 2 * _best_rate(copy_kernel, "target_ptr", num_bytes, lock)
 
 
 def _has_kernels() -> bool:

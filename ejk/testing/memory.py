@@ -2,7 +2,8 @@
 
 The interpreter refuses by itself every access outside the kernel's arrays. This adds what needs
 more than one access to see: programs of a grid run in any order, so what one stores no other may
-touch, and what nobody has stored nobody may load.
+touch, and what nobody has stored nobody may load. Nor may a program load what another of its
+threads may have stored, before these have waited for each other.
 """
 
 import contextlib
@@ -17,11 +18,14 @@ from ejk.backends.triton.interpreter.memory import Access, MemoryAccessError, Ob
 
 
 class RaceError(RuntimeError):
-    """Two programs touched one address, at least one stored to it, and nothing orders them."""
+    """Two programs touched one address, at least one stored to it, and nothing orders them.
+
+    Or a program loads what it has stored, with no barrier between.
+    """
 
 
 # A stamp is one more than a program's index, with above it how often the program has released what
-# it did. 0 is nobody, so memory that nobody touches is never made.
+# it did, or passed a barrier. 0 is nobody, so memory that nobody touches is never made.
 _CLOCK = 32
 _PROGRAM = (1 << _CLOCK) - 1
 
@@ -93,7 +97,7 @@ class MemoryChecker(Observer):
 
     def _begin(self, program: int) -> None:
         self._program = program
-        self._clock = 0
+        self._clock = self._barriers = 0
         self._known: dict[int, int] = {}  # of other programs, all up to which clock is before me
 
     def accessed(self, access: Access) -> None:
@@ -103,6 +107,8 @@ class MemoryChecker(Observer):
             return  # nobody stores to one
         if access.program != self._program:
             self._begin(access.program)
+        self._clock += access.barriers - self._barriers
+        self._barriers = access.barriers
         stamp = (self._clock << _CLOCK) + access.program + 1
         shadow = self._shadows[access.buffer]
         unwritten = None
@@ -122,7 +128,15 @@ class MemoryChecker(Observer):
     def _compare(
         self, access: Access, stamp: int, kind: str, stamps: np.ndarray, unit: int
     ) -> None:
-        conflicts = (stamps != 0) & (stamps != stamp)
+        own = stamps == stamp
+        if kind == "store" and access.kind == "load" and own.any():
+            lane, part = np.argwhere(own)[0]
+            raise RaceError(
+                f"{self._kernel}: program {grids.name(access.program, self._grid)} loads byte "
+                f"{access.offsets[lane] + part * unit} of {access.buffer!r}, which it has stored, "
+                "before a barrier"
+            )
+        conflicts = (stamps != 0) & ~own
         if not conflicts.any():
             return
         for lane, part in np.argwhere(conflicts):

@@ -1,5 +1,7 @@
 """Copies in Triton: no race, no byte moved twice without need, 64 bits, and what is compiled."""
 
+import dataclasses
+import itertools
 import re
 
 import hypothesis
@@ -23,7 +25,13 @@ from tiers import THOROUGH
 import ejk
 from ejk.backends.copy_kv_cache import CopyKVCacheOperands, CopyKVCacheProblem
 from ejk.backends.gpu import Target
-from ejk.backends.triton.copy_kv_cache import kernel, sizes, stage_kernel
+from ejk.backends.triton.copy_kv_cache import (
+    kernel,
+    mark_kernel,
+    sizes,
+    stage_kernel,
+    staging,
+)
 from ejk.backends.triton.copy_kv_cache import units as units_of_pools
 from ejk.backends.triton.interpreter.memory import MemoryAccessError
 from ejk.testing.configurations import F16, F32, INT8
@@ -38,12 +46,29 @@ from ejk.testing.copy_kv_cache import (
 from ejk.testing.memory import memory_checked
 
 TRITON = Copier("", ejk.TritonCopyKVCache(interpret=True), examples=0)
+WAYS = ("comparisons", "a table")
 __all__ = ["little_memory", "on_numpy"]  # fixtures
 
 
+@dataclasses.dataclass(frozen=True)
+class Mutant(ejk.TritonCopyKVCache):
+    """A backend of its own to JAX: no program of other sizes, or of a sound kernel, is reused."""
+
+    bug: str = ""
+
+
+def by_a_table(monkeypatch, bug="", block=4):
+    """Return a backend that goes by a table: of few programs, a few ids at a time."""
+    for name, size in {"MAX_COMPARED": 0, "MARKING_PROGRAMS": 4, "MAX_BLOCK_IDS": block}.items():
+        monkeypatch.setattr(sizes, name, size)
+    return Copier("", Mutant(interpret=True, bug=f"{bug}, {block}"), examples=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("unit", UNITS)
-def test_hostile_ids_race_with_nobody(unit):
+def test_hostile_ids_race_with_nobody(unit, way, monkeypatch):
     """No access outside, none to what another program writes."""
+    entry = by_a_table(monkeypatch) if way == "a table" else TRITON
     config = CopyConfiguration(SHAPES[1], unit, F32, "HND")
     ids = st.integers(0, 5) | st.integers(0, num_units(config) - 1) | ANY_INT32
 
@@ -53,17 +78,19 @@ def test_hostile_ids_race_with_nobody(unit):
     def holds(sources, targets):
         case = build(config, sources, targets)
         with memory_checked():
-            assert_copied(case, TRITON(case))
+            assert_copied(case, entry(case))
 
     holds()
 
 
-def test_what_is_not_in_conflict_moves_once():
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_in_conflict_moves_once(way, monkeypatch):
     """Of four copies one is overwritten, one conflicts, and one does nothing."""
+    entry = by_a_table(monkeypatch) if way == "a table" else TRITON
     config = CopyConfiguration(SHAPES[1], "page", INT8, "KV_HEADS_FIRST", "token")
     case = build(config, np.array([0, 1, 2, 3, 5]), np.array([1, 4, 6, 6, -1]))
     with memory_checked() as checker:
-        assert_copied(case, TRITON(case))
+        assert_copied(case, entry(case))
     page = case.key_cache.size // config.shape.num_pages
     moved = {name: checker.lanes[name] // page for name in checker.lanes}
     assert moved["store", "key_cache_ptr"] == 3 and moved["load", "key_cache_ptr"] == 3
@@ -72,15 +99,18 @@ def test_what_is_not_in_conflict_moves_once():
     assert checker.lanes["store", "key_scale_ptr"] == 3 * scales
 
 
-def test_many_copies_are_told_their_routes_before_the_launch(monkeypatch):
+@pytest.mark.parametrize("has_table", [True, False])
+def test_many_copies_go_by_a_table_or_are_told_by_xla(has_table, monkeypatch):
     monkeypatch.setattr(sizes, "MAX_COMPARED", 100)
     monkeypatch.setattr(sizes, "ENOUGH_PROGRAMS", 40)
     config = CopyConfiguration(SHAPES[5], "slot", F16, "NHD")
+    monkeypatch.setattr(sizes, "MAX_TABLE", num_units(config) - (not has_table))
     ends = np.random.default_rng(0).integers(-3, num_units(config) + 3, (2, 150)).astype(np.int32)
     case = build(config, *ends)
+    entry = Copier("", Mutant(interpret=True, bug=f"none, {has_table}"), examples=0)
     with memory_checked() as checker:
-        assert_copied(case, TRITON(case))
-    assert checker.lanes["load", "given_route_ptr"] == 150
+        assert_copied(case, entry(case))
+    assert checker.lanes["load", "given_route_ptr"] == (0 if has_table else 150)
 
 
 # The pools have 2**32 elements.
@@ -134,7 +164,7 @@ def test_pools_above_2_31_elements(on_numpy, name):
 )
 def test_offsets_of_32_bits_are_caught(on_numpy, monkeypatch, tmp_path, name, bug):
     narrow = mutants.load(units_of_pools, bug, bug.removesuffix(".to(tl.int64)"), tmp_path)
-    for module in (kernel, stage_kernel):
+    for module in (kernel, staging):
         monkeypatch.setattr(module, "in_pool", narrow.in_pool)
     with pytest.raises((MemoryAccessError, AssertionError)):
         copy_large(name)
@@ -165,7 +195,7 @@ VARIANTS = {
 
 
 def compile_for(target, variant, unit, num_copies):
-    """Compile both kernels as the adapter would launch them on `target`."""
+    """Compile the copies, and what tells them by comparisons and by a table, for `target`."""
     shape, layout, dtype, scales = VARIANTS[variant]
     value = None if variant in ("fused", "latent") else shape
     problem = CopyKVCacheProblem(num_copies, unit, shape, value, jnp.dtype(dtype), layout, scales)
@@ -179,16 +209,21 @@ def compile_for(target, variant, unit, num_copies):
     stages |= {"key_scale_stage_ptr": "float32", "value_scale_stage_ptr": "float32"}
     compile_kernel = offline.compile_cuda if is_cuda else offline.compile_amd
     options = {"num_warps": cut.num_warps, "num_stages": 1}
-    first = compile_kernel(
-        stage_kernel.stage_kernel,
-        {**ids, "given_route_ptr": "int32", **pools, "route_ptr": "int32", **stages},
+    told = {"wins_ptr": "int32", "staged_ptr": "int32", **stages}
+    copies = compile_kernel(
+        kernel.copy_kv_cache_kernel, {**ids, **told, **pools}, cut.copying(problem), target,
+        **options,
+    )  # fmt: skip
+    compared = compile_kernel(
+        stage_kernel.stage_kernel, {**ids, "given_route_ptr": "int32", **pools, **told},
         cut.staging(problem), target, **options,
     )  # fmt: skip
-    second = compile_kernel(
-        kernel.copy_kv_cache_kernel, {**ids, "route_ptr": "int32", **stages, **pools},
-        cut.copying(problem), target, **options,
+    marked = compile_kernel(
+        mark_kernel.mark_kernel,
+        {**ids, **pools, **told, "table_ptr": "int32", "list_ptr": "int32"},
+        cut.marking(problem), target, num_warps=cut.marking_warps, num_stages=1,
     )  # fmt: skip
-    return problem, cut, first, second
+    return problem, cut, copies, compared, marked
 
 
 @pytest.mark.one_in(6)
@@ -196,13 +231,13 @@ def compile_for(target, variant, unit, num_copies):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_units_are_copied_16_bytes_at_a_time(target, variant, unit, num_copies):
-    problem, cut, first, second = compile_for(target, variant, unit, num_copies)
-    for program in (first, second):
+    problem, cut, copies, *telling = compile_for(target, variant, unit, num_copies)
+    for program in (copies, *telling):
         assert program.spill_store_bytes == program.spill_load_bytes == 0
     threads = 32 * cut.num_warps
     block_bytes = cut.copies * cut.block * problem.cache_dtype.itemsize
     pools = 1 if problem.value_shape is None else 2
-    stored = {width: n for (kind, width), n in accesses(second.ptx).items() if kind == "st"}
+    stored = {width: n for (kind, width), n in accesses(copies.ptx).items() if kind == "st"}
     wide = pools * block_bytes // (16 * threads)
     assert stored.get(16, 0) >= wide > 0
     if problem.scales == "none":
@@ -213,19 +248,28 @@ def test_units_are_copied_16_bytes_at_a_time(target, variant, unit, num_copies):
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_amd_variants_do_not_spill(variant, unit):
-    _, _, first, second = compile_for("gfx942", variant, unit, 1024)
-    for program in (first, second):
+    _, _, copies, *telling = compile_for("gfx942", variant, unit, 1024)
+    for program in (copies, *telling):
         assert program.vgpr_spills == program.sgpr_spills == 0
-    assert "global_store_dwordx4" in second.assembly
+    assert "global_store_dwordx4" in copies.assembly
+
+
+@pytest.mark.parametrize("target", offline.CUDA_TARGETS)
+def test_marks_are_seen_by_the_program_that_made_them(target):
+    """They change the second-level cache: so do zeros come there, and so are they read."""
+    *_, marked = compile_for(target, "HND", "slot", 8192)
+    assert re.search(r"red\.global\.gpu\.relaxed\.max\.s32", marked.ptx)
+    assert re.search(r"ld\.global\.cg\.b32", marked.ptx)
+    assert marked.ptx.count("bar.sync") >= 4
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_for_cuda_they_are_two_kernels_in_place(fused, restored_registry, jax_triton):
     ejk.register_backend(ejk.TritonCopyKVCache(compute_capability=90))
     pool = struct(1009, *[2] * fused, 8, 16, 128)
-    ids = struct(64, dtype=jnp.int32)
-    arguments = (pool, None if fused else pool, ids, ids)
-    for operation in (ejk.copy_kv_slots, ejk.copy_kv_pages):
+    for operation, count in itertools.product((ejk.copy_kv_slots, ejk.copy_kv_pages), (64, 4096)):
+        ids = struct(count, dtype=jnp.int32)
+        arguments = (pool, None if fused else pool, ids, ids)
         traced = jax.jit(operation, donate_argnums=(0, 1)).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert kernels(text) == {"cuda"} and text.count("stablehlo.custom_call") >= 2

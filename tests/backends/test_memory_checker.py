@@ -83,6 +83,26 @@ def test_race_is_refused():
 
 @triton.jit
 @typing.no_type_check
+def reverse_kernel(x_ptr, y_ptr, z_ptr, WAITS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+    if WAITS:
+        tl.debug_barrier()
+    last = (tl.program_id(0) + 1) * BLOCK - 1
+    tl.store(z_ptr + offs, tl.load(y_ptr + last - tl.arange(0, BLOCK)))
+
+
+def test_a_program_waits_for_its_threads_before_it_loads_what_they_stored():
+    x, out = np.arange(8, dtype=np.float32), jax.ShapeDtypeStruct((8,), np.float32)
+    with memory_checked():
+        found = interpret(reverse_kernel, x, out, out, WAITS=True, BLOCK=4, grid=2)
+        np.testing.assert_array_equal(found["z_ptr"], [3, 2, 1, 0, 7, 6, 5, 4])
+        with pytest.raises(RaceError, match="program 0 loads byte 12 of 'y_ptr', which it has st"):
+            interpret(reverse_kernel, x, out, out, WAITS=False, BLOCK=4, grid=2)
+
+
+@triton.jit
+@typing.no_type_check
 def far_kernel(x_ptr, id_ptr, y_ptr, STRIDE: tl.constexpr, WIDE: tl.constexpr):
     row = tl.load(id_ptr)
     if WIDE:

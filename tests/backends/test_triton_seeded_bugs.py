@@ -20,6 +20,7 @@ from planned import long_case
 import ejk
 from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
+from ejk.backends.triton.copy_kv_cache import sizes as copy_sizes
 from ejk.backends.triton.interpreter import call as interpreter
 from ejk.backends.triton.page_attention import agreement_kernel
 from ejk.backends.triton.page_attention.packing import find_packs
@@ -185,6 +186,16 @@ def copy(bug):
         assert_copied(case, entry(case))
 
 
+def mark(bug):
+    """By a table of few programs, a few ids at a time, and in one block."""
+    for block in (4, 16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(copy_sizes, "MAX_COMPARED", 0)
+            patch.setattr(copy_sizes, "MARKING_PROGRAMS", 4)
+            patch.setattr(copy_sizes, "MAX_BLOCK_IDS", block)
+            copy(f"{bug}, {block}")
+
+
 HOLDS = {
     "page_attention_kernel": decode,
     "page_attention_agreement_kernel": agreement,
@@ -199,6 +210,7 @@ HOLDS = {
     "ragged_page_attention_widen_kernel": widen,
     "write_kv_cache_kernel": write,
     "copy_kv_cache_kernel": copy,
+    "copy_kv_cache_mark_kernel": mark,
     "copy_kv_cache_stage_kernel": copy,
 }
 
@@ -215,7 +227,8 @@ PARTS = {
         "page_attention_combine_kernel": ("page_attention.packs",),
         "ragged_page_attention_kernel": ("ragged_page_attention.rows", "_softmax"),
         "copy_kv_cache_kernel": ("copy_kv_cache.units",),
-        "copy_kv_cache_stage_kernel": ("copy_kv_cache.units",),
+        "copy_kv_cache_mark_kernel": ("copy_kv_cache.units", "copy_kv_cache.staging"),
+        "copy_kv_cache_stage_kernel": ("copy_kv_cache.units", "copy_kv_cache.staging"),
     }.items()
 }  # fmt: skip
 
@@ -459,25 +472,54 @@ BUGS = {
     },
     "copy_kv_cache_kernel": {
         "what is staged is read from the pool": (
-            "tl.load(staged, mask=is_staged & in_unit)",
-            "tl.load(pool_ptr + source, mask=is_staged & in_unit)",
+            "where = tl.where(is_staged[:, None], staged, source)", "where = source",
         ),
         "another page of the same head": (
             "inner = (row % INNER)", "inner = ((row + 1) % INNER)",
         ),
         "scales are left behind": ("if SCALE_WIDTH > 0:", "if SCALE_WIDTH < 0:"),
         "the end of a unit is missing": (
-            "in_unit = (offs < UNIT)[None, :]", "in_unit = (offs < UNIT - 1)[None, :]",
+            "units, mask=wins[:, None] & (offs < UNIT)",
+            "units, mask=wins[:, None] & (offs < UNIT - 1)",
         ),
         "what goes nowhere is written": (
-            "mask=(routes >= 0)[:, None] & in_unit", "mask=(targets >= 0)[:, None] & in_unit",
+            "units, mask=wins[:, None]", "units, mask=(targets >= 0)[:, None]",
         ),
+    },
+    "copy_kv_cache_mark_kernel": {
+        "a target's entry is not cleared": (
+            "tl.store(table_ptr + targets, 0, mask=writes)", "pass",
+        ),
+        "a source's entry is not cleared": (
+            "tl.store(table_ptr + sources, 0, mask=reads)", "pass",
+        ),
+        "the first of several stays": ("atomic_max", "atomic_min"),
+        "all of several stay": ("(last == copies + 1)", "(last > 0)"),
+        "the first copy is none": ("copies + 1, mask", "copies, mask"),
+        "a copy from nowhere overwrites": ("is_unit(sources, NUM_PAGES, SLOTS) & ", ""),
+        "the first program's units are nobody's": (
+            "== tl.program_id(0)", "== 1 + tl.program_id(0)",
+        ),
+        "a program tells of sources that are not its own": (
+            "is_valid & _is_mine(sources, PROGRAMS)", "is_valid",
+        ),
+        "marks do not wait for what is cleared": (
+            "0, mask=writes)\n    tl.debug_barrier()", "0, mask=writes)",
+        ),
+        "nobody waits for the marks": (
+            'sem="relaxed")\n    tl.debug_barrier()', 'sem="relaxed")',
+        ),
+        "nobody waits for the list": (
+            "mask=is_staged)\n            tl.debug_barrier()", "mask=is_staged)",
+        ),
+        "the list begins too late": ("tl.cumsum(staged, 0) - 1", "tl.cumsum(staged, 0)"),
+        "the list ends too early": ("listed < count", "listed < count - 1"),
     },
     "copy_kv_cache_stage_kernel": {
         "the first of several stays": (
             "others[None, :] > copies[:, None]", "others[None, :] < copies[:, None]",
         ),
-        "nothing is in conflict": ("stays, tl.max(staged, 1), -1)", "stays, 0, -1)"),
+        "nothing is in conflict": ("tl.max(staged, 1) * wins", "wins * 0"),
         "a copy from nowhere overwrites": (
             "tl.where(is_unit(other_sources, NUM_PAGES, SLOTS), other",
             "tl.where(others >= 0, other",

@@ -4,9 +4,10 @@ Grid, one axis, fastest first: block of `BLOCK` elements of a unit, a slot or a 
 `BLOCK_COPIES` copies.
 
 Programs run in any order, so none may read what another writes. A copy whose source is some copy's
-target is in conflict: shifts, swaps and cycles are. The first launch, `stage_kernel`, tells how
-each copy goes, and takes the sources in conflict to memory of their own (`stage`). This one writes
-every target, from the pool or from there. So what is not in conflict is read once and written once.
+target is in conflict: shifts, swaps and cycles are. The first launch, `mark_kernel` or for few
+copies `stage_kernel`, tells how each copy goes, and takes the sources in conflict to memory of
+their own (`stage`). This one writes every target, from the pool or from there. So what is not in
+conflict is read once and written once.
 
 Programs that each own some columns of all copies could keep the order in one launch, but there
 would be as few as a slot has columns; and chains that are followed, last target first, take as long
@@ -24,7 +25,7 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton.copy_kv_cache.units import in_pool
+from ejk.backends.triton.copy_kv_cache.units import in_pool, is_unit
 
 
 @triton.jit
@@ -33,7 +34,8 @@ def copy_kv_cache_kernel(
     # inputs
     source_ptr,  # int32 [num_copies]
     target_ptr,  # int32 [num_copies]
-    route_ptr,  # int32 [num_copies]
+    wins_ptr,  # int32 [num_copies], read of valid copies alone
+    staged_ptr,  # int32 [num_copies], the same
     key_stage_ptr,  # [num_copies, OUTER, INNER, K_WIDTH]
     value_stage_ptr,
     key_scale_stage_ptr,
@@ -68,48 +70,78 @@ def copy_kv_cache_kernel(
     # Load once: where from, where to, and how.
     sources = tl.load(source_ptr + copies, mask=is_copy, other=-1)
     targets = tl.load(target_ptr + copies, mask=is_copy, other=-1)
-    routes = tl.load(route_ptr + copies, mask=is_copy, other=-1)
+    is_valid = is_unit(sources, NUM_PAGES, SLOTS) & is_unit(targets, NUM_PAGES, SLOTS)
+    is_copy = is_valid & (sources != targets)
+    wins = tl.load(wins_ptr + copies, mask=is_copy, other=0) == 1
+    is_staged = tl.load(staged_ptr + copies, mask=is_copy, other=0) == 1
 
-    # Write.
-    _copy(
-        key_cache_ptr, key_stage_ptr, sources, targets, routes, copies, start,
+    # All that is loaded is on its way before anything is stored: the compiler keeps the order.
+    keys = _load(
+        key_cache_ptr, key_stage_ptr, sources, wins, is_staged, copies, start,
         NUM_PAGES, OUTER, INNER, SLOTS, K_WIDTH, BLOCK,
     )  # fmt: skip
     if V_WIDTH > 0:
-        _copy(
-            value_cache_ptr, value_stage_ptr, sources, targets, routes, copies, start,
+        values = _load(
+            value_cache_ptr, value_stage_ptr, sources, wins, is_staged, copies, start,
             NUM_PAGES, OUTER, INNER, SLOTS, V_WIDTH, BLOCK,
         )  # fmt: skip
+
+    # Write. A scale of a row is little.
     if SCALE_WIDTH > 0:
         if start < OUTER * INNER * SCALE_WIDTH:
-            _copy(
-                key_scale_ptr, key_scale_stage_ptr, sources, targets, routes, copies, start,
+            scales = _load(
+                key_scale_ptr, key_scale_stage_ptr, sources, wins, is_staged, copies, start,
+                NUM_PAGES, OUTER, INNER, SLOTS, SCALE_WIDTH, BLOCK,
+            )  # fmt: skip
+            _store(
+                key_scale_ptr, scales, targets, wins, start,
                 NUM_PAGES, OUTER, INNER, SLOTS, SCALE_WIDTH, BLOCK,
             )  # fmt: skip
             if V_WIDTH > 0:
-                _copy(
-                    value_scale_ptr, value_scale_stage_ptr, sources, targets, routes, copies, start,
+                scales = _load(
+                    value_scale_ptr, value_scale_stage_ptr, sources, wins, is_staged, copies, start,
                     NUM_PAGES, OUTER, INNER, SLOTS, SCALE_WIDTH, BLOCK,
                 )  # fmt: skip
+                _store(
+                    value_scale_ptr, scales, targets, wins, start,
+                    NUM_PAGES, OUTER, INNER, SLOTS, SCALE_WIDTH, BLOCK,
+                )  # fmt: skip
+    _store(
+        key_cache_ptr, keys, targets, wins, start,
+        NUM_PAGES, OUTER, INNER, SLOTS, K_WIDTH, BLOCK,
+    )  # fmt: skip
+    if V_WIDTH > 0:
+        _store(
+            value_cache_ptr, values, targets, wins, start,
+            NUM_PAGES, OUTER, INNER, SLOTS, V_WIDTH, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
 @typing.no_type_check
-def _copy(
-    pool_ptr, stage_ptr, sources, targets, routes, copies, start,
+def _load(
+    pool_ptr, stage_ptr, sources, wins, is_staged, copies, start,
     NUM_PAGES: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy a block of units."""
+    """Load a block of units, from the pool or from where they are staged."""
     UNIT: tl.constexpr = OUTER * INNER * WIDTH
     offs = start + tl.arange(0, BLOCK)
-    in_unit = (offs < UNIT)[None, :]
-    source = in_pool(sources, offs, NUM_PAGES, INNER, SLOTS, WIDTH)
+    source = pool_ptr + in_pool(sources, offs, NUM_PAGES, INNER, SLOTS, WIDTH)
+    staged = stage_ptr + copies.to(tl.int64)[:, None] * UNIT + offs[None, :]
     # Lanes that are masked off are not stored, whatever they hold.
-    units = tl.load(pool_ptr + source, mask=(routes == 0)[:, None] & in_unit)
-    if tl.max(routes, 0) == 1:
-        is_staged = (routes == 1)[:, None]
-        staged = stage_ptr + copies.to(tl.int64)[:, None] * UNIT + offs[None, :]
-        units = tl.where(is_staged, tl.load(staged, mask=is_staged & in_unit), units)
+    where = tl.where(is_staged[:, None], staged, source)
+    return tl.load(where, mask=wins[:, None] & (offs < UNIT)[None, :])
+
+
+@triton.jit
+@typing.no_type_check
+def _store(
+    pool_ptr, units, targets, wins, start,
+    NUM_PAGES: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    UNIT: tl.constexpr = OUTER * INNER * WIDTH
+    offs = start + tl.arange(0, BLOCK)
     target = in_pool(targets, offs, NUM_PAGES, INNER, SLOTS, WIDTH)
-    tl.store(pool_ptr + target, units, mask=(routes >= 0)[:, None] & in_unit)
+    tl.store(pool_ptr + target, units, mask=wins[:, None] & (offs < UNIT)[None, :])

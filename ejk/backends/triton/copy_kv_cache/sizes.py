@@ -6,18 +6,30 @@ from ejk.backends.copy_kv_cache import CopyKVCacheProblem
 from ejk.backends.gpu import Target
 from ejk.backends.triton._sizes import power_of_two
 
-# What a program holds of the keys, and of the values, in bytes: 4 times 16 in each of 128 threads.
-BLOCK_BYTES = 8192
-# Programs before a program takes a second copy: eight to a multiprocessor. None of these numbers is
-# measured.
-ENOUGH_PROGRAMS, MAX_COPIES = 1024, 64
+# What a program holds of the keys, and of the values, in bytes: twice 16 in each of 128 threads.
+# Programs before one takes a second copy. So 1,024 pages of 16 are copied in 34.7 us on an H200 and
+# 8,192 slots in 18.9; with twice the bytes and half the programs in 35.8 and 18.8, with half the
+# bytes and twice the programs in 35.7 and 18.8. The most copies are not measured.
+BLOCK_BYTES = 4096
+ENOUGH_PROGRAMS, MAX_COPIES = 2048, 64
 # Programs that compare, so that not each of them loads all slots or pages; copies of one at most.
 COMPARING_PROGRAMS, MAX_COMPARING = 256, 16
 # At a time on a warp: 32 registers of a thread. What AMD's wavefronts compare takes two scalar
 # registers each, and with more of them some are spilled.
 COMPARISONS, AMD_COMPARISONS = 1024, 256
-# Above it the comparisons of every copy with every other one would take as long as the copies.
-MAX_COMPARED = 8192
+# Above it the comparisons of every copy with every other one take longer than the table: on an H200
+# 2.2 us and 2.5 for 512 copies, 2.9 and 3.2 for 1,024, 5.0 and 3.5 for 2,048, 39 and 8.7 for 8,192.
+MAX_COMPARED = 1024
+# Units of a pool that has a table: 64 MiB of it. Of larger ones XLA sorts the copies.
+MAX_TABLE = 2**24
+# Programs that share a table, a power of two, their threads, and the ids that they read at a time:
+# twice the programs, two to a multiprocessor, took 15 us instead of 8.7 for 8,192 copies, when each
+# pass loaded the ids anew. 1,024 threads hold 8,192 ids in registers without spills, 512 do not;
+# how long they take is not measured.
+MARKING_PROGRAMS, MARKING_THREADS, MAX_BLOCK_IDS = 128, 1024, 8192
+# What a program takes elsewhere at a time: comparing ones took 44 us for 1,024 pages with half of
+# it and 54 with a quarter.
+STAGED_BYTES = 16384
 # Elements of a unit, so that a block past its end still has a number of 32 bits.
 MAX_UNIT = 2**31 - 2**20
 
@@ -30,6 +42,9 @@ class CopySizes(NamedTuple):
     comparing: int  # copies of a program of the first launch
     others: int  # that it compares them with at a time
     num_warps: int
+    marking_programs: int  # programs that share a table
+    ids: int  # that one reads at a time
+    marking_warps: int
 
     @classmethod
     def of(cls, problem: CopyKVCacheProblem, target: Target) -> "CopySizes":
@@ -45,7 +60,11 @@ class CopySizes(NamedTuple):
         num_warps = min(4, max(1, warps))
         at_once = (AMD_COMPARISONS if target.is_amd else COMPARISONS) * num_warps // comparing
         others = min(at_once, max(32, power_of_two(problem.num_copies)))
-        return cls(copies, block, comparing, others, num_warps)
+        ids, marking_warps = power_of_two(problem.num_copies), MARKING_THREADS // target.warp_size
+        return cls(
+            copies, block, comparing, others, num_warps,
+            MARKING_PROGRAMS, min(ids, MAX_BLOCK_IDS), marking_warps,
+        )  # fmt: skip
 
     def grid(self, problem: CopyKVCacheProblem) -> int:
         return -(-problem.num_copies // self.copies) * -(-unit_of(problem) // self.block)
@@ -75,13 +94,32 @@ class CopySizes(NamedTuple):
             "IS_COMPARED": is_compared(problem),
             "BLOCK_COPIES": self.comparing,
             "BLOCK_OTHERS": self.others,
-            "BLOCK": max(16, self.block // self.comparing),
+            "BLOCK": max(16, self.staged(problem) // self.comparing),
         }
+
+    def marking(self, problem: CopyKVCacheProblem) -> dict[str, Any]:
+        block = self.staged(problem)
+        return self.constants(problem) | {
+            "PROGRAMS": self.marking_programs,
+            "BLOCK_IDS": self.ids,
+            "BLOCK_COPIES": STAGED_BYTES // problem.cache_dtype.itemsize // block,
+            "BLOCK": block,
+        }
+
+    def staged(self, problem: CopyKVCacheProblem) -> int:
+        """Return how many elements of a unit a program takes elsewhere at a time."""
+        most = STAGED_BYTES // problem.cache_dtype.itemsize
+        return min(power_of_two(unit_of(problem)), most)
 
 
 def is_compared(problem: CopyKVCacheProblem) -> bool:
-    """Say whether the kernel finds by comparisons how each copy goes."""
+    """Say whether comparisons tell how each copy goes."""
     return problem.num_copies <= MAX_COMPARED
+
+
+def is_marked(problem: CopyKVCacheProblem) -> bool:
+    """Say whether a table tells how each copy goes; else XLA does."""
+    return not is_compared(problem) and problem.num_units <= MAX_TABLE
 
 
 def unit_of(problem: CopyKVCacheProblem) -> int:

@@ -1,4 +1,4 @@
-"""Tells how each copy of slots or pages goes: the first of two launches, see `kernel`.
+"""Tells of few copies how each goes, by comparisons: the first of two launches, see `kernel`.
 
 Grid, one axis: block of `BLOCK_COPIES` copies. In registers: which of them are overwritten, and
 which are staged.
@@ -8,8 +8,8 @@ which are staged.
 
 A program compares its own copies with all others, `BLOCK_OTHERS` at a time, and takes the sources
 in conflict to memory of their own; where there are none, that is all it does. The comparisons grow
-with the square of the copies: where there are too many, the launch is given the routes
-(`IS_COMPARED`).
+with the square of the copies: many go by a table, see `mark_kernel`, and where the pool is too
+large for one, the launch is given the routes (`IS_COMPARED`).
 """
 
 import typing
@@ -17,7 +17,8 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton.copy_kv_cache.units import in_pool, is_unit
+from ejk.backends.triton.copy_kv_cache.staging import stage
+from ejk.backends.triton.copy_kv_cache.units import is_unit
 
 
 @triton.jit
@@ -32,7 +33,8 @@ def stage_kernel(
     key_cache_ptr,  # four axes, or five of fused pools
     value_cache_ptr,  # absent if there are no values, or in fused pools
     # outputs
-    route_ptr,  # int32 [num_copies]: -1 nothing, 0 from the pool, 1 staged
+    wins_ptr,  # int32 [num_copies]: 1 where a copy writes
+    staged_ptr,  # int32 [num_copies]: 1 where what it writes is staged
     key_stage_ptr,  # [num_copies, OUTER, INNER, K_WIDTH], written where a copy is staged
     value_stage_ptr,
     key_scale_stage_ptr,
@@ -75,48 +77,19 @@ def stage_kernel(
             overwritten |= ((other_targets[None, :] == targets[:, None]) & is_later).to(tl.int32)
             staged |= (other_targets[None, :] == sources[:, None]).to(tl.int32)
         is_valid = is_unit(sources, NUM_PAGES, SLOTS) & is_unit(targets, NUM_PAGES, SLOTS)
-        stays = is_valid & (tl.max(overwritten, 1) == 0) & (sources != targets)
-        routes = tl.where(stays, tl.max(staged, 1), -1)
+        wins = (is_valid & (tl.max(overwritten, 1) == 0) & (sources != targets)).to(tl.int32)
+        staged = tl.max(staged, 1) * wins
     else:
         routes = tl.load(given_route_ptr + copies, mask=is_copy, other=-1)
-    tl.store(route_ptr + copies, routes, mask=is_copy)
+        wins, staged = (routes >= 0).to(tl.int32), (routes == 1).to(tl.int32)
+    tl.store(wins_ptr + copies, wins, mask=is_copy)
+    tl.store(staged_ptr + copies, staged, mask=is_copy)
 
     # Write: the sources in conflict, elsewhere.
-    is_staged = routes == 1
-    if tl.max(routes, 0) == 1:
-        _stage(
-            key_cache_ptr, key_stage_ptr, sources, copies, is_staged,
-            NUM_PAGES, OUTER, INNER, SLOTS, K_WIDTH, BLOCK,
+    if tl.max(staged, 0) == 1:
+        stage(
+            key_cache_ptr, value_cache_ptr, key_scale_ptr, value_scale_ptr,
+            key_stage_ptr, value_stage_ptr, key_scale_stage_ptr, value_scale_stage_ptr,
+            sources, copies, staged == 1,
+            NUM_PAGES, OUTER, INNER, SLOTS, K_WIDTH, V_WIDTH, SCALE_WIDTH, BLOCK,
         )  # fmt: skip
-        if V_WIDTH > 0:
-            _stage(
-                value_cache_ptr, value_stage_ptr, sources, copies, is_staged,
-                NUM_PAGES, OUTER, INNER, SLOTS, V_WIDTH, BLOCK,
-            )  # fmt: skip
-        if SCALE_WIDTH > 0:
-            _stage(
-                key_scale_ptr, key_scale_stage_ptr, sources, copies, is_staged,
-                NUM_PAGES, OUTER, INNER, SLOTS, SCALE_WIDTH, BLOCK,
-            )  # fmt: skip
-            if V_WIDTH > 0:
-                _stage(
-                    value_scale_ptr, value_scale_stage_ptr, sources, copies, is_staged,
-                    NUM_PAGES, OUTER, INNER, SLOTS, SCALE_WIDTH, BLOCK,
-                )  # fmt: skip
-
-
-@triton.jit
-@typing.no_type_check
-def _stage(
-    pool_ptr, stage_ptr, sources, copies, is_staged,
-    NUM_PAGES: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Take units of the pool to memory of their own."""
-    UNIT: tl.constexpr = OUTER * INNER * WIDTH
-    for start in range(0, UNIT, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = is_staged[:, None] & (offs < UNIT)[None, :]
-        source = in_pool(sources, offs, NUM_PAGES, INNER, SLOTS, WIDTH)
-        units = tl.load(pool_ptr + source, mask=mask)  # other lanes are not stored
-        tl.store(stage_ptr + copies.to(tl.int64)[:, None] * UNIT + offs[None, :], units, mask=mask)

@@ -133,6 +133,9 @@ class _Builder(interpreter.InterpreterBuilder):
         items = np.broadcast_to(value.data, ptrs.data.shape)[active]
         self.memory.store(ptrs.data[active], items)
 
+    def create_barrier(self) -> None:
+        self.memory.barrier()
+
     # Atomics. Lanes take their turns, and programs run one after the other.
 
     def create_atomic_rmw(self, rmwOp: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any):

@@ -50,6 +50,7 @@ class Access(NamedTuple):
         atomic: whether it is part of an atomic operation that other programs see.
         orders: whether it orders others of the program: an atomic load that acquires, an atomic
             store that releases.
+        barriers: how often the program's threads have waited for each other before.
     """
 
     kind: Kind
@@ -60,6 +61,7 @@ class Access(NamedTuple):
     role: Role
     atomic: bool = False
     orders: bool = False
+    barriers: int = 0
 
 
 class Synchronisation(NamedTuple):
@@ -111,10 +113,8 @@ def poison(dtype: np.dtype) -> Any:
     """Return the value that `poisoned` repeats."""
     if dtype == np.bool_:
         return True
-    if dtype.kind == "i":
-        return np.iinfo(dtype).min
-    if dtype.kind == "u":
-        return np.iinfo(dtype).max
+    if dtype.kind in "iu":
+        return np.iinfo(dtype).min if dtype.kind == "i" else np.iinfo(dtype).max
     return np.nan
 
 
@@ -177,9 +177,13 @@ class Memory:
 
     def begin(self, program: int) -> None:
         """Let accesses be those of another program."""
-        self._program = program
+        self._program, self._barriers = program, 0
         self._seen: set[tuple[int, int, int]] = set()  # loads since something changed
         self._repeats = 0
+
+    def barrier(self) -> None:
+        """Let the program's threads wait for each other: each sees what any has stored."""
+        self._barriers += 1
 
     def load(self, addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Return the items at `addresses`, in their shape."""
@@ -262,7 +266,7 @@ class Memory:
                 orders = promised.acquires if kind == "load" else promised.releases
                 access = Access(
                     kind, region.name, offsets, dtype.itemsize, self._program, region.role,
-                    promised.atomic, orders,
+                    promised.atomic, orders, self._barriers,
                 )  # fmt: skip
                 for observer in _observers:
                     observer.accessed(access)
