@@ -117,6 +117,7 @@ QUANTISED = {
     "int8, every option": EVERY_OPTION | of_cache("int8", "token"),
     "head dimension 64, e4m3": of_cache("float8_e4m3fn", "head") | VARIANTS["head dimension 64"],
     "head dimension 256, int8": of_cache("int8", "head") | WIDE["head dimension 256"],
+    "latent attention, int8": of_cache("int8", "token") | LATENT,
     "latent attention, e4m3": of_cache("float8_e4m3fn", "none") | LATENT,
     "latent attention, 32 heads, e4m3": (
         of_cache("float8_e4m3fn", "none") | LATENT | {"num_heads": 32}
@@ -247,12 +248,15 @@ def test_quantised_variants_neither_spill_nor_overrun_nor_load_narrowly(target, 
     assert 2 not in program.async_copies and program.async_copies.get(8, 0) <= copies / 4
     converts_itself = "e4m3" in variant and target in ("sm_89", "sm_90", "sm_100", "sm_120")
     assert ("cvt.rn.f16x2.e4m3x2" in program.ptx) == converts_itself
+    if "int" in variant:  # taken as subnormals, with no arithmetic
+        assert not re.search(r"(sub|fma\.rn)\.f16x2", program.ptx)
 
 
 @pytest.mark.parametrize("variant", OTHER_FLOATS)
 @each_thorough_target
 def test_variants_of_other_floats_fit(target, variant):
     sizes, _, program = compile_for(target, OTHER_FLOATS[variant])
+    assert program.matrix_products > 0  # also of float32
     assert program.shared_bytes <= sizes.blocks.shared_memory
     assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
 

@@ -13,9 +13,9 @@ from test_triton_compile import LLAMA, gpu_of
 
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.triton._sizes import GRANULE, programs_per_piece, widths
-from ejk.backends.triton.page_attention.blocks import Tuning
+from ejk.backends.triton.page_attention.blocks import ONE_CONTEXT, Tuning
 from ejk.backends.triton.page_attention.sizes import COMBINE_PER_SM, Sizes
-from ejk.backends.triton.page_attention.tuned import TUNED
+from ejk.backends.triton.page_attention.tuned import TUNED, Cell
 
 pytestmark = pytest.mark.fast
 
@@ -152,6 +152,30 @@ def test_blocks_do_not_follow_from_the_batch_where_bits_must_not(tuning):
             )
             taken.add(Sizes.of(asked, tuning, H100).blocks)
     assert len(taken) == 1
+
+
+def test_one_long_context_of_codes_takes_blocks_of_its_own():
+    """Where its bits may follow from the batch. Two do not, nor one with scales of tokens."""
+    asked = dataclasses.replace(
+        problem(), cache_dtype=jnp.dtype("int8"), scales="head", num_seqs=1, max_blocks=2048,
+        visible_bound=32768,
+    )  # fmt: skip
+
+    def blocks_of(**facts):
+        return Sizes.of(dataclasses.replace(asked, **facts), Tuning(), H100).blocks
+
+    assert blocks_of()[1:4] == ONE_CONTEXT and blocks_of().per_sm == 2
+    others = ({"num_splits": 3}, {"num_seqs": 2}, {"scales": "token"}, {"visible_bound": 1000})
+    for facts in others:
+        assert blocks_of(**facts)[1:4] != ONE_CONTEXT
+
+
+def test_blocks_of_converted_elements_are_not_those_of_their_size():
+    cell = Cell(90, 2, 512, 16, True)
+    narrow = problem(512)
+    assert Sizes.of(narrow, Tuning(), H100).blocks[1:4] == TUNED[cell]
+    mixed = dataclasses.replace(narrow, query_dtype=jnp.dtype("float32"))
+    assert Sizes.of(mixed, Tuning(), H100).blocks[1:4] != TUNED[cell]
 
 
 def test_many_short_contexts_share_a_multiprocessor():

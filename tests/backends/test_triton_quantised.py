@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 import triton
 import triton.language as tl
+from edges import LENGTHS, config
+from entries import Entry
 
+import ejk
 import ejk.backends.triton._quantised as quantised
 from ejk._cache_types import cache_type_of, dequantise
 from ejk.backends.triton import _launch
 from ejk.backends.triton._quantised import normalised, pool_ptr, tiles_of
+from ejk.testing.bounds import assert_close
+from ejk.testing.configurations import BF16, F16
+from ejk.testing.page_attention import build
 
-CACHES = {"int8": "int8", "int4": "uint8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
+CACHES = {
+    "int8": "int8", "int4": "uint8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2",
+    "int8 + 128": "int8", "int4 + 8": "uint8",
+}  # fmt: skip
+INTERPRETED = ejk.TritonPageAttention(interpret=True, num_sms=6, block_kv=16)
 
 
 @triton.jit
@@ -35,9 +45,9 @@ def codes_kernel(
 
 def codes(cache: str, is_words: bool, ptx: bool, interpret: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return what the kernel makes of every code, and what they are."""
-    every = np.arange(256, dtype=np.uint8)
+    every = np.arange(256, dtype=np.uint8) * np.uint8(37)  # neighbours differ in both halves
     pool = jnp.asarray(every).view(CACHES[cache])
-    parts = (2 if cache == "int4" else 1) * (2 if is_words else 1)
+    parts = (2 if CACHES[cache] == "uint8" else 1) * (2 if is_words else 1)
     elements = 256 // (2 if is_words else 1)
     [found] = _launch.call(
         codes_kernel,
@@ -50,7 +60,12 @@ def codes(cache: str, is_words: bool, ptx: bool, interpret: bool) -> tuple[np.nd
         compute_capability=None,
         interpret=interpret,
     )
-    return np.asarray(found), np.asarray(dequantise(pool, cache_type_of(pool.dtype)))
+    expected = np.asarray(dequantise(pool, cache_type_of(pool.dtype)))
+    if cache == "int8 + 128":
+        expected = (expected + 128) * 2.0**-24
+    if cache == "int4 + 8":  # of a byte the upper half is 16 times as large
+        expected = (expected.reshape(-1, 2) + 8) * [2.0**-24, 2.0**-20]
+    return np.asarray(found), expected.ravel()
 
 
 each_form = pytest.mark.parametrize("is_words", [True, False], ids=["words", "bytes"])
@@ -80,6 +95,9 @@ BUGS = {
     "no sign of four bits": ("int4", "^ 0x6408).to(tl.float16, bitcast=True) - 1032.0",
         "^ 0x6400).to(tl.float16, bitcast=True) - 1024.0",
     ),
+    "a sign is taken for a part of the number": ("int8 + 128", "0xFF) ^ 0x80)", "0xFF) ^ 0)"),
+    "upper halves are not told apart": ("int4 + 8", "(x & 0xF0)", "(x & 0xFF)"),
+    "upper halves of the first byte": ("int4 + 8", "((i - 1) * 4)", "((i - i) * 4)"),
     "NaN of e4m3 becomes 480": ("e4m3", "0x3F80, 0x7E00", "0x3F80, 0x3F80"),
     "the bias of e5m2": ("e4m3", "* 256.0", "* 1.0"),
 }  # fmt: skip
@@ -149,3 +167,34 @@ def test_a_bug_in_a_conversion_is_caught(bug, monkeypatch, tmp_path):
     found, expected = codes(cache, True, ptx=False, interpret=True)
     with pytest.raises(AssertionError):
         np.testing.assert_array_equal(found, expected)
+
+
+# Bytes of which all codes are the least, the largest, or those next to zero.
+ONE_SIGN = {"int8": (0x80, 0x81, 0x7F, 1, 0xFF), "int4": (0x88, 0x99, 0x77, 0x11, 0xFF)}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("cache", "scales"), [("int8", "token"), ("int8", "head"), ("int4", "token")]
+)
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_what_all_codes_have_in_addition_cancels(dtype, cache, scales):
+    """Of integers as subnormals: also where all codes have one sign, or are small, in float16's
+    bound; and where queries are far from 1, whose logits are not.
+    """
+    cache_dtype = np.dtype(CACHES[cache])
+    changes = dict(dtype=dtype, cache_dtype=cache_dtype, scales=scales)
+    case = build(config(**changes), LENGTHS, share=True)
+    entry = Entry("of one sign", INTERPRETED, examples=0)
+    for number, byte in enumerate(ONE_SIGN[cache]):
+        same = np.full(case.values.shape, byte, np.uint8).view(cache_dtype)
+        keys = same if number % 2 else case.keys
+        assert_close(one := case.replace(keys=keys, values=same), *entry(one))
+    if dtype == BF16:
+        assert case.scales is not None
+        for exponent in (-100, 100):
+            query = (np.asarray(case.query, np.float64) * 2.0**exponent).astype(dtype)
+            with np.errstate(over="ignore"):  # of what is in dead slots
+                key_scale = np.ldexp(np.asarray(case.scales[0]), -exponent)
+            far = case.replace(query=query, scales=(key_scale, case.scales[1]))
+            assert_close(far, *entry(far))

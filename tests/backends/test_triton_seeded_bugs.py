@@ -222,7 +222,7 @@ PARTS = {
     for kernel, parts in {
         "page_attention_kernel": (
             "page_attention.attending", "page_attention.packs", "page_attention.writing",
-            "_softmax",
+            "_softmax", "_quantised",
         ),
         "page_attention_combine_kernel": ("page_attention.packs",),
         "ragged_page_attention_kernel": ("ragged_page_attention.rows", "_softmax"),
@@ -306,8 +306,29 @@ BUGS = {
             "scaled_acc = acc[i] * rescale[:, None]", "scaled_acc = acc[i]",
         ),
         "earlier weights are not rescaled": (
-            "if not SAME_TILE:\n        l = l * alpha", "if not SAME_TILE:\n        l = l",
+            "if not SAME_TILE:\n        l = _summed(l, alpha, p)",
+            "if not SAME_TILE:\n        l = _summed(l, alpha * 0 + 1, p)",
         ),
+        "earlier sums of rounded weights are not rescaled": (
+            "sums = acc[len(acc) - 1] * rescale[:, None]", "sums = acc[len(acc) - 1] * 1.0",
+        ),
+        "the largest of the sums of weights stands for all": (
+            "l = tl.sum(l, 1)", "l = tl.max(l, 1)",
+        ),
+        "what all codes have in addition stays in logits": (
+            "total * (-LEAST / SUBNORMALS)", "total * 0",
+        ),
+        "what all codes have in addition leaves logits twice": (
+            "total * (-LEAST / SUBNORMALS)", "total * (-2 * LEAST / SUBNORMALS)",
+        ),
+        "what all codes have in addition stays in values": (
+            "least = tl.max(acc[LAST], 1) * LEAST", "least = tl.max(acc[LAST], 1) * 0",
+        ),
+        "what all codes have in addition leaves values by half": (
+            "least = tl.max(acc[LAST], 1) * LEAST", "least = tl.max(acc[LAST], 1) * (LEAST / 2)",
+        ),
+        "keys' upper halves of bytes count 16 times": ("q[i] * 0.0625", "q[i] * 1.0"),
+        "values' upper halves of bytes count 16 times": ("(SUBNORMALS / 16)", "SUBNORMALS"),
         "slopes count from the next token": (
             "behind = positions - (length - 1)", "behind = positions - length",
         ),

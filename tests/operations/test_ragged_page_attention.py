@@ -101,7 +101,10 @@ def test_every_property_is_tested():
 
 @each_case(cases, 0.5, RAGGED)
 def test_single_tokens_are_page_attention(entry, case):
-    """Within the bound; bit for bit where both kernels take the same blocks and cut nothing."""
+    """Within the bound; bit for bit where both kernels take the same blocks and cut nothing.
+
+    And the cache as it is: decode has ways of its own with codes, and with narrower floats.
+    """
     bounds = np.arange(len(case.context_lens) + 1)
     with entry.refusing():
         out, lse = ejk.ragged_page_attention(
@@ -110,7 +113,7 @@ def test_single_tokens_are_page_attention(entry, case):
         )  # fmt: skip
     assert_close(case, out, np.asarray(lse))
     uncut = case.shape.capacity <= GRANULE and "sliding_window" not in case.options
-    if entry.decode is not None and uncut:
+    if entry.decode is not None and uncut and case.keys.dtype == case.dtype:
         decoded = ejk.page_attention(
             *case.arguments(), **case.semantics(), num_splits=1, return_lse=True,
             backend=entry.decode,

@@ -114,10 +114,12 @@ def for_products(q, scale, PRODUCTS: tl.constexpr):
     """
     if PRODUCTS == "float16":
         return normalised(q, scale)
-    elif PRODUCTS == "float32":
+    elif PRODUCTS == "float32" or PRODUCTS == "thirds":
         converted = ()
         for i in tl.static_range(len(q)):
             converted += (q[i].to(tl.float32),)
+        if PRODUCTS == "thirds":
+            converted = in_thirds(converted)
         return converted, scale
     else:
         return q, scale
@@ -125,29 +127,68 @@ def for_products(q, scale, PRODUCTS: tl.constexpr):
 
 @triton.jit
 @typing.no_type_check
+def in_thirds(tiles):
+    """Return three tiles of bfloat16 for each of float32, whose sum it is: 8 of its 24 bits each.
+
+    Bits are cut off, not rounded, so that no finite number becomes infinite.
+    """
+    thirds = ()
+    for i in tl.static_range(len(tiles)):
+        first = _leading(tiles[i])
+        rest = tl.where(tl.abs(tiles[i]) == float("inf"), 0.0, tiles[i] - first)
+        second = _leading(rest)
+        thirds += (first.to(tl.bfloat16), second.to(tl.bfloat16))
+        thirds += ((rest - second).to(tl.bfloat16),)
+    return thirds
+
+
+@triton.jit
+@typing.no_type_check
+def _leading(x):
+    """Return float32 cut off after the bits that bfloat16 has."""
+    return (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@typing.no_type_check
+def product_of_thirds(thirds, FIRST: tl.constexpr, other):
+    """Return the product with bfloat16 of float32 in thirds, from tile `FIRST` on.
+
+    Where the first third alone is not finite, that is the product: 0 times infinity of the others
+    is nothing that the sum knew.
+    """
+    rest = tl.dot(thirds[FIRST + 2], other)
+    rest = tl.dot(thirds[FIRST + 1], other, rest)
+    return tl.dot(thirds[FIRST], other) + tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+
+
+@triton.jit
+@typing.no_type_check
 def query_key_products(
     q, k_ptrs, exists, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr, REST_APART: tl.constexpr,
-    CACHE: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr,
+    CACHE: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr, begun=None,
 ):  # fmt: skip
     """Return `[rows, tokens]`: sums of `CHAIN` products, and of `BLOCK_D_REST`, added up apart.
 
-    `BLOCK_D_REST` follows on a chain that is alone, unless `REST_APART`. The other result is the
-    keys' first `CHAIN` entries: `PARTS` tiles `[tokens, CHAIN / PARTS]`.
+    What is `begun` already is added to. `BLOCK_D_REST` follows on a chain that is alone, unless
+    `REST_APART`. The other result is the keys' first `CHAIN` entries: `PARTS` tiles
+    `[tokens, CHAIN / PARTS]`.
     """
     CHAINS: tl.constexpr = BLOCK_D // CHAIN
+    THIRDS: tl.constexpr = len(q) > PARTS * (CHAINS + (1 if BLOCK_D_REST > 0 else 0))
     dtype: tl.constexpr = q[0].dtype
     first = load_tiles(k_ptrs, exists, dtype, 0, CHAIN, HEAD_DIM, MASKED, CACHE, PARTS, PTX)
-    s = _products(q, first, 0, PARTS)
+    s = _products(q, first, 0, PARTS, THIRDS, begun)
     for i in tl.static_range(1, CHAINS):
         k = load_tiles(k_ptrs, exists, dtype, i * CHAIN, CHAIN, HEAD_DIM, MASKED, CACHE, PARTS, PTX)
-        s = _add(s, _products(q, k, i * PARTS, PARTS))
+        s = _add(s, _products(q, k, i * PARTS, PARTS, THIRDS))
     if BLOCK_D_REST > 0:
         k = load_tiles(
             k_ptrs, exists, dtype, BLOCK_D, BLOCK_D_REST, HEAD_DIM, MASKED, CACHE, PARTS, PTX
         )
-        if CHAINS > 1 or REST_APART:
-            s = _add(s, _products(q, k, CHAINS * PARTS, PARTS))
+        if CHAINS > 1 or REST_APART or THIRDS:
+            s = _add(s, _products(q, k, CHAINS * PARTS, PARTS, THIRDS))
         else:
             for i in tl.static_range(PARTS):
                 s = tl.dot(q[PARTS + i], tl.trans(k[i]), s, input_precision="ieee")
@@ -156,11 +197,16 @@ def query_key_products(
 
 @triton.jit
 @typing.no_type_check
-def _products(q, k, FIRST: tl.constexpr, PARTS: tl.constexpr):
+def _products(q, k, FIRST: tl.constexpr, PARTS: tl.constexpr, THIRDS: tl.constexpr, begun=None):
     """Return the products of as many tiles of queries, from `FIRST` on, and of keys."""
-    s = tl.dot(q[FIRST], tl.trans(k[0]), input_precision="ieee")
-    for i in tl.static_range(1, PARTS):
-        s = tl.dot(q[FIRST + i], tl.trans(k[i]), s, input_precision="ieee")
+    if THIRDS:
+        s = product_of_thirds(q, 3 * FIRST, tl.trans(k[0]))
+        for i in tl.static_range(1, PARTS):
+            s = s + product_of_thirds(q, 3 * (FIRST + i), tl.trans(k[i]))
+    else:
+        s = tl.dot(q[FIRST], tl.trans(k[0]), begun, input_precision="ieee")
+        for i in tl.static_range(1, PARTS):
+            s = tl.dot(q[FIRST + i], tl.trans(k[i]), s, input_precision="ieee")
     return s
 
 

@@ -11,6 +11,12 @@ have for it. Elsewhere the same bits come from Triton's own operations. A float1
 bits of `n` in its last ones, from which int8 and int4 follow by subtraction; float8_e5m2 is the
 upper byte of a float16; e4m3 differs from it in the bias of the exponent, and in the code for NaN.
 
+Decode takes codes of integers, above the least of all, as the last bits of a float16 whose others
+are zero, "int8 + 128" and "int4 + 8": a subnormal number, `2^-24` times as large, which needs no
+arithmetic at all. Tensor cores take subnormals as they are, and their products are exact. Of int4
+the upper half of a byte stays where it is, 16 times as large, and queries make up for it. What all
+codes have in addition leaves the sums: see `for_subnormal` and `of_subnormal`.
+
 Source: numbers from the bits of a float (Kim et al., 2022, arXiv:2211.10017).
 """
 
@@ -20,6 +26,8 @@ import triton
 import triton.language as tl
 
 LARGEST = tl.constexpr(14)  # log2 of a row's largest query in float16, which ends at 2^16
+SUBNORMALS = tl.constexpr(16777216.0)  # 2^24: the least subnormal float16 is 1 over it
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 TINY = tl.constexpr(1.1754943508222875e-38)  # 2^-126, the least normal float32
 
 
@@ -29,7 +37,7 @@ def pool_ptr(ptr, CACHE: tl.constexpr, PARTS: tl.constexpr):
     """Return where a pool begins, as a pointer to what is loaded at once: `PARTS` values."""
     if CACHE == "":
         return ptr
-    elif (4 if CACHE == "int4" else 2) == PARTS:
+    elif (4 if _is_int4(CACHE) else 2) == PARTS:
         return ptr.to(tl.pointer_type(tl.int16))
     else:
         return ptr.to(tl.pointer_type(tl.uint8))
@@ -47,17 +55,46 @@ def tiles_of(x, dtype: tl.constexpr, CACHE: tl.constexpr, PARTS: tl.constexpr, P
         words = x.to(tl.int16)
         tiles = ()
         for i in tl.static_range(PARTS):
-            tiles += (_lowest(words >> (i * (4 if CACHE == "int4" else 8)), CACHE),)
+            if CACHE == "int4 + 8" and i % 2 == 1:
+                tiles += (_upper_half(words >> ((i - 1) * 4)),)
+            else:
+                tiles += (_lowest(words >> (i * (4 if _is_int4(CACHE) else 8)), CACHE),)
     converted = ()
     for i in tl.static_range(PARTS):
         converted += (tiles[i].to(dtype),)
     return converted
 
 
+@triton.constexpr_function
+def is_integer(CACHE: str) -> bool:
+    return CACHE in ("int8", "int4") or is_subnormal(CACHE)
+
+
+@triton.constexpr_function
+def is_subnormal(CACHE: str) -> bool:
+    return CACHE in ("int8 + 128", "int4 + 8")
+
+
+@triton.constexpr_function
+def _is_int4(CACHE: str) -> bool:
+    return CACHE in ("int4", "int4 + 8")
+
+
+@triton.jit
+@typing.no_type_check
+def _upper_half(x):
+    """Return the code in the upper half of a byte as it is in "int4 + 8"."""
+    return ((x & 0xF0) ^ 0x80).to(tl.float16, bitcast=True)
+
+
 @triton.jit
 @typing.no_type_check
 def _lowest(x, CACHE: tl.constexpr):
     """Return the code in the lowest bits of words as float16."""
+    if CACHE == "int4 + 8":
+        return ((x & 0xF) ^ 8).to(tl.float16, bitcast=True)
+    if CACHE == "int8 + 128":
+        return ((x & 0xFF) ^ 0x80).to(tl.float16, bitcast=True)
     if CACHE == "int4":
         return ((x & 0xF) ^ 0x6408).to(tl.float16, bitcast=True) - 1032.0
     if CACHE == "int8":
@@ -76,7 +113,41 @@ def _lowest(x, CACHE: tl.constexpr):
 @typing.no_type_check
 def _by_ptx(x, CACHE: tl.constexpr):
     """Return the codes in words as float16, two words a register."""
-    if CACHE == "int4":
+    if CACHE == "int4 + 8":
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 upper;
+            shr.u32 upper, $4, 8;
+            lop3.b32 $0, $4, 0x000f000f, 0x00080008, 0x6a;
+            lop3.b32 $1, $4, 0x00f000f0, 0x00800080, 0x6a;
+            lop3.b32 $2, upper, 0x000f000f, 0x00080008, 0x6a;
+            lop3.b32 $3, upper, 0x00f000f0, 0x00800080, 0x6a;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r",
+            [x],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    elif CACHE == "int8 + 128":
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 upper;
+            shr.u32 upper, $2, 8;
+            lop3.b32 $0, $2, 0x00ff00ff, 0x00800080, 0x6a;
+            lop3.b32 $1, upper, 0x00ff00ff, 0x00800080, 0x6a;
+            }
+            """,
+            "=&r,=&r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    elif CACHE == "int4":
         return tl.inline_asm_elementwise(
             """
             {
@@ -177,3 +248,40 @@ def normalised(q, scale):
         normal += ((q[i].to(tl.float32) * signed[:, None]).to(tl.float16),)
     scale = tl.abs(scale) * inverse
     return normal, tl.where(scale < TINY, TINY, scale)
+
+
+@triton.jit
+@typing.no_type_check
+def for_subnormal(q, scale, CACHE: tl.constexpr):
+    """Return `normalised` queries for codes as subnormals, what scales their products, `[rows]`,
+    and what the products are to begin with, `[rows]`: less what all codes have in addition.
+    """
+    LEAST: tl.constexpr = 8.0 if CACHE == "int4 + 8" else 128.0
+    total = tl.zeros([q[0].shape[0]], tl.float32)
+    tiles = ()
+    for i in tl.static_range(len(q)):
+        total += tl.sum(q[i].to(tl.float32), 1)
+        if CACHE == "int4 + 8" and i % 2 == 1:
+            tiles += (q[i] * 0.0625,)
+        else:
+            tiles += (q[i],)
+    # A finite scale stays so: its products are small, and a logit that overflows is NaN.
+    larger = tl.minimum(scale * SUBNORMALS, FLOAT32_MAX)
+    scale = tl.where(scale < float("inf"), larger, scale)
+    return tiles, scale, total * (-LEAST / SUBNORMALS)
+
+
+@triton.jit
+@typing.no_type_check
+def of_subnormal(acc, CACHE: tl.constexpr):
+    """Return the tiles of weighted values of those of subnormals and, the last, sums of weights."""
+    LEAST: tl.constexpr = 8.0 if CACHE == "int4 + 8" else 128.0
+    LAST: tl.constexpr = len(acc) - 1
+    least = tl.max(acc[LAST], 1) * LEAST  # every column has the sum
+    tiles = ()
+    for i in tl.static_range(LAST):
+        if CACHE == "int4 + 8" and i % 2 == 1:
+            tiles += (acc[i] * (SUBNORMALS / 16) - least[:, None],)
+        else:
+            tiles += (acc[i] * SUBNORMALS - least[:, None],)
+    return tiles

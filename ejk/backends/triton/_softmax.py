@@ -12,7 +12,8 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._products import load_tiles
+from ejk.backends.triton._products import in_thirds, load_tiles, product_of_thirds
+from ejk.backends.triton._quantised import is_subnormal
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -54,7 +55,7 @@ def add_block(
     s,  # [rows, tokens]: logits, -inf where a row does not see a token; products if `FOLDED`
     scale,  # a number, or [rows]
     m,  # [rows]
-    l,  # [rows]
+    l,  # [rows], or sums of a row apart
     unit,
     acc,  # tiles of [rows, entries]
     values,  # tiles of [tokens, entries], or where they are to be loaded from, [tokens, 1]
@@ -71,6 +72,7 @@ def add_block(
     CACHE: tl.constexpr,
     PARTS: tl.constexpr,
     PTX: tl.constexpr,
+    THIRDS: tl.constexpr = False,  # weights are float32, in three tiles of `dtype`
 ):
     """Return `m`, `l`, `unit` and `acc` after one more block of tokens."""
     c = scale * LOG2E
@@ -84,7 +86,7 @@ def add_block(
     p = tl.exp2(s - m_safe[:, None])
     alpha = tl.exp2(m - m_safe)
     if not SAME_TILE:
-        l = l * alpha + tl.sum(p, 1)
+        l = _summed(l, alpha, p)
         values_ptrs = values
         v = load_tiles(
             values_ptrs, exists, dtype, 0, BLOCK_DV, VALUE_HEAD_DIM, MASKED, CACHE, PARTS, PTX
@@ -99,11 +101,11 @@ def add_block(
         # From the first unit the difference may be too far, but it has counted nothing.
         rescale = alpha * power_of_two(tl.maximum(unit - unit_new, -127))
         unit = unit_new
-    weights = weights.to(dtype)
+    weights = in_thirds((weights,)) if THIRDS else weights.to(dtype)
     added = ()
     for i in tl.static_range(PARTS):
         scaled_acc = acc[i] * rescale[:, None]
-        added += (tl.dot(weights, v[i], scaled_acc, input_precision="ieee"),)
+        added += (_weighted(weights, v[i], scaled_acc, THIRDS),)
     if BLOCK_DV_REST > 0:
         v_rest = load_tiles(
             values, exists, dtype, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED, CACHE, PARTS,
@@ -111,10 +113,38 @@ def add_block(
         )  # fmt: skip
         for i in tl.static_range(PARTS):
             scaled_acc = acc[PARTS + i] * rescale[:, None]
-            added += (tl.dot(weights, v_rest[i], scaled_acc, input_precision="ieee"),)
+            added += (_weighted(weights, v_rest[i], scaled_acc, THIRDS),)
+    if is_subnormal(CACHE):  # sums of the weights as they were rounded
+        ones = tl.full([s.shape[1], acc[len(acc) - 1].shape[1]], 1.0, dtype)
+        sums = acc[len(acc) - 1] * rescale[:, None]
+        added += (tl.dot(weights, ones, sums, input_precision="ieee"),)
     if SAME_TILE:  # while the product runs
-        l = l * alpha + tl.sum(p, 1)
+        l = _summed(l, alpha, p)
     return m_new, l, unit, added
+
+
+@triton.jit
+@typing.no_type_check
+def _summed(l, alpha, p):
+    """Return the sums of weights with one more block: of a row, or of its tokens `i`, `n + i`, ..
+
+    of which, for suitable `n`, a thread has all.
+    """
+    if l.type.numel == p.shape[0]:
+        return l * alpha + tl.sum(p, 1)
+    else:
+        apart = tl.reshape(p, [p.shape[0], p.shape[1] // l.shape[1], l.shape[1]])
+        return l * alpha[:, None] + tl.sum(apart, 1)
+
+
+@triton.jit
+@typing.no_type_check
+def _weighted(weights, v, acc, THIRDS: tl.constexpr):
+    """Return `acc` and the values of a block, weighted; of thirds a block is added up apart."""
+    if THIRDS:
+        return tl.fma(product_of_thirds(weights, 0, v), 1.0, acc)
+    else:
+        return tl.dot(weights, v, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -12,7 +12,13 @@ from ejk.backends.triton._products import (
     query_key_products,
     slot_offsets,
 )
-from ejk.backends.triton._quantised import pool_ptr
+from ejk.backends.triton._quantised import (
+    for_subnormal,
+    is_integer,
+    is_subnormal,
+    of_subnormal,
+    pool_ptr,
+)
 from ejk.backends.triton._softmax import (
     LEAST_UNIT,
     LOG2E,
@@ -53,13 +59,16 @@ def attend(
     ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_DV_REST: tl.constexpr, SAME_TILE: tl.constexpr, SPLIT_LOGITS: tl.constexpr,
-    PAGES: tl.constexpr,
+    PAGES: tl.constexpr, SUMS: tl.constexpr,
     PLANNED_WINDOW: tl.constexpr,  # `begin` is the planned one
     OWN_LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Return `m`, `l` and `acc`, its tiles in order, of the tokens from `begin` to `end`."""
     BY_PAGE: tl.constexpr = PAGES > 0
     PER_TOKEN: tl.constexpr = SCALES == "token"
+    # Codes of integers are finite whatever slot they lie in: what nobody sees is selected away, and
+    # no load waits for a mask.
+    INTEGER: tl.constexpr = is_integer(CACHE)
     # The scale and the subtraction of the maximum are one instruction.
     FOLDED: tl.constexpr = PRODUCTS == "float16" and SOFT_CAP == 0 and not HAS_ALIBI
     scale = tl.load(attn_scale_ptr)
@@ -71,9 +80,15 @@ def attend(
     if HAS_ALIBI:
         slopes = tl.load(alibi_slopes_ptr + offs_head, mask=mask_rows, other=0.0)
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    l = tl.zeros([ROWS, SUMS] if SUMS > 0 else [ROWS], tl.float32)
     unit = LEAST_UNIT
     acc = zero_acc(ROWS, BLOCK_DV, BLOCK_DV_REST, PARTS)
+    begun = None
+    if is_subnormal(CACHE):
+        q, scale, begun = for_subnormal(q, scale, CACHE)
+        begun = tl.broadcast_to(begun[:, None], [ROWS, BLOCK_KV])
+        # More columns than rows, or every warp would take whole rows of all products.
+        acc += (tl.zeros([ROWS, 2 * ROWS], tl.float32),)
     table_ptr = block_tables_ptr + seq * MAX_BLOCKS
     # These loads do not wait for the length: they go up to `reach`, not to `end`, and begin where
     # the plan's window began.
@@ -100,6 +115,8 @@ def attend(
         positions = start + offs_kv
         page = of_tokens(pages, PAGES, PAGE_SIZE)  # [BLOCK_KV], or [1]
         visible = (page >= 0) & (page < NUM_PAGES)  # [BLOCK_KV]
+        if INTEGER:
+            page = tl.where(visible, page, 0)
         visible = visible & (positions < end if BY_PAGE else positions >= first)
         offs_page = page.to(tl.int64)
         offs_slot = positions % PAGE_SIZE
@@ -112,8 +129,8 @@ def attend(
 
         # [ROWS, BLOCK_KV]
         s, k = query_key_products(
-            q, k_ptrs, visible, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
-            CACHE, PARTS, PTX,
+            q, k_ptrs, visible, HEAD_DIM, not INTEGER, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
+            CACHE, PARTS, PTX, begun,
         )  # fmt: skip
         value_scale = unit
         if PER_TOKEN:
@@ -141,11 +158,14 @@ def attend(
         values = k if SAME_TILE else v_ptrs
         m, l, unit, acc = add_block(
             s, scale, m, l, unit, acc, values, value_scale, visible, q[0].dtype, VALUE_HEAD_DIM,
-            True, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, PARTS, PTX,
+            not INTEGER, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, PARTS, PTX,
+            PRODUCTS == "thirds",
         )  # fmt: skip
 
+    if SUMS > 0:
+        l = tl.sum(l, 1)
     # In order, and scaled.
-    tiles = acc
+    tiles = of_subnormal(acc, CACHE) if is_subnormal(CACHE) else acc
     acc = (interleaved(tiles, 0, PARTS),)
     if BLOCK_DV_REST > 0:
         acc += (interleaved(tiles, PARTS, PARTS),)

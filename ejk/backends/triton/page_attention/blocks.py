@@ -37,6 +37,9 @@ ONE_TILE = {16: Pipeline(64, 8, 3), 32: Pipeline(64, 8, 3), 64: Pipeline(32, 8, 
 # Of one query a sequence, where ids are loaded page by page, four warps spill nothing: of 16 heads
 # and pages of 16, 65 contexts of 8,000 tokens took 217.1 us for 233.6.
 ONE_QUERY = ONE_TILE | {16: Pipeline(64, 4, 3)}
+# Of a single context on a cache of 8 bits with a scale per head, two programs a multiprocessor. On
+# an H200, 32,768 tokens, against four of 64, 2, 3: e4m3 22.9 and 24.5 us, int8 23.5 and 24.9.
+ONE_CONTEXT = Pipeline(128, 4, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,17 @@ class DecodeBlocks(NamedTuple):
     num_stages: int
     shared_memory: int  # bytes of a program, at most
     per_sm: int = 1  # programs that a multiprocessor runs at a time
+
+
+def in_thirds(problem: PagedProblem, target: Target) -> bool:
+    """Say whether decode takes products of float32 as three of bfloat16, which holds the cache.
+
+    Float32 is 24 bits, bfloat16 8; and products of float32 are the ordinary cores'. On an H200, 64
+    contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries: queries in float32 on bfloat16
+    took 2,849 us and take 298, on int8 2,751 and 296.
+    """
+    is_mixed = product_dtype(problem) == jnp.float32 and problem.cache_dtype != jnp.float32
+    return is_mixed and problem.cache_dtype != jnp.float16 and not target.is_amd
 
 
 def rows_of(problem: PagedProblem, group: int, target: Target) -> int:
@@ -105,7 +119,9 @@ def choose_blocks(
     )
     itemsize = value_bytes(problem)
     cell = Cell(target.compute_capability, itemsize, problem.head_dim, rows, is_large)
-    if problem.head_dim == problem.value_head_dim and cell in tuned:
+    # Where elements become others, it is not their size alone that counts.
+    is_as_it_is = problem.query_dtype == problem.cache_dtype
+    if is_as_it_is and problem.head_dim == problem.value_head_dim and cell in tuned:
         pipeline = tuned[cell]
     else:
         pipeline = _heuristic(problem, rows, target, is_large, tokens)
@@ -115,9 +131,14 @@ def choose_blocks(
     # a program a multiprocessor, 29.5 and 33.7.
     if longest is not None and longest <= 8 * pipeline.block_kv and programs >= 4 * target.num_sms:
         pipeline = pipeline._replace(num_stages=2)
+    is_one = tokens > 0 and longest is not None and problem.num_seqs == 1
+    if is_one and is_large and _is_like_one_context(problem, rows):
+        pipeline = ONE_CONTEXT
     pipeline = pipeline._replace(**tuning.fixed())
-    most_rows = max(rows, pack_rows)
-    while (shared := _shared_memory(problem, most_rows, pipeline, target)) > target.shared_memory:
+    most_rows, thirds = max(rows, pack_rows), tokens > 0 and in_thirds(problem, target)
+    while (
+        shared := _shared_memory(problem, most_rows, pipeline, target, thirds)
+    ) > target.shared_memory:
         if tuning.block_kv is None and pipeline.block_kv > 16:
             pipeline = pipeline._replace(block_kv=pipeline.block_kv // 2)
         elif tuning.num_stages is None and pipeline.num_stages > 1:
@@ -127,6 +148,7 @@ def choose_blocks(
     per_sm = _per_sm(problem, rows, target, tokens) if is_large else 1
     if problem.cache_type.is_quantised:
         per_sm = quantised_per_sm(same_tile(problem), programs, target.num_sms)
+        per_sm = 2 if is_one and pipeline == ONE_CONTEXT else per_sm
     return DecodeBlocks(rows, *pipeline, shared, per_sm)
 
 
@@ -138,7 +160,7 @@ def _heuristic(
     # Taken on the ordinary cores, from registers.
     is_float32 = product_dtype(problem) == jnp.float32
     if problem.cache_type.is_quantised or (is_float32 and value_bytes(problem) < 4):
-        return _of_converted(problem, wide, rows, is_float32)
+        return _of_converted(problem, wide, rows, target, is_decode=tokens > 0)
     if is_large and _per_sm(problem, rows, target, tokens) > 1:
         for block_kv, num_stages in TOGETHER:
             pipeline = Pipeline(block_kv, 8 if is_float32 else 4, num_stages)
@@ -155,30 +177,46 @@ def _heuristic(
     # H100 (head dimension 64).
     for block_kv, num_stages in ALONE:
         pipeline = Pipeline(block_kv, num_warps, num_stages)
-        if _shared_memory(problem, rows, pipeline, target) <= target.shared_memory:
+        if _shared_memory(problem, rows, pipeline, target, False) <= target.shared_memory:
             if 2 * _streamed(problem, pipeline, num_stages - 1) > target.shared_memory:
                 return pipeline
     return Pipeline(128, num_warps, 3)
 
 
-def _of_converted(problem: PagedProblem, wide: int, rows: int, is_float32: bool) -> Pipeline:
+def _is_like_one_context(problem: PagedProblem, rows: int) -> bool:
+    """Say whether a call on one context is like those that `ONE_CONTEXT` was measured for."""
+    is_8_bit = problem.cache_type.is_quantised and value_bytes(problem) == 1
+    is_alike = is_8_bit and problem.scales != "token" and product_dtype(problem) == jnp.float16
+    return is_alike and not problem.latent and widths(problem) == (128, 128) and rows == 16
+
+
+def _of_converted(
+    problem: PagedProblem, wide: int, rows: int, target: Target, is_decode: bool
+) -> Pipeline:
     """Return the pipeline of a cache whose elements become others.
 
     On an H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries, in us:
-        e4m3, scale per head    64, 2, 3: 130.7    64, 4, 3: 134.4    128, 4, 3: 169.3
-        e4m3, scale per token   64, 2, 3: 143.2    64, 4, 3: 230.2    128, 4, 3: 180.0
-        int8, scale per token   64, 2, 3: 154.0    64, 4, 3: 242.8    128, 4, 3: 192.3
-        int4, scale per token   64, 2, 3: 120.9    128, 2, 3: 112.5   128, 4, 3: 138.3
-    Of 64 entries, e4m3 128, 2, 3: 91.6 and 64, 1, 3: 113.7, int4 64, 1, 3: 117.5 and 64, 2, 3:
-    156.8; of 256 entries, e4m3 32, 4, 3: 141.5 and 64, 4, 3: 182.1; latent e4m3, 16 heads, 64, 8,
-    3: 71.6 and 64, 4, 3: 115.8. Float32 queries on bfloat16, half of the contexts, 32, 4, 3: 1,425
-    and 32, 8, 3: 1,602.
+        e4m3, scale per head    64, 2, 3: 127.5    64, 4, 3: 129.6    128, 4, 2: 160.4
+        e4m3, scale per token   64, 2, 3: 132.8    64, 2, 4: 136.9    128, 4, 3: 149.7
+        int8, scale per head    64, 2, 3: 126.8    64, 4, 3: 134.5    128, 4, 2: 127.7
+        int8, scale per token   64, 2, 3: 131.0    64, 4, 3: 211.9    128, 4, 3: 147.1
+        int4, scale per token   128, 2, 3: 103.2   128, 4, 3: 118.5   256, 4, 2: 113.5
+        float32 on bfloat16     64, 4, 3: 297.9    32, 4, 3: 307.2    64, 8, 3: 363.6
+        float32 on int8         64, 4, 3: 308.4    32, 4, 3: 295.7    32, 2, 3: 291.6
+    Of 64 entries, int4 128, 2, 4: 68.3, 128, 2, 3: 74.0 and 64, 1, 3: 75.2, int8 and a scale per
+    token 128, 2, 3: 75.0 and 64, 2, 3: 84.0; of 256 entries, e4m3 32, 4, 3: 141.5 and 64, 4, 3:
+    182.1; latent e4m3, 16 heads, 64, 8, 3: 70.3 and 64, 8, 2: 75.8.
     """
-    if is_float32:
+    if product_dtype(problem) == jnp.float32:
+        thirds = is_decode and in_thirds(problem, target)
+        if wide == 128 and thirds and not problem.cache_type.is_quantised:
+            return Pipeline(64, 4, 3)
         return Pipeline(max(16, min(64, 4096 // wide)), 4, 3)
     if same_tile(problem) and wide == 512:
         return Pipeline(64 if rows == 16 else 32, 8, 3)
     if value_bytes(problem) < 1 and rows == 16 and wide <= 128:
+        if wide == 64 and is_decode:
+            return Pipeline(128, 2, 4)
         return Pipeline(128, 2, 3) if wide == 128 else Pipeline(64, 1, 3)
     return Pipeline(max(16, min(128, 8192 // wide)), max(2, wide // 64) * rows // 16, 3)
 
@@ -188,10 +226,12 @@ def _per_sm(problem: PagedProblem, rows: int, target: Target, tokens: int) -> in
     return programs_per_sm(is_latent, rows, width, tokens, target) if tokens else 1
 
 
-def _shared_memory(problem: PagedProblem, rows: int, pipeline: Pipeline, target: Target) -> int:
+def _shared_memory(
+    problem: PagedProblem, rows: int, pipeline: Pipeline, target: Target, thirds: bool
+) -> int:
     """Bound the shared memory of a program, in bytes."""
     buffers, weights = pipeline.num_stages - 1, rows * pipeline.block_kv
-    itemsize = product_dtype(problem).itemsize
+    itemsize = 6 if thirds else product_dtype(problem).itemsize
     held = itemsize * weights
     if itemsize == 4 and value_bytes(problem) < 4:  # taken from shared memory once converted
         held += itemsize * pipeline.block_kv * max(widths(problem))

@@ -90,10 +90,10 @@ def page_attention_kernel(
     HAS_ALIBI: tl.constexpr,
     HAS_DISTANCES: tl.constexpr,  # of pages that do not lie one after the other
     # types
-    CACHE: tl.constexpr,  # "int8", "int4", "e4m3", "e5m2"; "" for floats
+    CACHE: tl.constexpr,  # "int8", "int4", "e4m3", "e5m2", "int8 + 128", ...; "" for floats
     PARTS: tl.constexpr,  # values of a pool that are loaded as one element
     PTX: tl.constexpr,  # converts them
-    PRODUCTS: tl.constexpr,  # "float16", "float32"; "" for the type of queries and cache
+    PRODUCTS: tl.constexpr,  # "float16", "float32", "thirds"; "" for queries' and cache's
     SCALES: tl.constexpr,  # "head", "token", or "none"
     LATENT: tl.constexpr,  # the values are the keys' first entries
     # blocks
@@ -108,6 +108,7 @@ def page_attention_kernel(
     SAME_TILE: tl.constexpr,  # the values are the keys' first entries, loaded once for both
     SPLIT_LOGITS: tl.constexpr,  # over two warpgroups: see `where_visible`
     PAGES: tl.constexpr,  # that a block's tokens are or lie in; 0: not known
+    SUMS: tl.constexpr,  # of weights, a row, that are added up at the end; 0: at each block
 ):
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     STEP: tl.constexpr = BLOCK_KV * NUM_SPLITS if SPLIT_BLOCKS < 0 else BLOCK_KV
@@ -156,7 +157,7 @@ def page_attention_kernel(
                 PAGE_SIZE, MAX_BLOCKS, stride_k_page, stride_k_head, stride_k_slot, stride_v_page,
                 stride_v_head, stride_v_slot, stride_half, SOFT_CAP, HAS_ALIBI, False, CACHE,
                 PARTS, PTX, PRODUCTS, SCALES, LATENT, BLOCK_PACK, BLOCK_KV, STEP, BLOCK_D,
-                BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, False, 0, False, True,
+                BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, False, 0, 0, False, True,
             )  # fmt: skip
             offs_dv = (tl.arange(0, BLOCK_DV),)
             if BLOCK_DV_REST > 0:
@@ -239,7 +240,7 @@ def page_attention_kernel(
         stride_k_slot, stride_v_page, stride_v_head, stride_v_slot, stride_half, SOFT_CAP,
         HAS_ALIBI, HAS_DISTANCES, CACHE, PARTS, PTX, PRODUCTS, SCALES, LATENT, BLOCK_GROUP,
         BLOCK_KV, STEP, BLOCK_D, BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE,
-        SPLIT_LOGITS, PAGES, NUM_SPLITS == 0 and HAS_WINDOW, False,
+        SPLIT_LOGITS, PAGES, SUMS, NUM_SPLITS == 0 and HAS_WINDOW, False,
     )  # fmt: skip
 
     # Write the result, or this piece's part of it.
