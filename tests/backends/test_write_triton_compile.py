@@ -135,8 +135,29 @@ def test_codes_are_stored_as_wide_as_a_thread_has_them(target, variant):
     # The target's own rounding, or bits: no other one is as exact.
     has_own = "cvt.rn.satfinite.e" in program.ptx
     assert has_own == (problem.cache_dtype.name.startswith("float8") and target == "sm_90")
+    packs = "cvt.pack.sat.s8.s32" in program.ptx
+    assert packs == (problem.cache_dtype.kind in "iu" and target == "sm_90")
     assert ("div.rn.f32" in program.ptx) == (problem.scales != "none")
     assert not re.findall(r"div\.(approx|full)", program.ptx)
+
+
+@pytest.mark.parametrize("num_tokens", [64, 8192])
+@pytest.mark.parametrize("variant", ["HND", "int8", "int4", "e4m3"])
+def test_rows_are_on_their_way_before_slots_are_compared(variant, num_tokens):
+    """A barrier keeps the assembler from loading them afterwards."""
+    problem, sizes, program = compile_for("sm_90", num_tokens, (VARIANTS | QUANTISED)[variant])
+    before, _, after = program.ptx.partition("bar.sync")
+    row_bytes = 2 * sizes.tokens * sizes.row * problem.row_dtype.itemsize
+    assert accesses(before)["ld", 16] == row_bytes // (16 * 32 * sizes.num_warps)
+    assert accesses(after)["ld", 16] >= 1  # of slots
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 6])
+@pytest.mark.parametrize("variant", ["int8", "int8, given scales", "int4"])
+def test_short_rows_have_codes_enough_to_pack(variant, width):
+    options = QUANTISED[variant] | dict(key_shape=(128, 1, 16, width))
+    for num_tokens in (3, 8192):
+        assert "cvt.pack.sat.s8.s32" in compile_for("sm_90", num_tokens, options)[2].ptx
 
 
 @pytest.mark.parametrize("variant", QUANTISED)

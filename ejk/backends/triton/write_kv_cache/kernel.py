@@ -10,10 +10,10 @@ has its slot:
     overwritten_i = any over j > i of slot_j = slot_i
 
 Each program compares its own tokens with all later ones, `BLOCK_OTHERS` at a time, from the cache:
-for 8,192 tokens 34 million comparisons, which take about 5 us of an H100's ordinary cores while the
-rows' 67 MB (8 heads of 128, 16 bits) take 25 us of its memory. The comparisons grow with the square
-of the tokens; where there are too many, the launch marks such tokens beforehand and this loop is
-left out (`HAS_DUPLICATES`).
+for 8,192 tokens 34 million comparisons, 2 us of an H200's ordinary cores, while the rows' 67 MB (8
+heads of 128, 16 bits) take 18 us of its memory. The comparisons grow with the square of the tokens;
+where there are too many, the launch marks such tokens beforehand and this loop is left out
+(`HAS_DUPLICATES`).
 
 Source: vLLM's `reshape_and_cache` (Kwon et al., 2023, arXiv:2309.06180), which leaves duplicates to
 chance.
@@ -24,6 +24,7 @@ import typing
 import triton
 import triton.language as tl
 
+from ejk.backends.triton.write_kv_cache.later import load_slots, overwritten_by_later
 from ejk.backends.triton.write_kv_cache.quantise import load_heads, store_heads
 
 
@@ -62,7 +63,7 @@ def write_kv_cache_kernel(
     CACHE: tl.constexpr,  # what codes are: "int8", "int4", "e4m3", "e5m2", or "" for other floats
     LARGEST: tl.constexpr,  # code; 0 of floats of 16 bits and more
     PER_ELEMENT: tl.constexpr,  # codes
-    NATIVE: tl.constexpr,  # the target rounds to 8-bit floats itself
+    NATIVE: tl.constexpr,  # the target rounds to 8-bit floats itself, and packs integers
     # blocks
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
@@ -90,28 +91,36 @@ def write_kv_cache_kernel(
     is_token = tokens < NUM_TOKENS
 
     # Load once: slots, keys and values.
-    slots = tl.load(slot_mapping_ptr + tokens, mask=is_token, other=-1)
+    # Masked loads write over zeros, which cost an instruction for two registers.
+    WHOLE: tl.constexpr = NUM_TOKENS % BLOCK_TOKENS == 0
+    slots = load_slots(slot_mapping_ptr, tokens, NUM_TOKENS, BLOCK_TOKENS)
     if CONVERTS:  # [BLOCK_TOKENS, BLOCK_HEADS, BLOCK_D]
-        keys = load_heads(key_ptr, tokens, heads, is_token, NUM_KV_HEADS, HEAD_DIM, BLOCK_D)
+        HAS_ALL: tl.constexpr = WHOLE and NUM_KV_HEADS % BLOCK_HEADS == 0
+        keys = load_heads(
+            key_ptr, tokens, heads, is_token, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, HAS_ALL
+        )
         if V_ROW > 0:
             values = load_heads(
-                value_ptr, tokens, heads, is_token, NUM_KV_HEADS, VALUE_HEAD_DIM, BLOCK_DV
+                value_ptr, tokens, heads, is_token, NUM_KV_HEADS, VALUE_HEAD_DIM, BLOCK_DV, HAS_ALL
             )
     else:  # [BLOCK_TOKENS, BLOCK_ROW]
-        keys = _load_rows(key_ptr, tokens, offs_row, is_token, K_ROW)
+        keys = _load_rows(
+            key_ptr, tokens, offs_row, is_token, K_ROW, WHOLE and K_ROW % BLOCK_ROW == 0
+        )
         if V_ROW > 0:
-            values = _load_rows(value_ptr, tokens, offs_row, is_token, V_ROW)
+            values = _load_rows(
+                value_ptr, tokens, offs_row, is_token, V_ROW, WHOLE and V_ROW % BLOCK_ROW == 0
+            )
     writes = (slots >= 0) & (slots < NUM_SLOTS)  # [BLOCK_TOKENS]
 
-    # Loop over the later tokens: which of mine are overwritten?
+    # Which of mine are overwritten by a later one?
     if HAS_DUPLICATES:
-        overwritten = tl.zeros([BLOCK_TOKENS, BLOCK_OTHERS], tl.int32)
-        for start in range(first_token, NUM_TOKENS, BLOCK_OTHERS):
-            others = start + tl.arange(0, BLOCK_OTHERS)
-            other_slots = tl.load(slot_mapping_ptr + others, mask=others < NUM_TOKENS, other=-1)
-            is_later = others[None, :] > tokens[:, None]
-            overwritten |= ((other_slots[None, :] == slots[:, None]) & is_later).to(tl.int32)
-        writes = writes & (tl.max(overwritten, 1) == 0)
+        # Or ptxas moves loads of rows behind the comparison, which then waits for slots first.
+        tl.debug_barrier()
+        overwritten = overwritten_by_later(
+            slot_mapping_ptr, first_token, NUM_TOKENS, BLOCK_TOKENS, BLOCK_OTHERS
+        )
+        writes = writes & ((overwritten >> (tokens - first_token)) & 1 == 0)
 
     # Write.
     page = (slots // PAGE_SIZE).to(tl.int64)
@@ -148,10 +157,15 @@ def write_kv_cache_kernel(
 
 @triton.jit
 @typing.no_type_check
-def _load_rows(rows_ptr, tokens, offs_row, is_token, ROW: tl.constexpr):
+def _load_rows(
+    rows_ptr, tokens, offs_row, is_token, ROW: tl.constexpr, HAS_ALL: tl.constexpr
+):  # fmt: skip
     """Load a block of rows, `[BLOCK_TOKENS, BLOCK_ROW]`."""
     ptrs = rows_ptr + tokens.to(tl.int64)[:, None] * ROW + offs_row[None, :]
-    return tl.load(ptrs, mask=is_token[:, None] & (offs_row < ROW)[None, :], other=0.0)
+    if HAS_ALL:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=is_token[:, None] & (offs_row < ROW)[None, :], other=0.0)
 
 
 @triton.jit

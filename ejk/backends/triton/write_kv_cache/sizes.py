@@ -10,8 +10,9 @@ from ejk.backends.write_kv_cache import WriteKVCacheProblem
 # What a program holds of the keys, and of the values, in bytes: 4 times 16 in each of 128 threads.
 BLOCK_BYTES = 8192
 # Elements of a row and tokens that a program takes at most. Not measured.
-MAX_BLOCK_ROW, MAX_TOKENS = 2048, 64
-COMPARISONS = 1024  # at a time on a warp: 32 registers of a thread. Not measured.
+MAX_BLOCK_ROW, MAX_TOKENS = 2048, 16
+# Slots that a thread compares its program's with at a time; few tokens are compared at once.
+FEW, OTHERS = 4, 8
 # A program takes a second token once there are so many programs: eight to a multiprocessor.
 ENOUGH_PROGRAMS = 1024
 # From it on a GPU rounds float32 to 8-bit floats; sm_89 rounds to e5m2 by way of float16.
@@ -45,8 +46,8 @@ class WriteSizes(NamedTuple):
 
     def others(self, problem: WriteKVCacheProblem) -> int:
         """Tokens that the program's own are compared with at a time."""
-        at_once = max(32, COMPARISONS * self.num_warps // self.tokens)
-        return min(at_once, max(32, power_of_two(problem.num_tokens)))
+        threads = 32 * self.num_warps
+        return (FEW if problem.num_tokens <= FEW * threads else OTHERS) * threads
 
     def grid(self, problem: WriteKVCacheProblem) -> int:
         blocks = _blocks(problem, self.row, self.heads)
