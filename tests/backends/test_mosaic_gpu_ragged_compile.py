@@ -26,10 +26,10 @@ SMALL = 5 * 1024  # bytes of shared memory beside blocks, at most
 
 # Loads and stores in the loop of blocks that need no mask, at most: none, but a load of what never
 # changes with a soft cap, and what a thread's 160 registers do not hold with scales per token or
-# with all options at once. ptxas 12.9 makes 126 and 511 of these from jax 0.12, and 126 and 514
+# with all options at once. ptxas 12.9 makes 53 and 511 of these from jax 0.12, and 53 and 514
 # from 0.11.2.
 SPILLS = {
-    ("soft cap", 128): 1, ("token scales", 64): 126,
+    ("soft cap", 128): 1, ("token scales", 64): 53,
     ("everything", 64): 514, ("everything", 128): 60, ("everything", 256): 20,
 }  # fmt: skip
 FEATURES = {
@@ -120,6 +120,8 @@ def test_products_overlap_and_no_register_spills_in_a_loop(fields, features, jax
     assert warpgroups * more + fewer <= (warpgroups + 1) * program.registers
     queries = Q_SLOTS[head_dim] * warpgroups * ROWS
     blocks = 2 * head_dim * (queries + 2 * STAGES[head_dim] * BLOCK_KV[head_dim])
+    if features == "token scales":
+        blocks += 2 * 4 * BLOCK_KV[head_dim] * (STAGES[head_dim] + 1)
     assert blocks <= program.shared_memory <= blocks + SMALL
     assert program.loops
     whole = min(program.loops, key=len)  # blocks that need no mask

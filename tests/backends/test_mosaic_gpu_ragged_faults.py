@@ -23,7 +23,7 @@ from test_mosaic_gpu_ragged import (
 )
 
 import ejk
-from ejk.backends.mosaic_gpu.ragged_page_attention import call, widening
+from ejk.backends.mosaic_gpu.ragged_page_attention import backend, call, scaling
 from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import E4M3, FEATURES, INT8, Configuration
 
@@ -32,9 +32,10 @@ SHAPE = changed(page_size=16, max_blocks=28, num_pages=130)
 FOLDER = "ejk.backends.mosaic_gpu.ragged_page_attention"
 # Each imports of those before it.
 MODULES = (
-    "memory", "tiles", "mask", "softmax", "copying", "writing", "rows", "kernel", "call",
-    "widening",
+    "widening", "memory", "tiles", "mask", "softmax", "copying", "writing", "rows", "kernel",
+    "call", "scaling",
 )  # fmt: skip
+FOLDERS = {"widening": "ejk.backends.triton.ragged_page_attention"}  # those that are elsewhere
 
 FAULTS = {
     "no wait for the queries": (
@@ -66,7 +67,7 @@ FAULTS = {
         "keys_free.at[slot])\n        plgpu.barrier_wait(", "hidden",
     ),
     "wrong arrivals": (
-        "memory", "keys_there=barriers(sizes.stages, sizes.copies)",
+        "memory", "keys_there=barriers(sizes.stages, sizes.copies + scaled)",
         "keys_there=barriers(sizes.stages, 1)", "hidden",
     ),
     "an id is not checked": (
@@ -162,20 +163,31 @@ FAULTS = {
         "kernel", "jnp.where(l == 0, factor, factor * self", "(factor * self", "scaled_heads",
     ),
     "scales of another sequence": (
-        "rows", "tile.seq * sizes.scaled_tokens", "0 * sizes.scaled_tokens", "scaled_tokens",
+        "copying", "tile.seq * sizes.scaled_blocks", "0 * sizes.scaled_blocks", "scaled_tokens",
     ),
     "scales of the next token": (
-        "rows", "pl.ds(first, sizes", "pl.ds(first + 1, sizes", "scaled_tokens",
+        "scaling", "own = jnp.pad(own, ((0, 0), (0, 0), (0, rest))",
+        "own = jnp.pad(own[..., 1:], ((0, 0), (0, 0), (0, rest + 1))", "scaled_tokens",
+    ),
+    "scales of the first block": (
+        "copying", "tile.first_block(sizes) + j\n        plgpu", "0\n        plgpu",
+        "scaled_tokens",
+    ),
+    "scales of values are overwritten with those of keys to come": (
+        "memory", "lax.rem(n, sizes.scale_slots)", "lax.rem(n, sizes.stages)", "scaled_tokens",
+    ),
+    "no wait for the scales": (
+        "memory", "sizes.copies + scaled)", "sizes.copies)", "scaled_tokens",
     ),
     "values have the scales of keys": (
-        "rows", "value_scales = self._scales(self.inputs.value",
-        "value_scales = self._scales(self.inputs.key", "scaled_tokens",
+        "rows", "value_scales = self._scales(n + 1, 1)",
+        "value_scales = self._scales(n + 1, 0)", "scaled_tokens",
     ),
     "values of the first block alone are scaled": (
         "rows", "_scaled(new_p, value_scales)", "new_p", "scaled_tokens",
     ),
     "scales of dead slots are met": (
-        "widening", "jnp.where(is_there[None], own, 1.0)", "own", "scaled_tokens",
+        "scaling", "jnp.where(is_there[None], own, 1.0)", "own", "scaled_tokens",
     ),
     "pages that a window cuts are not copied": (
         "widening", "(first + page_size > begins)", "(first >= begins)", "scaled_heads",
@@ -280,21 +292,22 @@ def mutated(monkeypatch, file, old, new):
     package = types.ModuleType("mutant")
     monkeypatch.setitem(sys.modules, "mutant", package)
     for name in MODULES:
-        sound = importlib.import_module(f"{FOLDER}.{name}")
+        sound = importlib.import_module(f"{FOLDERS.get(name, FOLDER)}.{name}")
         source = inspect.getsource(sound)
         if name == file:
             assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
             source = source.replace(old, new)
         source = source.replace(f"from {FOLDER} import", "from mutant import")
         for other in MODULES:
-            source = source.replace(f"from {FOLDER}.{other} import", f"from mutant.{other} import")
+            place = f"{FOLDERS.get(other, FOLDER)}.{other}"
+            source = source.replace(f"from {place} import", f"from mutant.{other} import")
         module = types.ModuleType(f"mutant.{name}")
         monkeypatch.setitem(sys.modules, module.__name__, module)
         exec(compile(source, sound.__file__, "exec"), vars(module))
         setattr(package, name, module)
     monkeypatch.setattr(call, "attend", package.call.attend)
-    for name in ("widened", "ordered_scales"):
-        monkeypatch.setattr(widening, name, getattr(package.widening, name))
+    monkeypatch.setattr(backend, "widened", package.widening.widened)
+    monkeypatch.setattr(scaling, "ordered_scales", package.scaling.ordered_scales)
 
 
 @pytest.mark.parametrize("case", CASES)

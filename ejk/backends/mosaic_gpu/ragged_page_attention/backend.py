@@ -15,7 +15,6 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
     BLOCK_KV,
     ROWS,
     PrefillSizes,
-    copied_bytes,
 )
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
@@ -25,6 +24,12 @@ from ejk.backends.ragged_page_attention import (
 from ejk.backends.triton._backend import Call
 from ejk.backends.triton.ragged_page_attention.backend import RaggedSteps
 from ejk.backends.triton.ragged_page_attention.sizes import ragged_size_refusals
+from ejk.backends.triton.ragged_page_attention.widening import (
+    FEW_ROWS_OF_COPIES,
+    MOST_COPIED,
+    copied_bytes,
+    widened,
+)
 
 # Up to so many query rows of a sequence and KV head Triton's kernels are as fast,
 # and compiled sooner. Time of a layer over theirs on an H100, 32 sequences of 4,096, pages of 16,
@@ -35,15 +40,9 @@ from ejk.backends.triton.ragged_page_attention.sizes import ragged_size_refusals
 #                    8   0.992   0.994   0.972
 # On 8,192 with 8 new tokens and groups of 4: 0.984. 4 chunks of 512 and 60 decodes: 0.754.
 FEW_ROWS = 16
-# Up to so many of a sequence, on average, it does not pay to copy pages of a quantised cache first.
-# Modelled by bytes. For 8 x 4,096 new tokens the copies do not show: on an H200 the call takes
-# 1.98 ms with float8_e4m3fn and 2.02 ms in bfloat16.
-FEW_ROWS_OF_COPIES = 512
 # Up to so many of a sequence, on average, memory bounds a call, and a shared prefix is worth being
 # read once, which Triton's kernels alone do. By an H100's bytes and products a second, unmeasured.
 MEMORY_BOUND_ROWS = 256
-# Bytes of these copies. Only pages that are seen are copied, but tables must have room in them.
-MOST_COPIED = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +125,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         call: Call,
     ) -> tuple[Any, ...]:
         from ejk.backends.mosaic_gpu.ragged_page_attention.call import attend
-        from ejk.backends.mosaic_gpu.ragged_page_attention.widening import ordered_scales, widened
+        from ejk.backends.mosaic_gpu.ragged_page_attention.scaling import ordered_scales
 
         if problem.scales == "token":
             operands = ordered_scales(problem, operands, BLOCK_KV[problem.head_dim])

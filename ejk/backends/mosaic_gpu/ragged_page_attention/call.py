@@ -19,8 +19,8 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
-    sane_bounds,
 )
+from ejk.backends.triton.ragged_page_attention.widening import first_seen
 
 
 def attend(sizes: PrefillSizes, operands: RaggedPageAttentionOperands, work: Any) -> Outputs:
@@ -35,8 +35,8 @@ def attend(sizes: PrefillSizes, operands: RaggedPageAttentionOperands, work: Any
         value=None if value is None else slabs(value, problem),
         block_tables=operands.block_tables,
         attn_scale=scales_of_logits(problem, operands),
-        key_scale=operands.key_scale if problem.scales == "token" else None,
         value_scale=operands.value_scale,
+        token_scales=operands.key_scale if problem.scales == "token" else None,
         sliding_window=None if window is None else window.reshape(1),
         sinks=None if sinks is None else heads_by_row(sinks, problem),
         alibi_slopes=None if slopes is None else heads_by_row(slopes, problem),
@@ -67,18 +67,6 @@ def scales_of_logits(
     """Return what scales products of queries and keys: one number, or one of each KV head."""
     scale = operands.attn_scale.reshape(1)
     return scale * operands.key_scale if problem.scales == "head" else scale
-
-
-def first_seen(
-    problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
-) -> jax.Array:
-    """Return the first position that new tokens of a sequence see, `[num_seqs]`."""
-    window = operands.sliding_window
-    if window is None:
-        return jnp.zeros(problem.num_seqs, jnp.int32)
-    bounds = sane_bounds(problem, operands.cu_q_lens)
-    before = jnp.clip(operands.context_lens, 0, problem.capacity) - jnp.diff(bounds)
-    return jnp.maximum(before, 0) - (jnp.maximum(window, 0) - 1)
 
 
 def whole_tokens(

@@ -16,6 +16,7 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
     Inputs,
     Shared,
     rows_of_page,
+    scales_of_block,
     views_of,
 )
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import SWIZZLED, PrefillSizes
@@ -98,6 +99,8 @@ class Copying:
             n, *pages = carry
             later = ahead(j + 1)
             self._copy_pages(tile, j, lax.rem(n, sizes.stages), half, zip(copies, pages))
+            if sizes.problem.scales == "token" and half == 0 and share == 0:
+                self._copy_scales(tile, j, n)
             return n + 1, *later
 
         carry = n, *ahead(jnp.int32(0))
@@ -126,6 +129,16 @@ class Copying:
                 into.at[slot, pl.ds(i * sizes.copied_rows, sizes.copied_rows)],
                 there.at[slot],
             )
+
+    def _copy_scales(self, tile: Tile, j: Any, n: Any) -> None:
+        """Copy the scales of a block's tokens, for which there is room once there is for keys."""
+        shared, sizes = self.shared, self.sizes
+        block = tile.seq * sizes.scaled_blocks + tile.first_block(sizes) + j
+        plgpu.copy_gmem_to_smem(
+            self.inputs.token_scales.at[tile.kv_head, block],
+            scales_of_block(shared, n, sizes),
+            shared.keys_there.at[lax.rem(n, sizes.stages)],
+        )
 
     def _free(self, half: int) -> Any:
         return self.shared.keys_free if half == 0 else self.shared.values_free

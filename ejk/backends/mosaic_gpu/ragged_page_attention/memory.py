@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -22,10 +23,9 @@ class Inputs(NamedTuple):
     value: Any  # the same; None: `key` has the values, too
     block_tables: Any  # int32 [num_seqs, max_blocks]
     attn_scale: Any  # float32 [1], or [num_kv_heads] with the scales of keys
-    # Scales of quantised values, float32 [num_kv_heads], or those of keys' and values' tokens in
-    # their order, [num_kv_heads, num_seqs * tokens]: see `ordered_scales`. Or None.
-    key_scale: Any
-    value_scale: Any
+    value_scale: Any  # of quantised values, float32 [num_kv_heads], or None
+    # Those of tokens, of keys and values side by side: see `ordered_scales`. Or None.
+    token_scales: Any  # float32 [num_kv_heads, num_seqs * blocks, 2, block_kv]
     sliding_window: Any  # int32 [1], or None
     sinks: Any  # float32 [num_kv_heads, ROWS]: see `heads_by_row`; or None
     alibi_slopes: Any  # the same
@@ -51,6 +51,7 @@ class Shared(NamedTuple):
     query: Any  # see `views_of`
     keys: Any  # [stages, block_kv, head_dim]
     values: Any  # the same
+    scales: Any  # float32 [scale_slots, 2, block_kv]: of keys' and values' tokens; or None
     weights: Any  # [warpgroups, ROWS, block_kv]: the interpreter takes no operand from registers
     by_row: Any  # float32 [warpgroups, ROWS]: the LSE on its way out
     tile: Any  # int32 [q_slots, TILE_FIELDS]
@@ -83,6 +84,11 @@ def rows_of_page(
     index[layout.kv_heads] = 2 * kv_head + half if layout.interleaved else kv_head
     index[layout.slots] = pl.ds(first, sizes.copied_rows)
     return pool.at[tuple(index)]
+
+
+def scales_of_block(shared: Shared, n: Any, sizes: PrefillSizes) -> Any:
+    """Return the memory of the scales of block `n`, counted over all tiles: `[2, block_kv]`."""
+    return shared.scales.at[lax.rem(n, sizes.scale_slots)]
 
 
 def heads_by_row(x: Any, problem: RaggedPageAttentionProblem) -> Any:
@@ -122,6 +128,7 @@ def views_of(union: Any, sizes: PrefillSizes, of_parts: bool = False) -> Views:
 def shared_types(sizes: PrefillSizes) -> Shared:
     """Return how much of what is shared."""
     dtype, head_dim = sizes.problem.query_dtype, sizes.problem.head_dim
+    scaled = sizes.problem.scales == "token"
 
     def barriers(number: int, arrivals: int = sizes.warpgroups) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
@@ -134,12 +141,13 @@ def shared_types(sizes: PrefillSizes) -> Shared:
         query=tuple(views[::2]) if sizes.interpret else plgpu.RefUnion(*views),
         keys=block,
         values=block,
+        scales=plgpu.SMEM((sizes.scale_slots, 2, sizes.block_kv), jnp.float32) if scaled else None,
         weights=weights if sizes.interpret else None,
         by_row=plgpu.SMEM((sizes.warpgroups, ROWS), jnp.float32),
         tile=plgpu.SMEM((sizes.q_slots, TILE_FIELDS), jnp.int32),
         query_there=barriers(sizes.q_slots, sizes.query_copies),
         query_free=barriers(sizes.q_slots),
-        keys_there=barriers(sizes.stages, sizes.copies),
+        keys_there=barriers(sizes.stages, sizes.copies + scaled),
         keys_free=barriers(sizes.stages),
         values_there=barriers(sizes.stages, sizes.copies),
         values_free=barriers(sizes.stages),

@@ -18,6 +18,7 @@ from ejk.backends.mosaic_gpu.ragged_page_attention import mask
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
     Inputs,
     Shared,
+    scales_of_block,
     views_of,
 )
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, SWIZZLED, PrefillSizes
@@ -100,11 +101,11 @@ class Rows:
         s = pl.run_scoped(run, *self._accumulators)
         plgpu.barrier_arrive(self.shared.keys_free.at[slot])
         first = jnp.int32(0)
-        s = in_log2(*self._logits(s, self._scales(self.inputs.key_scale, first), first))
+        s = in_log2(*self._logits(s, self._scales(n, 0), first))
         s = lax.cond(is_whole, lambda: s, lambda: self._masked(s, first))
         units = (of_rows(1.0, ROWS),)
         state, p, _ = weigh(sizes.plain, s, units, empty(sizes.problem.head_dim))
-        p = _scaled(p, self._scales(self.inputs.value_scale, first))
+        p = _scaled(p, self._scales(n, 1))
         return state, p.astype(sizes.problem.query_dtype)
 
     def _step(self, j: Any, carry: Any, masked: bool) -> Any:
@@ -116,7 +117,6 @@ class Rows:
         plgpu.barrier_wait(shared.values_there.at[before])
         if masked:
             self._clear(j - 1, before)
-        scales = self._scales(self.inputs.key_scale, j)  # before what they wait for
         self.turn.take()
 
         def run(acc_ref: Any, s_ref: Any = None) -> Any:
@@ -124,12 +124,14 @@ class Rows:
             issued = self._issue_logits(s_ref, slot)
             self._issue_values(acc_ref, p, before)
             self.turn.hand_on()
+            # Under the product: after the wait 8 x 4,096 tokens took 2,183 us for 1,934.
+            scales = self._scales(n + 1, 0)
             s = private.logits(sizes.plain, s_ref, issued, 1)
             plgpu.barrier_arrive(shared.keys_free.at[slot])
             s, units = self._logits(s, scales, j)
             if masked:
                 s, units = self._masked(in_log2(s, units), j), (of_rows(1.0, ROWS),)
-            value_scales = self._scales(self.inputs.value_scale, j)
+            value_scales = self._scales(n + 1, 1)
             new, new_p, alpha = weigh(sizes.plain, s, units, state)
             found = lax.optimization_barrier((new, _scaled(new_p, value_scales), alpha))
             new, new_p, alpha = found
@@ -205,13 +207,11 @@ class Rows:
         limits = mask.limits(self.tile, j, position, self.inputs, self.sizes)
         return kept(self.sizes.plain, s, *limits, exist, self.sizes.copies)
 
-    def _scales(self, scales: Any, j: Any) -> Any:
-        """Return the scales of the tokens of block `j`, or None."""
-        tile, sizes = self.tile, self.sizes
-        if sizes.problem.scales != "token":
+    def _scales(self, n: Any, half: int) -> Any:
+        """Return the scales of block `n`'s keys (`half` 0) or values (1), or None."""
+        if self.sizes.problem.scales != "token":
             return None
-        first = tile.seq * sizes.scaled_tokens + (tile.first_block(sizes) + j) * sizes.block_kv
-        own = scales.at[tile.kv_head, pl.ds(first, sizes.block_kv)]
+        own = scales_of_block(self.shared, n, self.sizes).at[half]
         return plgpu.load(own, layout=COLUMN, optimized=False)
 
     def _biases(self, shape: tuple[int, ...], j: Any) -> Any:

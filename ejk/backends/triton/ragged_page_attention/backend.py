@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from ejk._backend import Tunable
+from ejk._indices import exceeds
 from ejk.backends.gpu import MAX_GRID, Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import CACHES
@@ -19,6 +20,14 @@ from ejk.backends.triton.ragged_page_attention.sizes import (
     RaggedCut,
     RaggedSizes,
     ragged_size_refusals,
+)
+from ejk.backends.triton.ragged_page_attention.widening import (
+    FEW_ROWS_OF_COPIES,
+    MOST_COPIED,
+    copied_bytes,
+    wide_problem,
+    widened,
+    with_scales,
 )
 
 INPUTS = (
@@ -96,6 +105,10 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         call: Call,
     ) -> tuple[Any, ...]:
         def attend(problem: Any, operands: Any) -> tuple[Any, ...]:
+            if _pays_for_copies(problem) and fits(wide_problem(problem)):
+                if problem.scales == "token":
+                    operands = with_scales(problem, operands)
+                problem, operands = widened(problem, operands, target, call)
             sizes = RaggedSizes.of(problem, self, target)
             steps = TritonSteps(problem, operands, sizes, call, target)
             work, memory = steps.list_work(), {}
@@ -108,6 +121,22 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
             return not self.limits_on(target, problem)
 
         return attend_in_groups(problem, operands, attend, self.least_saved_bytes, fits)
+
+
+def _pays_for_copies(problem: RaggedPageAttentionProblem) -> bool:
+    """Say whether pages of a quantised cache are copied in the queries' type first.
+
+    What is copied is what positions and windows show that follow from lengths.
+    """
+    return (
+        problem.cache_type.is_quantised
+        and problem.query_dtype.itemsize == 2
+        and problem.total_tokens * problem.group > FEW_ROWS_OF_COPIES * problem.num_seqs
+        and problem.causal
+        and not (problem.has_window and problem.has_positions)
+        and not problem.latent
+        and not exceeds(copied_bytes(problem), MOST_COPIED)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
