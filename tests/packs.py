@@ -6,6 +6,7 @@ import numpy as np
 
 import ejk
 
+MARGIN = 70  # of costs: what the launch of packs takes
 INTERPRETED = ejk.TritonPageAttention(interpret=True, num_sms=16, least_saved_bytes=0)
 
 
@@ -99,10 +100,10 @@ def packs_oracle(problem, lens, tables, groups, pages):
             if (len(chunk[1]) - 1) * c >= problem.least_saved
         ]  # fmt: skip
 
-    costs = [c * problem.granule_cost for c in granules]
     paying = [
-        (chunk, cost) for chunk, cost in zip(chunks, costs)
-        if 4 * (len(chunk[1]) - 1) * cost - cost > 12 * (len(chunk[1]) + 1)
+        (chunk, c * problem.packs.granule_cost) for chunk, c in zip(chunks, granules)
+        if len(chunk[1]) * c * problem.granule_cost
+        > c * problem.packs.granule_cost + 3 * (len(chunk[1]) + 1)
     ]  # fmt: skip
     floors = {s: tokens for (tokens, members), _ in paying for s in members}
 
@@ -111,8 +112,8 @@ def packs_oracle(problem, lens, tables, groups, pages):
 
     plain = sum(map(cost_of, lens))
     packed = sum(cost_of(n - floors.get(s, 0)) for s, n in enumerate(lens))
-    packed += sum(cost + cost // 4 + 3 * (len(chunk[1]) + 1) for chunk, cost in paying)
+    packed += sum(cost + 3 * (len(chunk[1]) + 1) for chunk, cost in paying)
     plain, packed = (
         ceil_div(total * problem.programs_per_piece, problem.slots) for total in (plain, packed)
     )
-    return [chunk for chunk, _ in paying] if packed + packed // 16 + 24 <= plain else []
+    return [chunk for chunk, _ in paying] if packed + packed // 16 + MARGIN <= plain else []

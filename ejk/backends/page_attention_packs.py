@@ -2,13 +2,13 @@
 
 A pack is up to `members` sequences of one group of `prefix_groups`. Its costs are in the units of
 `ejk/backends/triton/page_attention/dealing.py`. With `c` the granules that a pack of `k` members
-shares, it saves `k - 1` readings of them; its own takes a quarter more, as its products have the
-rows of all members (on an H100, 64 rows took 1.21 times what their bytes take), and each member has
-parts to write and to combine. A pack pays if
+shares, it saves `k` readings of them, and makes one that costs more, as its products have the rows
+of all members; and each member has parts to write and to combine. A pack pays if
 
-    (k - 1) * c * cost - c * cost / 4 > PIECE_COST * (k + 1)
+    k * c * cost > c * pack_cost + PIECE_COST * (k + 1)
 
-and packs are made if the batch, dealt out to slots, then ends earlier by more than `MARGIN`.
+and packs are made if the batch, dealt out to slots, then ends earlier by more than `MARGIN`, which
+is what their launch takes.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,10 @@ from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
 from ejk.backends.prefix_groups import SharedPrefixes
 
 PIECE_COST = 3  # to start a piece, or to write and combine a member's parts
-MARGIN = 24
+# What the packs' launch takes beyond its blocks, and the combination of their parts. On an H200 it
+# was 60 to 85 of 0.25 us: 4 sequences on 8,192 tokens took 26.0 us for 32.4 and 16 on 2,048 28.0
+# for 33.0, but 4 on 2,048 19.0 for 15.0 and 16 on 512 25.6 for 14.9.
+MARGIN = 70
 
 
 class Packs(NamedTuple):
@@ -70,10 +73,17 @@ class Packs(NamedTuple):
         return jnp.concatenate([of_sequences, of_packs, members])
 
 
-def may_pay(cost: int, size: int) -> bool:
-    """Say whether packs of so many members could pay in a batch that costs no more."""
-    least = cost + cost // 4
-    return _is_worth(cost, least // size)
+def may_pay(problem: PlanProblem, longest: int) -> bool:
+    """Say whether packs could pay in a batch whose contexts have up to so many granules."""
+    packs, num_seqs = problem.packs, problem.num_seqs
+    assert packs is not None
+    plain = num_seqs * (longest * problem.granule_cost + PIECE_COST)
+    num_packs = -(-num_seqs // problem.members)
+    packed = num_packs * (longest * packs.granule_cost + PIECE_COST) + 2 * num_seqs * PIECE_COST
+    plain, packed = (
+        -(-total * problem.programs_per_piece // problem.slots) for total in (plain, packed)
+    )
+    return _is_worth(plain, packed)
 
 
 def _is_worth(plain: Any, packed: Any) -> Any:
@@ -87,12 +97,13 @@ def _pays(
     shared = _ceil_div(tokens, problem.granule)
     if problem.least_saved is not None:
         return (size - 1) * shared >= problem.least_saved
-    cost = shared * problem.granule_cost
-    pays = 4 * (size - 1) * cost - cost > 4 * PIECE_COST * (size + 1)
+    assert problem.packs is not None
+    own_cost, cost = shared * problem.granule_cost, shared * problem.packs.granule_cost
+    pays = size * own_cost - cost > PIECE_COST * (size + 1)
     pays = pays & (tokens > 0) & (size > 1)
     own = jnp.where(pays, lens - tokens, lens)
     packed = _cost(problem, own) + jnp.sum(
-        jnp.where(pays & begins, cost + cost // 4 + PIECE_COST * (size + 1), 0), dtype=jnp.int32
+        jnp.where(pays & begins, cost + PIECE_COST * (size + 1), 0), dtype=jnp.int32
     )
     plain, packed = (
         _ceil_div(total * problem.programs_per_piece, problem.slots)

@@ -12,7 +12,6 @@ from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton import _sizes
 from ejk.backends.triton._sizes import value_bytes
-from ejk.backends.triton.page_attention.agreement_kernel import agreement_kernel
 from ejk.backends.triton.page_attention.backend import TritonPageAttention
 from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
 from ejk.backends.triton.page_attention.groups_kernel import groups_kernel
@@ -20,11 +19,7 @@ from ejk.backends.triton.page_attention.kernel import page_attention_kernel
 from ejk.backends.triton.page_attention.members_kernel import members_kernel
 from ejk.backends.triton.page_attention.packing import packing_constants, packing_warps
 from ejk.backends.triton.page_attention.packs_kernel import packs_kernel
-from ejk.backends.triton.page_attention.plan import (
-    agreement_constants,
-    plan_blocks,
-    plan_constants,
-)
+from ejk.backends.triton.page_attention.plan import plan_blocks, plan_constants
 from ejk.backends.triton.page_attention.plan_kernel import page_attention_plan_kernel
 from ejk.backends.triton.page_attention.sizes import Sizes
 
@@ -153,8 +148,8 @@ def gpu_of(target: str) -> Target:
     return Target(capability, num_sms=132, shared_memory=SHARED_MEMORY[capability])
 
 
-def compile_for(target: str, options: dict):
-    """Compile the attention kernel as the adapter would launch it on `target`."""
+def compile_for(target: str, options: dict, packed: bool = False):
+    """Compile the attention kernel as the adapter would launch it on `target`, also for packs."""
     problem = dataclasses.replace(LLAMA, **options)
     gpu = gpu_of(target)
     sizes = Sizes.of(problem, TritonPageAttention(), gpu)
@@ -180,13 +175,15 @@ def compile_for(target: str, options: dict):
         "lse_ptr": "float32",
     }
     compile_kernel = offline.compile_amd if gpu.is_amd else offline.compile_cuda
+    blocks = sizes.pack_blocks if packed else sizes.blocks
+    assert blocks is not None
     program = compile_kernel(
         page_attention_kernel,
         pointers,
-        sizes.constants(problem, gpu),
+        sizes.constants(problem, gpu, packed),
         target,
-        num_warps=sizes.blocks.num_warps,
-        num_stages=sizes.blocks.num_stages,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
     )
     return sizes, problem, program
 
@@ -195,9 +192,7 @@ def compile_for(target: str, options: dict):
 @each_target
 def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant):
     sizes, problem, program = compile_for(target, VARIANTS[variant])
-    has_packs = bool(sizes.plan and sizes.plan.packs)
-    # Of a pack's 64 rows a few registers spill.
-    assert max(program.spill_store_bytes, program.spill_load_bytes) <= 64 * has_packs
+    assert program.spill_store_bytes == program.spill_load_bytes == 0
     assert program.shared_bytes <= sizes.blocks.shared_memory
     assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
     assert program.matrix_products > 0
@@ -206,11 +201,40 @@ def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, var
     # 4 bytes wide.
     block_bytes = sizes.blocks.block_kv * (problem.head_dim + problem.value_head_dim) * 2
     assert program.async_copies == {
-        16: (1 + has_packs)
-        * sizes.blocks.num_stages
-        * block_bytes
-        // (sizes.blocks.num_warps * 32 * 16)
+        16: sizes.blocks.num_stages * block_bytes // (sizes.blocks.num_warps * 32 * 16)
     }
+
+
+PACKS = {  # options, rows where there is room for 64
+    "64 sequences": (VARIANTS["packs"], 64),
+    "8 sequences": (VARIANTS["packs"] | {"num_seqs": 8, "max_blocks": 2048}, 32),
+    "4 sequences": (VARIANTS["packs"] | {"num_seqs": 4, "max_blocks": 4096}, 16),
+    "plain": ({"num_prefix_groups": 4}, 64),
+    "head dimension 64": ({"num_prefix_groups": 4} | VARIANTS["head dimension 64"], 64),
+    "head dimension 80": ({"num_prefix_groups": 4} | WIDE["head dimension 80"], 64),
+    "group of 3": ({"num_prefix_groups": 4} | GROUP_OF_3, 64),
+    "float16, fused pools": ({"num_prefix_groups": 4, "fused": True} | of_dtype("float16"), 64),
+}
+
+
+@pytest.mark.parametrize("variant", PACKS)
+@each_target
+def test_packs_hardly_spill_and_neither_overrun_nor_load_narrowly(target, variant):
+    options, rows = PACKS[variant]
+    sizes, problem, program = compile_for(target, options, packed=True)
+    blocks = sizes.pack_blocks
+    assert blocks is not None
+    assert blocks.block_group == (rows if target in ("sm_90", "sm_100") else min(rows, 32))
+    # Of 64 rows a few registers spill.
+    spilled = max(program.spill_store_bytes, program.spill_load_bytes)
+    assert spilled <= 64 * (blocks.block_group == 64)
+    assert program.shared_bytes <= blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
+    assert program.matrix_products > 0
+    block_bytes = blocks.block_kv * (problem.head_dim + problem.value_head_dim) * 2
+    copies = blocks.num_stages * block_bytes // (blocks.num_warps * 32 * 16)
+    assert set(program.async_copies) == {16} and program.wide_async_copies >= copies
+    if target == "sm_90" and rows >= 64:  # products of warpgroups, the weights in registers
+        assert "wgmma" in program.ptx and not program.warnings
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -324,21 +348,6 @@ def test_planning_does_not_spill(target, num_seqs):
         plan_constants(sizes.plan, block_seqs),
         target,
         num_warps=num_warps,
-        num_stages=1,
-    )
-    assert program.spill_store_bytes == 0
-
-
-@pytest.mark.parametrize("heads", [32, 8], ids=["packs of 16", "packs of 64"])
-def test_comparing_tables_does_not_spill(heads):
-    sizes, problem, _ = compile_for("sm_90", {"num_heads": heads, "num_prefix_groups": 1})
-    assert sizes.plan is not None and sizes.plan.members == 512 // heads
-    program = offline.compile_cuda(
-        agreement_kernel,
-        dict.fromkeys(("work_ptr", "block_tables_ptr", "agreed_ptr"), "int32"),
-        agreement_constants(sizes.plan, problem.max_blocks),
-        "sm_90",
-        num_warps=8,
         num_stages=1,
     )
     assert program.spill_store_bytes == 0

@@ -22,7 +22,6 @@ from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
 from ejk.backends.triton.copy_kv_cache import sizes as copy_sizes
 from ejk.backends.triton.interpreter import call as interpreter
-from ejk.backends.triton.page_attention import agreement_kernel
 from ejk.backends.triton.page_attention.packing import find_packs
 from ejk.backends.triton.page_attention.plan import TritonPlan
 from ejk.backends.triton.ragged_page_attention import widen_kernel
@@ -140,24 +139,6 @@ def ragged(bug):
         assert_close(case, *entry(case))
 
 
-def agreement(bug):
-    """Two packs may share five pages of four tokens: one's tables agree on three, one is empty."""
-    tables = np.arange(24).reshape(4, 6).astype(np.int32)
-    tables[[1, 3], :3] = tables[0, :3]
-    work = np.arange(-7, 21).reshape(7, 4).astype(np.int32)
-    work[1:3, 0] = 20
-    work[3:] = -1
-    work.ravel()[12:15] = 0, 1, 3
-    sizes = {"NUM_SEQS": 4, "MAX_BLOCKS": 6, "PAGE_SIZE": 4, "MEMBERS": 8, "MAX_PACKS": 2,
-             "FIRST_ROW": 1, "ROWS": 7}  # fmt: skip
-    agreed = interpret(
-        agreement_kernel.agreement_kernel, work, tables, jax.ShapeDtypeStruct(work.shape, np.int32),
-        **sizes, BLOCK_MEMBERS=8, BLOCK_PAGES=2, BLOCK=8, grid=2,
-    )["agreed_ptr"]  # fmt: skip
-    work[1:3, 0] = 12, 0
-    np.testing.assert_array_equal(agreed, work)
-
-
 def write(bug):
     slots = np.array([7, 40, 7, 48, -1, 12, 40, 3, 47])
     case = build_write(WRITE, F32, "HND", slots)
@@ -198,7 +179,6 @@ def mark(bug):
 
 HOLDS = {
     "page_attention_kernel": decode,
-    "page_attention_agreement_kernel": agreement,
     "page_attention_groups_kernel": packing,
     "page_attention_members_kernel": packing,
     "page_attention_packs_kernel": packing,
@@ -351,14 +331,6 @@ BUGS = {
         ),
         "earlier parts are not rescaled": ("acc * alpha)", "acc)"),
         "parts weigh the same": ("weight = tl.exp2(lse - m_safe)", "weight = tl.exp2(lse - lse)"),
-    },
-    "page_attention_agreement_kernel": {
-        "a page that differs is shared": ("agreed * PAGE_SIZE)", "(agreed + 1) * PAGE_SIZE)"),
-        "the last member agrees with itself alone": (
-            "mask = exists[:, None] &", "mask = (seqs == last)[:, None] &",
-        ),
-        "a row of members is not copied": ("(row < MAX_PACKS)", "(row <= MAX_PACKS)"),
-        "a pack without members shares": ("tl.where(last >= 0, num_pages, 0)", "num_pages"),
     },
     "page_attention_groups_kernel": {
         "the last of a group leads it": (

@@ -31,6 +31,8 @@ INPUTS = (
 class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
     """Run `ejk.page_attention` as a Triton kernel, through jax-triton.
 
+    The next three are those of sequences; packs of `prefix_groups` have their own.
+
     Attributes:
         block_kv: tokens that a step of the kernel's loop takes; a power of two, at least 16.
         num_warps: warps a program runs on.
@@ -62,7 +64,9 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
     def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:
         reasons: list[str] = []
         sizes = Sizes.of(problem, self, target)
-        blocks, grid, combine_grid = sizes.blocks, sizes.grid(problem), sizes.combine_grid(problem)
+        grid = max(sizes.grid(problem), sizes.pack_grid(problem))
+        combine_grid = sizes.combine_grid(problem)
+        blocks = max(sizes.pack_blocks or sizes.blocks, sizes.blocks, key=lambda x: x.shared_memory)
         if grid > MAX_GRID:
             reasons.append(f"its grid of {grid} programs exceeds {MAX_GRID}")
         if blocks.shared_memory > target.shared_memory:
@@ -89,15 +93,23 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
             operands = operands._replace(plan=None)
         work = work_of(sizes.plan, operands, call)
         out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
-        part_out, part_lse, out, lse = call(
-            page_attention_kernel,
-            kernel_inputs(operands, INPUTS, work),
-            {**sizes.part_types(problem), "out_ptr": out_type, "lse_ptr": lse_type},
-            sizes.constants(problem, target),
-            grid=sizes.grid(problem),
-            num_warps=sizes.blocks.num_warps,
-            num_stages=sizes.blocks.num_stages,
-        )
+        inputs, parts = kernel_inputs(operands, INPUTS, work), sizes.part_types(problem)
+        results = {"out_ptr": out_type, "lse_ptr": lse_type}
+        in_place = {}
+        if blocks := sizes.pack_blocks:
+            written = call(
+                page_attention_kernel, inputs, {**parts, **dict.fromkeys(results)},
+                sizes.constants(problem, target, packed=True), grid=sizes.pack_grid(problem),
+                num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+            )  # fmt: skip
+            in_place = dict(zip(parts, written))
+        blocks = sizes.blocks
+        found = call(
+            page_attention_kernel, inputs, results if in_place else {**parts, **results},
+            sizes.constants(problem, target), in_place=in_place, grid=sizes.grid(problem),
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
+        part_out, part_lse, out, lse = (*found[2:], *found[:2]) if in_place else found
         if part_out is not None:
             sinks = operands.sinks
             out, lse = combine(sizes, problem, part_out, part_lse, sinks, work, out, lse, call)

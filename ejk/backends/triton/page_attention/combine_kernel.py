@@ -22,7 +22,7 @@ from ejk.backends.triton.page_attention.packs import pack_parts_of
 def combine_parts_kernel(
     # inputs
     part_out_ptr,  # float32 [parts, num_heads, value_head_dim]
-    part_lse_ptr,  # float32, log2 [parts, num_heads]
+    part_lse_ptr,  # float32, log2 [parts, num_heads], and where pieces of packs stopped
     sinks_ptr,  # float32 [num_heads]
     work_ptr,  # int32 [1 + pieces + splits, 4]: the plan
     # inputs and outputs: rows of contexts in one piece are there already
@@ -43,6 +43,7 @@ def combine_parts_kernel(
     # blocks
     BLOCK_PARTS: tl.constexpr,  # parts whose loads do not wait for each other
     BLOCK_DV: tl.constexpr,
+    BLOCK_STOPS: tl.constexpr,  # pieces of one pack, at most
 ):
     # Which work is mine.
     pid = tl.program_id(0)
@@ -72,8 +73,9 @@ def combine_parts_kernel(
     if MEMBERS > 0:
         own_parts = num_parts
         pack_part, pack_parts = pack_parts_of(
-            place, work_ptr, FIRST_SPLIT, NUM_SEQS, NUM_PARTS, MEMBERS, MAX_PACKS, MAX_PACK_PIECES
-        )
+            place, work_ptr, part_lse_ptr + NUM_PARTS * NUM_HEADS, FIRST_SPLIT, NUM_SEQS, NUM_PARTS,
+            MEMBERS, MAX_PACKS, MAX_PACK_PIECES, BLOCK_STOPS,
+        )  # fmt: skip
         num_parts += pack_parts
 
     # Load once: nothing, every part is read once.

@@ -12,8 +12,9 @@ shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a
 pieces there are (see `PlanProblem`). A context in one piece is written at once; of any other, each
 piece writes a float32 part, which the kernel that combines parts merges.
 
-With `MEMBERS` the plan has packs, too, whose pieces come first: the rows of a product are then the
-query heads of all members, which share the tokens, and each member gets a part.
+With `MEMBERS` the plan has packs, too. They are a launch of their own, `PACKED`, which comes first:
+the rows of a product are then the query heads of all members, which share the tokens, and each
+member gets a part. In the launch of the sequences a member's first piece begins where that ended.
 
 A head dimension above 128 that is no power of two may be taken in two parts, `BLOCK_D` and
 `BLOCK_D_REST` (576 as 512 + 64), so that little of a block is padding: see `two_parts`.
@@ -32,7 +33,12 @@ import triton.language as tl
 
 from ejk.backends.triton._products import load_queries
 from ejk.backends.triton.page_attention.attending import attend
-from ejk.backends.triton.page_attention.packs import shared_by
+from ejk.backends.triton.page_attention.packs import (
+    agreed_until,
+    note_stop,
+    piece_of_pack,
+    shared_end,
+)
 from ejk.backends.triton.page_attention.writing import write_part, write_result
 
 
@@ -53,9 +59,9 @@ def page_attention_kernel(
     value_scale_ptr,  # the same
     page_distances_ptr,  # int32 [num_seqs, max_blocks]: to a page's first token
     work_ptr,  # int32 [1 + pieces, 4]: the plan
-    # outputs
+    # outputs; with packs the parts are both: those of packs are there already
     part_out_ptr,  # float32 [parts, num_heads, value_head_dim]
-    part_lse_ptr,  # float32, log2 [parts, num_heads]
+    part_lse_ptr,  # float32, log2 [parts, num_heads], and where pieces of packs stopped
     out_ptr,  # [num_seqs, num_heads, value_head_dim]
     lse_ptr,  # float32 [num_seqs, num_heads]
     # sizes
@@ -74,6 +80,7 @@ def page_attention_kernel(
     MAX_PIECES: tl.constexpr,  # of sequences, in such a plan
     MAX_PACKS: tl.constexpr,
     MAX_PACK_PIECES: tl.constexpr,
+    PACKED: tl.constexpr,  # the pieces are those of packs
     # strides: constants, or no load is wider than one element
     stride_k_page: tl.constexpr,
     stride_k_head: tl.constexpr,
@@ -97,8 +104,10 @@ def page_attention_kernel(
     SCALES: tl.constexpr,  # "head", "token", or "none"
     LATENT: tl.constexpr,  # the values are the keys' first entries
     # blocks
-    BLOCK_GROUP: tl.constexpr,
-    BLOCK_PACK: tl.constexpr,  # query heads of a pack's members
+    BLOCK_GROUP: tl.constexpr,  # query heads of a sequence, or of all members of a pack
+    BLOCK_MEMBERS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,  # of each member's table that are compared at a time
+    BLOCK_STOPS: tl.constexpr,  # pieces of one pack, at most
     BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_D_REST: tl.constexpr,  # 0 for none
@@ -127,48 +136,22 @@ def page_attention_kernel(
     reach = MAX_BLOCKS * PAGE_SIZE  # no token of the piece lies beyond, whatever the length
     part = -1  # a whole context
     FIRST_PACK: tl.constexpr = 1 + MAX_PIECES + NUM_SEQS
-    if MEMBERS > 0:
-        pack_pieces = tl.minimum(tl.load(work_ptr + FIRST_PACK * 4), MAX_PACK_PIECES)
-        if piece < pack_pieces:
-            row_ptr = work_ptr + (FIRST_PACK + 1 + piece) * 4
-            pack = tl.load(row_ptr)
-            begin = tl.load(row_ptr + 1)
-            is_pack = (pack >= 0) & (pack < MAX_PACKS)
-            is_pack = is_pack & (begin >= 0) & (begin <= MAX_BLOCKS * PAGE_SIZE)
-            pack, begin = tl.where(is_pack, pack, 0), tl.where(is_pack, begin, 0)
-            offs_row = tl.arange(0, BLOCK_PACK)
-            offs_member = offs_row // GROUP
-            offs_head = kv_head * GROUP + offs_row % GROUP
-            seqs, lengths, exists, shared = shared_by(
-                pack, offs_member, work_ptr, context_lens_ptr, NUM_SEQS, MAX_BLOCKS * PAGE_SIZE,
-                MEMBERS, FIRST_PACK, MAX_PACKS, MAX_PACK_PIECES,
-            )  # fmt: skip
-            exists = exists & (offs_member < tl.where(is_pack, MEMBERS, 0))
-            # Of any member, as the tables of all say the same.
-            leader = tl.max(tl.where(exists, seqs, -1), 0)
-            end = tl.where(leader >= 0, tl.minimum(tl.load(row_ptr + 2), shared), 0)
-            row_ptrs = query_ptr + (seqs * NUM_HEADS + offs_head)[:, None] * HEAD_DIM
-            q = load_queries(row_ptrs, exists, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN, PARTS)
-            m, l, acc = attend(
-                q, begin, end, end, 0, False, lengths, kv_head, tl.maximum(leader, 0),
-                tl.arange(0, BLOCK_KV), tl.arange(0, BLOCK_KV), offs_head, exists, key_ptr,
-                value_ptr, block_tables_ptr, attn_scale_ptr, alibi_slopes_ptr, key_scale_ptr,
-                value_scale_ptr, page_distances_ptr, HEAD_DIM, VALUE_HEAD_DIM, NUM_PAGES,
-                PAGE_SIZE, MAX_BLOCKS, stride_k_page, stride_k_head, stride_k_slot, stride_v_page,
-                stride_v_head, stride_v_slot, stride_half, SOFT_CAP, HAS_ALIBI, False, CACHE,
-                PARTS, PTX, PRODUCTS, SCALES, LATENT, BLOCK_PACK, BLOCK_KV, STEP, BLOCK_D,
-                BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, False, 0, 0, False, True,
-            )  # fmt: skip
-            offs_dv = (tl.arange(0, BLOCK_DV),)
-            if BLOCK_DV_REST > 0:
-                offs_dv += (BLOCK_DV + tl.arange(0, BLOCK_DV_REST),)
-            row = (MAX_PIECES + piece * MEMBERS + offs_member).to(tl.int64) * NUM_HEADS + offs_head
-            write_part(part_out_ptr, part_lse_ptr, row, m, l, acc, offs_dv, exists, VALUE_HEAD_DIM)
+    if PACKED:
+        # The row lies there whatever the count says, and is not waited for twice. Of no pack there
+        # is a piece of nothing: where there are none the launch ends here.
+        row_ptr = work_ptr + (FIRST_PACK + 1 + piece) * 4
+        pack = tl.load(row_ptr)
+        begin = tl.load(row_ptr + 1)
+        reach = tl.load(row_ptr + 2)
+        if (piece >= tl.load(work_ptr + FIRST_PACK * 4)) | (reach <= begin):
             return
-        piece -= pack_pieces
-        if piece >= MAX_PIECES:
-            return
-    if NUM_SPLITS == 0:
+        offs_row = tl.arange(0, BLOCK_GROUP)
+        offs_member = offs_row // GROUP
+        pack, begin, reach, seq, seqs, length, mask_group = piece_of_pack(
+            pack, begin, reach, offs_member, work_ptr, context_lens_ptr, NUM_SEQS,
+            MAX_BLOCKS * PAGE_SIZE, MEMBERS, FIRST_PACK, MAX_PACKS, MAX_PACK_PIECES,
+        )  # fmt: skip
+    elif NUM_SPLITS == 0:
         if piece >= tl.load(work_ptr):
             return
         row_ptr = work_ptr + (1 + piece) * 4
@@ -182,12 +165,11 @@ def page_attention_kernel(
         if MEMBERS > 0:
             if begin < 0:  # the first piece of a member begins where what its pack shares ends
                 pack = -1 - begin
-                _, _, _, shared = shared_by(
-                    tl.minimum(pack, MAX_PACKS - 1), tl.arange(0, BLOCK_PACK), work_ptr,
-                    context_lens_ptr, NUM_SEQS, MAX_BLOCKS * PAGE_SIZE, MEMBERS, FIRST_PACK,
-                    MAX_PACKS, MAX_PACK_PIECES,
+                begin = shared_end(
+                    tl.minimum(pack, MAX_PACKS - 1), work_ptr,
+                    part_lse_ptr + NUM_PARTS * NUM_HEADS, FIRST_PACK, MAX_PACK_PIECES, BLOCK_STOPS,
                 )  # fmt: skip
-                begin = tl.where(pack < MAX_PACKS, shared, -1)
+                begin = tl.where(pack < MAX_PACKS, begin, -1)
         # Whatever the plan says, nothing outside is touched.
         if (seq < 0) | (seq >= NUM_SEQS) | (part >= NUM_PARTS):
             return
@@ -195,9 +177,10 @@ def page_attention_kernel(
             return
     else:
         seq = (piece // NUM_SPLITS).to(tl.int64)
-    length = tl.load(context_lens_ptr + seq)
-    length = tl.minimum(tl.maximum(length, 0), MAX_BLOCKS * PAGE_SIZE)
     first = 0
+    if not PACKED:
+        length = tl.load(context_lens_ptr + seq)
+        length = tl.minimum(tl.maximum(length, 0), MAX_BLOCKS * PAGE_SIZE)
     if HAS_WINDOW:
         window = tl.load(sliding_window_ptr + seq * stride_window_seq)
         first = tl.maximum(length - tl.maximum(window, 0), 0)
@@ -211,12 +194,16 @@ def page_attention_kernel(
             begin = block * BLOCK_KV
             reach = tl.minimum(block + split_blocks, last_block) * BLOCK_KV
         part = piece
-    end = tl.minimum(reach, length)
+    if not PACKED:
+        end = tl.minimum(reach, length)
 
     # Load once: queries, scale, slopes, the first block's page ids.
-    offs_group = group_block * BLOCK_GROUP + tl.arange(0, BLOCK_GROUP)
-    mask_group = offs_group < GROUP
-    offs_head = kv_head * GROUP + offs_group
+    if PACKED:
+        offs_head = kv_head * GROUP + offs_row % GROUP
+    else:
+        offs_group = group_block * BLOCK_GROUP + tl.arange(0, BLOCK_GROUP)
+        mask_group = offs_group < GROUP
+        offs_head = kv_head * GROUP + offs_group
     offs_kv = tl.arange(0, BLOCK_KV)
     # Tokens whose table entries are loaded: the first of each page, if so much is known.
     BY_PAGE: tl.constexpr = PAGES > 0
@@ -225,8 +212,21 @@ def page_attention_kernel(
         offs_entry *= PAGE_SIZE
     if BY_PAGE:
         begin = begin // BLOCK_KV * BLOCK_KV  # where it is, unless the plan is wrong
-    query_row_ptrs = query_ptr + (seq * NUM_HEADS + offs_head[:, None]) * HEAD_DIM
+    if PACKED:
+        query_row_ptrs = query_ptr + (seqs * NUM_HEADS + offs_head)[:, None] * HEAD_DIM
+    else:
+        query_row_ptrs = query_ptr + (seq * NUM_HEADS + offs_head[:, None]) * HEAD_DIM
     q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN, PARTS)
+    if PACKED:  # the entries that are compared are then at hand for what follows
+        end = agreed_until(
+            pack, begin, reach, seq, work_ptr, block_tables_ptr, NUM_SEQS, PAGE_SIZE, MAX_BLOCKS,
+            MEMBERS, FIRST_PACK, MAX_PACKS, MAX_PACK_PIECES, BLOCK_MEMBERS, BLOCK_ENTRIES,
+        )  # fmt: skip
+        end = tl.minimum(end, tl.min(length, 0))
+        note_stop(
+            kv_head == 0, piece, pack, end, reach, work_ptr, part_lse_ptr + NUM_PARTS * NUM_HEADS,
+            FIRST_PACK, MAX_PACK_PIECES, BLOCK_STOPS,
+        )  # fmt: skip
     offs_dv = (tl.arange(0, BLOCK_DV),)
     if BLOCK_DV_REST > 0:
         offs_dv += (BLOCK_DV + tl.arange(0, BLOCK_DV_REST),)
@@ -240,10 +240,14 @@ def page_attention_kernel(
         stride_k_slot, stride_v_page, stride_v_head, stride_v_slot, stride_half, SOFT_CAP,
         HAS_ALIBI, HAS_DISTANCES, CACHE, PARTS, PTX, PRODUCTS, SCALES, LATENT, BLOCK_GROUP,
         BLOCK_KV, STEP, BLOCK_D, BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE,
-        SPLIT_LOGITS, PAGES, SUMS, NUM_SPLITS == 0 and HAS_WINDOW, False,
+        SPLIT_LOGITS, PAGES, SUMS, NUM_SPLITS == 0 and HAS_WINDOW, PACKED,
     )  # fmt: skip
 
     # Write the result, or this piece's part of it.
+    if PACKED:
+        row = (MAX_PIECES + piece * MEMBERS + offs_member).to(tl.int64) * NUM_HEADS + offs_head
+        write_part(part_out_ptr, part_lse_ptr, row, m, l, acc, offs_dv, mask_group, VALUE_HEAD_DIM)
+        return
     if NUM_PARTS > 0:
         if part >= 0:
             row = part.to(tl.int64) * NUM_HEADS + offs_head

@@ -1,7 +1,7 @@
 """Finds the packs of a batch, as `Packs.of` defines them, in three small launches.
 
 The same by XLA is some 30 kernels of sorts and scatters: a plan with packs took 37 us on an H200,
-where one without takes 2.
+where one without takes 2; with these it takes 15.
 """
 
 from typing import Any
@@ -110,6 +110,7 @@ def packing_constants(
             "SLOTS": problem.slots,
             "PROGRAMS": problem.programs_per_piece,
             "GRANULE_COST": problem.granule_cost,
+            "PACK_COST": problem.packs.granule_cost,
             "PIECE_COST": PIECE_COST,
             "MARGIN": MARGIN,
             "LEAST_SAVED": least_saved,

@@ -35,6 +35,7 @@ def packs_kernel(
     SLOTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     GRANULE_COST: tl.constexpr,
+    PACK_COST: tl.constexpr,  # of a granule
     PIECE_COST: tl.constexpr,
     MARGIN: tl.constexpr,
     LEAST_SAVED: tl.constexpr,  # granules; -1: as the model of costs says
@@ -62,10 +63,10 @@ def packs_kernel(
     if LEAST_SAVED >= 0:
         is_kept = is_shared & ((sizes - 1) * granules >= LEAST_SAVED)
     else:
-        cost = granules * GRANULE_COST
-        pays = is_shared & (4 * (sizes - 1) * cost - cost > 4 * PIECE_COST * (sizes + 1))
+        saved, cost = sizes * granules * GRANULE_COST, granules * PACK_COST
+        pays = is_shared & (saved - cost > PIECE_COST * (sizes + 1))
         own = tl.where(pays, lengths - tokens, lengths)
-        of_packs = tl.where(pays & is_first, cost + cost // 4 + PIECE_COST * (sizes + 1), 0)
+        of_packs = tl.where(pays & is_first, cost + PIECE_COST * (sizes + 1), 0)
         plain = tl.sum(tl.cdiv(lengths, GRANULE), 0) * GRANULE_COST + NUM_SEQS * PIECE_COST
         packed = tl.sum(tl.cdiv(own, GRANULE), 0) * GRANULE_COST + NUM_SEQS * PIECE_COST
         plain = tl.cdiv(plain * PROGRAMS, SLOTS)

@@ -37,8 +37,6 @@ MOST_SEQS = 1024
 CUTS_PER_SLOT, CUTS_PER_BUSY_SLOT = 2, 3
 # Costs of a batch are below it, so that their products stay in 32 bits.
 VAST = 2**29
-# Entries of the members' tables that are compared at a time: 32 registers of a thread.
-AGREEING = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +172,9 @@ def own_plan(
     each = CUTS_PER_SLOT if memory_bound else CUTS_PER_BUSY_SLOT
     cuts = min(-(-each * slots // programs), num_seqs * (-(-longest // granule) - 1))
     problem = dataclasses.replace(problem, granule=granule, max_cuts=max(0, cuts))
-    return (
-        problem if sharing is None else sharing.planned(problem, CUTS_PER_SLOT * slots // programs)
-    )
+    if sharing is None:
+        return problem
+    return sharing.planned(problem, longest)
 
 
 def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Call) -> Any:
@@ -184,9 +182,7 @@ def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Cal
     if plan is None:
         return None  # XLA drops a plan that nobody reads
     if operands.plan is not None:
-        if plan.packs is None:
-            return operands.plan
-        return _for_tables(plan, operands, call)
+        return operands.plan
     given = PlanOperands(
         operands.context_lens,
         operands.sliding_window,
@@ -196,40 +192,6 @@ def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Cal
     )
     [work] = run_plan(plan, given, call)
     return work
-
-
-def _for_tables(plan: PlanProblem, operands: PageAttentionOperands, call: Call) -> Any:
-    """Return a plan whose packs share no page that a call's tables do not: it may be for others."""
-    from ejk.backends.triton.page_attention.agreement_kernel import agreement_kernel
-
-    work, tables = operands.plan, operands.block_tables
-    [agreed] = call(
-        agreement_kernel,
-        {"work_ptr": work, "block_tables_ptr": tables},
-        {"agreed_ptr": jax.ShapeDtypeStruct(work.shape, work.dtype)},
-        agreement_constants(plan, tables.shape[1]),
-        grid=plan.packs.num_seqs if plan.packs else 0,
-        num_warps=8,
-        num_stages=1,
-    )
-    return agreed
-
-
-def agreement_constants(plan: PlanProblem, max_blocks: int) -> dict[str, Any]:
-    packs, block_members = plan.packs, power_of_two(plan.members)
-    assert packs is not None
-    return {
-        "NUM_SEQS": plan.num_seqs,
-        "MAX_BLOCKS": max_blocks,
-        "PAGE_SIZE": plan.page_size,
-        "MEMBERS": plan.members,
-        "MAX_PACKS": packs.num_seqs,
-        "FIRST_ROW": 1 + plan.max_pieces + plan.max_splits + 1 + packs.max_pieces,
-        "ROWS": plan.results[0].shape[0],
-        "BLOCK_MEMBERS": block_members,
-        "BLOCK_PAGES": max(16, min(power_of_two(max_blocks), AGREEING // block_members)),
-        "BLOCK": 256,
-    }
 
 
 def run_plan(problem: PlanProblem, operands: PlanOperands, call: Call) -> tuple[Any, ...]:

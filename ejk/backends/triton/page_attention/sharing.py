@@ -5,15 +5,22 @@ from typing import Any
 
 from ejk._indices import Size, is_static
 from ejk.backends.gpu import Target
-from ejk.backends.page_attention_packs import PIECE_COST, may_pay
+from ejk.backends.page_attention_packs import may_pay
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import GRANULE, QUANTISED_ROWS, power_of_two
 
-# Query heads of a pack's members. 64 are one product of a warpgroup. With more of them, of wider
-# values, or of float32, registers run out.
+# Query heads of a pack's members. 64 are one product of a warpgroup. With more of wider values, or
+# of float32, registers run out; 128 on eight warps, of blocks of 64 tokens, gain nothing: on an
+# H200, 64 sequences on 16,384 tokens took 110 us, and 114 with 64; 128 in 8 groups on 4,096 130 and
+# 111.
 PACK_ROWS, FEW_ROWS = 64, 16
+# What a block of so many rows takes, in eighths of what it takes of a sequence. On an H200, 32,768
+# tokens for 2 sequences in 16 rows 37.4 us, for 16 in 64 46.5, and 131,072 in 64 rows 76.6 for 64.
+ROW_COSTS = {16: 9, 32: 10, 64: 12}
 # Bytes of shared memory where so many queries, and their weights, find room beside the blocks.
 LARGE_MEMORY = 200 * 1024
+# Entries of the members' tables that are compared at a time: 16 to 32 registers of a thread.
+COMPARED = 4096
 # A batch whose contexts stay whole is combined for the sake of packs if at its longest it costs so
 # much: about 100 us on an H100, of which a combination that finds nothing to do is 2 %.
 WORTH_COMBINING = 300
@@ -26,6 +33,8 @@ class Sharing:
     max_packs: int
     members: int
     page_size: int
+    row_cost: int  # of a block, in eighths of that of a sequence
+    memory_bound: bool
     least_saved: int | None  # granules; None: as the model of costs says
 
     @classmethod
@@ -52,36 +61,51 @@ class Sharing:
         rows = FEW_ROWS if value_head_dim > 128 or is_float32 else PACK_ROWS
         if is_quantised or not (target is None or target.shared_memory >= LARGE_MEMORY):
             rows = min(rows, QUANTISED_ROWS)
-        members = rows // (facts.num_heads // facts.num_kv_heads)
-        if members < 2 or num_seqs < 2 or num_groups < 1:
+        group = facts.num_heads // facts.num_kv_heads
+        members = min(rows // group, num_seqs)
+        if members < 2 or num_groups < 1:
             return None
+        rows = pack_rows(members, group)
         saved = least_saved_bytes
         if saved is not None:
             saved //= GRANULE * facts.num_kv_heads * (facts.head_dim + value_head_dim) * 2
-        max_packs = min(num_seqs // 2, num_seqs // members + num_groups)
-        return cls(max_packs, members, facts.page_size, saved)
+        # Groups have two sequences or more, and so have the packs of each.
+        groups = min(num_groups, num_seqs // 2)
+        max_packs = min(num_seqs // 2, (num_seqs - 2 * groups) // members + groups)
+        return cls(max_packs, members, facts.page_size, ROW_COSTS[rows], rows < 64, saved)
 
     def pays_to_combine(self, cost: int) -> bool:
         """Whether a batch that costs so much may be combined only because it may have packs."""
         return self.least_saved is not None or cost >= WORTH_COMBINING
 
-    def planned(self, problem: PlanProblem, max_cuts: int) -> PlanProblem:
-        """Return a plan with packs, which are dealt out as sequences are, in up to so many cuts."""
-        longest = -(-problem.capacity // problem.granule)
-        if self.least_saved is None:
-            cost = problem.num_seqs * (longest * problem.granule_cost + PIECE_COST)
-            cost = -(-cost * problem.programs_per_piece // problem.slots)
-            if not (problem.max_cuts and may_pay(cost, min(self.members, problem.num_seqs))):
-                return problem
-        cuts = min(max(1, max_cuts), self.max_packs * (longest - 1))
-        packs = dataclasses.replace(problem, num_seqs=self.max_packs, max_cuts=cuts, is_packs=True)
-        return dataclasses.replace(
+    def planned(self, problem: PlanProblem, longest: int) -> PlanProblem:
+        """Return a plan with packs, which are dealt out as sequences are.
+
+        Contexts show up to `longest` tokens.
+        """
+        most = -(-problem.capacity // problem.granule)
+        # As few programs as fill the machine once: each takes time even if there are no packs.
+        in_wave = problem.slots // problem.programs_per_piece
+        max_cuts = max(in_wave - self.max_packs, min(in_wave, self.max_packs))
+        packs = dataclasses.replace(
+            problem,
+            num_seqs=self.max_packs,
+            max_cuts=min(max(1, max_cuts), self.max_packs * (most - 1)),
+            is_packs=True,
+            granule_cost=problem.granule_cost * self.row_cost // 8,
+            memory_bound=problem.memory_bound and self.memory_bound,
+        )
+        packed = dataclasses.replace(
             problem,
             packs=packs,
             members=self.members,
             page_size=self.page_size,
             least_saved=self.least_saved,
         )
+        pays = self.least_saved is not None or (
+            problem.max_cuts > 0 and may_pay(packed, -(-longest // problem.granule))
+        )
+        return packed if pays else problem
 
 
 def pack_rows(members: int, group: int) -> int:
@@ -96,4 +120,15 @@ def pack_constants(plan: PlanProblem | None) -> dict[str, int]:
         "MEMBERS": plan.members if plan and packs else 0,
         "MAX_PACKS": packs.num_seqs if packs else 0,
         "MAX_PACK_PIECES": packs.max_pieces if packs else 0,
+        "BLOCK_STOPS": power_of_two(packs.max_cuts + 1) if packs else 0,
+    }
+
+
+def member_constants(plan: PlanProblem | None) -> dict[str, int]:
+    """Return how the attention kernel takes members and their tables; 0 each without packs."""
+    members = power_of_two(plan.members) if plan and plan.packs else 0
+    return {
+        "MAX_PIECES": plan.max_pieces if plan and plan.packs else 0,
+        "BLOCK_MEMBERS": members,
+        "BLOCK_ENTRIES": COMPARED // members if members else 0,
     }

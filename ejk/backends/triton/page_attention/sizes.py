@@ -26,11 +26,17 @@ from ejk.backends.triton.page_attention.blocks import (
     DecodeBlocks,
     Tuning,
     choose_blocks,
+    choose_pack_blocks,
     in_thirds,
     rows_of,
 )
 from ejk.backends.triton.page_attention.plan import own_plan
-from ejk.backends.triton.page_attention.sharing import Sharing, pack_constants, pack_rows
+from ejk.backends.triton.page_attention.sharing import (
+    Sharing,
+    member_constants,
+    pack_constants,
+    pack_rows,
+)
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
 # What the kernel calls codes of integers that it takes as subnormal float16.
@@ -61,6 +67,7 @@ class Sizes:
     """
 
     blocks: DecodeBlocks
+    pack_blocks: DecodeBlocks | None = None  # None without packs
     num_splits: int = 1  # equal parts of each context; 0: as planned
     split_blocks: int = 0  # the least in one of them, or `STRIDED`
     plan: PlanProblem | None = None
@@ -87,14 +94,12 @@ class Sizes:
             longest = None if is_invariant or is_whole else problem.visible_bound
             tokens = 0 if is_invariant else problem.num_seqs * problem.visible_bound
             tokens //= target.num_sms
-            sharing = _sharing(problem, tuning, target)
-            members = sharing.members if sharing else 0
-            members = problem.plan.members if problem.plan else members
             blocks = choose_blocks(
-                problem, problem.group, longest, tuning, target, tuned, max(1, tokens),
-                pack_rows(members, problem.group),
-            )  # fmt: skip
+                problem, problem.group, longest, tuning, target, tuned, max(1, tokens)
+            )
         sizes = cls(blocks, **_cuts(problem, blocks, tuning, target))
+        if sizes.plan and sizes.plan.packs:
+            sizes = sizes._with_packs(problem, tuning, target, tuned)
         # Few entries a program while programs are few: they find a processor each.
         most = power_of_two(problem.value_head_dim)
         while sizes.combine_dv < most and sizes.combine_grid(problem) > (
@@ -103,12 +108,34 @@ class Sizes:
             sizes = dataclasses.replace(sizes, combine_dv=2 * sizes.combine_dv)
         return sizes
 
+    def _with_packs(
+        self,
+        problem: PageAttentionProblem,
+        tuning: Tuning,
+        target: Target,
+        tuned: dict[Cell, Pipeline],
+    ) -> "Sizes":
+        """Choose the blocks of packs, and those for what is left to sequences."""
+        assert self.plan is not None
+        rows = pack_rows(self.plan.members, problem.group)
+        packed = choose_pack_blocks(problem, rows, target, tuned)
+        programs, blocks = problem.num_seqs * _each(problem, self.blocks.block_group), self.blocks
+        is_16_bit = product_dtype(problem).itemsize == value_bytes(problem) == 2
+        if is_16_bit and tuning.num_stages is None and programs >= 2 * target.num_sms:
+            # What is left of contexts is mostly short, and two programs find room with 2 stages. On
+            # an H200 64 contexts of 256 tokens took 31.8 us with 3 stages. That it is less with 2
+            # is predicted, not measured: 25 us. Of 1,024 tokens, in calls without packs, two
+            # programs with 2 stages read as fast as one with 3.
+            blocks = blocks._replace(num_stages=min(2, blocks.num_stages))
+        return dataclasses.replace(self, blocks=blocks, pack_blocks=packed)
+
     def grid(self, problem: PageAttentionProblem) -> int:
-        pieces = problem.num_seqs * self.num_splits
-        if self.plan:
-            pieces = self.plan.max_pieces
-            pieces += self.plan.packs.max_pieces if self.plan.packs else 0
+        pieces = self.plan.max_pieces if self.plan else problem.num_seqs * self.num_splits
         return pieces * _each(problem, self.blocks.block_group)
+
+    def pack_grid(self, problem: PageAttentionProblem) -> int:
+        packs = self.plan.packs if self.plan else None
+        return packs.max_pieces * problem.num_kv_heads if packs else 0
 
     def combine_grid(self, problem: PageAttentionProblem) -> int:
         seqs = self.plan.max_splits if self.plan else problem.num_seqs
@@ -128,12 +155,20 @@ class Sizes:
         rows = (self.num_parts(problem), problem.num_heads)
         if not rows[0]:
             return {"part_out_ptr": None, "part_lse_ptr": None}
+        packs = self.plan.packs if self.plan else None
+        stops = packs.num_seqs * pack_constants(self.plan)["BLOCK_STOPS"] if packs else 0
+        stops = -(-stops // problem.num_heads)
         return {
             "part_out_ptr": jax.ShapeDtypeStruct((*rows, problem.value_head_dim), jnp.float32),
-            "part_lse_ptr": jax.ShapeDtypeStruct(rows, jnp.float32),
+            "part_lse_ptr": jax.ShapeDtypeStruct((rows[0] + stops, rows[1]), jnp.float32),
         }
 
-    def constants(self, problem: PageAttentionProblem, target: Target) -> dict[str, Any]:
+    def constants(
+        self, problem: PageAttentionProblem, target: Target, packed: bool = False
+    ) -> dict[str, Any]:
+        """Return those of the launch for what sequences read alone, or of that for packs."""
+        blocks = self.pack_blocks if packed else self.blocks
+        assert blocks is not None
         return {
             "NUM_SEQS": problem.num_seqs,
             **shape_constants(problem),
@@ -141,18 +176,19 @@ class Sizes:
             "SPLIT_BLOCKS": self.split_blocks,
             "NUM_PARTS": self.num_parts(problem),
             **pack_constants(self.plan),
-            "MAX_PIECES": self.plan.max_pieces if self.plan and self.plan.packs else 0,
+            **member_constants(self.plan),
+            "PACKED": packed,
             **stride_constants(problem),
             "stride_window_seq": int(problem.own_windows),
             **feature_constants(problem),
             "HAS_DISTANCES": problem.own_distances,
             **_types(problem, target),
-            "BLOCK_GROUP": self.blocks.block_group,
-            "BLOCK_PACK": pack_rows(self.plan.members if self.plan else 0, problem.group),
-            "BLOCK_KV": self.blocks.block_kv,
-            **width_constants(problem, self.blocks.block_group),
-            "PAGES": pages_of_block(problem, self.blocks.block_kv),
-            "SUMS": _sums(problem, self.blocks),
+            "BLOCK_GROUP": blocks.block_group,
+            "BLOCK_KV": blocks.block_kv,
+            **width_constants(problem, blocks.block_group),
+            "PAGES": pages_of_block(problem, blocks.block_kv),
+            # Packs have no registers to spare for more than one.
+            "SUMS": 0 if packed else _sums(problem, blocks),
         }
 
     def combine_constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
