@@ -207,8 +207,8 @@ def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, var
 
 PACKS = {  # options, rows where there is room for 64
     "64 sequences": (VARIANTS["packs"], 64),
-    "8 sequences": (VARIANTS["packs"] | {"num_seqs": 8, "max_blocks": 2048}, 32),
-    "4 sequences": (VARIANTS["packs"] | {"num_seqs": 4, "max_blocks": 4096}, 16),
+    "8 sequences": (VARIANTS["packs"] | {"num_seqs": 8, "visible_bound": 32768}, 32),
+    "4 sequences": (VARIANTS["packs"] | {"num_seqs": 4, "visible_bound": 65536}, 16),
     "plain": ({"num_prefix_groups": 4}, 64),
     "head dimension 64": ({"num_prefix_groups": 4} | VARIANTS["head dimension 64"], 64),
     "head dimension 80": ({"num_prefix_groups": 4} | WIDE["head dimension 80"], 64),
@@ -225,9 +225,9 @@ def test_packs_hardly_spill_and_neither_overrun_nor_load_narrowly(target, varian
     blocks = sizes.pack_blocks
     assert blocks is not None
     assert blocks.block_group == (rows if target in ("sm_90", "sm_100") else min(rows, 32))
-    # Of 64 rows a few registers spill.
+    # Of 64 rows, and of 32 without products of warpgroups, a few registers spill.
     spilled = max(program.spill_store_bytes, program.spill_load_bytes)
-    assert spilled <= 64 * (blocks.block_group == 64)
+    assert spilled <= 64 * (blocks.block_group >= 32)
     assert program.shared_bytes <= blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
     assert program.matrix_products > 0
     block_bytes = blocks.block_kv * (problem.head_dim + problem.value_head_dim) * 2
