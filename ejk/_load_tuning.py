@@ -88,7 +88,11 @@ def tuning(path: str | os.PathLike[str]) -> Generator[None]:
 
 def _read(path: str | os.PathLike[str]) -> _tuning.Table:
     with open(path, encoding="utf-8") as file:
-        return _table(os.fspath(path), file.read())
+        try:
+            text = file.read()
+        except UnicodeDecodeError as error:
+            raise TuningError(f"{path}: must be JSON: {error}") from None
+    return _table(os.fspath(path), text)
 
 
 @functools.lru_cache(maxsize=64)

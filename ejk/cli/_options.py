@@ -1,6 +1,7 @@
 """The options that commands share, and the batch that they describe."""
 
 import dataclasses
+import pathlib
 from collections.abc import Collection
 from typing import Annotated, Any
 
@@ -48,6 +49,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Fields = Annotated[
     list[str] | None, typer.Option("--set", help="A field of the backend, as block_kv=64; often.")
 ]
+
+
+def check_writable(option: str, path: pathlib.Path) -> None:
+    """Raise unless a file can be written there, before what it is to hold has taken its time."""
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder {path.parent} must exist", param_hint=f"'{option}'")
+    is_new = not path.exists()
+    if not (is_new or path.is_file()):
+        raise typer.BadParameter(
+            f"{path} must be a file" + ": it is a folder" * path.is_dir(), param_hint=f"'{option}'"
+        )
+    try:
+        with path.open("a"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        rule = f"{path} cannot be written: {error.strerror}"
+        raise typer.BadParameter(rule, param_hint=f"'{option}'") from None
 
 
 def one_of(option: str, given: str, known: Collection[str]) -> str:

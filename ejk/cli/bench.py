@@ -148,8 +148,7 @@ def _check_plot(path: pathlib.Path) -> None:
         rule = 'matplotlib is not installed: pip install "ejk[bench]"'
         raise typer.BadParameter(rule, param_hint="'--plot'")
     _options.one_of("--plot", path.suffix, (".png", ".svg", ".pdf"))
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"the folder {path.parent} must exist", param_hint="'--plot'")
+    _options.check_writable("--plot", path)
 
 
 def draw(path: pathlib.Path, device: str, found: list[dict[str, Any]]) -> None:

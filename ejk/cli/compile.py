@@ -1,17 +1,20 @@
 """`ejk compile`: what a call's kernels take of a device that need not be here."""
 
-import importlib
+import importlib.util
 import json
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
 import typer
 
+from ejk.backends.gpu import Target
+from ejk.backends.mosaic_gpu._backend import MosaicGpuBackend
 from ejk.backends.triton._backend import TritonBackend
-from ejk.cli import _offline, _options, _pieces, _tpu
+from ejk.cli import _mosaic, _offline, _options, _pieces, _tpu
 from ejk.cli._batch import Batch
 from ejk.cli._devices import GPUS, gpu_target
 from ejk.cli._output import Table, show
@@ -29,14 +32,17 @@ def compile(
     page_size: _options.PageSize = 16,
     dtype: _options.Dtype = "bfloat16",
     cache: _options.CacheDtype = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Whose kernels; what runs by itself, if not given.")
+    ] = None,
     fields: _options.Fields = None,
     as_json: _options.AsJson = False,
 ) -> None:
     """Compile a call's kernels for a device that need not be here, and print what they take.
 
-    Of GPUs the kernels of Triton: registers and spills of a thread, shared memory of a program,
-    tensor core instructions. Of TPUs those of Pallas: memory next to the core. The exit code is 1
-    where nothing can be compiled.
+    Of GPUs the kernels of Triton and Mosaic GPU: registers and spills of a thread, shared memory of
+    a program, tensor core instructions. Of TPUs those of Pallas: memory next to the core. The exit
+    code is 1 where nothing can be compiled.
 
     Example: ejk compile sm_90 --shape 4/2/64 --batch 2 --context 64
     """
@@ -46,7 +52,7 @@ def compile(
     )
     of = for_tpu if target in _tpu.TOPOLOGIES else for_gpu
     try:
-        lines = list(of(batch, target, fields or []))
+        lines = list(of(batch, target, backend, fields or []))
     except (ImportError, NotImplementedError, ValueError) as error:
         said = " ".join(str(error).split())
         print(f"{batch.name} for {target}: {said}", file=sys.stderr)
@@ -54,31 +60,39 @@ def compile(
     if as_json:
         print(json.dumps({"target": target, "batch": batch.name, "kernels": lines}, indent=2))
         return
-    heads = list(lines[0])
-    rows = [[_spell(line[head]) for head in heads] for line in lines]
+    heads = list(dict.fromkeys(head for line in lines for head in line))
+    rows = [[_spell(line.get(head)) for head in heads] for line in lines]
     print(f"{batch.name} for {target}\n\n{show(Table(heads, rows))}")
 
 
-def for_gpu(batch: Batch, target: str, fields: list[str]) -> Iterator[Line]:
-    """Compile what Triton would launch."""
-    importlib.import_module("triton")  # its absence is told before anything else
+def for_gpu(batch: Batch, target: str, name: str | None, fields: list[str]) -> Iterator[Line]:
+    """Compile what Triton or Mosaic GPU would launch."""
+    if importlib.util.find_spec("triton") is None:  # told before anything else
+        raise NotImplementedError('triton is not installed: pip install "ejk[triton]"')
     gpu, call = gpu_target(target), _pieces.traced(batch)
-    backend = next(b for b in call.backends if b.name == "triton")
-    assert isinstance(backend, TritonBackend)
-    chosen = _pieces.for_target(_options.with_fields(backend, fields), gpu)
-    if reasons := chosen.limits_on(gpu, call.problem):
-        raise NotImplementedError(f"triton: {reasons[0]}")
+    chosen = _options.with_fields(backend_for(call, gpu, name), fields)
+    if reasons := unfit(chosen, gpu, call.problem):
+        raise NotImplementedError(f"{chosen.name}: {reasons[0]}")
+    if isinstance(chosen, MosaicGpuBackend):
+        lacks = [*chosen.refusals(call.problem, "cuda"), _mosaic.missing()]
+        if reason := next(filter(None, lacks), None):
+            raise NotImplementedError(f"{reason}; or leave it to --backend triton")
     for launch in _pieces.launches(chosen, gpu, call):
         start = time.perf_counter()
-        compiled = _offline.compile_kernel(
-            launch.kernel,
-            launch.pointers,
-            launch.constants,
-            target,
-            num_warps=launch.num_warps or 4,
-            num_stages=launch.num_stages or 1,
-            max_registers=launch.max_registers,
-        )
+        if launch.kernel is None:
+            found = _mosaic.compile_call(batch.call.__name__, **batch.types(), backend=chosen)
+            read = _read_mosaic(found)
+        else:
+            found = _offline.compile_kernel(
+                launch.kernel,
+                launch.pointers,
+                launch.constants,
+                target,
+                num_warps=launch.num_warps or 4,
+                num_stages=launch.num_stages or 1,
+                max_registers=launch.max_registers,
+            )
+            read = _read(found, target)
         seconds = time.perf_counter() - start
         line = {
             "kernel": launch.name,
@@ -86,7 +100,40 @@ def for_gpu(batch: Batch, target: str, fields: list[str]) -> Iterator[Line]:
             "warps": launch.num_warps,
             "stages": launch.num_stages,
         }
-        yield line | _read(compiled, target) | {"compile_s": round(seconds, 2)}
+        yield line | read | {"compile_s": round(seconds, 2)}
+
+
+def backend_for(call: _pieces.Call, gpu: Target, name: str | None) -> TritonBackend:
+    """Return the backend of this name; or the one that would run by itself, on AMD Triton's."""
+    found = {
+        backend.name: _pieces.for_target(backend, gpu)
+        for backend in call.backends
+        if isinstance(backend, TritonBackend)
+        and not (gpu.is_amd and isinstance(backend, MosaicGpuBackend))
+    }
+    if name is not None:
+        return found[_options.one_of("--backend", name, found)]
+    fit = {name: x for name, x in found.items() if not unfit(x, gpu, call.problem)}
+    for backend in fit.values():
+        preferred = backend.passed_over(call.problem, "cuda")
+        if preferred is None or preferred[0] not in fit:
+            return backend
+    return found["triton"]
+
+
+def unfit(backend: TritonBackend, gpu: Target, problem: Any) -> Sequence[str]:
+    """Say why a backend's kernels are none for a call on a GPU, whatever is installed here."""
+    found = backend.unfit(problem) if isinstance(backend, MosaicGpuBackend) else ()
+    return found or backend.limits_on(gpu, problem)
+
+
+def _read_mosaic(assembled: _mosaic.Assembled) -> Line:
+    return {
+        "registers": assembled.registers,
+        "spilled_bytes": assembled.spilled,
+        "shared_bytes": assembled.shared_memory,
+        "tensor_core": len(re.findall(r"\bwgmma\.mma_async", assembled.ptx)),
+    }
 
 
 def _read(compiled: Any, target: str) -> Line:
@@ -108,8 +155,9 @@ def _read(compiled: Any, target: str) -> Line:
     }
 
 
-def for_tpu(batch: Batch, generation: str, fields: list[str]) -> Iterator[Line]:
+def for_tpu(batch: Batch, generation: str, name: str | None, fields: list[str]) -> Iterator[Line]:
     """Compile Pallas' program with libtpu, without a TPU."""
+    _options.one_of("--backend", name or "pallas", ("pallas",))
     if _tpu.is_missing():
         raise NotImplementedError('libtpu is not installed: pip install "ejk[tpu]"')
     backend = next(b for b in _pieces.traced(batch).backends if b.name == "pallas")
@@ -138,4 +186,6 @@ def for_tpu(batch: Batch, generation: str, fields: list[str]) -> Iterator[Line]:
 
 
 def _spell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:,}" if isinstance(value, int | float) else str(value)

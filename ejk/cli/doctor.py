@@ -43,6 +43,10 @@ def doctor(
 
     Example: ejk doctor --no-run
     """
+    if as_json and issue:
+        raise typer.BadParameter(
+            "it is one form or the other: leave out --json", param_hint="'--issue'"
+        )
     machine = this_machine()
     found = [] if machine.platform is None else list(trials(run))
     faults = [*diagnose(machine)]

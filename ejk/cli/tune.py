@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -52,18 +53,17 @@ def tune(
 
     Example: ejk tune tuning.json --shape 4/2/64 --batch 2 --context 64
     """
-    if output.is_dir():
-        raise typer.BadParameter(f"{output} must be a file: it is a folder", param_hint="'OUTPUT'")
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"the folder {output.parent} must exist", param_hint="'OUTPUT'")
-    entries = read_entries(output)
+    _options.check_writable("OUTPUT", output)
+    log = output.with_name(output.name + ".trials")
+    _options.check_writable("OUTPUT", log)
+    read_entries(output)  # or it is not ours to extend
     batches = [
         _options.batch_of(operation, one, num_seqs, context, new_tokens, page_size, dtype, cache)
         for one in shape or ["llama-3-8b"]
     ]
     for batch in batches:
         plain = plain_backend(batch, backend)
-        trials = Trials(output.with_name(output.name + ".trials"), batch, plain)
+        trials = Trials(log, batch, plain)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             most = 1 + SWEEPS * sum(len(values) for values in plain.tunable.values())
             task = progress.add_task(batch.name, total=most)
@@ -72,8 +72,7 @@ def tune(
         if entry is None:
             print(f"{batch.name}: the default of {plain.name} is as fast as all that was tried")
             continue
-        entries = [e for e in entries if key(e) != key(entry)] + [entry]
-        output.write_text(json.dumps({"version": VERSION, "entries": entries}, indent=2) + "\n")
+        write_entry(output, entry)
         took = entry["measured"]
         print(f"{batch.name}: {best}: {took['us']:,} us for {took['default_us']:,}")
 
@@ -87,6 +86,21 @@ def read_entries(path: pathlib.Path) -> list[dict[str, Any]]:
             return json.loads(path.read_text())["entries"]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="'OUTPUT'") from None
+
+
+def write_entry(path: pathlib.Path, entry: dict[str, Any]) -> None:
+    """Add an entry to what a file holds now, as another search may have added to it.
+
+    A reader sees the file before or after it, whole.
+    """
+    entries = [found for found in read_entries(path) if key(found) != key(entry)] + [entry]
+    path = path.resolve()  # a link stays one
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        new.write_text(json.dumps({"version": VERSION, "entries": entries}, indent=2) + "\n")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def key(entry: dict[str, Any]) -> str:
@@ -117,13 +131,19 @@ class Trials:
             "device_kind": jax.devices()[0].device_kind,
         }
         self.expected: Any = None
-        text = path.read_text() if path.exists() else ""
+        text = path.read_text(errors="replace") if path.exists() else ""
         if text and not text.endswith("\n"):  # a search was stopped while it wrote
             text = text[: text.rfind("\n") + 1]
             path.write_text(text)
-        lines = map(json.loads, text.splitlines())
-        known = [line for line in lines if self.of.items() <= line.items()]
-        self.known: dict[str, float | None] = {_name(x["fields"]): x["us"] for x in known}
+        self.known: dict[str, float | None] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                found = json.loads(line)
+                if self.of.items() <= found.items():
+                    self.known[_name(found["fields"])] = found["us"]
+            except (ValueError, AttributeError, KeyError):
+                rule = f"{path}:{number} is no line of a search: remove the file"
+                raise typer.BadParameter(rule, param_hint="'OUTPUT'") from None
 
     def us(self, fields: Fields) -> float | None:
         """Return microseconds of a call with fields; None where they do not run it, or not right.

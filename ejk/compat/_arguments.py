@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ejk._describe import describe
 from ejk._errors import UnsupportedError
@@ -24,6 +25,18 @@ def check_mask_value(mask_value: Any) -> None:
             f"mask_value={describe(mask_value)} must be None or at most {MASKS:g}: what is not "
             "visible has no weight"
         )
+
+
+def check_limits(sliding_window: Any, soft_cap: Any) -> None:
+    """Refuse windows and caps in the words of JAX's and tpu-inference's ragged attentions.
+
+    Raises:
+        ValueError: a window of less than 1, or a cap of 0.
+    """
+    if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
+        raise ValueError(f"{sliding_window=} must be positive: None is no window")
+    if isinstance(soft_cap, float | int | np.number) and soft_cap == 0:
+        raise ValueError(f"{soft_cap=} must not be 0.0: None caps nothing")
 
 
 def refuse(function: str, mends: dict[str, str], **given: Any) -> None:

@@ -1,4 +1,7 @@
-"""ejkernel's paged attentions: `ejkernel.modules.operations`."""
+"""ejkernel's paged attentions: `ejkernel.modules`, and by the same names `ejkernel.kernels`.
+
+Those of `modules` take arrays by place, those of a backend's `kernels` by name; here both will do.
+"""
 
 from typing import Any
 
@@ -21,25 +24,26 @@ def page_attention(
     value_cache: Array,
     context_lens: Array,
     block_tables: Array,
-    /,
-    *,
     attn_scale: float | None = None,
     max_context_len: int | None = None,
     num_splits: int = 0,
+    *,
     mask_value: float = -2.381976426469702e38,
     attn_logits_soft_cap: float | None = None,
     pages_per_compute_block: int | None = None,
     megacore_mode: str | None = None,
     inline_seq_dim: bool = True,
     sliding_window: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
     platform: str | None = None,
     cfg: Any = None,
 ) -> jax.Array:
     """Attend from one token a sequence, as ejkernel's `page_attention` does.
 
     Its backends take pools of different layouts; here they are `[num_blocks, num_kv_heads,
-    block_size, head_dim]`, as its documentation has them. `pages_per_compute_block`,
-    `megacore_mode`, `inline_seq_dim`, `platform` and `cfg` have no effect.
+    block_size, head_dim]`, as its documentation has them. Arguments from `num_warps` on have no
+    effect, and neither have `pages_per_compute_block`, `megacore_mode` and `inline_seq_dim`.
 
     Args:
         query: as of `ejk.page_attention`, and so are all arguments that are not named here.
@@ -56,6 +60,8 @@ def page_attention(
         megacore_mode: no effect.
         inline_seq_dim: no effect.
         sliding_window: the token itself included.
+        num_warps: no effect.
+        num_stages: no effect.
         platform: no effect.
         cfg: no effect.
 
@@ -82,7 +88,6 @@ def ragged_page_attention_v2(
     query_start_loc: Array,
     num_seqs: Array | int,
     softmax_aux: Array | None = None,
-    /,
     *,
     softmax_scale: float | None = None,
     logits_soft_cap: float | None = None,
@@ -90,7 +95,11 @@ def ragged_page_attention_v2(
     optimized: bool = False,
     sliding_window: int | None = None,
     mask_value: float | None = None,
+    num_kv_pages_per_block: int | None = None,
+    num_queries_per_block: int | None = None,
     vmem_limit_bytes: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
     platform: str | None = None,
     cfg: Any = None,
     mesh: Any = None,
@@ -99,8 +108,8 @@ def ragged_page_attention_v2(
 ) -> jax.Array:
     """Attend from ragged batches of new tokens, as ejkernel's `ragged_page_attention_v2` does.
 
-    `optimized`, `vmem_limit_bytes`, `platform` and `cfg` have no effect. Nor has `compute_dtype`:
-    products are of the queries' type and sums float32, which is never less exact.
+    `optimized` and arguments from `num_kv_pages_per_block` to `cfg` have no effect. Nor has
+    `compute_dtype`: products are of the queries' type and sums float32, which is never less exact.
 
     Args:
         queries: `[total_tokens, num_heads, head_dim]`.
@@ -116,7 +125,11 @@ def ragged_page_attention_v2(
         optimized: no effect.
         sliding_window: the token itself included.
         mask_value: None or at most -1e4, as what is not visible has no weight.
+        num_kv_pages_per_block: no effect.
+        num_queries_per_block: no effect.
         vmem_limit_bytes: no effect.
+        num_warps: no effect.
+        num_stages: no effect.
         platform: no effect.
         cfg: no effect.
         mesh: refused, with `in_specs` and `out_specs`.
@@ -153,7 +166,6 @@ def ragged_page_attention_v3(
     query_start_loc: Array,
     distribution: Array,
     softmax_aux: Array | None = None,
-    /,
     *,
     softmax_scale: float = 1.0,
     sliding_window: int | None = None,
@@ -161,6 +173,9 @@ def ragged_page_attention_v3(
     q_scale: float | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    chunk_prefill_size: int | None = None,
+    num_kv_pages_per_block: int | None = None,
+    num_queries_per_block: int | None = None,
     vmem_limit_bytes: int | None = None,
     platform: str | None = None,
     cfg: Any = None,
@@ -171,7 +186,11 @@ def ragged_page_attention_v3(
     """Write new tokens to the cache and attend to it, as ejkernel's `ragged_page_attention_v3`.
 
     It is `ejk.compat.tpu_inference.ragged_paged_attention` with sinks, and an output of the
-    queries' dtype. `vmem_limit_bytes`, `platform` and `cfg` have no effect.
+    queries' dtype. Arguments from `chunk_prefill_size` to `cfg` have no effect.
+
+    A key and its value are two rows, as its documentation has them. Of heads of 64 its TPU kernel
+    takes one row of 128 for both: that is
+    `ejk.compat.tpu_inference.ragged_paged_attention_hd64`.
 
     Args:
         queries: `[total_tokens, num_heads, head_dim]`.
@@ -189,6 +208,9 @@ def ragged_page_attention_v3(
         q_scale: as of `ejk.compat.tpu_inference`, and so are the next two.
         k_scale: multiplies the keys.
         v_scale: multiplies the values.
+        chunk_prefill_size: no effect.
+        num_kv_pages_per_block: no effect.
+        num_queries_per_block: no effect.
         vmem_limit_bytes: no effect.
         platform: no effect.
         cfg: no effect.

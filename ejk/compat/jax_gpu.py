@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ejk._dtypes import DTYPES
 from ejk._page_attention import page_attention
 from ejk._typing import Array
 from ejk.compat._arguments import check_mask_value
@@ -31,8 +32,9 @@ def paged_attention(
     """Attend from one token a sequence, as `pallas.ops.gpu.paged_attention.paged_attention` does.
 
     Logits are not scaled: scale `q`. The tables come before the lengths. All arguments from
-    `block_h` to `debug` have no effect: on a CPU the call runs without `interpret`. Both pools have
-    one dtype, where the original quantises keys or values alone, too.
+    `block_h` to `debug` have no effect: on a CPU the call runs without `interpret`. Where keys or
+    values alone are quantised, each call makes a copy of their pool in the other's type, which
+    holds every code: quantise both, or neither.
 
     Args:
         q: `[batch, num_heads, head_dim]`.
@@ -68,6 +70,11 @@ def paged_attention(
         k_scales_pages = jnp.ones_like(v_scales_pages)
     if v_scales_pages is None and k_scales_pages is not None:
         v_scales_pages = jnp.ones_like(k_scales_pages)
+    narrow, wide = sorted(
+        (jnp.dtype(k_pages.dtype), jnp.dtype(v_pages.dtype)), key=lambda x: x.itemsize
+    )
+    if narrow.itemsize == 1 and wide.name in DTYPES:
+        k_pages, v_pages = (jnp.asarray(pool).astype(wide) for pool in (k_pages, v_pages))
     return page_attention(
         q, k_pages, v_pages, lengths, block_tables, 1.0,
         cache_layout="KV_HEADS_FIRST", attn_logits_soft_cap=attn_logits_soft_cap,

@@ -9,7 +9,7 @@ from ejk._describe import describe
 from ejk._page_attention import page_attention
 from ejk._ragged_page_attention import ragged_page_attention
 from ejk._typing import Array
-from ejk.compat._arguments import check_mask_value, first_sequences
+from ejk.compat._arguments import check_limits, check_mask_value, first_sequences
 
 DEFAULT_MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
 MAX_INT8 = 127.5  # codes of JAX's `QuantizedTensor` count so manieth parts of its scales
@@ -120,6 +120,7 @@ def ragged_paged_attention(
     Source: the signature of jax 0.12.
     """
     check_mask_value(mask_value)
+    check_limits(sliding_window, soft_cap)
     return ragged_page_attention(
         q, kv_pages, None, kv_lens, page_indices, first_sequences(cu_q_lens, num_seqs), sm_scale,
         cache_layout="INTERLEAVED", sliding_window=sliding_window, attn_logits_soft_cap=soft_cap,

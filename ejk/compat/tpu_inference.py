@@ -1,4 +1,4 @@
-"""tpu-inference's ragged paged attention v3: attention and the write of new tokens in one call."""
+"""tpu-inference's ragged paged attentions v3: attention and the write of new tokens in one call."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
 from ejk._typing import Array
 from ejk._write_kv_cache import write_kv_cache
-from ejk.compat._arguments import check_mask_value, first_sequences
+from ejk.compat._arguments import check_limits, check_mask_value, first_sequences
+from ejk.compat.jax_tpu import DEFAULT_MASK_VALUE
 
 
 def ragged_paged_attention(
@@ -102,6 +103,85 @@ def ragged_paged_attention(
     )  # fmt: skip
 
 
+def ragged_paged_attention_hd64(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    kv_cache: Array,
+    kv_lens: Array,
+    page_indices: Array,
+    cu_q_lens: Array,
+    distribution: Array,
+    attention_sink: Array | None = None,
+    *,
+    sm_scale: float = 1.0,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = DEFAULT_MASK_VALUE,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    chunk_prefill_size: int | None = None,
+    num_kv_pages_per_block: int | None = None,
+    num_queries_per_block: int | None = None,
+    vmem_limit_bytes: int | None = None,
+    debug_mode: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Write and attend with heads of 64, as `kernels.ragged_paged_attention.v3.kernel_hd64` does.
+
+    A row of the cache is 64 entries of a key and 64 of its value, so no entry is padding. Otherwise
+    it is `ragged_paged_attention`, with sinks and an output of the queries' dtype. Arguments from
+    `chunk_prefill_size` on have no effect.
+
+    Args:
+        queries: `[total_tokens, num_heads, 64]`.
+        keys: the new tokens' keys, `[total_tokens, num_kv_heads, 64]`, of the cache's dtype.
+        values: the same of values.
+        kv_cache: `[num_pages, page_size, ceil(num_kv_heads / packing), packing, 128]`, with
+            `packing` elements in 32 bits.
+        kv_lens: as of `ragged_paged_attention`, and so are the arguments that follow.
+        page_indices: `[max_num_seqs * pages_per_seq]`.
+        cu_q_lens: `[max_num_seqs + 1]`.
+        distribution: `[3]`, of which the last is the number of sequences.
+        attention_sink: float32 `[num_heads]`.
+        sm_scale: 1 unless given.
+        sliding_window: the token itself included.
+        soft_cap: None caps nothing.
+        mask_value: None or at most -1e4, as what is not visible has no weight.
+        q_scale: queries are divided by it and rounded to the cache's dtype; logits are multiplied.
+        k_scale: multiplies the keys in the cache.
+        v_scale: multiplies the values in the cache.
+        chunk_prefill_size: no effect.
+        num_kv_pages_per_block: no effect.
+        num_queries_per_block: no effect.
+        vmem_limit_bytes: no effect.
+        debug_mode: no effect.
+
+    Returns:
+        The output `[total_tokens, num_heads, 64]`, 0 in rows of no sequence, and the cache.
+
+    Raises:
+        ValueError: other sizes, and what `ragged_paged_attention` refuses.
+
+    Source: the signature of tpu-inference 0.32.
+    """
+    packing = 4 // jnp.dtype(kv_cache.dtype).itemsize
+    words = -(-keys.shape[1] // packing)
+    if kv_cache.shape[2:] != (words, packing, 128) or queries.shape[2] != 64:
+        raise ValueError(
+            f"kv_cache.shape={kv_cache.shape} must end in {(words, packing, 128)}, a row of 128 of "
+            f"each of the {keys.shape[1]} heads of keys, and queries.shape={queries.shape} in 64"
+        )
+    pairs = kv_cache.reshape(*kv_cache.shape[:2], words * packing, 2, 64)
+    out, pairs = attend_and_update(
+        queries, keys, values, pairs, kv_lens, page_indices, cu_q_lens, distribution,
+        causal=True, update=True, sm_scale=sm_scale, sliding_window=sliding_window,
+        soft_cap=soft_cap, out_dtype=queries.dtype, mask_value=mask_value, q_scale=q_scale,
+        k_scale=k_scale, v_scale=v_scale, sinks=attention_sink, of_words=words * packing,
+    )  # fmt: skip
+    return out, pairs.reshape(kv_cache.shape)
+
+
 def attend_and_update(
     queries: Array,
     keys: Array,
@@ -123,10 +203,12 @@ def attend_and_update(
     k_scale: float | None,
     v_scale: float | None,
     sinks: Array | None = None,
+    of_words: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Do what `ragged_paged_attention` says, with sinks."""
+    """Do what `ragged_paged_attention` says, with sinks, of a cache of so many words a token."""
     check_mask_value(mask_value)
-    _check_sizes(queries, keys, values, kv_cache, kv_lens, page_indices)
+    check_limits(sliding_window, soft_cap)
+    _check_sizes(queries, keys, values, kv_cache, kv_lens, page_indices, of_words)
     total_tokens, num_heads, head_dim = queries.shape
     num_pages, page_size, words, packing, width = kv_cache.shape
     pool = jnp.asarray(kv_cache).reshape(num_pages, page_size, words * packing, width)
@@ -163,6 +245,7 @@ def _check_sizes(
     kv_cache: Array,
     kv_lens: Array,
     page_indices: Array,
+    of_words: int | None,
 ) -> None:
     """Check what padding and views would hide."""
     num_heads, (num_kv_heads, head_dim) = queries.shape[1], keys.shape[1:]
@@ -176,7 +259,7 @@ def _check_sizes(
             f"of queries.shape={queries.shape}"
         )
     *_, words, packing, width = kv_cache.shape
-    needed = -(-2 * num_kv_heads // packing)
+    needed = of_words or -(-2 * num_kv_heads // packing)
     if words != needed or width < head_dim:
         raise ValueError(
             f"kv_cache.shape={kv_cache.shape} must end in {needed} words of {packing}, a key and a "

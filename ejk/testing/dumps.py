@@ -133,6 +133,9 @@ def load(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """
     where = os.fspath(path)
     try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":  # NumPy would advise to load it unsafely
+                raise zipfile.BadZipFile("it is no archive of arrays")
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
         header = json.loads(str(held.pop(HEADER)))

@@ -1,5 +1,6 @@
 """The commands, each run small: what they print, and what they say of wrong arguments."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -8,11 +9,12 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import mosaic_offline
 import pytest
 from typer.testing import CliRunner
 
 from ejk import _tuning
-from ejk.cli import _devices, _pieces, _runs, _trial, bench, explain, tune
+from ejk.cli import _devices, _mosaic, _pieces, _runs, _trial, bench, explain, tune
 from ejk.cli._batch import MODELS, Batch, Shape, shape_of
 from ejk.cli.app import app
 
@@ -84,6 +86,7 @@ def test_no_command_prints_the_help():
         ("tune none/x.json", "'OUTPUT': the folder none must exist"),
         ("tune x.json --operation write", "'--backend': xla has no field to search for write"),
         ("tune x.json --backend triton", "'--backend': 'triton' must be one of xla"),
+        ("doctor --json --issue", "'--issue': it is one form or the other: leave out --json"),
         ("doktor", "No such command 'doktor'"),
     ],
 )  # fmt: skip
@@ -107,7 +110,7 @@ main()
     assert done.stderr == 'rich is not installed: pip install "ejk[cli]"\n'
 
 
-def test_explain_says_who_runs_a_call_and_in_which_pieces():
+def test_explain_of_an_h100():
     answer = json.loads(run("explain h100 --json"))
     assert answer["chosen"] == "triton"
     assert answer["refusals"]["pallas"] == ["runs on tpu, not on cuda"]
@@ -169,6 +172,51 @@ def test_compile_reads_what_a_kernel_takes(target):
     [kernel] = json.loads(run(f"compile {target} {SMALL} --json"))["kernels"]
     assert kernel["kernel"] == "page_attention_kernel" and kernel["tensor_core"] > 0
     assert 0 < kernel["registers"] <= 512 and kernel["shared_bytes"] > 0
+
+
+LATENT = "--shape 128/1/576/512 --batch 2 --context 64"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(mosaic_offline.missing()), reason=str(mosaic_offline.missing()))
+def test_compile_reads_what_a_mosaic_kernel_takes(monkeypatch):
+    """It is what runs by itself; Triton's is compiled where it is asked for."""
+    library = _mosaic.plugin(mosaic_offline.PLUGINS)
+    monkeypatch.setattr(_mosaic, "plugin", lambda folders=(): library)
+    *_, kernel = json.loads(run(f"compile sm_90 {LATENT} --json"))["kernels"]
+    assert kernel["kernel"] == "ejk_latent_attention"
+    assert kernel["registers"] == 168 and kernel["spilled_bytes"] <= 512
+    assert 223_232 < kernel["shared_bytes"] <= 227 * 1024 and kernel["tensor_core"] > 0
+    kernels = json.loads(run(f"compile sm_90 {LATENT} --json --backend triton"))["kernels"]
+    assert kernels[0]["kernel"] == "page_attention_kernel"
+
+
+@pytest.mark.parametrize("lacks, said", [
+    ("triton", r'triton is not installed: pip install "ejk\[triton\]"'),
+    ("plugin", r'is not installed: pip install --no-deps "jax-cuda13-plugin==.*" "jax-cuda13-pjrt'),
+    ("compiler", "there is no C compiler.*: apt-get install gcc; or leave it to --backend triton"),
+])  # fmt: skip
+def test_compile_says_what_a_mosaic_kernel_lacks(lacks, said, monkeypatch, jax_triton):
+    if lacks == "triton":
+        spec = importlib.util.find_spec
+        hidden = lambda name, *rest: None if name == "triton" else spec(name, *rest)  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    else:
+        monkeypatch.setattr(_mosaic, "plugin", lambda folders=(): "library.so")
+        monkeypatch.setattr(_mosaic, lacks, lambda *_: None)
+    result = CliRunner().invoke(app, ["compile", "sm_90", *LATENT.split()], prog_name="ejk")
+    assert result.exit_code == 1
+    assert re.search(said, result.stderr) and result.stderr.count("\n") == 1
+
+
+def test_compile_names_the_backends_of_a_target():
+    said = run(f"compile sm_90 {SMALL} --backend xla", code=2)
+    assert "'--backend': 'xla' must be one of mosaic_gpu, triton" in said
+    said = run(f"compile gfx942 {SMALL} --backend mosaic_gpu", code=2)
+    assert "'--backend': 'mosaic_gpu' must be one of triton" in said
+    assert "must be one of pallas" in run(f"compile v5e {SMALL} --backend triton", code=2)
+    result = CliRunner().invoke(app, f"compile sm_80 {LATENT} --backend mosaic_gpu".split())
+    assert result.exit_code == 1 and "compute_capability=80 must be 90" in result.stderr
 
 
 def test_a_launch_is_what_the_backend_would_hand_over():
@@ -244,6 +292,47 @@ def test_tune_writes_nothing_that_does_not_pay_and_refuses_another_file(monkeypa
     assert not path.exists()
     path.write_text('{"version": 2}')
     assert f"{path}: version=2 must be 1" in run(f"tune {path} {SMALL}", code=2)
+
+
+def test_two_searches_extend_one_file(monkeypatch, tmp_path):
+    """What another one has written since this one started stays."""
+    path = tmp_path / "tuning.json"
+
+    def us(trials, fields):
+        if not path.exists():  # another search ends while this one is busy
+            tune.write_entry(path, other)
+        return {64: 5.0}.get(fields.get("block_kv"), 10.0)
+
+    names = {"operation": "page_attention", "backend": "xla", "device_kind": "another"}
+    other = {**names, "facts": {}, "fields": {"block_kv": 32}}
+    monkeypatch.setattr(tune.Trials, "_measure", us)
+    monkeypatch.setattr(_runs.Run, "us", lambda self: next(turns))
+    turns = iter([10.0, 5.0] * 5)
+    run(f"tune {path} {SMALL}")
+    assert [entry["device_kind"] for entry in json.loads(path.read_text())["entries"]] == [
+        "another", "cpu",
+    ]  # fmt: skip
+    assert sorted(x.name for x in tmp_path.iterdir() if x.suffix != ".py") == [
+        "tuning.json", "tuning.json.trials",
+    ]  # fmt: skip
+
+
+def test_tune_says_what_cannot_be_written_before_it_searches(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune.Trials, "us", lambda *_: 1 / 0)
+    (tmp_path / "link.json").symlink_to(tmp_path / "none" / "x.json")
+    error = run(f"tune {tmp_path / 'link.json'} {SMALL}", code=2)
+    assert "cannot be written: No such file" in error and error.count("\n") == 1
+    assert "must be a file" in run(f"tune /dev/null {SMALL}", code=2)
+    (tmp_path / "x.json.trials").mkdir()
+    assert "must be a file: it is a folder" in run(f"tune {tmp_path / 'x.json'} {SMALL}", code=2)
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", "\xff"])
+def test_tune_says_which_line_of_trials_it_cannot_read(line, tmp_path):
+    (tmp_path / "x.json.trials").write_bytes(line.encode("latin-1") + b"\n")
+    error = run(f"tune {tmp_path / 'x.json'} {SMALL}", code=2)
+    assert "x.json.trials:1 is no line of a search" in error and error.count("\n") == 1
 
 
 def test_a_trial_tells_a_wrong_result_an_error_and_a_refusal(monkeypatch):

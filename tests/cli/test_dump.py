@@ -137,4 +137,4 @@ def test_what_cannot_be_dumped_is_told_by_name(tmp_path):
     np.savez(path, some=np.zeros(3))
     assert "is not a file of ejk.testing.dump" in run(f"repro {path}", code=2)
     path.write_bytes(b"text")
-    assert "is not a file of ejk.testing.dump" in run(f"repro {path}", code=2)
+    assert "dump: it is no archive of arrays" in run(f"repro {path}", code=2)

@@ -206,6 +206,13 @@ def test_a_bad_file_is_named_with_the_rule(text, tmp_path):
     assert str(error.value).startswith(f"{path}: ") and BAD[text] in str(error.value)
 
 
+def test_a_file_of_other_bytes_is_named(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ejk.TuningError, match=f"{path}: must be JSON: 'utf-8' codec"):
+        ejk.load_tuning(path)
+
+
 @pytest.mark.parametrize("rule", BAD_ENTRY)
 def test_a_bad_entry_is_named_with_the_rule(rule, file):
     entry = {name: x for name, x in (ENTRY | BAD_ENTRY[rule]).items() if x is not None}

@@ -2,6 +2,7 @@
 
 import importlib
 
+import jax.numpy as jnp
 import mutants
 import pytest
 import test_drop_ins
@@ -10,7 +11,8 @@ flash, jax_gpu, vllm = (
     test_drop_ins.test_flash_attention, test_drop_ins.test_jax_gpu, test_drop_ins.test_vllm,
 )  # fmt: skip
 decode, ragged = test_drop_ins.test_jax_tpu_decode, test_drop_ins.test_jax_tpu_ragged
-v3 = test_drop_ins.test_tpu_inference
+v3, hd64 = test_drop_ins.test_tpu_inference, test_drop_ins.test_tpu_inference_of_heads_of_64
+one_pool = test_drop_ins.test_jax_gpu_of_one_quantised_pool
 BUGS = {
     "flash_attention": {
         "the window is one too short": ("left + 1 if", "left if", flash, "causal, a window", True),
@@ -48,6 +50,9 @@ BUGS = {
         "values have the scales of keys": (
             "value_scale=v_scales_pages", "value_scale=k_scales_pages", jax_gpu, None, "kv",
         ),
+        "the other pool is rounded to codes": (
+            ".astype(wide)", ".astype(narrow)", one_pool, "k", jnp.int8,
+        ),
         "a page too few": (
             "width * k_pages.shape[2]", "(width - 1) * k_pages.shape[2]", jax_gpu, None, "",
         ),
@@ -69,6 +74,13 @@ BUGS = {
         "values have the scale of keys": (
             "key_scale=k_scale, value_scale=v_scale", "key_scale=k_scale, value_scale=k_scale",
             v3, "e4m3, one head of a word",
+        ),
+        "a value comes before its key": (
+            "words * packing, 2, 64)", "words * packing, 2, 64)[..., ::-1, :]", hd64,
+            "float32, a window",
+        ),
+        "sinks of heads of 64 are dropped": (
+            "sinks=attention_sink", "sinks=None", hd64, "float32, a window",
         ),
     },
 }  # fmt: skip

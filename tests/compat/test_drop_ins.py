@@ -122,6 +122,24 @@ def test_jax_gpu(lengths, scaled):
         close(out[s : s + 1], attend(q[s : s + 1], k, v, 1.0, np.ones((1, len(k)), bool))[0])
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, E4M3])
+@pytest.mark.parametrize("quantised", ["k", "v"])
+def test_jax_gpu_of_one_quantised_pool(quantised, dtype):
+    """As of the same numbers in the other pool's type, to the bit: it holds every code."""
+    q, tables, lens = numbers(2, 8, 64), tables_of(2, 3, 9), jnp.array([3, 48])
+    pools = {x: numbers(2, 9, 16, 64, dtype=BF16) for x in "kv"}
+    codes = (40 * numbers(2, 9, 16, 64)).astype(dtype)
+    scales = {f"{quantised}_scales_pages": 0.01 + jnp.abs(numbers(2, 9, 16))}
+    out, expected = (
+        jax_gpu.paged_attention(
+            q.astype(BF16), *(pools | {quantised: pool}).values(), tables, lens, **scales
+        )
+        for pool in (codes, codes.astype(BF16))
+    )
+    np.testing.assert_array_equal(out, expected)
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+
+
 # Ragged paged attention v3: rows padded to 128 lanes, heads padded to a word, flat tables, lengths
 # with the new tokens, scale 1.0, a third entry of `distribution`, the update in the same call.
 V3 = {
@@ -209,11 +227,62 @@ def test_tpu_inference(name):
     np.testing.assert_array_equal(np.asarray(cache, np.float32), pool)
 
 
+HD64 = {
+    "float32, a window": dict(sizes=(8, 2, 64, 16), sliding_window=6, soft_cap=2.0),
+    "bfloat16, one head of a word": dict(sizes=(4, 1, 64, 16), dtype=BF16),
+    "e4m3, three heads of four": dict(sizes=(6, 3, 64, 32), cache=E4M3, k_scale=0.5, v_scale=0.25),
+}
+
+
+@pytest.mark.parametrize("name", HD64)
+def test_tpu_inference_of_heads_of_64(name):
+    """The same numbers as of v3, whose rows are moved: a key and its value lie in one."""
+    options = dict(HD64[name])
+    call = {x: options.pop(x) for x in ("sizes", "dtype", "cache") if x in options}
+    args, sinks = v3_call(**call), numbers(call["sizes"][0])
+    (*_, kv_heads, _), (*_, packing, _) = args[1].shape, args[3].shape
+    padding = ((0, 0), (0, 0), (0, -kv_heads % packing), (0, 0))
+
+    def side_by_side(cache):
+        rows = cache.reshape(*cache.shape[:2], -1, 128)[:, :, : 2 * kv_heads, :64]
+        pairs = jnp.pad(rows.reshape(*cache.shape[:2], kv_heads, 128), padding)
+        return pairs.reshape(*cache.shape[:2], -1, packing, 128)
+
+    expected, after = ejkernel.ragged_page_attention_v3(
+        *args, sinks, softmax_scale=1.0, logits_soft_cap=options.get("soft_cap"),
+        **{x: y for x, y in options.items() if x != "soft_cap"},
+    )  # fmt: skip
+    given = (*args[:3], side_by_side(args[3]), *args[4:], sinks)
+    out, cache = tpu_inference.ragged_paged_attention_hd64(*given, **options)
+    assert out.dtype == args[0].dtype
+    close(out, expected, 0.02 if out.dtype == BF16 else 3e-6)
+    np.testing.assert_array_equal(
+        *(np.asarray(x, np.float32) for x in (cache, side_by_side(after)))
+    )
+    with pytest.raises(ValueError, match=r"kv_cache.shape=.* must end in .* a row of 128 of each"):
+        tpu_inference.ragged_paged_attention_hd64(*args[:3], args[3][..., :64], *args[4:])
+
+
+LIMITS = [(dict(sliding_window=0), "must be positive"), (dict(soft_cap=0.0), r"must not be 0\.0")]
+
+
+@pytest.mark.parametrize("options, message", LIMITS)
+def test_windows_and_caps_are_refused_in_the_words_of_the_originals(options, message):
+    with pytest.raises(ValueError, match=message):
+        tpu_inference.ragged_paged_attention(*v3_call((8, 2, 64, 16)), **options)
+    args = (numbers(1, 4, 64), numbers(4, 8, 4, 64), jnp.array([3]), jnp.zeros((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match=message):
+        jax_tpu.ragged_paged_attention(*args, jnp.array([0, 1]), jnp.array([1]), **options)
+
+
 def test_ejkernel():
     q, k, v = numbers(2, 4, 64), numbers(9, 2, 16, 64), numbers(9, 2, 16, 64)
     lens, tables = jnp.array([3, 40]), tables_of(2, 3, 9)
     decode = ejkernel.page_attention(q, k, v, lens, tables, sliding_window=9, platform="xla")
     close(decode, ejk.page_attention(q, k, v, lens, tables, sliding_window=9))
+    caches = dict(key_cache=k, value_cache=v, context_lens=lens, block_tables=tables)
+    by_name = ejkernel.page_attention(query=q, **caches, sliding_window=9, num_warps=4)
+    close(by_name, decode, 0)  # as of its kernels
 
     kv = jnp.stack([k, v], 2).transpose(0, 3, 1, 2, 4).reshape(9, 16, 4, 64)
     rows, sinks = numbers(5, 4, 64), numbers(4)
@@ -221,6 +290,7 @@ def test_ejkernel():
     ragged = ejk.ragged_page_attention(rows, k, v, lens, tables, jnp.array([0, 1, 5]), **options)
     args = (rows, kv, lens, tables, jnp.array([0, 1, 5]))  # scale D^-0.5, as of FlashAttention
     close(ejkernel.ragged_page_attention_v2(*args, 2, sinks), ragged)
+    close(ejkernel.ragged_page_attention_v2(*args, 2, softmax_aux=sinks, num_warps=4), ragged)
 
     args = v3_call((8, 2, 64, 16))
     v2 = ejkernel.ragged_page_attention_v3(*args)[0]  # scale 1.0
