@@ -101,6 +101,11 @@ def options_of(heads: int, every: bool) -> tuple[dict[str, Any], dict[str, jax.A
     return {"sliding_window": 70, "attn_logits_soft_cap": 20.0}, arrays
 
 
+def one_group(num_seqs: int) -> tuple[jax.Array, jax.Array]:
+    """Return `prefix_groups` that say of all sequences that they share their first pages."""
+    return jnp.zeros(num_seqs, jnp.int32), jnp.full(1, SHARED, jnp.int32)
+
+
 def decode(
     backend: Any,
     *,
@@ -118,8 +123,7 @@ def decode(
     static, arrays = options_of(heads, every_option)
     arrays |= made.scales
     if groups:
-        shares = jnp.full(1, SHARED, jnp.int32)
-        arrays["prefix_groups"] = (jnp.zeros(len(lens), jnp.int32), shares)
+        arrays["prefix_groups"] = one_group(len(lens))
     query = rows_of(
         2, (len(lens), heads, given.get("head_dim", 64)), given.get("dtype", "bfloat16")
     )
@@ -167,8 +171,7 @@ def ragged(
         mask = jax.random.bernoulli(jax.random.key(3), 0.6, (total, 16))
         arrays |= {"tree_mask": mask, "positions": jnp.arange(total, dtype=jnp.int32)}
     if groups:
-        shares = jnp.full(1, SHARED, jnp.int32)
-        arrays["prefix_groups"] = (jnp.zeros(len(lens), jnp.int32), shares)
+        arrays["prefix_groups"] = one_group(len(lens))
     query = rows_of(2, (total, heads, given.get("head_dim", 64)), given.get("dtype", "bfloat16"))
     bounds = jnp.asarray(np.cumsum([0, *new]), jnp.int32)
     call = functools.partial(
@@ -341,8 +344,12 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th, from the I-th")
     parser.add_argument("--xla", action="store_true", help="the same calls on XLA")
     args = parser.parse_args()
+    for word in args.only:
+        if not chosen([word], "0/1", args.xla):
+            parser.exit(2, f"--only {word!r} is in the name of no variant that runs here\n")
     calls, failed = 0, []
-    for name, make in chosen(args.only, args.shard, args.xla):
+    found = chosen(args.only, args.shard, args.xla)
+    for name, make in found:
         begin = time.perf_counter()
         variant = make()
         run = jax.jit(variant.function)
@@ -355,8 +362,8 @@ def main() -> None:
                 break
         calls += args.repeats
         print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
-    print(json.dumps({"counts": {"variants": len(chosen(args.only, args.shard, args.xla)),
-                                 "calls": calls}, "found": failed}))  # fmt: skip
+    counts = {"variants": len(found), "calls": calls}
+    print(json.dumps({"counts": counts, "found": failed}))
     sys.exit(bool(failed))
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 
 from ejk import _tuning
+from ejk._describe import describe
 from ejk._errors import Mendable, UnsupportedError
 from ejk._nearest import did_you_mean
 from ejk._shards import Axes, Shards
@@ -175,7 +176,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def run(self, problem: Any, operands: Any, platform: str) -> Sequence[jax.Array]:
-        """Run the problem: traced once for each lowering, for one of `platforms`."""
+        """Run the problem: traced once for each lowering, for one of `platforms`.
+
+        Results of other shapes or dtypes than those of `problem.results` are a `TypeError`.
+        """
 
     def refusals(self, problem: Problem, platform: str) -> tuple[str, ...]:
         """Every reason why this backend does not run `problem` on `platform`."""
@@ -189,6 +193,22 @@ class Backend(abc.ABC):
             return (f"compiles for sizes that are static, and {sizes} is symbolic",)
         missing = [f"does not support {x}" for x in sorted(problem.features - self.features)]
         return (*missing, *self.limits(problem, platform))
+
+
+def check_results(backend: Backend, problem: Problem, results: Any) -> Sequence[jax.Array]:
+    """Return what `backend.run` returned, if it is what `problem.results` says."""
+    expected, of = problem.results, f"of {problem.operation}"
+    must = f"{backend.name}: run must return {len(expected)} results {of}"
+    if not isinstance(results, Sequence):
+        raise TypeError(f"{must}, not {describe(results)}")
+    if len(results) != len(expected):
+        raise TypeError(f"{must}, not {len(results)}: one for each of problem.results")
+    for i, (x, right) in enumerate(zip(results, expected)):
+        if (getattr(x, "shape", None), getattr(x, "dtype", None)) != (right.shape, right.dtype):
+            kind = f"{right.dtype.name}[{', '.join(map(str, right.shape))}]"
+            must = f"{backend.name}: result {i} {of} must be {kind}"
+            raise TypeError(f"{must}, as problem.results says, not {describe(x)}")
+    return results
 
 
 Refusals = list[tuple[Backend, str]]

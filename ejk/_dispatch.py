@@ -18,7 +18,15 @@ from jax.extend.core import Jaxpr, Primitive, jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ejk import _jax, _partition
-from ejk._backend import PLATFORMS, Backend, Choice, Problem, Refusals, unsupported
+from ejk._backend import (
+    PLATFORMS,
+    Backend,
+    Choice,
+    Problem,
+    Refusals,
+    check_results,
+    unsupported,
+)
 from ejk._batching import batch
 from ejk._errors import Mendable
 from ejk._reverse_mode import refuse_forward_mode
@@ -155,7 +163,7 @@ def _lower(
     def run(problem: Problem, operands: Any) -> Sequence[jax.Array]:
         backend, refused = choice.weigh(problem, platform, obstacle)
         _log_choice(problem, platform, backend, refused)
-        return list(backend.run(problem, operands, platform))
+        return check_results(backend, problem, backend.run(problem, operands, platform))
 
     # What a backend runs is one device's own; over which mesh axes its arrays vary is settled.
     local = [ShapedArray(of.shape, of.dtype) for of in types]

@@ -94,16 +94,21 @@ def typed(function: F) -> F:
         if len(given) < len(args) + len(kwargs) or not given.keys() <= parameters.keys():
             raise TypeError(_misplaced(own_name, positional, list(parameters), args, kwargs))
         for name, value in given.items():
-            if name in hints and not _fits(value, hints[name], known[name]):
-                hint, said = hints[name], describe(value)
-                how = mend(name, value, is_static=_is_static(hint), has_axes=_has_axes(hint))
-                raise TypeError(f"{name}={said} must be {_spell(hint)}{how}")
+            if name in hints:
+                check(name, value, hints[name], known[name])
         if not required <= given.keys():
             missing = [repr(name) for name in parameters if name in required - given.keys()]
             raise TypeError(f"{own_name}() is missing {', '.join(missing)}")
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
+
+
+def check(name: str, value: Any, hint: Any, known: dict[Any, bool]) -> None:
+    """Check rank and dtype kind of one argument; what fits is kept in `known`."""
+    if not _fits(value, hint, known):
+        how = mend(name, value, is_static=_is_static(hint), has_axes=_has_axes(hint))
+        raise TypeError(f"{name}={describe(value)} must be {_spell(hint)}{how}")
 
 
 def _fits(value: Any, hint: Any, known: dict[Any, bool]) -> bool:

@@ -49,9 +49,6 @@ class Entry(Subject):
     slow: bool = False
 
 
-Writer = Copier = Entry  # a call knows its operation
-
-
 @dataclasses.dataclass(frozen=True)
 class RaggedEntry(Entry):
     """One backend of `ejk.ragged_page_attention` under test.
@@ -151,12 +148,12 @@ if os.environ.get("EJK_TEST_GPU"):
         ragged_mosaic("ragged mosaic_gpu on a small gpu", 8, num_sms=3),
     ]
     WRITERS = [
-        Writer("xla on gpu, writing", ejk.XlaWriteKVCache(), 20),
-        Writer("triton on gpu, writing", ejk.TritonWriteKVCache(), 80),
+        Entry("xla on gpu, writing", ejk.XlaWriteKVCache(), 20),
+        Entry("triton on gpu, writing", ejk.TritonWriteKVCache(), 80),
     ]
     COPIERS = [
-        Copier("xla on gpu, copying", ejk.XlaCopyKVCache(), 20),
-        Copier("triton on gpu, copying", ejk.TritonCopyKVCache(), 80),
+        Entry("xla on gpu, copying", ejk.XlaCopyKVCache(), 20),
+        Entry("triton on gpu, copying", ejk.TritonCopyKVCache(), 80),
     ]
 else:
     ENTRIES = [
@@ -182,17 +179,17 @@ else:
         ragged_mosaic("ragged mosaic_gpu interpreted", 2, num_sms=2, interpret=True),
     ]
     WRITERS = [
-        Writer("xla, writing", ejk.XlaWriteKVCache(), 20),
-        Writer("triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), 20),
-        Writer(
+        Entry("xla, writing", ejk.XlaWriteKVCache(), 20),
+        Entry("triton interpreted, writing", ejk.TritonWriteKVCache(interpret=True), 20),
+        Entry(
             "pallas interpreted, writing", ejk.PallasWriteKVCache(interpret=True), 10,
             may_refuse=NO_FLOAT16,
         ),
     ]  # fmt: skip
     COPIERS = [
-        Copier("xla, copying", ejk.XlaCopyKVCache(), 12),
-        Copier("triton interpreted, copying", ejk.TritonCopyKVCache(interpret=True), 12),
-        Copier(
+        Entry("xla, copying", ejk.XlaCopyKVCache(), 12),
+        Entry("triton interpreted, copying", ejk.TritonCopyKVCache(interpret=True), 12),
+        Entry(
             "pallas interpreted, copying", ejk.PallasCopyKVCache(interpret=True), 6,
             may_refuse=NO_FLOAT16,
         ),

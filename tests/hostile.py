@@ -1,6 +1,6 @@
 """Calls whose integers may be anything, of every operation: 10,000 of them in a run.
 
-    python tests/hostile.py [calls on XLA] [calls on Triton] [seed]
+    python tests/hostile.py [calls on XLA] [calls on Triton] [calls on Pallas] [seed]
 
 Lengths, tables, slots, bounds, positions, groups, windows, offsets, sources and targets are drawn
 in every integer type: in range, next to it, at the ends of the type, and what narrows, wraps or
@@ -331,10 +331,12 @@ def check_all(kind: str, count: int, seed: int = 0, **fields) -> None:
         print(f"{calls} calls of {name} on {kind.lower()}", flush=True)
 
 
-def main(on_xla: int = 10_000, on_triton: int = 100, seed: int = 0) -> None:
+def main(on_xla: int = 10_000, on_triton: int = 100, on_pallas: int = 20, seed: int = 0) -> None:
     check_all("Xla", on_xla, seed)
     is_cpu = jax.default_backend() == "cpu"
     check_all("Triton", on_triton, seed + on_xla, **({"interpret": True} if is_cpu else {}))
+    if is_cpu:
+        check_all("Pallas", on_pallas, seed, interpret=True)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,6 @@ TRITON = Entry(
 )
 
 
-def plan_for(case, backend, context_lens=None, **changes):
-    shape = case.shape
-    return ejk.plan_page_attention(
-        case.context_lens if context_lens is None else context_lens,
-        **dict(
-            num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-            page_size=shape.page_size, max_blocks=case.block_tables.shape[1],
-            sliding_window=case.options.get("sliding_window"), backend=backend,
-        ) | changes,
-    )  # fmt: skip
-
-
 def long_case(seed=0, features=frozenset(FEATURES) - {"sliding_window"}, shape=MANY, **changes):
     """One long context among short ones: it is cut, the others are not."""
     lens = np.array([LONGEST, 3, 0, 130, 1, LONGEST + 1, -4], np.int32)[: shape.num_seqs]

@@ -39,8 +39,7 @@ def backends(operation: str, given: Sequence[str] | None, interpret: bool) -> di
 
     Kernels that are interpreted are, where there is a CPU, and no others.
     """
-    verdicts = engine("verdicts")
-    found: dict[str, Backend] = verdicts.backends_of(operation)
+    found: dict[str, Backend] = engine("verdicts").backends_of(operation)
     if given is None:
         here = {n: interpreted(b, interpret) for n, b in found.items()}
         return {n: b for n, b in here.items() if default_platform() in b.platforms}
@@ -48,7 +47,7 @@ def backends(operation: str, given: Sequence[str] | None, interpret: bool) -> di
     for name in given:
         if ":" in name:
             backend = of_class(name)
-            if backend.problem_type.operation == verdicts.implemented_as(operation):
+            if backend.problem_type.operation == engine("compositions").implemented_as(operation):
                 named[backend.name] = interpreted(backend, interpret)
         elif name in found:
             named[name] = interpreted(found[name], interpret)

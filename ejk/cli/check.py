@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import secrets
 import sys
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from ejk._backend_report import default_platform
 from ejk._version import __version__
 from ejk.cli._fuzzed import BackendNames, Interpret, backends, check_names, engine
+from ejk.cli._in_flight import InFlight, crashed
 from ejk.cli._options import AsJson, one_of
 from ejk.cli._output import Table, show
 
@@ -31,13 +33,14 @@ def check(
 
     Every backend that runs on this machine is tried, or those that are named. A call that fails is
     shrunk and printed as one line, which runs it again. The exit code is 1 where there is any, or
-    where no call was compared at all.
+    where no call was compared at all. The line of the call that is being run is in a file, named at
+    the start, which a crash leaves; the next run prints it.
 
     Example: ejk check --seconds 1 --operation copy_kv_slots --seed 3
     """
     if not 0 < seconds < math.inf:
         raise typer.BadParameter(f"{seconds} must be above 0, and finite", param_hint="'--seconds'")
-    fuzzer, known = engine("fuzzer"), engine("recipes").OPERATIONS
+    fuzzer, known = engine("fuzzer"), engine("case").OPERATIONS
     operations = [one_of("--operation", name, known) for name in operation or known]
     check_names(backend, operations)
     pairs = [(op, b) for op in operations for b in backends(op, backend, interpret).values()]
@@ -51,9 +54,16 @@ def check(
             rule = f"{b.name} runs {op} on {' and '.join(b.platforms)}, not on {platform}{mend}"
             raise typer.BadParameter(rule, param_hint="'--backend'")
     seed = secrets.randbelow(2**32) if seed is None else seed
-    if not as_json:
-        print(f"ejk {__version__} on {platform}, --seed {seed}", flush=True)
-    tallies = fuzzer.fuzz(pairs, seconds=seconds, seed=seed, progress=Progress(fuzzer))
+    for path, line in crashed():
+        said = f"a process died in this call, which it left in {path}:\n  {line or 'none yet'}"
+        print(said, file=sys.stderr, flush=True)
+        os.remove(path)
+    with InFlight() as begins:
+        said = f"ejk {__version__} on {platform}, --seed {seed}; the call in flight: {begins.path}"
+        print(said, file=sys.stderr if as_json else sys.stdout, flush=True)
+        tallies = fuzzer.fuzz(
+            pairs, seconds=seconds, seed=seed, progress=Progress(fuzzer), begins=begins
+        )
     counts = fuzzer.summary(tallies)
     if as_json:
         found = {
@@ -91,7 +101,7 @@ def report(tallies: Any) -> str:
     rows = [
         (
             tally.operation,
-            tally.backend.name + ", interpreted" * bool(getattr(tally.backend, "interpret", False)),
+            tally.backend.name + ", interpreted" * tally.is_interpreted,
             str(tally.examples),
             str(tally.refused.total()),
             str(len(tally.failures)),

@@ -1,17 +1,35 @@
 """What several libraries' arguments mean here."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Integer, Num
 
 from ejk._describe import describe
 from ejk._errors import UnsupportedError
 from ejk._indices import as_int32
+from ejk._typing import Array, check
 
 # A masked logit of so much has weight 0 beside any of -9,000 or more, as one that is selected away.
 MASKS = -1e4
+
+Rows = Float[Array, "batch num_heads head_dim"]
+Lengths = Integer[Array, " batch"]
+Tables = Integer[Array, "batch pages_per_seq"]
+Pool = Num[Array, "num_kv_heads num_pages page_size head_dim"]
+Interleaved = Annotated[
+    Num[Array, "_ _ _ _"], "a numeric array [num_pages, page_size, 2 * num_kv_heads, head_dim]"
+]
+FlatTables = Annotated[Integer[Array, " _"], "an integer array [max_num_seqs * pages_per_seq]"]
+Packed = Annotated[
+    Num[Array, "_ _ _ _ _"],
+    "a numeric array [num_pages, page_size, 2 * num_kv_heads / packing, packing, head_dim]",
+]
+Count = Annotated[
+    int | np.integer | Integer[Array, ""] | Integer[Array, "1"], "an int or an integer array [1]"
+]
 
 
 def check_mask_value(mask_value: Any) -> None:
@@ -37,6 +55,16 @@ def check_limits(sliding_window: Any, soft_cap: Any) -> None:
         raise ValueError(f"{sliding_window=} must be positive: None is no window")
     if isinstance(soft_cap, float | int | np.number) and soft_cap == 0:
         raise ValueError(f"{soft_cap=} must not be 0.0: None caps nothing")
+
+
+def check_arrays(**given: tuple[Any, Any]) -> None:
+    """Check rank and dtype kind of arguments, each with its type.
+
+    Raises:
+        TypeError: naming the argument as its caller does.
+    """
+    for name, (x, hint) in given.items():
+        check(name, x, hint, {})
 
 
 def refuse(function: str, mends: dict[str, str], **given: Any) -> None:

@@ -10,9 +10,18 @@ import jax.numpy as jnp
 
 from ejk._page_attention import page_attention as _page_attention
 from ejk._ragged_page_attention import ragged_page_attention
-from ejk._typing import Array
-from ejk.compat._arguments import check_mask_value, first_sequences, refuse
-from ejk.compat.tpu_inference import attend_and_update
+from ejk._typing import Array, Bounds, Tokens
+from ejk.compat._arguments import (
+    Count,
+    Interleaved,
+    Lengths,
+    Tables,
+    check_arrays,
+    check_mask_value,
+    first_sequences,
+    refuse,
+)
+from ejk.compat.tpu_inference import attend_and_update, check_kinds
 
 _SHARD = "call it inside jax.shard_map, or hand sharded arrays to jit"
 _MESHES: dict[str, str] = dict.fromkeys(("mesh", "in_specs", "out_specs"), _SHARD)
@@ -148,6 +157,11 @@ def ragged_page_attention_v2(
     meshes = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
     refuse("ragged_page_attention_v2", _MESHES, **meshes)
     check_mask_value(mask_value)
+    check_arrays(
+        queries=(queries, Tokens), kv_pages=(kv_pages, Interleaved),
+        context_lens=(context_lens, Lengths), block_tables=(block_tables, Tables),
+        query_start_loc=(query_start_loc, Bounds), num_seqs=(num_seqs, Count),
+    )  # fmt: skip
     bounds = first_sequences(query_start_loc, num_seqs)
     return ragged_page_attention(
         queries, kv_pages, None, context_lens, block_tables, bounds, softmax_scale,
@@ -229,6 +243,10 @@ def ragged_page_attention_v3(
     """
     meshes = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
     refuse("ragged_page_attention_v3", _MESHES, **meshes)
+    check_kinds(
+        queries=queries, keys=keys, values=values, kv_cache=kv_cache, kv_lens=kv_lens,
+        block_tables=block_tables, query_start_loc=query_start_loc, distribution=distribution,
+    )  # fmt: skip
     return attend_and_update(
         queries, keys, values, kv_cache, kv_lens, block_tables, query_start_loc, distribution,
         causal=True, update=True, sm_scale=softmax_scale, sliding_window=sliding_window,

@@ -4,13 +4,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Num
 
 from ejk._errors import UnsupportedError
 from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
-from ejk._typing import Array
+from ejk._typing import Array, Bounds, ScalarInt
 from ejk._write_kv_cache import write_kv_cache
-from ejk.compat._arguments import int32, refuse
+from ejk.compat._arguments import Lengths, Tables, check_arrays, int32, refuse
 
 # A window so wide that it ends where `positions` say, and not before.
 FAR = 2**30
@@ -121,6 +122,11 @@ def flash_attn_with_kvcache(
         "v_descale": v_descale,
     }  # fmt: skip
     refuse("flash_attn_with_kvcache", _MENDS, **given)
+    _check_kinds(
+        q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, page_table=page_table,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new,
+    )  # fmt: skip
     visible = Visible.of(causal, window_size, attention_chunk, cache_leftpad)
     lens, tables = _tables(q, k_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q)
     lens, caches = _append(k, v, k_cache, v_cache, lens, tables, cu_seqlens_k_new)
@@ -142,6 +148,28 @@ def flash_attn_with_kvcache(
         lse = lse.T
     results = (out, *((lse,) if return_softmax_lse else ()), *caches)
     return results if len(results) > 1 else out
+
+
+def _check_kinds(**given: Any) -> None:
+    """Check rank and dtype kind of arrays; with bounds rows are packed."""
+    in_rows, of_new = (
+        "batch seqlen" if given[bounds] is None else "total_tokens"
+        for bounds in ("cu_seqlens_q", "cu_seqlens_k_new")
+    )
+    new = Float[Array, f"{of_new} num_kv_heads head_dim"]
+    pool = Num[Array, "num_pages page_size num_kv_heads head_dim"]
+    one_or_each: Any = ScalarInt
+    kinds = {
+        "q": Float[Array, f"{in_rows} num_heads head_dim"], "k_cache": pool, "v_cache": pool,
+        "k": new, "v": new, "cache_seqlens": one_or_each | Lengths, "cache_batch_idx": Lengths,
+        "cache_leftpad": Lengths, "page_table": Tables, "cu_seqlens_q": Bounds,
+        "cu_seqlens_k_new": Bounds,
+    }  # fmt: skip
+    needed = {
+        name: (x, kinds[name]) for name, x in given.items()
+        if x is not None or name in ("q", "k_cache", "v_cache")
+    }  # fmt: skip
+    check_arrays(**needed)
 
 
 class Visible(NamedTuple):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ejk._dtypes import DTYPES
 from ejk._page_attention import page_attention
 from ejk._typing import Array
-from ejk.compat._arguments import check_mask_value
+from ejk.compat._arguments import Lengths, Pool, Rows, Tables, check_arrays, check_mask_value
 from ejk.compat.jax_tpu import DEFAULT_MASK_VALUE
 
 
@@ -63,6 +63,10 @@ def paged_attention(
     Source: the signature of jax 0.12.
     """
     check_mask_value(mask_value)
+    check_arrays(
+        q=(q, Rows), k_pages=(k_pages, Pool), v_pages=(v_pages, Pool),
+        block_tables=(block_tables, Tables), lengths=(lengths, Lengths | None),
+    )  # fmt: skip
     if lengths is None:
         batch, width = block_tables.shape
         lengths = jnp.full(batch, width * k_pages.shape[2], jnp.int32)

@@ -8,8 +8,19 @@ import jax.numpy as jnp
 from ejk._describe import describe
 from ejk._page_attention import page_attention
 from ejk._ragged_page_attention import ragged_page_attention
-from ejk._typing import Array
-from ejk.compat._arguments import check_limits, check_mask_value, first_sequences
+from ejk._typing import Array, Bounds, Tokens
+from ejk.compat._arguments import (
+    Count,
+    Interleaved,
+    Lengths,
+    Pool,
+    Rows,
+    Tables,
+    check_arrays,
+    check_limits,
+    check_mask_value,
+    first_sequences,
+)
 
 DEFAULT_MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
 MAX_INT8 = 127.5  # codes of JAX's `QuantizedTensor` count so manieth parts of its scales
@@ -65,6 +76,10 @@ def paged_attention(
     """
     check_mask_value(mask_value)
     (keys, key_scale), (values, value_scale) = _pool("k_pages", k_pages), _pool("v_pages", v_pages)
+    check_arrays(
+        q=(q, Rows), k_pages=(keys, Pool), v_pages=(values, Pool), lengths=(lengths, Lengths),
+        page_indices=(page_indices, Tables),
+    )  # fmt: skip
     return page_attention(
         q, keys, values, lengths, page_indices, 1.0,
         cache_layout="KV_HEADS_FIRST", attn_logits_soft_cap=attn_logits_soft_cap,
@@ -120,6 +135,11 @@ def ragged_paged_attention(
     Source: the signature of jax 0.12.
     """
     check_mask_value(mask_value)
+    check_arrays(
+        q=(q, Tokens), kv_pages=(kv_pages, Interleaved), kv_lens=(kv_lens, Lengths),
+        page_indices=(page_indices, Tables), cu_q_lens=(cu_q_lens, Bounds),
+        num_seqs=(num_seqs, Count),
+    )  # fmt: skip
     check_limits(sliding_window, soft_cap)
     return ragged_page_attention(
         q, kv_pages, None, kv_lens, page_indices, first_sequences(cu_q_lens, num_seqs), sm_scale,

@@ -4,12 +4,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Integer, Num
 
 from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
-from ejk._typing import Array
+from ejk._typing import Array, Bounds
 from ejk._write_kv_cache import write_kv_cache
-from ejk.compat._arguments import check_limits, check_mask_value, first_sequences
+from ejk.compat._arguments import (
+    FlatTables,
+    Lengths,
+    Packed,
+    check_arrays,
+    check_limits,
+    check_mask_value,
+    first_sequences,
+)
 from ejk.compat.jax_tpu import DEFAULT_MASK_VALUE
 
 
@@ -93,6 +102,10 @@ def ragged_paged_attention(
 
     Source: the signature of tpu-inference 0.32.
     """
+    check_kinds(
+        queries=queries, keys=keys, values=values, kv_cache=kv_cache, kv_lens=kv_lens,
+        page_indices=page_indices, cu_q_lens=cu_q_lens, distribution=distribution,
+    )  # fmt: skip
     if use_causal_mask and skip_kv_mask:
         raise ValueError("skip_kv_mask=True must come with use_causal_mask=False")
     return attend_and_update(
@@ -180,6 +193,16 @@ def ragged_paged_attention_hd64(
         k_scale=k_scale, v_scale=v_scale, sinks=attention_sink, of_words=words * packing,
     )  # fmt: skip
     return out, pairs.reshape(kv_cache.shape)
+
+
+def check_kinds(**given: Any) -> None:
+    """Check rank and dtype kind of the eight arrays, named as the caller knows them."""
+    rows = Num[Array, "total_tokens num_kv_heads head_dim"]
+    kinds = (
+        Num[Array, "total_tokens num_heads head_dim"], rows, rows, Packed, Lengths, FlatTables,
+        Bounds, Integer[Array, " 3"],
+    )  # fmt: skip
+    check_arrays(**{name: (x, kind) for (name, x), kind in zip(given.items(), kinds)})
 
 
 def attend_and_update(

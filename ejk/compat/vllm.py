@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Num
 
 from ejk._dtypes import DTYPES
-from ejk._typing import Array
+from ejk._typing import Array, Slots
 from ejk._write_kv_cache import write_kv_cache
+from ejk.compat._arguments import check_arrays
 
 _TYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
@@ -60,6 +62,12 @@ def reshape_and_cache_flash(
             f"kv_cache_dtype={kv_cache_dtype!r} must be one of 'auto', "
             f"{', '.join(map(repr, _TYPES))}: scales per token are ejk.write_kv_cache's"
         )
+    rows = Float[Array, "num_tokens num_kv_heads head_dim"]
+    pool = Num[Array, "num_pages page_size num_kv_heads head_dim"]
+    check_arrays(
+        key=(key, rows), value=(value, rows), key_cache=(key_cache, pool),
+        value_cache=(value_cache, pool), slot_mapping=(slot_mapping, Slots),
+    )  # fmt: skip
     tokens, held = slot_mapping.shape[0], key_cache.dtype
     fits = DTYPES if kv_cache_dtype == "auto" else ("uint8", _TYPES[kv_cache_dtype])
     if held.name not in fits:

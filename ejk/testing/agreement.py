@@ -27,10 +27,10 @@ STRATEGIES: dict[str, tuple[Callable[..., st.SearchStrategy[Any]], Collection[An
     ),
     "write_kv_cache": (write_kv_cache.writes, write_kv_cache.CONFIGURATIONS),
     **{
-        f"copy_kv_{unit}s": (
+        operation: (
             copy_kv_cache.copies, [c for c in copy_kv_cache.CONFIGURATIONS if c.unit == unit],
         )
-        for unit in copy_kv_cache.UNITS
+        for operation, unit in copy_kv_cache.UNIT_OF.items()
     },
 }  # fmt: skip
 
@@ -64,10 +64,31 @@ def calls(
     Examples:
         >>> import ejk.testing
         >>> ejk.testing.calls("write_kv_cache", suits=lambda c: c.cache_layout == "NHD")
-        writes(...)
+        calls('write_kv_cache', suits=...)
     """
+    _chosen(operation, configurations, suits)
+    given = {"configurations": configurations, "suits": suits, "programs": programs}
+    given = {name: x for name, x in given.items() if x is not None}
+    return _named(operation, **given, **({"seed": seed} if seed else {}))
+
+
+def _drawn(
+    draw: Any,
+    operation: str,
+    *,
+    configurations: Any = None,
+    suits: Any = None,
+    programs: Any = None,
+    seed: Any = 0,
+) -> Any:
+    """Draw one of `calls`."""
     chosen = _chosen(operation, configurations, suits)
-    return STRATEGIES[operation][0](chosen, Few(seed, programs))
+    return draw(STRATEGIES[operation][0](chosen, Few(seed, programs)))
+
+
+# Hypothesis prints a strategy as the call that made it: by this name, and without ejk's own lists.
+_drawn.__name__ = "calls"
+_named = st.composite(_drawn)
 
 
 def _chosen(
@@ -97,6 +118,7 @@ def assert_backend_agrees(
     configurations: Collection[Any] | None = None,
     suits: Callable[[Any], bool] | None = None,
     batch_invariant: bool = False,
+    equal_bits: bool = True,
     programs: int | None = 3,
     seed: int = 0,
 ) -> None:
@@ -111,6 +133,9 @@ def assert_backend_agrees(
         suits: as in `calls`: which configurations are drawn.
         batch_invariant: for `num_splits >= 1` the backend promises that a sequence's bits depend on
             that sequence alone.
+        equal_bits: under `jit`, of pages in another order and without the LSE an output has the
+            same bits; False: no more than the bound is asked for. Running twice gives the same bits
+            in any case, and what must not be read changes none.
         programs: as in `calls`.
         seed: of the configurations and of all calls.
 
@@ -120,7 +145,7 @@ def assert_backend_agrees(
         ValueError: as `calls`.
     """
     chosen = _chosen(operation, configurations, suits)
-    subject = Subject(backend, may_refuse, batch_invariant)
+    subject = Subject(backend, may_refuse, batch_invariant, equal_bits)
     for name in PROPERTIES[operation]:
         concerned = [c for c in chosen if concerns(name, c)]
         if not concerned:

@@ -16,9 +16,10 @@ import ejk
 from ejk import _registry
 from ejk._load_tuning import OPERATIONS as BACKENDS
 from ejk.testing import oracle, poison
+from ejk.testing.case import ATTENTIONS, SCALES, given_scales
 from ejk.testing.configurations import DTYPES
+from ejk.testing.copy_kv_cache import UNIT_OF
 from ejk.testing.runs import (
-    ATTENTION,
     INDICES,
     POOLS,
     Arrays,
@@ -34,7 +35,7 @@ from ejk.testing.slopes import gradient
 
 def vmap(call: Call) -> Checked:
     """Over two batches of queries that see one pool; of writes and copies, over pools too."""
-    if call.operation not in ATTENTION:
+    if call.operation not in ATTENTIONS:
         return (yield from vmap_of_pools(call))
     other = call.case.replace(query=-call.case.query)
     yield from _mapped_over(call, other, POOLS)
@@ -83,7 +84,7 @@ def scan(call: Call) -> Checked:
     sizes = {"num_pages": num_pages, "page_size": page_size_of(splits[0][0]["key_cache"], layout)}
     results = call.run(_layers, splits[0][1] | {"sizes": tuple(sizes.items())}, pools, rows)
     for i, case in enumerate(cases):
-        if call.operation in ATTENTION:
+        if call.operation in ATTENTIONS:
             yield case, tuple(x[i] for x in results)
         else:
             pages = slice(i * num_pages, (i + 1) * num_pages)
@@ -107,19 +108,19 @@ def _layers(
                 of_unit = sizes | ({"page_size": 1} if name.endswith("pages") else {})
                 moved[name] = ejk.layer_slot_mapping(x, layer, **of_unit)
         results = perform(operation, rest, backend, pools | moved)
-        if operation in ATTENTION:
+        if operation in ATTENTIONS:
             return pools, results
         return dict(zip(names, results)), None
 
     pools, results = jax.lax.scan(step, pools, (jnp.arange(2, dtype=jnp.int32), rows))
-    return results if operation in ATTENTION else tuple(pools[name] for name in names)
+    return results if operation in ATTENTIONS else tuple(pools[name] for name in names)
 
 
 def donated(call: Call) -> Checked:
     """Of a write or a copy, with the pools donated: in place."""
     arrays, static = call.split(call.case)
     pools = {name: jnp.array(arrays.pop(name)) for name in POOLS if name in arrays}
-    scales = {n: pools.pop(n) for n in POOLS[2:] if n in pools and pools[n].ndim < 2}
+    scales = {n: pools.pop(n) for n in SCALES if n in pools and pools[n].ndim < 2}
     yield call.case, call.run(_donated, static, pools, arrays | scales, donate=True)
 
 
@@ -149,26 +150,13 @@ def write_then_attend(call: Call) -> Checked:
     value = rng.standard_normal((*rows, case.shape.width)).astype(case.dtype)
     if case.values is None:
         value = None
-    scales: Arrays = dict(zip(POOLS[2:], case.scales))
     pools = oracle.write_kv_cache(
-        key, value, case.keys, case.values, slots, cache_layout="NHD", **scales
+        key, value, case.keys, case.values, slots, cache_layout="NHD", **given_scales(case.scales)
     )
-    after = case.replace(**dict(zip(("keys", "values"), pools)))
-    if case.has_token_scales:
-        after = after.replace(scales=tuple(pools[2:]))
     arrays, static = call.split(case)
     new = {"key": key, "value": value, "slot_mapping": slots}
-    yield after, call.run(_written, static, arrays, new)
-
-
-def _written(
-    operation: str, static: Arrays, backend: ejk.Backend, arrays: Arrays, rows: Arrays
-) -> Any:
-    options: Arrays = {"cache_layout": static["cache_layout"]}
-    options |= {name: arrays.get(name) for name in POOLS}
-    written = ejk.write_kv_cache(**rows, **options, backend=partner("write_kv_cache", backend))
-    changed = {n: x for n, x in zip(POOLS, written) if x is not None}
-    return perform(operation, static, backend, arrays | changed)
+    results = call.run(_after, static | {"before": "write_kv_cache"}, arrays, new)
+    yield _with_pools(case, pools), results
 
 
 def copy_then_attend(call: Call) -> Checked:
@@ -182,38 +170,48 @@ def copy_then_attend(call: Call) -> Checked:
     for i, pair in enumerate(zip(rng.permutation(named)[:2], rng.permutation(free)[:2])):
         sources[i], targets[i] = pair
     tables = case.block_tables.copy()
-    pools: Arrays = {"keys": case.keys.copy(), "values": case.values}
-    if case.values is not None:
-        pools["values"] = case.values.copy()
-    if case.has_token_scales:
-        pools["scales"] = tuple(None if x is None else x.copy() for x in case.scales)
     for source, target in zip(sources, targets):
         if source >= 0:
             tables[tables == source] = target
-            for pool in (pools["keys"], pools["values"], *pools.get("scales", ())):
-                if pool is not None:
-                    pool[target] = pool[source]
-    after = case.replace(block_tables=tables, **pools)
-    arrays, static = call.split(case.replace(block_tables=tables))
-    yield (
-        after,
-        call.run(_copied, static, arrays, {"source_pages": sources, "target_pages": targets}),
-    )
+    case = case.replace(block_tables=tables)
+    pools = oracle.copy_kv_cache(
+        "page", case.keys, case.values, sources, targets, cache_layout="NHD",
+        **given_scales(case.scales),
+    )  # fmt: skip
+    arrays, static = call.split(case)
+    new = {"source_pages": sources, "target_pages": targets}
+    results = call.run(_after, static | {"before": "copy_kv_pages"}, arrays, new)
+    yield _with_pools(case, pools), results
 
 
-def _copied(
+def _with_pools(case: Any, pools: list[Any]) -> Any:
+    """Return the call on other pools and, where tokens have scales, on theirs."""
+    keys, values, *scales = pools
+    return case.replace(keys=keys, values=values, **({"scales": tuple(scales)} if scales else {}))
+
+
+def _after(
     operation: str, static: Arrays, backend: ejk.Backend, arrays: Arrays, rows: Arrays
 ) -> Any:
-    options: Arrays = {"cache_layout": static["cache_layout"]}
-    options |= {name: arrays.get(name) for name in POOLS}
-    copied = ejk.copy_kv_pages(**rows, **options, backend=partner("copy_kv_cache", backend))
-    changed = {n: x for n, x in zip(POOLS, copied) if x is not None}
-    return perform(operation, static, backend, arrays | changed)
+    """Call the operation on what another one, named `before`, makes of the pools."""
+    rest = dict(static)
+    before = rest.pop("before")
+    pools = {name: arrays.get(name) for name in POOLS}
+    changed = getattr(ejk, before)(
+        **rows, **pools, cache_layout=rest["cache_layout"], backend=partner(before, backend)
+    )
+    made = {name: x for name, x in zip(POOLS, changed) if x is not None}
+    return perform(operation, rest, backend, arrays | made)
+
+
+def implemented_as(operation: str) -> str:
+    """Name the operation of backends: copies of slots and of pages are one."""
+    return "copy_kv_cache" if operation in UNIT_OF else operation
 
 
 def partner(operation: str, backend: ejk.Backend) -> ejk.Backend | None:
     """Return the backend of another operation that goes with one; None for the best there is."""
-    problem_type, own = BACKENDS[operation]
+    problem_type, own = BACKENDS[implemented_as(operation)]
     for other in _registry.choose(None, problem_type, own).backends:
         if other.name == backend.name and dataclasses.is_dataclass(other):
             interpret = getattr(backend, "interpret", False)
@@ -225,10 +223,8 @@ def plan(call: Call) -> Checked:
     """With a plan of the call's own lengths, or of an odd seed one of others."""
     arrays, static = call.split(call.case)
     lens = arrays["context_lens"]
-    shape, window = call.case.shape, "sliding_window"
-    facts = {name: getattr(shape, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
-    facts |= {"page_size": shape.page_size, "max_blocks": call.case.block_tables.shape[1]}
-    facts |= {window: static[window]} if window in static else {}
+    window = "sliding_window"
+    facts = call.case.plan_facts() | ({window: static[window]} if window in static else {})
     planned = lens[::-1] if call.seed % 2 else lens
     run = static | {"facts": tuple(facts.items())}
     yield call.case, call.run(_planned, run, arrays, planned)
@@ -267,7 +263,7 @@ COMPOSITIONS: Mapping[str, Callable[[Call], Checked]] = {
 def names_of(operation: str, backend: ejk.Backend) -> list[str]:
     """Name the compositions of an operation that JAX allows a backend."""
     names = ["plain", "jit", "vmap", "vmap of pools", "scan"]
-    if operation not in ATTENTION:
+    if operation not in ATTENTIONS:
         names += ["donated"]
         names.remove("vmap")
     else:

@@ -5,14 +5,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-import ejk
 from ejk.testing import oracle
 from ejk.testing.bits import bits_equal
+from ejk.testing.case import Case, given_scales
 from ejk.testing.configurations import (
     ALL,
     BF16,
@@ -26,7 +25,6 @@ from ejk.testing.configurations import (
     Few,
 )
 from ejk.testing.oracle import Array, DType
-from ejk.testing.running import represent, run, show
 from ejk.testing.write_kv_cache import WriteShape, hostile_slots
 from ejk.testing.write_kv_cache import build as build_write
 
@@ -40,7 +38,8 @@ SHAPES = (
 )
 """`num_tokens` is the number of copies."""
 
-UNITS = ("slot", "page")
+UNIT_OF = {"copy_kv_slots": "slot", "copy_kv_pages": "page"}
+UNITS = tuple(UNIT_OF.values())
 
 
 class CopyConfiguration(NamedTuple):
@@ -79,7 +78,7 @@ CONFIGURATIONS = (
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class CopyKVCacheCase:
+class CopyKVCacheCase(Case):
     """One call of `ejk.copy_kv_slots` or `ejk.copy_kv_pages`."""
 
     unit: str
@@ -91,24 +90,13 @@ class CopyKVCacheCase:
     scales: tuple[Any, Any] = (None, None)
     as_jax: bool = True
 
-    __repr__, _repr_pretty_ = represent, show
-
     @property
     def operation(self) -> str:
-        """The name of the public function."""
         return f"copy_kv_{self.unit}s"
 
-    def run(self, backend: Any = None, *, jit: bool = False, **overrides: Any) -> tuple[Array, ...]:
-        """Call the operation; return the pools that there are."""
-        keywords = {**self.keywords(), **overrides}
-        return run(getattr(ejk, self.operation), self.arguments(), keywords, backend, jit)
-
     def expected(self) -> tuple[Array, ...]:
-        """What the oracle says of the same."""
-        scales = dict(zip(("key_scale", "value_scale"), self.scales))
-        pools = oracle.copy_kv_cache(
-            self.unit, *self.operands(), cache_layout=self.cache_layout, **scales
-        )
+        """What the oracle says of the pools that there are."""
+        pools = oracle.copy_kv_cache(self.unit, *self.operands(), **self.semantics())
         return tuple(pool for pool in pools if pool is not None)
 
     def check(self, results: Iterable[Any]) -> None:
@@ -116,23 +104,10 @@ class CopyKVCacheCase:
         bits_equal(results, self.expected())
 
     def operands(self) -> tuple[Any, ...]:
-        """The four positional arguments, as NumPy arrays."""
         return self.key_cache, self.value_cache, self.sources, self.targets
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The same, as JAX arrays where `as_jax` (64-bit integers never)."""
-        return tuple(
-            jnp.asarray(x) if self.as_jax and x is not None and x.dtype.itemsize < 8 else x
-            for x in self.operands()
-        )
-
-    def keywords(self) -> dict[str, Any]:
-        """The layout, and the scales that there are."""
-        named = zip(("key_scale", "value_scale"), self.scales)
-        return {"cache_layout": self.cache_layout, **{n: x for n, x in named if x is not None}}
-
-    def replace(self, **changes: Any) -> "CopyKVCacheCase":
-        return dataclasses.replace(self, **changes)
+    def semantics(self) -> dict[str, Any]:
+        return {"cache_layout": self.cache_layout, **given_scales(self.scales)}
 
 
 def build(
@@ -178,8 +153,3 @@ def copies(
         targets = np.array(draw(st.permutations(sources.tolist())), kind)
     seed = draw(st.integers(0, 2**32 - 1))
     return build(config, sources, targets, seed=seed, as_jax=draw(st.booleans()))
-
-
-def assert_copied(case: CopyKVCacheCase, pools: Iterable[Any]) -> None:
-    """Every bit of every pool is the oracle's: of what is copied and of what is not."""
-    case.check(pools)

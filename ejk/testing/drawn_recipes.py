@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import ejk
+from ejk.testing import case
 from ejk.testing.configurations import CACHES, DTYPES, FEATURES, INT4, INTEGERS, LAYOUTS
 from ejk.testing.copy_kv_cache import TYPES
 from ejk.testing.ragged_page_attention import EXTRAS
@@ -197,5 +198,5 @@ def _within(limits: Any, numbers: Any) -> Any:
 _PROGRAMS = {
     "page_attention": _attention(False),
     "ragged_page_attention": _attention(True),
-    **{name: _slots(name) for name in ("write_kv_cache", "copy_kv_slots", "copy_kv_pages")},
+    **{name: _slots(name) for name in case.CACHES},
 }

@@ -16,11 +16,12 @@ from jax.core import Tracer
 import ejk
 from ejk._describe import describe
 from ejk.testing import oracle, runs
-from ejk.testing.copy_kv_cache import CopyKVCacheCase
+from ejk.testing.case import ATTENTIONS, OPERATIONS, SCALES
+from ejk.testing.copy_kv_cache import UNIT_OF, CopyKVCacheCase
 from ejk.testing.page_attention import PageAttentionCase
 from ejk.testing.ragged_page_attention import RaggedPageAttentionCase
-from ejk.testing.recipes import OPERATIONS, RecipeError
-from ejk.testing.runs import ATTENTION, Call
+from ejk.testing.recipes import RecipeError
+from ejk.testing.runs import Call
 from ejk.testing.shapes import Shape
 from ejk.testing.write_kv_cache import WriteKVCacheCase
 
@@ -184,12 +185,11 @@ def call_of(operation: str, given: dict[str, Any], backend: ejk.Backend) -> tupl
 def _case(operation: str, given: dict[str, Any]) -> Any:
     positional: list[Any] = [given.get(name) for name in runs.POSITIONAL[operation]]
     layout = given.get("cache_layout", "HND")
-    scales: Any = (given.get("key_scale"), given.get("value_scale"))
+    scales: Any = tuple(map(given.get, SCALES))
     if operation == "write_kv_cache":
         return WriteKVCacheCase(*positional, cache_layout=layout, scales=scales)
-    if operation not in ATTENTION:
-        unit = {"copy_kv_slots": "slot", "copy_kv_pages": "page"}[operation]
-        return CopyKVCacheCase(unit, *positional, cache_layout=layout, scales=scales)
+    if operation in UNIT_OF:
+        return CopyKVCacheCase(UNIT_OF[operation], *positional, cache_layout=layout, scales=scales)
     query, key_cache, value_cache, lens, tables, *cuts = positional
     fused = oracle.holds_both(key_cache, layout)
     split = "NHD" if layout == "INTERLEAVED" else layout
@@ -229,7 +229,7 @@ def _visible(operation: str, arrays: dict[str, np.ndarray], layout: str) -> dict
     axis = int(layout == "KV_HEADS_FIRST")
     num_pages = arrays["key_cache"].shape[axis]
     size = runs.page_size_of(arrays["key_cache"], layout)
-    if operation in ATTENTION:
+    if operation in ATTENTIONS:
         tables = arrays["block_tables"]
         first = np.arange(tables.shape[1])[None] * size
         lens = np.maximum(arrays["context_lens"].astype(np.float64), 0)

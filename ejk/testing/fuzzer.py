@@ -18,6 +18,7 @@ import jax
 
 import ejk
 from ejk.testing import compositions, runs
+from ejk.testing.agreement import SLOW
 from ejk.testing.drawn_recipes import recipes
 from ejk.testing.recipes import Recipe
 from ejk.testing.verdicts import Verdict, backend_of, judge
@@ -34,13 +35,14 @@ SETTINGS = hypothesis.settings(
     print_blob=False,
     report_multiple_bugs=False,
     phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
-    suppress_health_check=[
-        hypothesis.HealthCheck.too_slow,
-        hypothesis.HealthCheck.large_base_example,
-        hypothesis.HealthCheck.data_too_large,
-    ],
+    suppress_health_check=SLOW,
     verbosity=hypothesis.Verbosity.quiet,
 )
+
+
+def line_of(recipe: Recipe) -> str:
+    """Return the command that runs a call again."""
+    return f"python -m ejk repro {shlex.quote(str(recipe))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Failure:
     @property
     def line(self) -> str:
         """The command that runs it again."""
-        return f"python -m ejk repro {shlex.quote(str(self.recipe))}"
+        return line_of(self.recipe)
 
 
 @dataclasses.dataclass
@@ -84,19 +86,19 @@ class Tally:
         else:
             self.examples += 1
 
+    @property
+    def is_interpreted(self) -> bool:
+        return bool(getattr(self.backend, "interpret", False))
+
     def as_object(self) -> dict[str, Any]:
         return {
             "operation": self.operation,
             "backend": self.backend.name,
-            "interpret": is_interpreted(self.backend),
+            "interpret": self.is_interpreted,
             "examples": self.examples,
             "refused": dict(self.refused),
             "failures": [{"said": x.said, "repro": x.line} for x in self.failures],
         }
-
-
-def is_interpreted(backend: ejk.Backend) -> bool:
-    return bool(getattr(backend, "interpret", False))
 
 
 class _Disagreement(Exception):  # noqa: N818
@@ -112,6 +114,7 @@ def fuzz(
     seconds: float = 30.0,
     seed: int = 0,
     progress: Callable[[Sequence[Tally], float], None] = lambda tallies, left: None,
+    begins: Callable[[str], None] = lambda line: None,
 ) -> list[Tally]:
     """Draw calls and compositions of each operation and backend until the time is over.
 
@@ -124,6 +127,7 @@ def fuzz(
         seconds: to run for. What is then being compiled or shrunk is brought to its end.
         seed: of everything. The same seed draws the same, as far as the time goes.
         progress: called after every turn.
+        begins: called before every call, with its line.
     """
     tallies = [
         Tally(operation, backend, compositions.names_of(operation, backend))
@@ -139,7 +143,7 @@ def fuzz(
                 return tallies
             if tally.names:
                 salt = f"{seed} {number} {tally.operation} {tally.backend.name}"
-                hunt(tally, zlib.crc32(salt.encode()), min(now + turn, end))
+                hunt(tally, zlib.crc32(salt.encode()), min(now + turn, end), begins)
                 progress(tallies, end - time.monotonic())
                 if any(failure.verdict.loses_device for failure in tally.failures):
                     return tallies
@@ -149,7 +153,9 @@ def fuzz(
     return tallies
 
 
-def hunt(tally: Tally, seed: int, end: float) -> None:
+def hunt(
+    tally: Tally, seed: int, end: float, begins: Callable[[str], None] = lambda line: None
+) -> None:
     """Draw until `end`, of `time.monotonic`; shrink the first failure and add it to the tally."""
     failed: dict[str, Failure] = {}
     agreed: set[str] = set()
@@ -158,6 +164,7 @@ def hunt(tally: Tally, seed: int, end: float) -> None:
 
     def judged(recipe: Recipe, text: str) -> None:
         nonlocal limit
+        begins(line_of(recipe))
         verdict = judge(recipe, backend_of(recipe, known))
         if not failed:
             tally.add(verdict)

@@ -7,7 +7,7 @@ finite numbers; table entries that no visible token needs hold junk.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import ejk
 from ejk.testing import bounds, oracle, poison
+from ejk.testing.case import Case, given_scales
 from ejk.testing.configurations import (
     ALL,
     CONFIGURATIONS,
@@ -26,15 +27,12 @@ from ejk.testing.configurations import (
 )
 from ejk.testing.oracle import Array, DType
 from ejk.testing.pools import draw_options, draw_pools, draw_tables
-from ejk.testing.running import represent, run, show
 from ejk.testing.shapes import Shape
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class PageAttentionCase:
+class PageAttentionCase(Case):
     """One call of `ejk.page_attention`. Pools are `[num_pages, page_size, num_kv_heads, width]`."""
-
-    operation: ClassVar[str] = "page_attention"
 
     shape: Shape
     dtype: DType
@@ -57,31 +55,34 @@ class PageAttentionCase:
     hints: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     """What changes the speed, and the last bit of rounding: keyword arguments of the call."""
 
-    __repr__, _repr_pretty_ = represent, show
+    @property
+    def operation(self) -> str:
+        return "page_attention"
 
-    def run(self, backend: Any = None, *, jit: bool = False, **overrides: Any) -> tuple[Array, ...]:
-        """Call the operation; return the output and the LSE."""
+    def keywords(self, backend: Any = None) -> dict[str, Any]:
         hints = {"num_splits": self.num_splits} | self.hints
         if hints.pop("plan", False):
             hints["plan"] = self.plan(backend)
-        keywords = {**hints, **self.semantics(), "return_lse": True, **overrides}
-        return run(ejk.page_attention, self.arguments(), keywords, backend, jit)
+        return {**hints, **self.semantics(), "return_lse": True}
 
     def check(self, results: Iterable[Any]) -> None:
         """Raise an `AssertionError` that names the row, its error and its bound."""
         bounds.assert_close(self, *results)
 
-    def plan(self, backend: Any) -> Any:
-        """Make the call's plan."""
-        return ejk.plan_page_attention(
-            self.context_lens, num_heads=self.shape.num_heads,
-            num_kv_heads=self.shape.num_kv_heads, head_dim=self.shape.head_dim,
-            page_size=self.shape.page_size, max_blocks=self.block_tables.shape[1],
-            sliding_window=self.options.get("sliding_window"), backend=backend,
-        )  # fmt: skip
+    def plan(self, backend: Any, context_lens: Any = None, **changes: Any) -> Any:
+        """Make the call's plan, or that of other lengths or facts."""
+        lens = self.context_lens if context_lens is None else context_lens
+        window = self.options.get("sliding_window")
+        facts: dict[str, Any] = {"sliding_window": window, **self.plan_facts(), **changes}
+        return ejk.plan_page_attention(lens, **facts, backend=backend)
+
+    def plan_facts(self) -> dict[str, Any]:
+        """What a plan of the call is made for, but for the window."""
+        names = ("num_heads", "num_kv_heads", "head_dim", "page_size")
+        facts = {name: getattr(self.shape, name) for name in names}
+        return facts | {"max_blocks": self.block_tables.shape[1]}
 
     def operands(self) -> tuple[Any, ...]:
-        """The five positional arguments, as NumPy arrays."""
         pools = self.in_layout(self.keys, self.values)
         return (self.query, *pools, self.context_lens, self.block_tables)
 
@@ -100,20 +101,11 @@ class PageAttentionCase:
             return keys, values
         return np.stack([keys, values], 2 if self.cache_layout == "KV_HEADS_FIRST" else 1), None
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The five positional arguments, as JAX arrays where `as_jax` (64-bit integers never)."""
-        return tuple(
-            jnp.asarray(x) if self.as_jax and x is not None and x.dtype.itemsize < 8 else x
-            for x in self.operands()
-        )
-
     def semantics(self) -> dict[str, Any]:
-        """The keyword arguments that change the answer."""
         latent = {"value_head_dim": self.shape.width} if self.shape.latent else {}
         scales = self.in_layout(*self.scales) if self.has_token_scales else self.scales
-        named = zip(("key_scale", "value_scale"), scales)
-        scales = {name: scale for name, scale in named if scale is not None}
-        return {"cache_layout": self.cache_layout, **self.options, **latent, **scales}
+        given = given_scales(scales)
+        return {"cache_layout": self.cache_layout, **self.options, **latent, **given}
 
     @property
     def has_token_scales(self) -> bool:
@@ -141,9 +133,6 @@ class PageAttentionCase:
         """The clipped length of every sequence."""
         capacity = self.block_tables.shape[1] * self.shape.page_size
         return np.array([min(max(int(n), 0), capacity) for n in self.context_lens], np.int64)
-
-    def replace(self, **changes: Any) -> "PageAttentionCase":
-        return dataclasses.replace(self, **changes)
 
     def with_other_junk(self, seed: int, finite: bool = False) -> "PageAttentionCase":
         """The same call with something else in every slot and entry that must not be read."""

@@ -4,19 +4,17 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-import ejk
 from ejk.testing import oracle, poison
 from ejk.testing.configurations import ALL, CONFIGURATIONS, INTEGERS, Configuration, Few
 from ejk.testing.oracle import Array, DType
 from ejk.testing.page_attention import PageAttentionCase, lengths, windows
 from ejk.testing.pools import draw_options, draw_pools, draw_tables
-from ejk.testing.running import run
 
 TOTAL = 13  # new tokens of a drawn call
 EXTRAS = ("positions", "tree_mask")
@@ -26,13 +24,14 @@ EXTRAS = ("positions", "tree_mask")
 class RaggedPageAttentionCase(PageAttentionCase):
     """One call. Rows that see nothing hold poison, rows of no sequence have junk options."""
 
-    operation: ClassVar[str] = "ragged_page_attention"
-
     cu_q_lens: Array = dataclasses.field(default_factory=lambda: np.zeros(1, np.int32))
 
-    def run(self, backend: Any = None, *, jit: bool = False, **overrides: Any) -> tuple[Array, ...]:
-        keywords = {**self.hints, **self.semantics(), "return_lse": True, **overrides}
-        return run(ejk.ragged_page_attention, self.arguments(), keywords, backend, jit)
+    @property
+    def operation(self) -> str:
+        return "ragged_page_attention"
+
+    def keywords(self, backend: Any = None) -> dict[str, Any]:
+        return {**self.hints, **self.semantics(), "return_lse": True}
 
     def operands(self) -> tuple[Any, ...]:
         return (*super().operands(), self.cu_q_lens)
@@ -63,9 +62,6 @@ class RaggedPageAttentionCase(PageAttentionCase):
         """`cu_q_lens` made sane."""
         clipped = [min(max(int(c), 0), len(self.query)) for c in self.cu_q_lens]
         return np.maximum.accumulate(np.array(clipped, np.int64))
-
-    def replace(self, **changes: Any) -> "RaggedPageAttentionCase":
-        return dataclasses.replace(self, **changes)
 
     def with_other_junk(self, seed: int, finite: bool = False) -> "RaggedPageAttentionCase":
         other = cast(RaggedPageAttentionCase, super().with_other_junk(seed, finite))

@@ -19,12 +19,10 @@ import numpy as np
 import ejk
 from ejk._nearest import did_you_mean
 from ejk.testing import copy_kv_cache, page_attention, ragged_page_attention, write_kv_cache
+from ejk.testing.case import OPERATIONS
 from ejk.testing.configurations import FEATURES, Configuration
 from ejk.testing.shapes import Shape
 
-OPERATIONS = (
-    "page_attention", "ragged_page_attention", "write_kv_cache", "copy_kv_slots", "copy_kv_pages",
-)  # fmt: skip
 LONG = 160  # characters of JSON, from which on it is compressed
 LARGEST_TEXT = 2**20  # bytes of JSON: a line that somebody pastes must not fill the memory
 LARGEST_ARRAY = 2**26  # values
@@ -39,7 +37,7 @@ class Recipe:
     """What builds a call, and how it is run.
 
     Attributes:
-        operation: one of `OPERATIONS`.
+        operation: one of `ejk.testing.case.OPERATIONS`.
         backend: its name.
         call: what `build_case` takes; what is left out has its default.
         composition: one of `ejk.testing.compositions.COMPOSITIONS`.
@@ -226,7 +224,7 @@ def _copy(operation: str, call: dict[str, Any]) -> Any:
     rows = len(sources) * (shape.get("page_size", 1) if operation == "copy_kv_pages" else 1)
     config = copy_kv_cache.CopyConfiguration(
         write_kv_cache.WriteShape("drawn", len(sources), **sizes(shape, rows)),
-        {"copy_kv_slots": "slot", "copy_kv_pages": "page"}[operation],
+        copy_kv_cache.UNIT_OF[operation],
         np.dtype(call.get("dtype", "float32")),
         call.get("cache_layout", "HND"),
         call.get("scales", "none"),

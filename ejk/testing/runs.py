@@ -9,24 +9,22 @@ import jax
 import numpy as np
 
 import ejk
-from ejk.testing.running import narrow
+from ejk.testing.case import ATTENTIONS, SCALES, STATIC, narrow
 
 Arrays = dict[str, Any]
 Checked = Iterator[tuple[Any, tuple[Any, ...]]]
 
-ATTENTION = ("page_attention", "ragged_page_attention")
-POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")
-TABLES = ("query", "key_cache", "value_cache", "context_lens", "block_tables")
 COPIES = ("key_cache", "value_cache")
+POOLS = (*COPIES, *SCALES)
+TABLES = ("query", *COPIES, "context_lens", "block_tables")
 POSITIONAL = {
     "page_attention": TABLES,
     "ragged_page_attention": (*TABLES, "cu_q_lens"),
-    "write_kv_cache": ("key", "value", "key_cache", "value_cache", "slot_mapping"),
+    "write_kv_cache": ("key", "value", *COPIES, "slot_mapping"),
     "copy_kv_slots": (*COPIES, "source_slots", "target_slots"),
     "copy_kv_pages": (*COPIES, "source_pages", "target_pages"),
 }
 INDICES = ("slot_mapping", "source_slots", "target_slots", "source_pages", "target_pages")
-STATIC = ("cache_layout", "attn_logits_soft_cap", "value_head_dim", "num_splits", "causal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +73,9 @@ def is_traced(name: str, x: Any) -> bool:
 
 def keywords(operation: str, case: Any) -> Arrays:
     """Return a case's arguments by keyword."""
-    if operation not in ATTENTION:
-        return dict(case.keywords())
-    splits = {"num_splits": case.num_splits} if operation == "page_attention" else {}
-    given = {**case.semantics(), **splits}
+    given = case.semantics()
+    if operation == "page_attention":
+        given["num_splits"] = case.num_splits
     if "attn_scale" in given:
         given["attn_scale"] = np.float32(given["attn_scale"])
     return given
@@ -105,7 +102,7 @@ def perform(
     operation: str, static: Arrays, backend: ejk.Backend, arrays: Arrays
 ) -> tuple[Any, ...]:
     """Call the operation; return what it does but None."""
-    lse = {"return_lse": True} if operation in ATTENTION else {}
+    lse = {"return_lse": True} if operation in ATTENTIONS else {}
     results = getattr(ejk, operation)(**static, **arrays, **lse, backend=backend)
     return tuple(x for x in results if x is not None)
 

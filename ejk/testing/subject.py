@@ -9,6 +9,12 @@ from ejk._errors import UnsupportedError
 from ejk.testing.oracle import Array
 
 
+def reasons_of(error: Exception, backend: Any) -> list[str]:
+    """Return why a backend refused a call, of what an error says of several."""
+    name = re.escape(getattr(backend, "name", str(backend)))
+    return re.findall(rf"^  {name}: (.*)$", str(error), re.MULTILINE)
+
+
 class Refusal(Exception):  # noqa: N818
     """A backend refused a call for a reason that it may give."""
 
@@ -20,19 +26,26 @@ class Subject:
         backend: what is passed as `backend=`.
         may_refuse: regular expressions of the only reasons that it may give for refusing.
         batch_invariant: for `num_splits >= 1` a sequence's bits depend on that sequence alone.
+        equal_bits: under `jit`, of pages in another order and without the LSE an output has the
+            same bits. Otherwise each is within the bound.
     """
 
     backend: Any
     may_refuse: Collection[str]
     batch_invariant: bool
+    equal_bits: bool = True
 
     def __init__(
-        self, backend: Any, may_refuse: Collection[str] = (), batch_invariant: bool = False
+        self,
+        backend: Any,
+        may_refuse: Collection[str] = (),
+        batch_invariant: bool = False,
+        equal_bits: bool = True,
     ) -> None:
         if isinstance(may_refuse, str):  # each of its letters would be an expression
             raise TypeError(f"{may_refuse=} must be a list of expressions: [{may_refuse!r}]")
         self.backend, self.may_refuse = backend, may_refuse
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.equal_bits = batch_invariant, equal_bits
 
     def __call__(self, case: Any, **overrides: Any) -> tuple[Array, ...]:
         """Run a case; return its results as NumPy arrays."""
@@ -52,8 +65,7 @@ class Subject:
         try:
             yield
         except UnsupportedError as error:
-            name = re.escape(getattr(self.backend, "name", str(self.backend)))
-            reasons = re.findall(rf"^  {name}: (.*)$", str(error), re.MULTILINE)
+            reasons = reasons_of(error, self.backend)
             assert reasons, f"a refusal names the backend and a reason: {error}"
             for reason in reasons:
                 if not any(re.search(allowed, reason) for allowed in self.may_refuse):

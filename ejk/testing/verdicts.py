@@ -11,10 +11,12 @@ import ejk
 from ejk import _registry
 from ejk._load_tuning import OPERATIONS as BACKENDS
 from ejk.testing.bits import bits
-from ejk.testing.compositions import COMPOSITIONS, names_of
+from ejk.testing.case import ATTENTIONS, SCALES
+from ejk.testing.compositions import COMPOSITIONS, implemented_as, names_of
 from ejk.testing.memory import memory_checked
 from ejk.testing.recipes import Recipe, RecipeError, build_case
-from ejk.testing.runs import ATTENTION, POOLS, POSITIONAL, Call
+from ejk.testing.runs import POOLS, POSITIONAL, Call
+from ejk.testing.subject import reasons_of
 
 MOST_CHARACTERS = 400
 LOST = re.compile("CUDA_ERROR_(?!OUT_OF_MEMORY)")
@@ -30,11 +32,6 @@ class Verdict(NamedTuple):
     def loses_device(self) -> bool:
         """After such an error the process gets nothing from its GPU but the same error."""
         return self.outcome == "fails" and LOST.search(self.said) is not None
-
-
-def implemented_as(operation: str) -> str:
-    """Name the operation of backends: copies of slots and of pages are one."""
-    return "copy_kv_cache" if operation.startswith("copy") else operation
 
 
 def backends_of(operation: str) -> dict[str, ejk.Backend]:
@@ -92,7 +89,7 @@ def judge_call(call: Call, composition: str) -> Verdict:
                     said = f"{_in_one_line(error)}; {difference(call.operation, case, results)}"
                     return Verdict("fails", said)
     except ejk.UnsupportedError as error:
-        reasons = re.findall(rf"^  {re.escape(call.backend.name)}: (.*)$", str(error), re.MULTILINE)
+        reasons = reasons_of(error, call.backend)
         if not reasons:
             return Verdict("fails", f"a refusal must name the backend: {_in_one_line(error)}")
         return Verdict("refused", reasons[0])
@@ -106,9 +103,9 @@ def judge_call(call: Call, composition: str) -> Verdict:
 def difference(operation: str, case: Any, results: tuple[Any, ...]) -> str:
     """Say of the entry that is furthest off what it is, and what the oracle says."""
     names: Any = ("out", "lse")
-    if operation not in ATTENTION:
+    if operation not in ATTENTIONS:
         pools = dict(zip(POSITIONAL[operation], case.operands()))
-        pools |= dict(zip(POOLS[2:], case.scales))
+        pools |= dict(zip(SCALES, case.scales))
         names = [name for name in POOLS if pools[name] is not None]
     named = zip(names, results, case.expected())
     worst, said = -1.0, "no entry differs by its value"
@@ -120,7 +117,7 @@ def difference(operation: str, case: Any, results: tuple[Any, ...]) -> str:
         with np.errstate(invalid="ignore", over="ignore"):  # of NaN that signal
             a, b = (np.asarray(x).astype(np.float64) for x in (found, expected))
             off = np.nan_to_num(np.abs(a - b), nan=np.inf)
-        same = a == b if operation in ATTENTION else bits(found) == bits(expected)
+        same = a == b if operation in ATTENTIONS else bits(found) == bits(expected)
         off = np.where(same | (np.isnan(a) & np.isnan(b)), 0, off)
         at = np.unravel_index(np.argmax(off), off.shape)
         if off[at] > worst:

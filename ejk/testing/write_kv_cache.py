@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-import ejk
 from ejk.testing import oracle
+from ejk.testing.case import Case, given_scales
 from ejk.testing.configurations import (
     ALL,
     BF16,
@@ -29,7 +29,6 @@ from ejk.testing.configurations import (
     Few,
 )
 from ejk.testing.oracle import Array, DType
-from ejk.testing.running import represent, run, show
 from ejk.testing.written import assert_written as assert_written
 
 
@@ -123,10 +122,8 @@ CONFIGURATIONS = _PLAIN + _QUANTISED + _INTERLEAVED
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class WriteKVCacheCase:
+class WriteKVCacheCase(Case):
     """One call of `ejk.write_kv_cache`: its positional arguments, and the layout."""
-
-    operation: ClassVar[str] = "write_kv_cache"
 
     key: Array
     value: Array | None
@@ -137,16 +134,13 @@ class WriteKVCacheCase:
     as_jax: bool = True
     scales: tuple[Any, Any] = (None, None)  # as they are passed
 
-    __repr__, _repr_pretty_ = represent, show
-
-    def run(self, backend: Any = None, *, jit: bool = False, **overrides: Any) -> tuple[Array, ...]:
-        """Call the operation; return the caches that there are, then their scales."""
-        keywords = {**self.keywords(), **overrides}
-        return run(ejk.write_kv_cache, self.arguments(), keywords, backend, jit)
+    @property
+    def operation(self) -> str:
+        return "write_kv_cache"
 
     def expected(self) -> tuple[Array, ...]:
-        """What the oracle says of the same."""
-        scales = dict(zip(("key_scale", "value_scale"), self.scales))
+        """What the oracle says of the caches that there are, then of their scales."""
+        scales = given_scales(self.scales)
         pools = oracle.write_kv_cache(*self.operands(), cache_layout=self.cache_layout, **scales)
         return tuple(pool for pool in pools if pool is not None)
 
@@ -155,28 +149,15 @@ class WriteKVCacheCase:
         assert_written(self, results)
 
     def operands(self) -> tuple[Any, ...]:
-        """The five positional arguments, as NumPy arrays."""
         return self.key, self.value, self.key_cache, self.value_cache, self.slot_mapping
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The same, as JAX arrays where `as_jax` (64-bit integers never)."""
-        return tuple(
-            jnp.asarray(x) if self.as_jax and x is not None and x.dtype.itemsize < 8 else x
-            for x in self.operands()
-        )
-
-    def keywords(self) -> dict[str, Any]:
+    def semantics(self) -> dict[str, Any]:
         """The layout, and the scales that there are: as JAX arrays where `as_jax`."""
-        named = zip(("key_scale", "value_scale"), self.scales)
         scales = {
             name: jnp.asarray(x) if self.as_jax and isinstance(x, np.ndarray) else x
-            for name, x in named
-            if x is not None
+            for name, x in given_scales(self.scales).items()
         }
         return {"cache_layout": self.cache_layout, **scales}
-
-    def replace(self, **changes: Any) -> "WriteKVCacheCase":
-        return dataclasses.replace(self, **changes)
 
 
 # XLA of jax 0.10 computes bfloat16 in float32 on a CPU, moves included, and so do the programs that

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_copy_transformations as transformations
 import tpu_interpreter
-from entries import Copier
+from entries import Entry
 
 import ejk
 import ejk._copy_kv_cache as public
@@ -18,7 +18,7 @@ import ejk.backends.xla._pools as xla_pools
 import ejk.backends.xla.copy_kv_cache as xla
 from ejk.backends.pallas.copy_kv_cache import call, kernel
 from ejk.testing.configurations import F32, INT8
-from ejk.testing.copy_kv_cache import SHAPES, CopyConfiguration, assert_copied, build, num_units
+from ejk.testing.copy_kv_cache import SHAPES, CopyConfiguration, build, num_units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def holds_forward(entry):
         targets = np.array([0, 1, 2, 5, 5, 6, 3, 4, last + 1])
         for ends in ((sources, targets), (np.resize([0, 1, 2], 9), np.resize([last, 4], 9))):
             case = build(config, *ends, as_jax=False)
-            assert_copied(case, entry(case))
+            case.check(entry(case))
 
 
 places, last_writes, valid_targets = xla.places, xla.last_writes, xla.valid_targets
@@ -137,7 +137,7 @@ def put(bugs, monkeypatch):
 def test_bugs_of_copies_are_caught(bug, monkeypatch):
     put(FORWARD[bug], monkeypatch)
     with pytest.raises(AssertionError):
-        holds_forward(Copier(bug, Mutant(bug=bug), examples=0))
+        holds_forward(Entry(bug, Mutant(bug=bug), examples=0))
 
 
 @pytest.mark.fault("copy_kv_cache", "reverse_mode")
@@ -145,13 +145,13 @@ def test_bugs_of_copies_are_caught(bug, monkeypatch):
 @pytest.mark.parametrize("bug", BACKWARD)
 def test_bugs_of_the_gradient_are_caught(bug, monkeypatch):
     put(BACKWARD[bug], monkeypatch)
-    entry = Copier(bug, Mutant(bug=f"sound copies: {bug}"), examples=0)
+    entry = Entry(bug, Mutant(bug=f"sound copies: {bug}"), examples=0)
     with pytest.raises(AssertionError):
         transformations.test_gradients.__wrapped__(entry=entry, kind="split", unit="slot")
 
 
 def test_the_sound_program_is_not_accused():
-    entry = Copier("none", Mutant(bug="none"), examples=0)
+    entry = Entry("none", Mutant(bug="none"), examples=0)
     holds_forward(entry)
     transformations.test_gradients.__wrapped__(entry=entry, kind="split", unit="slot")
 
@@ -163,8 +163,8 @@ def holds_on_a_tpu(bug=""):
     backend = PallasMutant(interpret=tpu_interpreter.params(), bug=bug)
     with tpu_interpreter.races_raise():
         case = build(config, *ends)
-        pools = Copier(bug, backend, examples=0)(case)
-    assert_copied(case, pools)
+        pools = Entry(bug, backend, examples=0)(case)
+    case.check(pools)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import mutants
 import numpy as np
 import offline
 import pytest
-from entries import Copier
+from entries import Entry
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from test_dispatch import kernels
@@ -39,13 +39,12 @@ from ejk.testing.copy_kv_cache import (
     SHAPES,
     UNITS,
     CopyConfiguration,
-    assert_copied,
     build,
     num_units,
 )
 from ejk.testing.memory import memory_checked
 
-TRITON = Copier("", ejk.TritonCopyKVCache(interpret=True), examples=0)
+TRITON = Entry("", ejk.TritonCopyKVCache(interpret=True), examples=0)
 WAYS = ("comparisons", "a table")
 __all__ = ["little_memory", "on_numpy"]  # fixtures
 
@@ -61,7 +60,7 @@ def by_a_table(monkeypatch, bug="", block=4):
     """Return a backend that goes by a table: of few programs, a few ids at a time."""
     for name, size in {"MAX_COMPARED": 0, "MARKING_PROGRAMS": 4, "MAX_BLOCK_IDS": block}.items():
         monkeypatch.setattr(sizes, name, size)
-    return Copier("", Mutant(interpret=True, bug=f"{bug}, {block}"), examples=0)
+    return Entry("", Mutant(interpret=True, bug=f"{bug}, {block}"), examples=0)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -78,7 +77,7 @@ def test_hostile_ids_race_with_nobody(unit, way, monkeypatch):
     def holds(sources, targets):
         case = build(config, sources, targets)
         with memory_checked():
-            assert_copied(case, entry(case))
+            case.check(entry(case))
 
     holds()
 
@@ -90,7 +89,7 @@ def test_what_is_not_in_conflict_moves_once(way, monkeypatch):
     config = CopyConfiguration(SHAPES[1], "page", INT8, "KV_HEADS_FIRST", "token")
     case = build(config, np.array([0, 1, 2, 3, 5]), np.array([1, 4, 6, 6, -1]))
     with memory_checked() as checker:
-        assert_copied(case, entry(case))
+        case.check(entry(case))
     page = case.key_cache.size // config.shape.num_pages
     moved = {name: checker.lanes[name] // page for name in checker.lanes}
     assert moved["store", "key_cache_ptr"] == 3 and moved["load", "key_cache_ptr"] == 3
@@ -107,9 +106,9 @@ def test_many_copies_go_by_a_table_or_are_told_by_xla(has_table, monkeypatch):
     monkeypatch.setattr(sizes, "MAX_TABLE", num_units(config) - (not has_table))
     ends = np.random.default_rng(0).integers(-3, num_units(config) + 3, (2, 150)).astype(np.int32)
     case = build(config, *ends)
-    entry = Copier("", Mutant(interpret=True, bug=f"none, {has_table}"), examples=0)
+    entry = Entry("", Mutant(interpret=True, bug=f"none, {has_table}"), examples=0)
     with memory_checked() as checker:
-        assert_copied(case, entry(case))
+        case.check(entry(case))
     assert checker.lanes["load", "given_route_ptr"] == (0 if has_table else 150)
 
 
@@ -267,9 +266,9 @@ def test_marks_are_seen_by_the_program_that_made_them(target):
 def test_for_cuda_they_are_two_kernels_in_place(fused, restored_registry, jax_triton):
     ejk.register_backend(ejk.TritonCopyKVCache(compute_capability=90))
     pool = struct(1009, *[2] * fused, 8, 16, 128)
+    other = None if fused else pool
     for operation, count in itertools.product((ejk.copy_kv_slots, ejk.copy_kv_pages), (64, 4096)):
-        ids = struct(count, dtype=jnp.int32)
-        arguments = (pool, None if fused else pool, ids, ids)
+        arguments = (pool, other, *[struct(count, dtype=jnp.int32)] * 2)
         traced = jax.jit(operation, donate_argnums=(0, 1)).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert kernels(text) == {"cuda"} and text.count("stablehlo.custom_call") >= 2
@@ -277,5 +276,6 @@ def test_for_cuda_they_are_two_kernels_in_place(fused, restored_registry, jax_tr
         assert len(aliases(text)) == (1 if fused else 2)
         assert len(re.findall(r"tf\.aliasing_output", text)) == (1 if fused else 2)
         assert "sort" not in text
-    report = ejk.backend_report(*arguments, operation=ejk.copy_kv_pages, platform="cuda")
+    ids = struct(64, dtype=jnp.int32)
+    report = ejk.backend_report(pool, other, ids, ids, operation=ejk.copy_kv_pages, platform="cuda")
     assert report.chosen == "triton"

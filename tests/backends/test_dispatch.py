@@ -224,6 +224,41 @@ def test_the_report_minds_what_it_is_asked_about():
         report(*ARGS, backend=ejk.XlaPageAttention)
 
 
+WRONG_RESULTS = {
+    "result 0 of page_attention must be float32[2, 4, 128], as problem.results says, not traced "
+    "bfloat16[2, 4, 128]": lambda out, lse: (out.astype(jnp.bfloat16), lse),
+    "result 1 of page_attention must be float32[2, 4], as problem.results says, not traced "
+    "float32[2, 4, 1]": lambda out, lse: (out, lse[..., None]),
+    "result 1 of page_attention must be float32[2, 4], as problem.results says, not None":
+        lambda out, lse: (out, None),
+    "run must return 2 results of page_attention, not 1: one for each of problem.results":
+        lambda out, lse: [out],
+    "run must return 2 results of page_attention, not traced float32[2, 4, 128]":
+        lambda out, lse: out,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", WRONG_RESULTS)
+@pytest.mark.parametrize("way", ["eager", "jit", "vmap", "grad"])
+def test_a_third_party_is_told_which_result_is_wrong(way, said):
+    def run(self, problem, operands, platform):
+        return WRONG_RESULTS[said](*(jnp.zeros(x.shape, x.dtype) for x in problem.results))
+
+    wrong = type("Wrong", (ejk.PageAttentionBackend,), MEMBERS | {"name": "wrong", "run": run})()
+
+    def call(query):
+        return ejk.page_attention(query, *ARGS[1:], return_lse=True, backend=wrong)
+
+    ways = {
+        "eager": lambda: call(ARGS[0]),
+        "jit": lambda: jax.jit(call)(ARGS[0]),
+        "vmap": lambda: jax.vmap(call)(ARGS[0][None]),
+        "grad": lambda: jax.grad(lambda query: call(query)[0].sum())(ARGS[0]),
+    }
+    with pytest.raises(TypeError, match=f"^wrong: {re.escape(said)}"):
+        ways[way]()
+
+
 MEMBERS = {n: getattr(Sevens, n) for n in ("name", "features", "platforms", "limits", "run")}
 
 

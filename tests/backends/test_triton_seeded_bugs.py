@@ -13,7 +13,7 @@ import mutants
 import numpy as np
 import pytest
 import test_plan
-from entries import RAGGED_TRITON, Copier, Entry, RaggedEntry, Writer
+from entries import RAGGED_TRITON, Entry, RaggedEntry
 from kernels import kernel_modules, launch_on_numpy
 from planned import long_case
 
@@ -28,7 +28,7 @@ from ejk.backends.triton.ragged_page_attention import widen_kernel
 from ejk.testing import MemoryAccessError, shuffled
 from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import BF16, E4M3, FEATURES, INT4, INT8, Configuration
-from ejk.testing.copy_kv_cache import CopyConfiguration, assert_copied
+from ejk.testing.copy_kv_cache import CopyConfiguration
 from ejk.testing.copy_kv_cache import build as build_copy
 from ejk.testing.interpreter import interpret
 from ejk.testing.memory import RaceError, memory_checked
@@ -142,7 +142,7 @@ def ragged(bug):
 def write(bug):
     slots = np.array([7, 40, 7, 48, -1, 12, 40, 3, 47])
     case = build_write(WRITE, F32, "HND", slots)
-    assert_written(case, Writer(bug, WriteMutant(interpret=True, bug=bug), examples=0)(case))
+    assert_written(case, Entry(bug, WriteMutant(interpret=True, bug=bug), examples=0)(case))
 
 
 def widen(bug):
@@ -161,10 +161,10 @@ def copy(bug):
     config = CopyConfiguration(COPY, "slot", INT8, "HND", "token")
     sources = np.array([1, 0, 3, 3, -1, 40, 41, 5, 48])
     targets = np.array([0, 1, 2, 39, 6, 7, 6, 39, 7])
-    entry = Copier(bug, CopyMutant(interpret=True, bug=bug), examples=0)
+    entry = Entry(bug, CopyMutant(interpret=True, bug=bug), examples=0)
     for unit, ends in (("slot", (sources, targets)), ("page", (sources % 7 - 1, targets % 7 - 1))):
         case = build_copy(config._replace(unit=unit), *ends)
-        assert_copied(case, entry(case))
+        case.check(entry(case))
 
 
 def mark(bug):

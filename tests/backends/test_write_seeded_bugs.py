@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_write_transformations as transformations
-from entries import Writer
+from entries import Entry
 
 import ejk
 import ejk._write_kv_cache as public
@@ -22,8 +22,8 @@ class Mutant(ejk.XlaWriteKVCache):
     bug: str = ""
 
 
-def mutant(bug: str) -> Writer:
-    return Writer(bug, Mutant(bug=bug), examples=0)
+def mutant(bug: str) -> Entry:
+    return Entry(bug, Mutant(bug=bug), examples=0)
 
 
 def holds_forward(entry):

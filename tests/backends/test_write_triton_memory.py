@@ -7,7 +7,7 @@ import jax
 import mutants
 import numpy as np
 import pytest
-from entries import Writer
+from entries import Entry
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from test_triton_large_arrays import little_memory, on_numpy, sparse
@@ -25,7 +25,7 @@ from ejk.testing.memory import RaceError, memory_checked
 from ejk.testing.write_kv_cache import SHAPES, assert_written, build
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
-TRITON = Writer("", ejk.TritonWriteKVCache(interpret=True), examples=0)
+TRITON = Entry("", ejk.TritonWriteKVCache(interpret=True), examples=0)
 __all__ = ["little_memory", "on_numpy"]  # fixtures
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import triton
 import triton.language as tl
-from entries import Writer
+from entries import Entry
 
 import ejk
 import ejk.backends.triton.write_kv_cache.kernel as kernel
@@ -45,7 +45,7 @@ class Mutant(ejk.TritonWriteKVCache):
 
 def holds(bug):
     """Rows of every size, odd ones among them, are written as the definition says."""
-    entry = Writer(bug, Mutant(interpret=True, bug=bug), examples=0)
+    entry = Entry(bug, Mutant(interpret=True, bug=bug), examples=0)
     for seed, (shape, dtype, cache, scales, layout) in enumerate(CASES):
         case = build(
             shape, dtype, layout, SLOTS, seed=seed, cache_dtype=np.dtype(cache), scales=scales

@@ -1,6 +1,8 @@
 """Backends with a planted fault, as another package might have them: for `ejk check` to find."""
 
 import dataclasses
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,18 @@ class LosesTheDevice(ejk.XlaCopyKVCache):
         self.is_lost[0] |= problem.num_copies > 2
         if self.is_lost[0]:
             raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an access")
+        return super().run(problem, operands, platform)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crashes(ejk.XlaCopyKVCache):
+    """Takes the process with it at the first call of several copies."""
+
+    name = "crashes"
+
+    def run(self, problem, operands, platform):
+        if problem.num_copies > 2:
+            os.kill(os.getpid(), signal.SIGSEGV)
         return super().run(problem, operands, platform)
 
 

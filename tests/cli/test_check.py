@@ -1,15 +1,18 @@
 """`ejk check` and `ejk repro`: a planted fault is found, made small, and repeated by its line."""
 
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
+from command import run
 
-from ejk.cli.app import app
 from ejk.testing import recipes
+from ejk.testing.case import OPERATIONS
 
 COPY = {
     "operation": "copy_kv_pages",
@@ -22,14 +25,6 @@ COPY = {
         "targets": [2, 0],
     },
 }  # fmt: skip
-
-
-def run(line: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, shlex.split(line), prog_name="ejk")
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stderr if code == 2 else result.stdout
 
 
 def found(line: str):
@@ -62,6 +57,26 @@ def test_a_lost_device_ends_the_run_with_the_call_that_lost_it():
     assert "CUDA_ERROR_ILLEGAL_ADDRESS" in said
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a signal takes the process")
+def test_a_crash_leaves_the_line_of_its_call(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.chdir(os.path.dirname(__file__))
+    check = [sys.executable, "-m", "ejk", "check", "--operation", "copy_kv_slots", "--seed", "0"]
+    crash = [*check, "--seconds", "20", "--backend", "planted:Crashes"]
+    done = subprocess.run(crash, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGSEGV
+    [path] = tmp_path.glob("ejk-check-*.txt")
+    line = path.read_text().strip()
+    assert f"the call in flight: {path}\n" in done.stdout
+    recipe = recipes.parse(shlex.split(line)[-1])
+    assert recipe.backend == "crashes" and len(recipe.call["sources"]) > 2
+
+    next_run = [*check, "--seconds", "1", "--backend", "xla", "--json"]
+    told = subprocess.run(next_run, capture_output=True, text=True)
+    assert f"died in this call, which it left in {path}:\n  {line}\n" in told.stderr
+    assert json.loads(told.stdout)["failures"] == 0 and not [*tmp_path.glob("ejk-check-*")]
+
+
 @pytest.mark.slow
 def test_a_fault_of_attention_shrinks_to_one_token():
     options = "--seconds 10 --operation page_attention --backend planted:LosesTheLast"
@@ -77,7 +92,7 @@ def test_a_fault_of_attention_shrinks_to_one_token():
 def test_all_operations_agree_for_two_seconds(backends):
     said = json.loads(run(f"check --seconds 2 --seed 1 --json --backend {backends}"))
     assert said["failures"] == 0 and said["examples"] > 0
-    assert {row["operation"] for row in said["results"]} == set(recipes.OPERATIONS)
+    assert {row["operation"] for row in said["results"]} == set(OPERATIONS)
 
 
 def test_a_check_that_compares_nothing_fails_and_counts_what_was_refused():

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import mosaic_offline
 import pytest
+from command import run
 from typer.testing import CliRunner
 
 from ejk import _tuning
@@ -20,12 +20,6 @@ from ejk.cli.app import app
 
 SMALL = "--shape 4/2/64 --batch 2 --context 64"
 COMMANDS = ("doctor", "bench", "tune", "compile", "explain", "check", "repro")
-
-
-def run(line: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, shlex.split(line), prog_name="ejk")
-    assert code is None or result.exit_code == code, result.output
-    return result.stdout if code != 2 else result.stderr
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from test_cli import run
+from command import run
 
 from ejk.cli import _machine, doctor
 from ejk.cli._diagnoses import diagnose

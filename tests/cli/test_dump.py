@@ -1,17 +1,15 @@
 """`ejk.testing.dump`: a call in a file keeps every type and layout, and is run by `ejk repro`."""
 
-import shlex
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command import run
 
 import ejk
-from ejk.cli.app import app
 from ejk.testing import dump, recipes
+from ejk.testing.case import ATTENTIONS
 from ejk.testing.dumps import load
 
 SHAPE = {
@@ -42,20 +40,11 @@ CALLS = {
 }  # fmt: skip
 
 
-def run(line: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, shlex.split(line), prog_name="ejk")
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stderr if code == 2 else result.stdout
-
-
 def arguments(operation, call):
     """Build a case; return its positional arguments, and the others."""
-    attention = operation.endswith("attention")
-    own = {"shape": SHAPE, "lens": [5, 2]} if attention else {"shape": POOL}
+    own = {"shape": SHAPE, "lens": [5, 2]} if operation in ATTENTIONS else {"shape": POOL}
     case = recipes.build_case(operation, {**own, "seed": 1, **call})
-    return case.operands(), case.semantics() if attention else case.keywords()
+    return case.operands(), case.semantics()
 
 
 @pytest.mark.fast

@@ -154,3 +154,14 @@ def test_variants_launch_every_kernel_of_triton():
         name for name in sanitizer.own_kernels()
         if name not in ("widen_pages_kernel", "latent_attention_kernel", "ragged_attention_kernel")
     }  # fmt: skip
+
+
+@pytest.mark.fast
+def test_a_word_of_no_variant_fails_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["variants.py", "--only", "write: fused", "wirte"])
+    with pytest.raises(SystemExit) as exit:
+        variants.main()
+    assert exit.value.code == 2
+    assert capsys.readouterr() == (
+        "", "--only 'wirte' is in the name of no variant that runs here\n",
+    )  # fmt: skip

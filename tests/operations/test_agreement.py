@@ -16,6 +16,11 @@ FAULTS = {
     "no window": "out[",
     "a dead slot": "must be finite, is nan",
     "a table's first row": "out[",
+    "a NaN in a value": "what_is_seen_and_not_finite_is_never_lost of page_attention",
+    "a NaN in a key": "what_is_seen_and_not_finite_is_never_lost of page_attention",
+    "a NaN in a sink": "what_is_seen_and_not_finite_is_never_lost of page_attention",
+    "another dtype": "TypeError: xla: result 0 of page_attention must be ",
+    "an axis too many": "TypeError: xla: result 1 of page_attention must be float32[",
 }
 
 
@@ -32,7 +37,17 @@ class Faulty(ejk.XlaPageAttention):
             operands = operands._replace(context_lens=operands.context_lens + 1)
         if self.fault == "a table's first row":
             operands = operands._replace(block_tables=operands.block_tables[:1].repeat(5, axis=0))
-        return super().run(problem, operands, platform)
+        if name := {"a NaN in a value": "value_cache", "a NaN in a key": "key_cache",
+                    "a NaN in a sink": "sinks"}.get(self.fault):  # fmt: skip
+            spoilt = getattr(operands, name)
+            lost = spoilt if spoilt is None else jnp.where(jnp.isnan(spoilt), 0, spoilt)
+            operands = operands._replace(**{name: lost})
+        out, *lse = super().run(problem, operands, platform)
+        if self.fault == "another dtype":
+            out = out.astype(jnp.float32 if out.dtype != jnp.float32 else jnp.bfloat16)
+        if self.fault == "an axis too many":
+            lse = [x[..., None] for x in lse]
+        return out, *lse
 
 
 def is_small(call):
@@ -47,13 +62,41 @@ def check(backend, **options):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(fault):
     def suits(call):
-        return is_small(call) and ("sliding_window" in call.features) == (fault == "no window")
+        holds_both = call.fused or call.cache_layout == "INTERLEAVED"
+        return (
+            is_small(call)
+            and ("sliding_window" in call.features) == (fault == "no window")
+            and ("sinks" in call.features or fault != "a NaN in a sink")
+            and not (holds_both and fault == "a NaN in a value")  # the keys' pool has the values
+        )
 
     with pytest.raises(AssertionError) as raised:
-        check(Faulty(fault=fault), suits=suits)
+        check(Faulty(fault=fault), suits=suits, examples=40 if "NaN" in fault else 8)
     assert FAULTS[fault] in str(raised.value)
     assert "of page_attention does not hold on Faulty(" in str(raised.value)
     assert "shape='odd pages'" in str(raised.value)  # the call, in so many words
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherBits(ejk.XlaPageAttention):
+    """Rounds otherwise, or computes nothing, where the LSE is not asked for."""
+
+    is_wrong: bool = False
+
+    def run(self, problem, operands, platform):
+        out, *lse = super().run(problem, operands, platform)
+        if not problem.return_lse:
+            other = jnp.where(out == 0, out, jnp.nextafter(out, jnp.ones_like(out)))
+            out = out * 0 if self.is_wrong else other
+        return out, *lse
+
+
+def test_a_backend_may_promise_the_bound_alone():
+    check(OtherBits(), equal_bits=False)
+    with pytest.raises(AssertionError, match=r"asking_for_the_lse_changes_no_bit"):
+        check(OtherBits())
+    with pytest.raises(AssertionError, match=r"(?s)asking_for_the_lse_changes_no_bit.* is off by"):
+        check(OtherBits(is_wrong=True), equal_bits=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +152,16 @@ def test_configurations_may_be_ones_own():
 @pytest.mark.parametrize("operation", [x for x in ejk.testing.PROPERTIES if "attention" not in x])
 def test_xla_agrees(operation):
     ejk.testing.assert_backend_agrees("xla", operation, examples=2, programs=1)
+
+
+@pytest.mark.parametrize("operation", ejk.testing.PROPERTIES)
+def test_what_draws_calls_is_printed_as_its_call(operation):
+    assert repr(ejk.testing.calls(operation)) == f"calls({operation!r})"
+    drawn = ejk.testing.calls(operation, programs=2, seed=3)
+    assert repr(drawn) == f"calls({operation!r}, programs=2, seed=3)"
+    again = eval(repr(drawn), {"calls": ejk.testing.calls})
+    first, same = (hypothesis.find(x, lambda case: True) for x in (drawn, again))
+    assert repr(first) == repr(same)
 
 
 @pytest.mark.parametrize("operation", ejk.testing.PROPERTIES)

@@ -16,7 +16,6 @@ from ejk.testing.copy_kv_cache import (
     SHAPES,
     UNITS,
     CopyConfiguration,
-    assert_copied,
     build,
     copies,
     num_units,
@@ -63,7 +62,7 @@ def test_sources_that_are_targets_too(entry, pattern, unit):
     padding = np.full(5 - len(sources), -1, np.int32)  # one compilation for all
     config = CopyConfiguration(SHAPES[1], unit, F32, "HND")
     case = build(config, *(np.concatenate([x, padding]) for x in (sources, targets)))
-    assert_copied(case, entry(case))
+    case.check(entry(case))
 
 
 @copier_edge
@@ -79,7 +78,7 @@ def test_ids_outside_copy_nothing_whatever_their_type(entry, unit):
         ))  # fmt: skip
         ends = np.concatenate([hostile, inside, two]), np.concatenate([inside, hostile, four])
         case = build(config, *ends, as_jax=False)
-        assert_copied(case, entry(case))
+        case.check(entry(case))
 
 
 @pytest.mark.one_in(8)
@@ -94,18 +93,18 @@ def test_every_shape_layout_and_unit(entry, dtype, shape, layout, unit):
     rng = np.random.default_rng(1)
     ends = rng.integers(-1, min(12, num_units(config)), (2, shape.num_tokens)).astype(np.int32)
     case = build(config, *ends)
-    assert_copied(case, entry(case))
+    case.check(entry(case))
 
 
 @copier_edge
 def test_no_copies_and_no_pages_leave_the_pools(entry):
     config = CopyConfiguration(SHAPES[0], "page", F32, "HND")
     case = build(config, *np.zeros((2, 0), np.int32))
-    assert_copied(case, entry(case))
+    case.check(entry(case))
     empty = case.key_cache[:0]
     some = np.zeros(3, np.int32)
     case = case.replace(key_cache=empty, value_cache=empty, sources=some, targets=some)
-    assert_copied(case, entry(case))
+    case.check(entry(case))
 
 
 @copier_edge
@@ -120,7 +119,7 @@ def test_jit_leaves_its_arguments_alone_and_donation_does_not_matter(entry, unit
         plain = jax.jit(run)(*case.arguments())
         donated = jax.jit(run, donate_argnums=(0, 1))(*map(jnp.array, case.operands()))
     for pools in (plain, donated):
-        assert_copied(case, [np.asarray(x) for x in pools])
+        case.check([np.asarray(x) for x in pools])
     for x, y in zip(case.operands(), before):
         assert (bits(x) == bits(y)).all()
 

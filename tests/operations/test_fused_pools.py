@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from edges import LENGTHS, config
 from entries import edge
-from planned import TRITON, launches, long_case, plan_for
+from planned import TRITON, launches, long_case
 from test_dispatch import Sevens, kernels
 from wrong_calls import NUM_HEADS, zeros
 from wrong_calls import decode as arguments
@@ -186,7 +186,7 @@ def test_shards_and_their_gradients_equal_the_whole(entry, layout, what):
 @pytest.mark.cpu
 def test_a_plan_fits_split_and_fused_pools_alike():
     case = dataclasses.replace(long_case(features=frozenset()), fused=True)
-    plan = plan_for(case, TRITON.backend)
+    plan = case.plan(TRITON.backend)
     run = functools.partial(TRITON, case, plan=plan)
     assert launches(run) == ["page_attention", "combine_parts"]
     assert_close(case, *run())

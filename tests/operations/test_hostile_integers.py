@@ -42,12 +42,20 @@ class Peeking(ejk.XlaPageAttention):
         return [out + 0 * operands.key_cache.sum(), *lse]
 
 
-class Wrapped(ejk.XlaWriteKVCache):
+class Wraps:
     """Writes to the pool's end what is written nowhere."""
 
     def run(self, problem, operands, platform):
         slots = jnp.where(operands.slot_mapping < 0, problem.num_slots - 1, operands.slot_mapping)
         return super().run(problem, operands._replace(slot_mapping=slots), platform)
+
+
+class Wrapped(Wraps, ejk.XlaWriteKVCache):
+    pass
+
+
+class WrappedInPallas(Wraps, ejk.PallasWriteKVCache):
+    pass
 
 
 @pytest.mark.parametrize(
@@ -56,6 +64,7 @@ class Wrapped(ejk.XlaWriteKVCache):
         ("page_attention", Clamped()),
         ("page_attention", Peeking()),
         ("write_kv_cache", Wrapped()),
+        ("write_kv_cache", WrappedInPallas(interpret=True)),
     ],
 )
 def test_what_reaches_further_is_found(name, backend):

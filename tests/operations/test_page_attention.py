@@ -58,6 +58,7 @@ test_asking_for_the_lse_changes_no_bit_of_the_output = held(
 test_a_row_that_sees_nothing_is_zero = held("a_row_that_sees_nothing_is_zero", 0.25)
 test_results_are_finite_on_poisoned_memory = held("results_are_finite_on_poisoned_memory", 0.25)
 test_a_nan_in_a_query_is_never_lost = held("a_nan_in_a_query_is_never_lost", 0.25)
+test_what_is_seen_and_not_finite_is_never_lost = held("what_is_seen_and_not_finite_is_never_lost")
 
 
 def test_every_property_is_tested():

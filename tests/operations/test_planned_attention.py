@@ -11,7 +11,7 @@ import pytest
 from entries import ENTRIES, each_case
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from planned import LONGEST, MANY, TRITON, launches, long_case, plan_for
+from planned import LONGEST, MANY, TRITON, launches, long_case
 from test_triton_memory import ANY_INT32, stored_once
 
 import ejk
@@ -51,14 +51,14 @@ def test_planned_attention_agrees_with_the_oracle(entry, case):
 @each_case(functools.partial(cases, PLANNED), share=0.2, entries=EACH)
 def test_a_plan_changes_no_more_than_last_bits(entry, case):
     """No bit where the call would have made the same plan, or makes none."""
-    result = entry(case, plan=plan_for(case, entry.backend))
+    result = entry(case, plan=case.plan(entry.backend))
     window = case.options.get("sliding_window")
     if entry is TRITON and isinstance(window, int) and window <= 128:
         assert_close(case, *result)  # so little to see is not worth a plan of its own
     else:
         bits_equal(result, entry(case))
     one_pass = entry(case, num_splits=2)
-    bits_equal(one_pass, entry(case, num_splits=2, plan=plan_for(case, entry.backend)))
+    bits_equal(one_pass, entry(case, num_splits=2, plan=case.plan(entry.backend)))
 
 
 @each_case(functools.partial(cases, PLANNED), entries=[TRITON])
@@ -72,7 +72,7 @@ def test_pages_and_unread_memory_change_no_bit_of_planned_attention(entry, case)
 def test_long_contexts_among_short_ones_are_cut(seed):
     """Which the properties above rest on: some sequences are combined, others are not."""
     case = long_case(seed)
-    plan = plan_for(case, TRITON.backend)
+    plan = case.plan(TRITON.backend)
     num_pieces, num_splits = map(int, plan.work[0, :2])
     assert num_splits == 2 and num_pieces > 7 + 2 * num_splits - 1
     result = stored_once(lambda: TRITON(case))
@@ -85,7 +85,7 @@ def test_long_contexts_among_short_ones_are_cut(seed):
 
 def test_short_contexts_are_cut_evenly_without_a_plan():
     case = build(Configuration(SHORT, np.dtype(np.float32), "NHD"), np.array([500, 3]), as_jax=True)
-    plan = plan_for(case, TRITON.backend)
+    plan = case.plan(TRITON.backend)
     for given in ({}, {"plan": plan}):
         run = functools.partial(TRITON, case, **given)
         assert launches(run) == ["page_attention", "combine_parts"]
@@ -93,7 +93,7 @@ def test_short_contexts_are_cut_evenly_without_a_plan():
 
     @jax.jit
     def step(query, keys, values, lens, tables):
-        plan = plan_for(case, TRITON.backend, context_lens=lens)
+        plan = case.plan(TRITON.backend, context_lens=lens)
         return ejk.page_attention(
             query, keys, values, lens, tables, cache_layout="NHD", plan=plan,
             backend=TRITON.backend,
@@ -113,7 +113,7 @@ def test_pieces_may_begin_within_a_block_and_a_page():
     )  # fmt: skip
     lens = np.array([2700, 1100, 5], np.int32)
     case = build(Configuration(shape, np.dtype(jnp.bfloat16), "HND"), lens, as_jax=True)
-    work = plan_for(case, TRITON.backend, value_head_dim=128).work
+    work = case.plan(TRITON.backend, value_head_dim=128).work
     assert any(begin % 256 for begin in work[1 : 1 + int(work[0, 0]), 1])
     assert_close(case, *TRITON(case))
 
@@ -126,7 +126,7 @@ def test_drawn_cases_are_cut():
     @hypothesis.settings(max_examples=120)
     @hypothesis.given(cases(PLANNED))
     def draw(case):
-        cut.append(int(plan_for(case, TRITON.backend).work[0, 1]) > 0)
+        cut.append(int(case.plan(TRITON.backend).work[0, 1]) > 0)
 
     draw()
     assert sum(cut) >= 12
@@ -137,7 +137,7 @@ def test_sequences_that_see_nothing(shape):
     for lens in (np.zeros(shape.num_seqs, np.int32), np.eye(1, shape.num_seqs, 1, int)[0] * 400):
         config = Configuration(shape, np.dtype(np.float32), "HND", frozenset({"sinks"}))
         case = build(config, lens.astype(np.int32))
-        out, lse = stored_once(functools.partial(TRITON, case, plan=plan_for(case, TRITON.backend)))
+        out, lse = stored_once(functools.partial(TRITON, case, plan=case.plan(TRITON.backend)))
         assert_close(case, out, lse)
         assert not out[lens == 0].any()
         sinks = np.broadcast_to(case.options["sinks"], lse.shape)
@@ -151,13 +151,11 @@ def test_a_plan_for_other_lengths_stays_in_bounds(lens, windowed):
     """And writes every row, once, the right one."""
     features = frozenset({"sinks", *(("sliding_window",) if windowed else ())})
     case = long_case(features=features, window=jnp.int32(200))
-    plan = plan_for(
-        case, TRITON.backend, context_lens=lens, sliding_window=200 if windowed else None
-    )
+    plan = case.plan(TRITON.backend, context_lens=lens, sliding_window=200 if windowed else None)
     assert_close(case, *stored_once(lambda: TRITON(case, plan=plan)))
 
 
-PLAN = plan_for(long_case(), TRITON.backend)
+PLAN = long_case().plan(TRITON.backend)
 JUNK = (
     st.sampled_from(
         (-1, 0, 0, 1, 2, 3, 6, 7, 16, 128, LONGEST - 1, LONGEST, LONGEST + 1, 2**31 - 129)
@@ -184,4 +182,4 @@ def test_a_batch_of_one_is_cut_evenly_without_a_plan():
     case = long_case().rows([0])
     assert launches(lambda: TRITON(case)) == ["page_attention", "combine_parts"]
     assert_close(case, *TRITON(case))
-    assert_close(case, *TRITON(case, plan=plan_for(case, TRITON.backend)))
+    assert_close(case, *TRITON(case, plan=case.plan(TRITON.backend)))

@@ -85,6 +85,7 @@ test_a_batch_is_its_sequences = held("a_batch_is_its_sequences", 0.25)
 test_chunks_equal_one_shot = held("chunks_equal_one_shot", 0.25, ORDINARY)
 test_defaults_may_be_given = held("defaults_may_be_given", 0.5, ORDINARY)
 test_jit_changes_no_bit = held("jit_changes_no_bit")
+test_what_is_seen_and_not_finite_is_never_lost = held("what_is_seen_and_not_finite_is_never_lost")
 test_running_twice_gives_the_same_bits = held("running_twice_gives_the_same_bits", 0.25)
 test_hints_change_no_more_than_last_bits = held("hints_change_no_more_than_last_bits")
 test_layouts_and_fused_pools_equal_each_other = pytest.mark.one_in(2)(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from entries import ENTRIES, Entry, each_case
 from hypothesis import strategies as st
-from planned import LONGEST, MANY, long_case, plan_for
+from planned import LONGEST, MANY, long_case
 
 import ejk
 from ejk.testing.bounds import assert_close
@@ -45,7 +45,7 @@ def calls_with_stale_plans(draw, few):
 def test_any_plan_gives_the_right_numbers(entry, case):
     case, lens, window = case
     given = {} if "sliding_window" not in case.options else {"sliding_window": window}
-    plan = plan_for(case, entry.backend, context_lens=lens, **given)
+    plan = case.plan(entry.backend, context_lens=lens, **given)
     assert_close(case, *entry(case, plan=plan))
 
 
@@ -62,10 +62,8 @@ OTHERS = {
 def test_contexts_that_the_plan_did_not_cut_and_pieces_that_are_empty(lens, window):
     features = frozenset({"sinks"} if window is None else WINDOWED)
     call = long_case(features=features, window=jnp.int32(130))
-    plan = plan_for(
-        call, SMALL, context_lens=np.array(lens, np.int32),
-        sliding_window=None if window is None else jnp.int32(window),
-    )  # fmt: skip
+    window = None if window is None else jnp.int32(window)
+    plan = call.plan(SMALL, context_lens=np.array(lens, np.int32), sliding_window=window)
     assert_close(call, *CUTTING(call, plan=plan))
 
 
@@ -73,7 +71,7 @@ def test_a_right_plan_is_the_calls_own():
     """Bit for bit, in the pieces that the call would make."""
     for features in (frozenset(), WINDOWED):
         call = long_case(features=features, window=jnp.int32(400))
-        own, given = CUTTING(call), CUTTING(call, plan=plan_for(call, SMALL))
+        own, given = CUTTING(call), CUTTING(call, plan=call.plan(SMALL))
         for a, b in zip(own, given, strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -81,7 +79,7 @@ def test_a_right_plan_is_the_calls_own():
 def test_one_plan_for_all_steps_of_a_loop():
     """Made before it, for lengths that grow in it."""
     call = dataclasses.replace(long_case(features=frozenset()), num_splits=0)
-    plan = plan_for(call, SMALL, context_lens=np.ones(7, np.int32))
+    plan = call.plan(SMALL, context_lens=np.ones(7, np.int32))
     query, keys, values, lens, tables = map(jnp.asarray, call.operands())
     lens = jnp.clip(lens, 0, 570)
 

@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import wrong_drop_ins
 from wrong_calls import RIGHT, WRONG
 
 import ejk
@@ -19,7 +20,8 @@ SIZES = {
 """What a message may name that no argument is called."""
 
 MEND = re.compile(
-    r"(pass|leave|pad|keep|make|trace|of|for|0 is|None (is|caps)|did you mean|it (is|has to be)|"
+    r"(pass|leave|pad|keep|make|trace|of|for|0 is|None (is|caps)|did you mean|"
+    r"it (is|has to be|moves)|"
     r"sliding_window=\d+ sees|the (lengths|new tokens) come|value_cache comes|"
     r"num_kv_heads would be|a number, one per KV head|int4(, held as uint8,)? has two values|"
     r"a byte has two values|latent attention reads|the values are|key_scale holds|"
@@ -30,11 +32,15 @@ MEND = re.compile(
 
 NUMBER = r"[\w.\[\]:]+=\S+"
 EXACT = re.compile(
-    rf"be (at least \d+|at most ({NUMBER}|3\.4e38)|a float32, at most 3\.4e38|below 2\*\*31|"
+    rf"come with \w+=\w+|name one axis or several, each once|"
+    rf"be (None or at most -\d+|at least \d+|at most ({NUMBER}|3\.4e38)|"
+    rf"a float32, at most 3\.4e38|below 2\*\*31|"
     rf"half of .+|one of (.+, )+.+|None (with|where) .+|a multiple of {NUMBER}|"
     rf"(the (query|key|value)s?'s? )?{NUMBER}.*|num_seqs \+ 1(=\d+)?(, at least 1)?|"
     r"an? (int|bool|number)( or .+)?|(str|Backend) or .+|an? [\w -]*array .+|"
-    r"a scale per token and head, \[.+|(the name|a pair|a number), .+)( \(.+\))?"
+    r"a scale per token and head, \[.+|(the name|a pair|a number), .+|"
+    r"the name of a mesh axis, or a tuple of names or None|"
+    r"of the jax.shard_map around the call, whose axes are .+)( \(.+\))?"
 )
 """Rules that are a mend themselves: they say exactly what to write."""
 
@@ -93,6 +99,81 @@ def test_a_wrong_call_is_refused_alike_on_every_backend(name):
         ending = "".join(part.capitalize() for part in own.split("_")).replace("Kv", "KV")
         for backend in (f"Xla{ending}", f"Triton{ending}", f"Pallas{ending}"):
             assert said_of(operation, given | {"backend": getattr(ejk, backend)()}) == (kind, text)
+
+
+def has_a_form(text, names):
+    """Say whether a message is `argument=value must rule: mend`, of one of these arguments."""
+    found = MESSAGE.fullmatch(text)
+    named = set(re.findall(r"[a-z_]\w*", found["argument"] if found else "")) - {"shape"}
+    is_exact = found and (MEND.match(found["mend"] or "") or EXACT.fullmatch(found["rule"]))
+    return bool(named and named <= {*names} | SIZES and is_exact)
+
+
+OWN = {
+    name for operation in RIGHT for name in inspect.signature(getattr(ejk, operation)).parameters
+}
+DROP_INS = [
+    (name, *wrong) for name, all_wrong in wrong_drop_ins.WRONG.items() for wrong in all_wrong
+]
+
+
+@pytest.mark.parametrize("name, argument, value, error, begins", DROP_INS)
+def test_a_wrong_call_of_a_drop_in_is_refused_alike_on_every_backend(
+    name, argument, value, error, begins, restored_registry
+):
+    """It asks for none: on a CPU each in turn is made the first choice."""
+    function, right = wrong_drop_ins.DROP_INS[name]
+    given = right | {argument: value}
+    told = ""
+    kernels = ("PageAttention", "RaggedPageAttention", "WriteKVCache")
+    for first in (None, "Triton", "Pallas"):
+        for kernel in kernels if first else ():
+            ejk.register_backend(getattr(ejk, first + kernel)(interpret=True))
+        with pytest.raises(error) as info:
+            function(**given)
+        text = str(info.value)
+        assert text.startswith(begins) and has_a_form(text, {*given} | OWN), text
+        told = told or text
+        assert text == told
+        with pytest.raises(error) as info:
+            jax.eval_shape(lambda x: function(**given | x), first_array(given, argument))
+        assert str(info.value).replace("traced ", "") == told
+
+
+def first_array(given, argument):
+    """The first array of a call that is not the wrong one."""
+    arrays = ((n, x) for n, x in given.items() if isinstance(x, np.ndarray) and n != argument)
+    return dict([next(arrays)])
+
+
+@pytest.mark.parametrize("name", wrong_drop_ins.DROP_INS)
+def test_the_right_calls_of_drop_ins_are_right(name):
+    function, right = wrong_drop_ins.DROP_INS[name]
+    assert wrong_drop_ins.WRONG[name]
+    jax.eval_shape(lambda: function(**right))
+
+
+@pytest.mark.parametrize("operation", ["page_attention", "ragged_page_attention"])
+@pytest.mark.parametrize("name", wrong_drop_ins.SPLIT)
+def test_a_wrong_call_on_split_pages_is_refused_alike_on_every_backend(name, operation):
+    changes, error, begins = wrong_drop_ins.SPLIT[name]
+    if operation == "ragged_page_attention" and "query" in changes:
+        changes = {"query": changes["query"].repeat(3, 0)[:5]}
+    given = RIGHT[operation](**changes)
+    ending = "".join(part.capitalize() for part in operation.split("_"))
+    objects = [getattr(ejk, kind + ending)() for kind in ("Xla", "Triton", "Pallas")]
+    told = set()
+    for backend in (None, "xla", "triton", "pallas", *objects):
+        with pytest.raises(error) as info:
+            wrong_drop_ins.split(operation, given, backend)
+        told.add(str(info.value))
+    [text] = told
+    assert text.startswith(begins) and has_a_form(text, given | {"axis_name": 0, "page_offset": 0})
+
+
+@pytest.mark.parametrize("operation", ["page_attention", "ragged_page_attention"])
+def test_the_right_calls_on_split_pages_are_right(operation):
+    wrong_drop_ins.split(operation, RIGHT[operation]())
 
 
 @pytest.mark.parametrize("operation", RIGHT)

@@ -13,7 +13,7 @@ from meshes import COLLECTIVE, mesh
 import ejk
 from ejk.testing import oracle
 from ejk.testing.configurations import E4M3, F32, LAYOUTS
-from ejk.testing.copy_kv_cache import SHAPES, UNITS, CopyConfiguration, assert_copied, build
+from ejk.testing.copy_kv_cache import SHAPES, UNITS, CopyConfiguration, build
 from ejk.testing.write_kv_cache import WriteShape
 
 KINDS = {"split": SHAPES[3], "fused": SHAPES[1], "latent": SHAPES[2]}
@@ -72,7 +72,7 @@ def test_vmap(entry, batched):
     for i, case in enumerate(cases):
         if batched == "ids":
             case = case.replace(key_cache=stacked[0], value_cache=stacked[1])
-        assert_copied(case, [np.asarray(x[i]) for x in pools])
+        case.check([np.asarray(x[i]) for x in pools])
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -108,7 +108,7 @@ def test_each_device_copies_its_own_heads(backend, layout, kind):
     with jax.set_mesh(mesh(kind)):
         copied = run(*pools, *ids)
         text = run.lower(*pools, *ids).compile().as_text()
-    assert_copied(case, [np.asarray(x) for x in copied])
+    case.check([np.asarray(x) for x in copied])
     assert all(x.sharding.spec[HEADS[layout]] == "model" for x in copied)
     assert not COLLECTIVE.findall(text)
 
@@ -134,4 +134,4 @@ def test_symbolic_sizes_are_xlas():
     shape = WriteShape("", 5, 2, 16, 16, page_size=8)
     case = build(CopyConfiguration(shape, "slot", F32, "HND"), *ENDS)
     if jax.default_backend() == "cpu":
-        assert_copied(case, [np.asarray(x) for x in exported.call(*case.arguments())])
+        case.check([np.asarray(x) for x in exported.call(*case.arguments())])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from compilations import CompilationCounter
 from entries import edge
-from planned import TRITON, long_case, plan_for
+from planned import TRITON, long_case
 
 import ejk
 from ejk.testing.bits import bits_equal
@@ -41,7 +41,7 @@ def test_a_plan_for_another_call_is_refused(entry, name):
         lens = lens[:planned]
     else:
         changes = {fact: planned} | ({"num_heads": 4} if fact == "num_kv_heads" else {})
-    plan = plan_for(case, entry.backend, context_lens=lens, **changes)
+    plan = case.plan(entry.backend, context_lens=lens, **changes)
     first = "num_heads" if fact == "num_kv_heads" else fact
     called, planned = (2, 4) if fact == "num_kv_heads" else (called, planned)
     message = f"plan was made for {first}={planned}; the call has {called}"
@@ -53,20 +53,20 @@ def test_a_plan_for_another_call_is_refused(entry, name):
 @pytest.mark.parametrize("planned, called", [(9, jnp.int32(9)), (jnp.int32(9), 9)])
 def test_a_window_may_be_known_to_the_device_alone(entry, planned, called):
     case = long_case(features=frozenset()).replace(options={"sliding_window": called})
-    plan = plan_for(case, entry.backend, context_lens=case.context_lens, sliding_window=planned)
+    plan = case.plan(entry.backend, context_lens=case.context_lens, sliding_window=planned)
     assert_close(case, *entry(case, plan=plan))
 
 
 def test_something_else_for_a_plan_is_a_type_error():
     with pytest.raises(TypeError, match=r"^plan="):
-        TRITON(long_case(), plan=plan_for(long_case(), TRITON.backend).work)
+        TRITON(long_case(), plan=long_case().plan(TRITON.backend).work)
 
 
 @edge
 def test_a_plan_goes_through_jit_scan_and_donation(entry):
     case = long_case(features=frozenset())
     keywords = dict(cache_layout="NHD", backend=entry.backend)
-    plan_facts = functools.partial(plan_for, case, entry.backend)
+    plan_facts = functools.partial(case.plan, entry.backend)
     arrays = case.arguments()
 
     @jax.jit
@@ -96,7 +96,7 @@ def test_a_plan_goes_through_jit_scan_and_donation(entry):
 def test_new_lengths_with_a_plan_do_not_recompile():
     @jax.jit
     def run(arrays):
-        plan = plan_for(long_case(), TRITON.backend, context_lens=arrays[3])
+        plan = long_case().plan(TRITON.backend, context_lens=arrays[3])
         return ejk.page_attention(*arrays, cache_layout="NHD", plan=plan, backend=TRITON.backend)
 
     first, *others = (long_case(seed).arguments() for seed in range(4))
@@ -113,7 +113,7 @@ def test_a_map_with_one_plan_for_all(entry, batched):
     """Queries fold into the batch, which makes its own plan; scales are mapped, with this one."""
     case = long_case(features=frozenset())
     query, *rest = case.arguments()
-    plan = plan_for(case, entry.backend)
+    plan = case.plan(entry.backend)
 
     def run(query, scale):
         return ejk.page_attention(
@@ -142,7 +142,7 @@ def test_gradients_with_a_plan(entry):
         return (out**2).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
 
     with entry.refusing():
-        plan = plan_for(case, entry.backend)
+        plan = case.plan(entry.backend)
         expected, actual = (jax.grad(loss)((query, keys, values), p) for p in (None, plan))
     for a, b in zip(actual, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -156,7 +156,7 @@ def test_exports_for_cuda(explicit, jax_triton):
     case = long_case()
 
     def run(*arrays):
-        plan = plan_for(case, backend, context_lens=arrays[3]) if explicit else None
+        plan = case.plan(backend, context_lens=arrays[3]) if explicit else None
         keywords = dict(**case.semantics(), backend=backend, plan=plan)
         query = ejk.page_attention(*arrays, **keywords)
         return ejk.page_attention(query, *arrays[1:], **keywords)
