@@ -116,12 +116,10 @@ def flash_attn_with_kvcache(
 
     Source: the signature of FlashAttention 3 (Shah et al., 2024, arXiv:2407.08608).
     """
-    given = {
-        "qv": qv, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin,
-        "rotary_seqlens": rotary_seqlens, "q_descale": q_descale, "k_descale": k_descale,
-        "v_descale": v_descale,
-    }  # fmt: skip
-    refuse("flash_attn_with_kvcache", _MENDS, **given)
+    refuse(
+        "flash_attn_with_kvcache", _MENDS, qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        rotary_seqlens=rotary_seqlens, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale
+    )  # fmt: skip
     _check_kinds(
         q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, page_table=page_table,
@@ -130,15 +128,13 @@ def flash_attn_with_kvcache(
     visible = Visible.of(causal, window_size, attention_chunk, cache_leftpad)
     lens, tables = _tables(q, k_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q)
     lens, caches = _append(k, v, k_cache, v_cache, lens, tables, cu_seqlens_k_new)
-    if caches:
-        k_cache, v_cache = caches
+    k_cache, v_cache = caches or (k_cache, v_cache)
     rows, bounds = _packed(q, cu_seqlens_q)
-    if cu_seqlens_q is None:
-        max_seqlen_q = q.shape[1]
+    most = q.shape[1] if cu_seqlens_q is None else max_seqlen_q
     positions, window = visible.of_rows(lens, bounds, rows.shape[0])
     out, lse = ragged_page_attention(
         rows, k_cache, v_cache, lens, tables, bounds, softmax_scale,
-        max_q_len=max_seqlen_q, cache_layout="NHD", causal=visible.causal, positions=positions,
+        max_q_len=most, cache_layout="NHD", causal=visible.causal, positions=positions,
         sliding_window=window, attn_logits_soft_cap=softcap or None, return_lse=True,
     )  # fmt: skip
     if cu_seqlens_q is None:
@@ -146,30 +142,30 @@ def flash_attn_with_kvcache(
         lse = jnp.swapaxes(lse.reshape(q.shape[:-1]), 1, 2)
     else:
         lse = lse.T
-    results = (out, *((lse,) if return_softmax_lse else ()), *caches)
-    return results if len(results) > 1 else out
+    more = (*((lse,) if return_softmax_lse else ()), *caches)
+    return (out, *more) if more else out
 
 
 def _check_kinds(**given: Any) -> None:
     """Check rank and dtype kind of arrays; with bounds rows are packed."""
     in_rows, of_new = (
-        "batch seqlen" if given[bounds] is None else "total_tokens"
-        for bounds in ("cu_seqlens_q", "cu_seqlens_k_new")
+        "batch seqlen" if given[cuts] is None else "total_tokens"
+        for cuts in ("cu_seqlens_q", "cu_seqlens_k_new")
     )
-    new = Float[Array, f"{of_new} num_kv_heads head_dim"]
+    new: Any = Float[Array, f"{of_new} num_kv_heads head_dim"]
+    number: Any = ScalarInt
+    lengths: Any = Lengths
+    tables: Any = Tables
+    bounds: Any = Bounds
     pool = Num[Array, "num_pages page_size num_kv_heads head_dim"]
-    one_or_each: Any = ScalarInt
-    kinds = {
+    kinds: dict[str, Any] = {
         "q": Float[Array, f"{in_rows} num_heads head_dim"], "k_cache": pool, "v_cache": pool,
-        "k": new, "v": new, "cache_seqlens": one_or_each | Lengths, "cache_batch_idx": Lengths,
-        "cache_leftpad": Lengths, "page_table": Tables, "cu_seqlens_q": Bounds,
-        "cu_seqlens_k_new": Bounds,
+        "k": new | None, "v": new | None, "cache_seqlens": number | lengths | None,
+        "cache_batch_idx": lengths | None, "cache_leftpad": lengths | None,
+        "page_table": tables | None, "cu_seqlens_q": bounds | None,
+        "cu_seqlens_k_new": bounds | None,
     }  # fmt: skip
-    needed = {
-        name: (x, kinds[name]) for name, x in given.items()
-        if x is not None or name in ("q", "k_cache", "v_cache")
-    }  # fmt: skip
-    check_arrays(**needed)
+    check_arrays(**{name: (x, kinds[name]) for name, x in given.items()})
 
 
 class Visible(NamedTuple):
