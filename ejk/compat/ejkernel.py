@@ -21,7 +21,8 @@ from ejk.compat._arguments import (
     first_sequences,
     refuse,
 )
-from ejk.compat.tpu_inference import attend_and_update, check_kinds
+from ejk.compat._packed_pools import check_kinds
+from ejk.compat.tpu_inference import attend_and_update
 
 _SHARD = "call it inside jax.shard_map, or hand sharded arrays to jit"
 _MESHES: dict[str, str] = dict.fromkeys(("mesh", "in_specs", "out_specs"), _SHARD)

@@ -4,21 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Integer, Num
 
 from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
-from ejk._typing import Array, Bounds
+from ejk._typing import Array
 from ejk._write_kv_cache import write_kv_cache
-from ejk.compat._arguments import (
-    FlatTables,
-    Lengths,
-    Packed,
-    check_arrays,
-    check_limits,
-    check_mask_value,
-    first_sequences,
-)
+from ejk.compat._arguments import check_limits, check_mask_value, first_sequences
+from ejk.compat._packed_pools import check_kinds, check_sizes
 from ejk.compat.jax_tpu import DEFAULT_MASK_VALUE
 
 
@@ -195,16 +187,6 @@ def ragged_paged_attention_hd64(
     return out, pairs.reshape(kv_cache.shape)
 
 
-def check_kinds(**given: Any) -> None:
-    """Check rank and dtype kind of the eight arrays, named as the caller knows them."""
-    rows = Num[Array, "total_tokens num_kv_heads head_dim"]
-    kinds = (
-        Num[Array, "total_tokens num_heads head_dim"], rows, rows, Packed, Lengths, FlatTables,
-        Bounds, Integer[Array, " 3"],
-    )  # fmt: skip
-    check_arrays(**{name: (x, kind) for (name, x), kind in zip(given.items(), kinds)})
-
-
 def attend_and_update(
     queries: Array,
     keys: Array,
@@ -231,7 +213,7 @@ def attend_and_update(
     """Do what `ragged_paged_attention` says, with sinks, of a cache of so many words a token."""
     check_mask_value(mask_value)
     check_limits(sliding_window, soft_cap)
-    _check_sizes(queries, keys, values, kv_cache, kv_lens, page_indices, of_words)
+    check_sizes(queries, keys, values, kv_cache, kv_lens, page_indices, of_words)
     total_tokens, num_heads, head_dim = queries.shape
     num_pages, page_size, words, packing, width = kv_cache.shape
     pool = jnp.asarray(kv_cache).reshape(num_pages, page_size, words * packing, width)
@@ -259,40 +241,6 @@ def attend_and_update(
     if out_dtype is None:
         out_dtype = jnp.float32 if queries.dtype == jnp.float32 else jnp.bfloat16
     return out[:, :num_heads, :head_dim].astype(out_dtype), pool.reshape(kv_cache.shape)
-
-
-def _check_sizes(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    kv_cache: Array,
-    kv_lens: Array,
-    page_indices: Array,
-    of_words: int | None,
-) -> None:
-    """Check what padding and views would hide."""
-    num_heads, (num_kv_heads, head_dim) = queries.shape[1], keys.shape[1:]
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"queries.shape[1]={num_heads} must be a multiple of keys.shape[1]={num_kv_heads}"
-        )
-    if values.shape != keys.shape or queries.shape[2] != head_dim:
-        raise ValueError(
-            f"values.shape={values.shape} must be keys.shape={keys.shape}, and its last axis that "
-            f"of queries.shape={queries.shape}"
-        )
-    *_, words, packing, width = kv_cache.shape
-    needed = of_words or -(-2 * num_kv_heads // packing)
-    if words != needed or width < head_dim:
-        raise ValueError(
-            f"kv_cache.shape={kv_cache.shape} must end in {needed} words of {packing}, a key and a "
-            f"value of each of the {num_kv_heads} heads of keys, and a width of at least {head_dim}"
-        )
-    if page_indices.shape[0] % max(kv_lens.shape[0], 1):
-        raise ValueError(
-            f"page_indices.shape[0]={page_indices.shape[0]} must be a multiple of "
-            f"kv_lens.shape[0]={kv_lens.shape[0]}: one row of the table after the other"
-        )
 
 
 def _padded(x: Array, heads: int, width: int) -> jax.Array:

@@ -173,7 +173,8 @@ def chunks_equal_one_shot(subject: Subject, case: Any) -> None:
         return
     size = 1 + int(case.bounds[s]) % 5
     # Of more new tokens than there are tokens the first have chunks of less than none.
-    chunks = [case.part(s, a, min(a + size, q_lens[s])) for a in range(0, q_lens[s], size)]
+    end = int(q_lens[s])
+    chunks = [case.part(s, a, min(a + size, end)) for a in range(0, end, size)]
     results = [subject(chunk) for chunk in chunks]
     case.part(s).check([np.concatenate(parts) for parts in zip(*results)])
 

@@ -165,11 +165,16 @@ def mistaken_kernel(x_ptr, state_ptr, z_ptr, MISTAKE: tl.constexpr):
         tl.store(z_ptrs, tl.load(z_ptrs))
     elif MISTAKE == "load of half an output":
         tl.store(z_ptr + 2 * pid, 1.0)
+        tl.debug_barrier()
+        tl.load(z_ptrs)
+    elif MISTAKE == "no barrier after a store":
+        tl.store(z_ptrs, 1.0)
         tl.load(z_ptrs)
     elif MISTAKE == "stores to one address":
         tl.store(z_ptr + 2 * (pid % 3) + offs, 1.0)
     elif MISTAKE == "store, then load":
         tl.store(z_ptrs, 1.0)
+        tl.debug_barrier()
         if pid > 0:
             tl.load(z_ptrs - 1)
     elif MISTAKE == "load, then store":
@@ -204,6 +209,7 @@ def mistaken_kernel(x_ptr, state_ptr, z_ptr, MISTAKE: tl.constexpr):
         state = tl.load(state_ptr + pid)
         tl.store(state_ptr + pid, state + tl.load(x_ptr + 3 - pid))
         tl.store(z_ptrs, 1.0)
+        tl.debug_barrier()
         tl.store(z_ptrs, tl.load(z_ptrs) + 1)
         tl.load(z_ptr + offs * 100, mask=offs > 1)
 
@@ -218,6 +224,10 @@ MISTAKES = {
         MemoryAccessError,
         "mistaken_kernel, program 0: load of 'z_ptr' at byte 4, which no program has stored, "
         "1 of 2 lanes",
+    ),
+    "no barrier after a store": (
+        RaceError,
+        "mistaken_kernel: program 0 loads byte 0 of 'z_ptr', which it has stored, before a barrier",
     ),
     "stores to one address": (
         RaceError, "mistaken_kernel: programs 0 and 3 both store byte 0 of 'z_ptr'",

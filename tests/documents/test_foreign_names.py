@@ -21,7 +21,7 @@ OWN = {name for operation in OPERATIONS for name in inspect.signature(operation)
 FIRST_COLUMN = re.compile(r"^\| ([^|]+) \|", re.MULTILINE)
 # Code in the first column that is no argument, besides operations: values, and what pools hold.
 OTHERS = {"plan", "run", "cuda", "triton", "pallas", "xla", "num_blocks", "layout"}
-OTHERS |= {"uint8", "weight", "scales"}
+OTHERS |= {"uint8", "weight", "scales", "ragged_paged_attention_hd64"}
 
 
 def listed():

@@ -64,7 +64,7 @@ class WrappedInPallas(Wraps, ejk.PallasWriteKVCache):
         ("page_attention", Clamped()),
         ("page_attention", Peeking()),
         ("write_kv_cache", Wrapped()),
-        ("write_kv_cache", WrappedInPallas(interpret=True)),
+        pytest.param("write_kv_cache", WrappedInPallas(interpret=True), marks=pytest.mark.cpu),
     ],
 )
 def test_what_reaches_further_is_found(name, backend):

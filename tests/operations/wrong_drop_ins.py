@@ -126,7 +126,7 @@ WRONG = {
         ("cu_q_lens", None, TypeError, "cu_q_lens=None must be an integer array [num_seqs + 1]"),
         ("num_seqs", None, TypeError, "num_seqs=None must be an int or an integer array [1]"),
         ("num_seqs", LENS, TypeError, "num_seqs=int32[2] must be an int or an integer array [1]"),
-        ("sliding_window", 0, ValueError, "sliding_window=0 must be at least 1: None is no wi"),
+        ("sliding_window", 0, ValueError, "sliding_window=0 must be positive: None is no wi"),
     ],
     "tpu_inference.ragged_paged_attention": [
         ("queries", [], TypeError, "queries=[] must be a numeric array [total_tokens, num_heads"),

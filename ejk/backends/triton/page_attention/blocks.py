@@ -281,7 +281,7 @@ def _shared_memory(
 def _packed_memory(problem: PagedProblem, rows: int, pipeline: Pipeline, target: Target) -> int:
     """Bound that of a pack of many rows: products of warpgroups keep a block more."""
     queries = product_dtype(problem).itemsize * rows * widths(problem)[0]
-    return _streamed(problem, pipeline, pipeline.num_stages) + queries + 1024
+    return _streamed(problem, pipeline, pipeline.num_stages) + queries + 2048
 
 
 def _streamed(problem: PagedProblem, pipeline: Pipeline, buffers: int) -> int:

@@ -18,7 +18,6 @@ from ejk.backends.triton._sizes import (
     same_tile,
     shape_constants,
     stride_constants,
-    type_constants,
     value_bytes,
     width_constants,
 )
@@ -27,9 +26,9 @@ from ejk.backends.triton.page_attention.blocks import (
     Tuning,
     choose_blocks,
     choose_pack_blocks,
-    in_thirds,
     rows_of,
 )
+from ejk.backends.triton.page_attention.numbers import sums_of, types_of
 from ejk.backends.triton.page_attention.plan import own_plan
 from ejk.backends.triton.page_attention.sharing import (
     Sharing,
@@ -39,8 +38,6 @@ from ejk.backends.triton.page_attention.sharing import (
 )
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
-# What the kernel calls codes of integers that it takes as subnormal float16.
-SUBNORMAL = {"int8": "int8 + 128", "int4": "int4 + 8"}
 STRIDED = -1  # part `p` of `n` equal ones takes blocks p, p + n, p + 2n, ...
 MAX_STRIDE = 1024  # blocks: positions past the last token are 32-bit, too
 
@@ -182,13 +179,13 @@ class Sizes:
             "stride_window_seq": int(problem.own_windows),
             **feature_constants(problem),
             "HAS_DISTANCES": problem.own_distances,
-            **_types(problem, target),
+            **types_of(problem, target),
             "BLOCK_GROUP": blocks.block_group,
             "BLOCK_KV": blocks.block_kv,
             **width_constants(problem, blocks.block_group),
             "PAGES": pages_of_block(problem, blocks.block_kv),
             # Packs have no registers to spare for more than one.
-            "SUMS": 0 if packed else _sums(problem, blocks),
+            "SUMS": 0 if packed else sums_of(problem, blocks),
         }
 
     def combine_constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
@@ -204,37 +201,6 @@ class Sizes:
             "BLOCK_PARTS": min(self.num_splits or COMBINE_PARTS, 2 * COMBINE_PARTS),
             "BLOCK_DV": self.combine_dv,
         }
-
-
-def _types(problem: PageAttentionProblem, target: Target) -> dict[str, Any]:
-    """Return the types of the kernel's numbers, of which two are decode's alone.
-
-    Products of float32 may be `in_thirds`. Codes of integers are subnormal float16, but on AMD,
-    whose matrix cores have not been seen to take them. With that, no masks and `_sums`, on an H200,
-    64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries: int8 and a scale per token
-    155.8 before and 131.0 us, per head 131.6 and 126.8, int4 111.9 and 103.2.
-    """
-    types = type_constants(problem, target)
-    if in_thirds(problem, target):
-        return types | {"PRODUCTS": "thirds"}
-    if product_dtype(problem) == jnp.float16 and problem.cache_type.is_integer:
-        return types if target.is_amd else types | {"CACHE": SUBNORMAL[types["CACHE"]]}
-    return types
-
-
-def _sums(problem: PageAttentionProblem, blocks: DecodeBlocks) -> int:
-    """Return how many sums of weights a row has until the end: those that no two warps share.
-
-    0: one, for which warps wait for each other in every block. On an H200, the same contexts, with
-    one and with several: e4m3 and a scale per token 141.7 and 132.8 us, per head 127.5 and 127.7;
-    int8 per token 134.8 and 131.0, per head 129.1 and 126.8. Of latent attention a second program
-    wants their registers: e4m3, 16 heads, 70.3 and 84.0.
-    """
-    cache = problem.cache_type
-    pays = cache.is_integer or (cache.is_quantised and problem.scales == "token")
-    if not pays or same_tile(problem):
-        return 0
-    return min(blocks.block_kv, max(16, 8 * blocks.num_warps))
 
 
 def _each(problem: PageAttentionProblem, rows: int) -> int:

@@ -1,0 +1,44 @@
+"""What decode computes with: the types of its numbers, and how many sums it keeps."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from ejk.backends.gpu import Target
+from ejk.backends.page_attention import PageAttentionProblem
+from ejk.backends.triton._sizes import product_dtype, same_tile, type_constants
+from ejk.backends.triton.page_attention.blocks import DecodeBlocks, in_thirds
+
+# What the kernel calls codes of integers that it takes as subnormal float16.
+SUBNORMAL = {"int8": "int8 + 128", "int4": "int4 + 8"}
+
+
+def types_of(problem: PageAttentionProblem, target: Target) -> dict[str, Any]:
+    """Return the types of the kernel's numbers, of which two are decode's alone.
+
+    Products of float32 may be `in_thirds`. Codes of integers are subnormal float16, but on AMD,
+    whose matrix cores have not been seen to take them. With that, no masks and `sums_of`, on an
+    H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries: int8 and a scale per
+    token 155.8 before and 131.0 us, per head 131.6 and 126.8, int4 111.9 and 103.2.
+    """
+    types = type_constants(problem, target)
+    if in_thirds(problem, target):
+        return types | {"PRODUCTS": "thirds"}
+    if product_dtype(problem) == jnp.float16 and problem.cache_type.is_integer:
+        return types if target.is_amd else types | {"CACHE": SUBNORMAL[types["CACHE"]]}
+    return types
+
+
+def sums_of(problem: PageAttentionProblem, blocks: DecodeBlocks) -> int:
+    """Return how many sums of weights a row has until the end: those that no two warps share.
+
+    0: one, for which warps wait for each other in every block. On an H200, the same contexts, with
+    one and with several: e4m3 and a scale per token 141.7 and 132.8 us, per head 127.5 and 127.7;
+    int8 per token 134.8 and 131.0, per head 129.1 and 126.8. Of latent attention a second program
+    wants their registers: e4m3, 16 heads, 70.3 and 84.0.
+    """
+    cache = problem.cache_type
+    pays = cache.is_integer or (cache.is_quantised and problem.scales == "token")
+    if not pays or same_tile(problem):
+        return 0
+    return min(blocks.block_kv, max(16, 8 * blocks.num_warps))
