@@ -85,3 +85,13 @@ def test_gradients_are_finite_and_zero_on_what_was_selected_away():
     for grad in jax.grad(loss, argnums=(0, 1))(jnp.asarray(outs), jnp.asarray(lses)):
         assert np.isfinite(grad).all() and np.any(grad)
         assert not np.asarray(grad)[np.isneginf(lses)].any()
+
+
+@pytest.mark.parametrize("lse", [np.nan, np.inf])
+def test_a_part_that_is_lost_makes_its_row_nan(lse):
+    """In the definition, too. Other rows are their parts'."""
+    lses = np.array([[[lse], [0.0]], [[1.0], [-np.inf]]], np.float32)
+    for merge in (ejk.merge_attention_states, oracle.merge_attention_states):
+        out, merged = (np.asarray(x) for x in merge(np.ones((2, 2, 1, 3), np.float32), lses))
+        assert np.isnan(out[0]).all() and np.isnan(merged[0]).all()
+        assert (out[1] == 1).all() and merged[1] == 0

@@ -189,7 +189,7 @@ def merge_attention_states(outs: Array, lses: Array) -> tuple[Array, Array]:
         for h in range(heads):
             lse[r, h] = log_sum_exp([float(x) for x in lses[:, r, h]])
             for p in range(parts):
-                if lses[p, r, h] > -np.inf:
+                if lses[p, r, h] != -np.inf:  # NaN is not lost
                     weight = math.exp(float(lses[p, r, h]) - lse[r, h])
                     out[r, h] += weight * outs[p, r, h].astype(np.float64)
     return out, lse
