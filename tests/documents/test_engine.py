@@ -170,7 +170,7 @@ def test_interpreted_kernels_serve_the_same(name, monkeypatch):
     )
     if name == "pallas":  # it lowers for ten seconds a program: one, always with a mask
         monkeypatch.setattr(engine, "tree", masked)
-        monkeypatch.setattr(engine.Batch, "prefix_groups", lambda batch: None)
+        sizes |= dict(min_shared_pages=1000)
     made = Poisoned(MODEL, **sizes, **backends)
     first = made.submit(*REQUESTS[0])
     for _ in range(2):

@@ -147,6 +147,7 @@ def test_variants_launch_every_kernel_of_triton():
         "ragged: mixed",
         "write: fused",
         "copy slots: fused",
+        "copy pages: by a table",
     )
     calls = [made[name]() for name in names]
     launched = planned.launches(lambda: [call.function(*call.arguments) for call in calls])
