@@ -12,6 +12,8 @@ from ejk.backends.triton.write_kv_cache.sizes import WriteSizes
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 from ejk.testing.configurations import LAYOUTS
 
+pytestmark = pytest.mark.one_in(3)  # a fixed choice of targets, layouts and caches
+
 NVIDIA = Target(90, num_sms=132, shared_memory=0)
 AMD = Target(None, num_sms=304, shared_memory=0, is_amd=True)
 POOLS = {
