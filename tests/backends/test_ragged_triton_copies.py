@@ -8,7 +8,7 @@ import pytest
 from entries import RaggedEntry
 
 import ejk
-from ejk.backends.triton.ragged_page_attention import backend
+from ejk.backends.triton.ragged_page_attention import backend, widening
 from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import E4M3, INT4, INT8, Configuration
 from ejk.testing.ragged_page_attention import build_ragged
@@ -46,7 +46,7 @@ def copies(monkeypatch):
 
     sound = backend.widened
     monkeypatch.setattr(backend, "widened", widened)
-    monkeypatch.setattr(backend, "FEW_ROWS_OF_COPIES", 4)
+    monkeypatch.setattr(widening, "FEW_ROWS_OF_COPIES", 4)
     return made
 
 
@@ -75,7 +75,7 @@ def test_rows_that_words_do_not_fit_are_copied(copies):
 @pytest.mark.fast(1)
 @pytest.mark.parametrize("fields, few", IN_PLACE.values(), ids=IN_PLACE)
 def test_pages_are_read_in_place(fields, few, copies, monkeypatch):
-    monkeypatch.setattr(backend, "FEW_ROWS_OF_COPIES", few)
+    monkeypatch.setattr(widening, "FEW_ROWS_OF_COPIES", few)
     fields = {"dtype": BF16, "features": frozenset()} | fields
     check(Configuration(SHAPE, cache_layout="HND", cache_dtype=INT8, scales="token", **fields))
     assert not copies

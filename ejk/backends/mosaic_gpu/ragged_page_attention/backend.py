@@ -28,6 +28,7 @@ from ejk.backends.triton.ragged_page_attention.widening import (
     FEW_ROWS_OF_COPIES,
     MOST_COPIED,
     copied_bytes,
+    pays_for_copies,
     widened,
 )
 
@@ -99,7 +100,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
                 f"{problem.group} query heads a KV head, up to {MEMORY_BOUND_ROWS} rows each, "
                 "triton reads what prefix_groups share once, and this backend for each sequence"
             )
-        if problem.cache_type.is_quantised and each <= FEW_ROWS_OF_COPIES * problem.num_seqs:
+        if problem.cache_type.is_quantised and not pays_for_copies(problem):
             return "triton", (
                 f"for total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs} and "
                 f"{problem.group} query heads a KV head, up to {FEW_ROWS_OF_COPIES} rows each, "

@@ -35,13 +35,14 @@ def find_packs(problem: PlanProblem, operands: PlanOperands, call: Call) -> Pack
     assert tables is not None and num_pages is not None
     max_packs, of_seqs = problem.packs.num_seqs, jax.ShapeDtypeStruct((num_seqs,), jnp.int32)
 
+    constants = packing_constants(problem, num_pages.shape[0], tables.shape[1])
+
     def launch(kernel: Any, inputs: dict[str, Any], outputs: dict[str, Any]) -> tuple[Any, ...]:
-        constants = packing_constants(problem, num_pages.shape[0], tables.shape[1])[kernel.__name__]
         return call(
             kernel,
             inputs,
             outputs,
-            constants,
+            constants[kernel.__name__],
             grid=num_seqs,
             num_warps=packing_warps(num_seqs),
             num_stages=1,

@@ -22,9 +22,9 @@ from ejk.backends.triton.ragged_page_attention.sizes import (
     ragged_size_refusals,
 )
 from ejk.backends.triton.ragged_page_attention.widening import (
-    FEW_ROWS_OF_COPIES,
     MOST_COPIED,
     copied_bytes,
+    pays_for_copies,
     wide_problem,
     widened,
     with_scales,
@@ -105,7 +105,7 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         call: Call,
     ) -> tuple[Any, ...]:
         def attend(problem: Any, operands: Any) -> tuple[Any, ...]:
-            if _pays_for_copies(problem) and fits(wide_problem(problem)):
+            if _is_copied(problem) and fits(wide_problem(problem)):
                 if problem.scales == "token":
                     operands = with_scales(problem, operands)
                 problem, operands = widened(problem, operands, target, call)
@@ -123,7 +123,7 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         return attend_in_groups(problem, operands, attend, self.least_saved_bytes, fits)
 
 
-def _pays_for_copies(problem: RaggedPageAttentionProblem) -> bool:
+def _is_copied(problem: RaggedPageAttentionProblem) -> bool:
     """Say whether pages of a quantised cache are copied in the queries' type first.
 
     What is copied is what positions and windows show that follow from lengths.
@@ -131,7 +131,7 @@ def _pays_for_copies(problem: RaggedPageAttentionProblem) -> bool:
     return (
         problem.cache_type.is_quantised
         and problem.query_dtype.itemsize == 2
-        and problem.total_tokens * problem.group > FEW_ROWS_OF_COPIES * problem.num_seqs
+        and pays_for_copies(problem)
         and problem.causal
         and not (problem.has_window and problem.has_positions)
         and not problem.latent
