@@ -2,9 +2,9 @@
 
 Each function takes `plain`: the public form, which is what the interpreter knows. The others write
 instructions of Hopper with what JAX keeps to itself. All such uses are here and, for the softmax,
-in `_private_softmax.py`, but for the registers of `_registers.py`. What each brought was measured
-with the prefill kernel, 8 x 4,096 tokens, pages of 16: logits by hand, turns by the hardware's
-barriers and rescaling by need 4 % together.
+in `_private_softmax.py` and `_private_mask.py`, but for the registers of `_registers.py`. What each
+brought was measured with the prefill kernel, 8 x 4,096 tokens, pages of 16: logits by hand, turns
+by the hardware's barriers and rescaling by need 4 % together.
 """
 
 # The types that come with MLIR's bindings are stricter than they are.

@@ -13,16 +13,18 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, scf
 from jaxlib.mlir.dialects import math as math_dialect
 
 from ejk.backends.mosaic_gpu._arithmetic import LOG2E, spread
 from ejk.backends.mosaic_gpu._private import ROW, SCALAR, TILE
+from ejk.backends.mosaic_gpu._private_mask import SEEN, Seen, bits_of, row_and_bit
 from ejk.backends.mosaic_gpu._registers import (
     accumulated,
     any_in_warp,
     array_of,
-    lane,
+    float32,
+    int32,
     one_operand,
     scalar_of,
 )
@@ -124,13 +126,18 @@ def rescaled(plain: bool, acc: Any, alpha: Any) -> Any:
     return rescale(acc, alpha)
 
 
-def capped(plain: bool, s: Any, scale: Any, cap: float) -> tuple[Any, tuple[Any, ...]]:
+def capped(
+    plain: bool, s: Any, scale: Any, cap: float, seen: Seen | None
+) -> tuple[Any, tuple[Any, ...]]:
     """Return numbers and units that give `cap * tanh(s * scale / cap)`: see `in_log2`.
 
     A warp takes as much trouble as its largest logit wants. While all are below 1/4 of the cap,
     the units are three, and their polynomial is computed under the exponentials of the weights.
     Else the numbers are hyperbolic tangents, by a longer one below 0.8; beyond that they take
     exponentials themselves, on the unit whose rate limits the softmax.
+
+    The ways differ in last bits, so logits of tokens that are not `seen` have no say; None: all
+    are. Rows that see nothing must have queries of zeros.
     """
     unit, largest = scale / cap, cap * LOG2E
     if plain:
@@ -148,44 +155,49 @@ def capped(plain: bool, s: Any, scale: Any, cap: float) -> tuple[Any, tuple[Any,
     row = plgpu.ShapeDtypeStruct(s.shape[:1], jnp.float32, layout=ROW)
 
     @plgpu.inline_mgpu(
-        arg_types=(TILE, *[SCALAR] * len(scalars)), return_type=(tile, row, row, row)
+        arg_types=(TILE, *[SCALAR] * len(scalars), *([] if seen is None else SEEN)),
+        return_type=(tile, row, row, row),
     )
-    def cap_logits(ctx: Any, s: Any, *scalars: Any) -> Any:
+    def cap_logits(ctx: Any, s: Any, *given: Any) -> Any:
         del ctx
-        end, *near = (x.registers.item() for x in scalars)
+        hidden = None
+        if seen is not None:
+            bits = bits_of(Seen(*given[len(scalars) :], seen.pages), s.shape[1])
+            hidden = [arith.xori(x, int32(-1)) for x in bits]
+        end, *near = (x.registers.item() for x in given[: len(scalars)])
         own = [scalar_of(x) for x in s.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
 
         def far(own: list[Any]) -> list[Any]:
             # Unknown to the compiler, or it would keep the unit in a register that there is not.
             c0 = one_operand("mov.b32", near[0], has_side_effects=True)
-            unit = arith.mulf(c0, _f32(1 / (NEAR[0] * largest)))
-            own = _tangents([arith.mulf(x, unit) for x in own])
-            return [*own, _f32(largest), _f32(0.0), _f32(0.0)]
+            unit = arith.mulf(c0, float32(1 / (NEAR[0] * largest)))
+            own = _tangents([arith.mulf(x, unit) for x in own], hidden)
+            return [*own, float32(largest), float32(0.0), float32(0.0)]
 
-        found = _by_size(own, end, lambda own: [*own, *near], far, len(near))
+        found = _by_size(own, end, hidden, lambda own: [*own, *near], far, len(near))
         own, units = found[: len(own)], found[len(own) :]
         layout = fa.WGMMA_ROW_LAYOUT
         shape = layout.registers_shape(s.shape[:1])
         return accumulated(own, s.shape), *(array_of([x, x], shape, layout) for x in units)
 
-    s, *units = cap_logits(s, *scalars)
+    s, *units = cap_logits(s, *scalars, *(() if seen is None else seen[:-1]))
     return s, tuple(units)
 
 
-def _tangents(own: list[Any]) -> list[Any]:
+def _tangents(own: list[Any], hidden: list[Any] | None) -> list[Any]:
     def inside(x: Any) -> Any:
-        return _odd(x, [_f32(c) for c in SERIES], arith.mulf, math_dialect.fma)
+        return _odd(x, [float32(c) for c in SERIES], arith.mulf, math_dialect.fma)
 
     def beyond(x: Any) -> Any:
-        power = one_operand("ex2.approx.ftz.f32", arith.mulf(x, _f32(2 * LOG2E)))
-        inverse = one_operand("rcp.approx.ftz.f32", arith.addf(power, _f32(1.0)))
-        outside = math_dialect.fma(inverse, _f32(-2.0), _f32(1.0))
+        power = one_operand("ex2.approx.ftz.f32", arith.mulf(x, float32(2 * LOG2E)))
+        inverse = one_operand("rcp.approx.ftz.f32", arith.addf(power, float32(1.0)))
+        outside = math_dialect.fma(inverse, float32(-2.0), float32(1.0))
         size = math_dialect.absf(x)
-        is_inside = arith.cmpf(arith.CmpFPredicate.OLT, size, _f32(SERIES_END))
+        is_inside = arith.cmpf(arith.CmpFPredicate.OLT, size, float32(SERIES_END))
         return arith.select(is_inside, inside(x), outside)
 
     return _by_size(
-        own, _f32(SERIES_END**2), lambda own: [inside(x) for x in own],
+        own, float32(SERIES_END**2), hidden, lambda own: [inside(x) for x in own],
         lambda own: [beyond(x) for x in own],
     )  # fmt: skip
 
@@ -193,19 +205,26 @@ def _tangents(own: list[Any]) -> list[Any]:
 def _by_size(
     own: list[Any],
     end: Any,
+    hidden: list[Any] | None,
     inside: Callable[[list[Any]], list[Any]],
     outside: Callable[[list[Any]], list[Any]],
     more: int = 0,
 ) -> list[Any]:
     """Map a thread's numbers by `inside`, or by `outside` if its warp has a square past `end`.
 
-    Signs of differences tell: of what is past it, NaN included, they are not negative.
+    Signs of differences tell: of what is past it, NaN included, they are not negative. `hidden` has
+    a bit for each number, for each of the thread's rows, that is not asked.
     """
     i32 = ir.IntegerType.get_signless(32)
     end = arith.negf(end)
-    signs = (arith.bitcast(i32, math_dialect.fma(x, x, end)) for x in own)
+    signs = [arith.bitcast(i32, math_dialect.fma(x, x, end)) for x in own]
+    if hidden is not None:
+        signs = [
+            arith.ori(x, arith.shli(hidden[row], int32(31 - bit)))
+            for x, (row, bit) in zip(signs, map(row_and_bit, range(len(signs))))
+        ]
     signs = functools.reduce(arith.andi, signs)
-    is_beyond = arith.cmpi(arith.CmpIPredicate.sge, signs, _i32(0))
+    is_beyond = arith.cmpi(arith.CmpIPredicate.sge, signs, int32(0))
     f32 = ir.F32Type.get()
     branch = scf.IfOp(any_in_warp(is_beyond), [f32] * (len(own) + more), has_else=True)
     with ir.InsertionPoint(branch.then_block):
@@ -227,71 +246,3 @@ def _odd(
     square = multiply(x, x)
     even = functools.reduce(lambda found, c: fma(found, square, c), reversed(coefficients))
     return multiply(x, even)
-
-
-def _f32(value: float) -> Any:
-    return arith.constant(ir.F32Type.get(), value)
-
-
-def kept(plain: bool, s: Any, begins: Any, ends: Any, exist: Any, pages: int) -> Any:
-    """Keep logits of tokens from `begins` to before `ends` that have a page; others are -inf.
-
-    All count from a block's first token; `exist` has a bit for each of its pages. A thread makes a
-    bit for each of its tokens, of which one instruction moves several to predicates: a masked block
-    takes 200 instructions less.
-    """
-    tokens = s.shape[1]
-    page_size = tokens // pages
-    if plain:
-        token = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
-        page = lax.shift_right_logical(token, jnp.full_like(token, page_size.bit_length() - 1))
-        seen = lax.shift_right_logical(lax.broadcast(exist, s.shape), page) & 1 == 1
-        seen &= token >= lax.broadcast_in_dim(begins, s.shape, [0])
-        seen &= token < lax.broadcast_in_dim(ends, s.shape, [0])
-        return jnp.where(seen, s, -jnp.inf)
-    result = plgpu.ShapeDtypeStruct(s.shape, jnp.float32, layout=TILE)
-
-    @plgpu.inline_mgpu(arg_types=(TILE, ROW, ROW, SCALAR), return_type=result)
-    def keep(ctx: Any, s: Any, begins: Any, ends: Any, exist: Any) -> Any:
-        del ctx
-        own = [scalar_of(x) for x in s.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
-        limits = zip(*([_own_tokens(x, tokens) for x in y.registers.flat] for y in (begins, ends)))
-        there = _bits_of_tokens(exist.registers.item(), pages, tokens // 4)
-        masks = [arith.andi(_bits(begin, end), there) for begin, end in limits]
-        nothing, found = _f32(float("-inf")), []
-        for i, x in enumerate(own):  # two of each row take turns
-            own_bit = arith.andi(masks[i // 2 % 2], _i32(1 << (i // 4 * 2 + i % 2)))
-            is_kept = arith.cmpi(arith.CmpIPredicate.ne, own_bit, _i32(0))
-            found.append(arith.select(is_kept, x, nothing))
-        return accumulated(found, s.shape)
-
-    return keep(s, begins, ends, exist)
-
-
-def _own_tokens(limit: Any, tokens: int) -> Any:
-    """Return how many of a thread's tokens, two of each eight, are before a block's `limit`."""
-    first = arith.shli(arith.andi(lane(), _i32(3)), _i32(1))
-    own = arith.subi(scalar_of(limit), first)
-    own = arith.minsi(arith.maxsi(own, _i32(0)), _i32(tokens))
-    last = arith.minsi(arith.andi(own, _i32(7)), _i32(2))
-    return arith.addi(arith.shli(arith.shrui(own, _i32(3)), _i32(1)), last)
-
-
-def _bits(begin: Any, end: Any) -> Any:
-    i32, count = ir.IntegerType.get_signless(32), arith.maxsi(arith.subi(end, begin), _i32(0))
-    return llvm.inline_asm(i32, [begin, count], "bmsk.clamp.b32 $0, $1, $2;", "=r,r,r")
-
-
-def _bits_of_tokens(exist: Any, pages: int, bits: int) -> Any:
-    """Repeat the bit of each page for a thread's tokens in it."""
-    each = bits // pages
-    found = []
-    for page in range(pages):
-        is_there = arith.shrsi(arith.shli(exist, _i32(31 - page)), _i32(31))
-        found.append(arith.andi(is_there, _i32(((1 << each) - 1) << (page * each))))
-    return functools.reduce(arith.ori, found)
-
-
-def _i32(value: int) -> Any:
-    signed = (value + 2**31) % 2**32 - 2**31
-    return arith.constant(ir.IntegerType.get_signless(32), signed)

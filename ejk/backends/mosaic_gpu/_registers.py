@@ -55,3 +55,13 @@ def _vector(register: Any) -> Any:
         return register
     empty = llvm.mlir_undef(ir.VectorType.get((1,), register.type))
     return llvm.insertelement(empty, register, arith.constant(ir.IntegerType.get_signless(32), 0))
+
+
+def float32(value: float) -> Any:
+    return arith.constant(ir.F32Type.get(), value)
+
+
+def int32(value: int) -> Any:
+    """Return a constant, its bits as an unsigned number may give them."""
+    signed = (value + 2**31) % 2**32 - 2**31
+    return arith.constant(ir.IntegerType.get_signless(32), signed)

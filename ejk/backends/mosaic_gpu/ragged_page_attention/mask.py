@@ -25,6 +25,20 @@ def positions(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
     return token + (tile.position + warpgroup * sizes.own_tokens)
 
 
+def all_see(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
+    """Say whether every row of a warpgroup is a token's, and at a position."""
+    if sizes.own_rows < ROWS:
+        return jnp.bool(False)
+    return (tile.count >= (warpgroup + 1) * sizes.own_tokens) & (tile.position >= 0)
+
+
+def rows_that_see(tile: Tile, warpgroup: Any, shape: tuple[int, ...], sizes: PrefillSizes) -> Any:
+    """Say which rows of a warpgroup, along axis 0, are a token's, and at a position."""
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
+    token = lax.div(row, jnp.full_like(row, sizes.group)) + warpgroup * sizes.own_tokens
+    return (row < sizes.own_rows) & (token < tile.count) & (token >= -tile.position)
+
+
 def unmasked(
     tile: Tile, warpgroup: Any, scale: Any, inputs: Inputs, sizes: PrefillSizes
 ) -> tuple[Any, Any]:

@@ -13,7 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ejk.backends.mosaic_gpu import _private as private
 from ejk.backends.mosaic_gpu._arithmetic import LOG2E, accumulator, spread
 from ejk.backends.mosaic_gpu._private import COLUMN, ROW, TILE
-from ejk.backends.mosaic_gpu._private_softmax import capped, in_log2, kept, of_rows, rescaled
+from ejk.backends.mosaic_gpu._private_mask import Seen, kept
+from ejk.backends.mosaic_gpu._private_softmax import capped, in_log2, of_rows, rescaled
 from ejk.backends.mosaic_gpu.ragged_page_attention import mask
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
     Inputs,
@@ -71,6 +72,8 @@ class Rows:
         Also returns the number of the next tile's first block.
         """
         tile, sizes = self.tile, self.sizes
+        if sizes.problem.soft_cap is not None:
+            self._clear_queries()
         start, stop = mask.unmasked(tile, self.warpgroup, self.scale, self.inputs, sizes)
         blocks = tile.blocks(sizes)
         is_whole = (start == 0) & (stop > 0)
@@ -101,7 +104,7 @@ class Rows:
         s = pl.run_scoped(run, *self._accumulators)
         plgpu.barrier_arrive(self.shared.keys_free.at[slot])
         first = jnp.int32(0)
-        s = in_log2(*self._logits(s, self._scales(n, 0), first))
+        s = in_log2(*self._logits(s, self._scales(n, 0), first, masked=True))
         s = lax.cond(is_whole, lambda: s, lambda: self._masked(s, first))
         units = (of_rows(1.0, ROWS),)
         state, p, _ = weigh(sizes.plain, s, units, empty(sizes.problem.head_dim))
@@ -128,7 +131,7 @@ class Rows:
             scales = self._scales(n + 1, 0)
             s = private.logits(sizes.plain, s_ref, issued, 1)
             plgpu.barrier_arrive(shared.keys_free.at[slot])
-            s, units = self._logits(s, scales, j)
+            s, units = self._logits(s, scales, j, masked)
             if masked:
                 s, units = self._masked(in_log2(s, units), j), (of_rows(1.0, ROWS),)
             value_scales = self._scales(n + 1, 1)
@@ -188,24 +191,28 @@ class Rows:
             p = weights
         plgpu.wgmma(acc_ref, p, self.shared.values.at[slot])
 
-    def _logits(self, s: Any, scales: Any, j: Any) -> tuple[Any, tuple[Any, ...]]:
+    def _logits(self, s: Any, scales: Any, j: Any, masked: bool) -> tuple[Any, tuple[Any, ...]]:
         """Return numbers and units of the logits of block `j`: see `in_log2`."""
         problem = self.sizes.problem
         s = _scaled(s, scales)
         if problem.soft_cap is None:
             units = (of_rows(self.scale * LOG2E, ROWS),)
         else:
-            s, units = capped(self.sizes.plain, s, self.scale, problem.soft_cap)
+            seen = self._seen(j) if masked else None
+            s, units = capped(self.sizes.plain, s, self.scale, problem.soft_cap, seen)
         if problem.has_alibi:
             return in_log2(s, units) + self._biases(s.shape, j), (of_rows(1.0, ROWS),)
         return s, units
 
     def _masked(self, s: Any, j: Any) -> Any:
         """Return logits of block `j` in log2 units, -inf for tokens that a row does not see."""
+        return kept(self.sizes.plain, s, self._seen(j))
+
+    def _seen(self, j: Any) -> Seen:
         exist = mask.existing(self.tile, j, self.inputs, self.sizes)
         position = mask.positions(self.tile, self.warpgroup, self.sizes)
         limits = mask.limits(self.tile, j, position, self.inputs, self.sizes)
-        return kept(self.sizes.plain, s, *limits, exist, self.sizes.copies)
+        return Seen(*limits, exist, self.sizes.copies)
 
     def _scales(self, n: Any, half: int) -> Any:
         """Return the scales of block `n`'s keys (`half` 0) or values (1), or None."""
@@ -225,6 +232,20 @@ class Rows:
             self.inputs.alibi_slopes.at[self.tile.kv_head], layout=ROW, optimized=False
         )
         return spread(slopes * LOG2E, shape[1]) * ahead.astype(jnp.float32)
+
+    def _clear_queries(self) -> None:
+        """Clear rows that are nobody's: their logits have no say in `capped`."""
+        tile, sizes = self.tile, self.sizes
+
+        @pl.when(~mask.all_see(tile, self.warpgroup, sizes))
+        def _() -> None:
+            chunks = views_of(self.shared.query, sizes).tiles.at[self.q_slot, self.warpgroup]
+            for chunk in range(sizes.chunks):
+                own = chunks.at[chunk]
+                queries = plgpu.load(own, layout=TILE)
+                see = mask.rows_that_see(tile, self.warpgroup, queries.shape, sizes)
+                own[...] = jnp.where(see, queries, jnp.zeros_like(queries))
+            plgpu.commit_smem()
 
     def _clear(self, j: Any, slot: Any) -> None:
         """Clear values that no row sees: they may be anything, and 0 * nan is nan."""
