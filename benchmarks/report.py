@@ -92,9 +92,8 @@ def named_table(lines) -> str:
     found = names(lines, "named")
     contenders = contenders_of(lines, found)
     shapes = {w.name: describe(w) for w in workloads.NAMED}
-    text = (
-        "\nDevice time of one layer's attention in microseconds; the best of each row is bold.\n\n"
-    )
+    bold = "; the best of each row is bold" * (len(contenders) > 1)
+    text = f"\nDevice time of one layer's attention in microseconds{bold}.\n\n"
     text += "| | heads/KV heads/dim; contexts | " + " | ".join(contenders) + " |\n"
     text += "|---|---|" + "---|" * len(contenders) + "\n"
     for name in found:
@@ -118,9 +117,11 @@ def named_table(lines) -> str:
 
 
 def losses(lines) -> str:
-    """Say where `ejk` is not first."""
-    text = ""
-    for name in names(lines, "named"):
+    """Say where `ejk` is not first, if anything else was measured beside it."""
+    text, found = "", names(lines, "named")
+    if len(contenders_of(lines, found)) == 1:
+        return ""
+    for name in found:
         ours = lines[name, "ejk"]["device_us"]
         for (workload, contender), line in lines.items():
             if workload == name and line.get("device_us", ours) < ours:

@@ -35,8 +35,9 @@ INTRODUCTION = """\
 # Support tables
 
 These tables have the facts that backends declare of themselves. The choice of a backend and
-`ejk.backend_report` go by the same facts. [Reliability](reliability.md) says which of them have
-been run, and where."""
+`ejk.backend_report` go by the same facts. A *yes* says that the backend takes the call, not that
+somebody has run it there: of GPUs only sm_90 has been run, of TPUs none
+([which devices](install.md#which-devices))."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +258,8 @@ def generate() -> str:
 def add_platforms(page: Page) -> None:
     def cell(backend: ejk.Backend, platform: str) -> str:
         if platform in backend.platforms:
+            if isinstance(backend, ejk.MosaicGpuPageAttention):
+                return "compute capability 9.0"
             return "only if asked for" if platform in backend.only_if_asked else "yes"
         if "interpret" not in inspect.signature(type(backend)).parameters:
             return "no"

@@ -16,7 +16,9 @@ from ejk._nearest import did_you_mean
 
 BackendNames = Annotated[
     list[str] | None,
-    typer.Option("--backend", help="A name, or module:Class of another package's; often."),
+    typer.Option(
+        "--backend", help="A name, or module:Class of another package's; may be repeated."
+    ),
 ]
 Interpret = Annotated[
     bool, typer.Option("--interpret", help="Run kernels by their interpreters, on a CPU.")

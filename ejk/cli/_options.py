@@ -47,7 +47,8 @@ CacheDtype = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Fields = Annotated[
-    list[str] | None, typer.Option("--set", help="A field of the backend, as block_kv=64; often.")
+    list[str] | None,
+    typer.Option("--set", help="A field of the backend, as block_kv=64; may be repeated."),
 ]
 
 
@@ -73,9 +74,16 @@ def check_writable(option: str, path: pathlib.Path) -> None:
 def one_of(option: str, given: str, known: Collection[str]) -> str:
     """Return what was given; raise unless it is known."""
     if given not in known:
-        rule = f"{given!r} must be one of {', '.join(known)}{did_you_mean(given, known)}"
+        rule = f"{given!r} must be one of {', '.join(known)}"
+        # A number is seldom mistyped: who asks for sm_75 does not mean sm_87.
+        if _letters(given) not in map(_letters, known):
+            rule += did_you_mean(given, known)
         raise typer.BadParameter(rule, param_hint=f"'{option}'")
     return given
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name if not letter.isdecimal())
 
 
 def batch_of(

@@ -1,5 +1,6 @@
 """The commands under one name, and how wrong arguments are told: in one line."""
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -39,4 +40,7 @@ app = typer.Typer(
     help="Say what ejk runs on this machine, how fast, in which pieces, and what is in its way.",
 )
 for command in (doctor, bench, tune, compile, explain, check, repro):
-    app.command()(getattr(command, command.__name__.rpartition(".")[2]))
+    function = getattr(command, command.__name__.rpartition(".")[2])
+    # Without it the list of commands cuts each of them off.
+    summary = " ".join(inspect.cleandoc(function.__doc__).partition("\n\n")[0].split())
+    app.command(short_help=summary)(function)

@@ -24,7 +24,7 @@ LARGEST_YARDSTICK = 2**30  # bytes
 
 def bench(
     shape: Annotated[
-        list[str] | None, typer.Option(help=f"{_options.SHAPE_HELP} Often, for several.")
+        list[str] | None, typer.Option(help=f"{_options.SHAPE_HELP} May be repeated.")
     ] = None,
     operation: _options.Operation = "decode",
     num_seqs: _options.NumSeqs = 8,

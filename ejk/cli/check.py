@@ -20,7 +20,8 @@ from ejk.cli._output import Table, show
 def check(
     seconds: Annotated[float, typer.Option(help="How long to draw calls.")] = 30.0,
     operation: Annotated[
-        list[str] | None, typer.Option(help="One of ejk's operations, as write_kv_cache; often.")
+        list[str] | None,
+        typer.Option(help="One of ejk's operations, as write_kv_cache; may be repeated."),
     ] = None,
     backend: BackendNames = None,
     interpret: Interpret = False,

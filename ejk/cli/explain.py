@@ -161,13 +161,17 @@ def text(answer: Answer, device: Device | None) -> str:
         rows = [[_spell(piece.get(head)) for head in heads] for piece in answer.pieces]
         lines += ["", show(Table(heads, rows))]
     gflop = answer.flops / 1e9
-    lines += ["", f"it moves {answer.moved_bytes:,} bytes and takes {gflop:,.2f} GFLOP"]
+    lines += ["", f"it moves {answer.moved_bytes:,} bytes"]
+    if gflop:
+        lines[-1] += f" and takes {gflop:,.2f} GFLOP"
     if device and device.gb_per_s and device.tflops and answer.floor_us:
         is_memory = answer.moved_bytes / device.gb_per_s > gflop / device.tflops * 1e6
-        bound = "memory" if is_memory else "products"
+        bound, rate = "products", f"{device.tflops:,} TFLOP/s"
+        if is_memory:
+            bound, rate = "memory", f"{device.gb_per_s:,} GB/s"
         lines.append(
-            f"no program takes less than {answer.floor_us:,} us ({bound} at the data sheet's "
-            f"{device.gb_per_s:,} GB/s and {device.tflops:,} TFLOP/s; not measured)"
+            f"no program takes less than {answer.floor_us:,} us "
+            f"({bound} at the data sheet's {rate}; not measured)"
         )
     elif device:
         lines.append("the peaks of this board are not known here: ejk bench measures its memory")

@@ -33,7 +33,7 @@ Fields = dict[str, Any]
 def tune(
     output: Annotated[pathlib.Path, typer.Argument(help="The JSON file to write or to extend.")],
     shape: Annotated[
-        list[str] | None, typer.Option(help=f"{_options.SHAPE_HELP} Often, for several.")
+        list[str] | None, typer.Option(help=f"{_options.SHAPE_HELP} May be repeated.")
     ] = None,
     operation: _options.Operation = "decode",
     num_seqs: _options.NumSeqs = 8,

@@ -47,7 +47,13 @@ def test_the_example_of_a_help_text_runs(command, monkeypatch, tmp_path):
 
 
 def test_no_command_prints_the_help():
-    assert all(command in run("") for command in COMMANDS)
+    said = run("")
+    assert all(command in said for command in COMMANDS)
+    assert "..." not in said.split("Commands:")[1]  # no summary is cut off
+
+
+def test_another_number_is_not_taken_for_a_mistyped_one():
+    assert "did you mean" not in run("compile sm_75", code=2)
 
 
 @pytest.mark.fast
