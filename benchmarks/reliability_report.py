@@ -67,10 +67,8 @@ def more(line: Line) -> list[str]:
     return said
 
 
-def row(part: str, line: Line | None, where: str) -> str:
+def row(part: str, line: Line) -> str:
     """Write what a part has shown."""
-    if line is None:
-        return f"| {PARTS[part]} | not run yet on a {where} | | |\n"
     if "missing" in line:
         return f"| {PARTS[part]} | not run: {line['missing']} | | |\n"
     counts = [f"{count:,} {name}" for name, count in line["counts"].items()]
@@ -84,17 +82,19 @@ def row(part: str, line: Line | None, where: str) -> str:
 def table(device: str, lines: dict[str, Line]) -> str:
     """Write what a device has shown."""
     newest = max(lines.values(), key=lambda line: line["date"])
-    on_gpu = newest["platform"] == "gpu"
+    parts = ON_A_GPU if newest["platform"] == "gpu" else ON_A_CPU
+    commands = dict.fromkeys(f"`{lines[part]['command']}`" for part in parts if part in lines)
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
     dates = sorted({line["date"] for line in lines.values()})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     text = (
         f"**{device}**, {newest['cores']} cores, {when}, with {versions}. By "
-        f"`{newest['command']}`:\n\n| what | counts | failures | seconds |\n|---|---|---|---|\n"
+        f"{' and '.join(commands)}:\n\n| what | counts | failures | seconds |\n|---|---|---|---|\n"
     )
-    for part in ON_A_GPU if on_gpu else ON_A_CPU:
-        text += row(part, lines.get(part), "GPU" if on_gpu else "CPU")
-    return text
+    for part in parts:
+        text += row(part, lines[part]) if part in lines else ""
+    missing = [PARTS[part] for part in parts if part not in lines]
+    return text + f"\nNot run yet there: {', '.join(missing)}.\n" * bool(missing)
 
 
 def figures() -> str:

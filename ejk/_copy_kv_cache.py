@@ -47,8 +47,8 @@ def copy_kv_slots(
     do anything. A slot is that of `ejk.write_kv_cache`, `page * page_size + offset`. Bits are
     copied: of every type of cache, NaN included; scales a token and head move with their codes.
     All other slots keep their bits. Where the pools are donated, under `jit`, the copy is in place;
-    else JAX copies them first. So it is under `vmap` where the pools' batched axis comes right
-    before that of the pages. Differentiable in reverse mode in pools that are not quantised.
+    else JAX copies them first. Under `vmap` it is in place where the pools' batched axis comes
+    right before that of the pages. Differentiable in reverse mode in pools that are not quantised.
 
     Speculative decoding moves the accepted tokens of a draft tree to where a sequence goes on:
     `ejk.accepted_slots` says from where and to where.

@@ -31,7 +31,8 @@ INPUTS = (
 class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
     """Run `ejk.page_attention` as a Triton kernel, through jax-triton.
 
-    The next three are those of sequences; packs of `prefix_groups` have their own.
+    `block_kv`, `num_warps` and `num_stages` are for sequences that are read by themselves: packs of
+    `prefix_groups` have sizes of their own.
 
     Attributes:
         block_kv: tokens that a step of the kernel's loop takes; a power of two, at least 16.
