@@ -83,7 +83,7 @@ def write_kv_cache(
     neither wrap nor clamp. All that is not written keeps its bits. Where the caches are donated,
     under `jit`, the write is in place; else JAX copies them first. Under `vmap` it is in place
     where the caches' batched axis comes right before that of the pages: `in_axes` and `out_axes` of
-    0, or of 1 for "KV_HEADS_FIRST". Any other axis is moved there and back, which copies the caches.
+    0, or of 1 for "KV_HEADS_FIRST". Another axis is moved there and back, which copies the caches.
     Differentiable in reverse mode in `key`, `value`, given scales and the caches, where these are
     not quantised.
 
