@@ -165,7 +165,7 @@ class PageAttentionPlan:
     """How a batch's work is dealt out: a pytree, made by `ejk.plan_page_attention`.
 
     Attributes:
-        work: the pieces of every context and what is to be combined, see `PlanProblem`.
+        work: the pieces of every context and what is to be combined; its layout may change.
         problem: how `work` is laid out.
         facts: what the calls that use the plan must have in common with it.
     """
