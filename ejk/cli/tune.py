@@ -70,7 +70,8 @@ def tune(
             best = search(plain.tunable, trials, functools.partial(progress.advance, task))
         entry = judged(batch, plain, best) if best else None
         if entry is None:
-            print(f"{batch.name}: the default of {plain.name} is as fast as all that was tried")
+            said = f"the default of {plain.name} is as fast as all that was tried"
+            print(f"{batch.name}: {said}: nothing is written")
             continue
         write_entry(output, entry)
         took = entry["measured"]
