@@ -3,6 +3,7 @@
 import inspect
 import pathlib
 import re
+import traceback
 
 import pytest
 
@@ -45,6 +46,12 @@ def test_a_foreign_argument_is_answered_by_name(name):
     )
     assert "did you mean" not in message and "the arguments are" not in message
     assert "missing" not in message
+
+
+def test_nothing_private_is_suggested_behind_the_answer():
+    with pytest.raises(AttributeError) as info:
+        _ = ejk.flash_attention
+    assert "Did you mean" not in "".join(traceback.format_exception(info.value))
 
 
 def test_there_are_names_to_answer():
