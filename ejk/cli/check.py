@@ -104,12 +104,13 @@ def report(tallies: Any) -> str:
             tally.operation,
             tally.backend.name + ", interpreted" * tally.is_interpreted,
             str(tally.examples),
+            str(len(tally.programs)),
             str(tally.refused.total()),
             str(len(tally.failures)),
         )
         for tally in tallies
     ]
-    heads = ("operation", "backend", "examples", "refused", "failures")
+    heads = ("operation", "backend", "examples", "programs", "refused", "failures")
     parts = [show(Table(heads, rows))]
     for tally in tallies:
         for failure in tally.failures:

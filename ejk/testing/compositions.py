@@ -225,7 +225,7 @@ def plan(call: Call) -> Checked:
     lens = arrays["context_lens"]
     window = "sliding_window"
     facts = call.case.plan_facts() | ({window: static[window]} if window in static else {})
-    planned = lens[::-1] if call.seed % 2 else lens
+    planned = np.asarray(lens)[:: -1 if call.seed % 2 else 1]
     run = static | {"facts": tuple(facts.items())}
     yield call.case, call.run(_planned, run, arrays, planned)
 

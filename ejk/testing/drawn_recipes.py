@@ -1,8 +1,9 @@
 """Hypothesis strategies of recipes: sizes are drawn freely, so that failures shrink to small ones.
 
-A draw is one program and a few calls of it, as to compile takes longer than to run. What stands
-first in a list is what a failure is shrunk towards. Types are `Any` where beartype would draw an
-item to look at: Hypothesis wants to know of every draw.
+A draw is one program and many calls of it, as to compile takes longer than to run: who runs them
+stops where the program has had its share of time. What stands first in a list is what a failure is
+shrunk towards. Types are `Any` where beartype would draw an item to look at: Hypothesis wants to
+know of every draw.
 """
 
 from typing import Any
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 
 import ejk
 from ejk.testing import case
-from ejk.testing.configurations import CACHES, DTYPES, FEATURES, INT4, INTEGERS, LAYOUTS
+from ejk.testing.configurations import (
+    CACHES,
+    DTYPES,
+    F16,
+    F32,
+    FEATURES,
+    INT4,
+    INTEGERS,
+    LAYOUTS,
+)
 from ejk.testing.copy_kv_cache import TYPES
 from ejk.testing.ragged_page_attention import EXTRAS
 from ejk.testing.recipes import Recipe
@@ -23,6 +33,11 @@ WIDTHS = (1, 2, 4, 8, 16, 33, 64, 80, 96, 128, 256)
 PAGE_SIZES = (1, 2, 3, 8, 16, 48, 64)
 OF_MATRIX_UNITS = {"head_dim": (64, 128, 256), "page_size": (8, 16, 32, 64)}
 MOST_LOGITS = 12_000  # the oracle takes microseconds of each
+ROWS = (1, 2, 3, 5, 8, 13, 33)  # slots of a write or a copy: each number is a program
+MOST_CALLS = 48  # of a program: drawn in a twentieth of a second, compiled in several on a GPU
+MOST_INTEGERS = 1000  # of them: Hypothesis draws no more than 8 KiB
+GO_ON = st.integers(0, 200)  # 0: no further call
+FITS = st.sampled_from((True,) * 7 + (False,))  # to what the backend declares; or any call
 
 _PLAIN: list[tuple[Any, Any, str]] = [(dtype, None, "none") for dtype in DTYPES]
 
@@ -49,34 +64,58 @@ def recipes(draw: Any, operation: str, backend: ejk.Backend, names: Any) -> Any:
     composition = draw(st.sampled_from(list(names)))  # first: what is plain is shrunk best
     fields = draw(st.sampled_from(({}, *FIELDS.get(f"{operation} {backend.name}", ()))))
     fields = fields | ({"interpret": True} if getattr(backend, "interpret", False) else {})
-    program, values = draw(_PROGRAMS[operation])
-    each = draw(st.lists(values, min_size=1, max_size=3))
+    drawn = _slots(operation) if operation in case.CACHES else _attention(operation, backend)
+    program, values, size = draw(drawn)
+    each = [draw(values)]
+    while len(each) < min(MOST_CALLS, MOST_INTEGERS // size) and draw(GO_ON):
+        each.append(draw(values))
     return np.array([
-        Recipe(operation, backend.name, {**program, **call}, composition, fields) for call in each
+        Recipe(
+            operation, backend.name, dict(sorted({**program, **call}.items())), composition, fields
+        )
+        for call in each
     ], object)  # fmt: skip
 
 
 @st.composite
-def _attention(draw: Any, is_ragged: bool) -> Any:
+def _attention(draw: Any, operation: str, backend: Any) -> Any:
+    is_ragged, hopper = operation == "ragged_page_attention", backend.name == "mosaic_gpu"
+    fits = draw(FITS)
+
+    def declares(*features: Any) -> bool:
+        return not fits or backend.features.issuperset(features)
+
     num_seqs, total = draw(st.integers(1, 4)), draw(st.sampled_from((1, 4, 13)))
-    shape = draw(_shapes(num_seqs, max(num_seqs, total * is_ragged)))
+    rows = max(num_seqs, total * is_ragged)
+    shape = draw(_shapes(num_seqs, rows, fits and hopper, declares("value_head_dim")))
     width = shape.get("value_head_dim", shape["head_dim"])
     same_width = width == shape["head_dim"] and not shape.get("latent")
     plain = draw(st.booleans())  # what every backend takes, if it takes the shape
-    dtype, cache, scales = draw(st.sampled_from(_PLAIN if plain else [*_PLAIN, *CACHES]))
+    caches = [
+        (dtype, cache, scales)
+        for dtype, cache, scales in (_PLAIN if plain else [*_PLAIN, *CACHES])
+        if declares(*_cache_features(dtype, cache, scales))
+        and not (fits and hopper and (dtype == F32 or (dtype, scales) == (F16, "token")))
+    ]
+    dtype, cache, scales = draw(st.sampled_from(caches))
     if cache == INT4 and (shape["head_dim"] % 2 or width % 2):
-        cache, scales = None, "none"
-    layout = draw(st.sampled_from((*LAYOUTS, "INTERLEAVED")[: 3 + same_width]))
+        dtype, cache, scales = caches[0]
+    layouts = [x for x in (*LAYOUTS, "INTERLEAVED") if declares(f'cache_layout="{x}"')]
+    layout = draw(st.sampled_from(layouts if same_width else [x for x in layouts if x in LAYOUTS]))
+    features = [x for x in FEATURES if x == "attn_scale" or declares(x)]
     traced = draw(st.booleans())
     program: dict[str, Any] = {
         "shape": shape,
         "dtype": dtype.name,
         "cache_layout": layout,
-        "features": [] if plain else draw(st.lists(st.sampled_from(FEATURES), unique=True)),
+        "features": [] if plain else draw(st.lists(st.sampled_from(features), unique=True)),
         "num_splits": 0 if is_ragged else draw(st.sampled_from((0, 1, 2, 3, 7))),
         "cache_dtype": cache and cache.name,
         "scales": scales,
-        "fused": same_width and layout != "INTERLEAVED" and draw(st.booleans()),
+        "fused": same_width
+        and layout != "INTERLEAVED"
+        and declares("fused_pools")
+        and draw(st.booleans()),
         "lens_dtype": draw(st.sampled_from(_names(1))),
         "tables_dtype": draw(st.sampled_from(_names(shape["num_pages"]))),
         "traced_window": traced,
@@ -98,25 +137,39 @@ def _attention(draw: Any, is_ragged: bool) -> Any:
         else st.just(draw(st.sampled_from(windows))),
     }
     if is_ragged:
-        extras = st.just([]) if plain else st.lists(st.sampled_from(EXTRAS), unique=True)
-        program |= {"total": total, "extras": draw(extras)}
-        causal = plain or "tree_mask" in program["extras"]
+        extras = [] if plain else [x for x in EXTRAS if declares(x)]
+        few = st.lists(st.sampled_from(extras), unique=True) if extras else st.just([])
+        program |= {"total": total, "extras": draw(few)}
+        causal = plain or "tree_mask" in program["extras"] or not declares("causal=False")
         program["causal"] = causal or draw(st.sampled_from((True, False)))
         program["cu_dtype"] = draw(st.sampled_from(_names(total)))
         values["cu_q_lens"] = _cuts(num_seqs, total, np.iinfo(program["cu_dtype"]))
-    return program, st.fixed_dictionaries(values)
+    return program, st.fixed_dictionaries(values), 2 * num_seqs + 6
+
+
+def _cache_features(dtype: Any, cache: Any, scales: Any) -> Any:
+    """Name the features of a cache, as backends declare them."""
+    kind = "" if cache in (None, dtype) else f"={cache.name}"
+    if cache in DTYPES and kind:
+        kind = " other than query.dtype"
+    found = [f"key_cache.dtype{kind}{' (int4)' * (cache == INT4)}"] if kind else []
+    per_token = " per token" * (scales == "token")
+    return found + [f"key_scale, value_scale{per_token}"] * (scales != "none")
 
 
 @st.composite
-def _shapes(draw: Any, num_seqs: int, rows: int) -> Any:
-    aligned, latent = draw(st.booleans()), draw(st.booleans())
+def _shapes(draw: Any, num_seqs: int, rows: int, hopper: bool, may_be_latent: bool) -> Any:
+    """Draw sizes; for `hopper` such as its kernels take: of latent caches, many heads."""
+    aligned = hopper or draw(st.booleans())
+    latent = may_be_latent and (hopper or draw(st.booleans()))
     limits = OF_MATRIX_UNITS if aligned else {}
     widths = limits.get("head_dim", WIDTHS)
     if latent:
         widths = (576,) if aligned else (*widths, 576)
     head_dim = draw(st.sampled_from(widths))
     num_kv_heads = 1 if latent and aligned else draw(st.sampled_from((1, 2, 3)))
-    num_heads = num_kv_heads * draw(st.sampled_from((1, 2, 3, 4, 5, 7, 8, 17)))
+    groups = (33, 64, 128) if hopper and latent else (1, 2, 3, 4, 5, 7, 8, 17)
+    num_heads = num_kv_heads * draw(st.sampled_from(groups))
     page_size = draw(st.sampled_from(limits.get("page_size", PAGE_SIZES)))
     most = MOST_LOGITS // (num_heads * rows * page_size)
     max_blocks = draw(st.integers(1, max(1, min(most, 40))))
@@ -180,9 +233,11 @@ def _slots(draw: Any, operation: str) -> Any:
     few, outside = st.integers(0, min(2, top)), st.sampled_from(hostile_slots(kind, units) or [0])
     index = draw(st.sampled_from((inside, few, inside | outside)))
     names = ("slots",) if is_write else ("sources", "targets")
-    rows = st.lists(st.tuples(*[index] * len(names)), min_size=1, max_size=33)
+    count = draw(st.sampled_from(ROWS))
+    rows = st.lists(st.tuples(*[index] * len(names)), min_size=count, max_size=count)
     columns = rows.map(lambda rows: dict(zip(names, map(list, zip(*rows)))))
-    return program, st.builds(lambda seed, of: {"seed": seed, **of}, SEEDS, columns)
+    values = st.builds(lambda seed, of: {"seed": seed, **of}, SEEDS, columns)
+    return program, values, 1 + count * len(names)
 
 
 def _names(largest: int) -> list[Any]:
@@ -193,10 +248,3 @@ def _names(largest: int) -> list[Any]:
 
 def _within(limits: Any, numbers: Any) -> Any:
     return st.sampled_from([x for x in numbers if limits.min <= x <= limits.max])
-
-
-_PROGRAMS = {
-    "page_attention": _attention(False),
-    "ragged_page_attention": _attention(True),
-    **{name: _slots(name) for name in case.CACHES},
-}

@@ -6,6 +6,7 @@ database nor its version.
 
 import collections
 import dataclasses
+import math
 import shlex
 import time
 import zlib
@@ -24,11 +25,12 @@ from ejk.testing.recipes import Recipe
 from ejk.testing.verdicts import Verdict, backend_of, judge
 
 LONGEST_TURN = 20.0  # seconds
-PROGRAMS = 100  # of a turn, at most
+DRAWS = 9  # of a turn, at most: of ten or more Hypothesis begins with small ones of few calls
+FEW = 3  # calls that each program has, however long they take
 SHRINKING = 20.0  # seconds that a failure is shrunk for
 
 SETTINGS = hypothesis.settings(
-    max_examples=PROGRAMS,
+    max_examples=DRAWS,
     database=None,
     deadline=None,
     derandomize=False,
@@ -68,23 +70,28 @@ class Tally:
 
     Attributes:
         examples: how many were run and compared.
+        programs: what was compiled for them.
         refused: by reason, how many were refused by name.
         failures: those that failed; of them no more are drawn.
         names: the compositions that are still drawn.
+        agreed: the calls that agreed or were refused: none is run again.
     """
 
     operation: str
     backend: ejk.Backend
     names: list[str]
     examples: int = 0
+    programs: set[str] = dataclasses.field(default_factory=set[str])
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     failures: list[Failure] = dataclasses.field(default_factory=list)
+    agreed: set[str] = dataclasses.field(default_factory=set[str])
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, recipe: Recipe, verdict: Verdict) -> None:
         if verdict.outcome == "refused":
             self.refused[verdict.said] += 1
         else:
             self.examples += 1
+            self.programs.add(recipe.program)
 
     @property
     def is_interpreted(self) -> bool:
@@ -96,6 +103,7 @@ class Tally:
             "backend": self.backend.name,
             "interpret": self.is_interpreted,
             "examples": self.examples,
+            "programs": len(self.programs),
             "refused": dict(self.refused),
             "failures": [{"said": x.said, "repro": x.line} for x in self.failures],
         }
@@ -135,9 +143,9 @@ def fuzz(
     ]
     end = time.monotonic() + seconds
     turn = min(max(seconds / max(len(tallies), 1), 1.0), LONGEST_TURN)
-    number = 0
+    number, first = 0, seed % max(len(tallies), 1)  # processes do not compile the same at once
     while any(tally.names for tally in tallies):
-        for tally in tallies:
+        for tally in tallies[first:] + tallies[:first]:
             now = time.monotonic()
             if now >= end:
                 return tallies
@@ -156,29 +164,40 @@ def fuzz(
 def hunt(
     tally: Tally, seed: int, end: float, begins: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Draw until `end`, of `time.monotonic`; shrink the first failure and add it to the tally."""
+    """Draw until `end`, of `time.monotonic`; shrink the first failure and add it to the tally.
+
+    Calls of a program go on until they have taken as long as its first, which compiled it. One that
+    is refused is refused for what its program is: no more of it are tried.
+    """
     failed: dict[str, Failure] = {}
-    agreed: set[str] = set()
     known = {tally.backend.name: tally.backend}
     limit = end
+    left: dict[str, float] = {}  # seconds that a program's further calls may take
 
     def judged(recipe: Recipe, text: str) -> None:
         nonlocal limit
         begins(line_of(recipe))
+        begin = time.monotonic()
         verdict = judge(recipe, backend_of(recipe, known))
+        took, program = time.monotonic() - begin, recipe.program
+        left[program] = left[program] - took if program in left else took
+        if verdict.outcome == "refused":
+            left[program] = -math.inf
         if not failed:
-            tally.add(verdict)
+            tally.add(recipe, verdict)
         if verdict.outcome != "fails":
-            agreed.add(text)
+            tally.agreed.add(text)
             return
         if not failed:
             limit = time.monotonic() + SHRINKING * (not verdict.loses_device)
         failed[text] = Failure(recipe, verdict)
 
     def run(drawn: Any) -> None:
-        for recipe in drawn:
-            text = str(recipe)
-            if text not in failed and text not in agreed and time.monotonic() < limit:
+        for number, recipe in enumerate(drawn):
+            text, has_time = str(recipe), left.get(recipe.program, 1.0)
+            goes_on = has_time > 0 or (number < FEW and has_time > -math.inf)
+            new = text not in failed and text not in tally.agreed
+            if new and goes_on and time.monotonic() < limit:
                 judged(recipe, text)
             if text in failed:
                 raise _Disagreement(failed[text])  # in one line: Hypothesis tells failures by it
@@ -201,6 +220,7 @@ def summary(tallies: Sequence[Tally]) -> Mapping[str, int]:
     """Count what was run, refused and failed over all."""
     return {
         "examples": sum(tally.examples for tally in tallies),
+        "programs": sum(len(tally.programs) for tally in tallies),
         "refused": sum(tally.refused.total() for tally in tallies),
         "failures": sum(len(tally.failures) for tally in tallies),
     }

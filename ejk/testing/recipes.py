@@ -26,6 +26,10 @@ from ejk.testing.shapes import Shape
 LONG = 160  # characters of JSON, from which on it is compressed
 LARGEST_TEXT = 2**20  # bytes of JSON: a line that somebody pastes must not fill the memory
 LARGEST_ARRAY = 2**26  # values
+VALUES = (
+    "lens", "cu_q_lens", "seed", "share", "invalid", "magnitudes", "slots", "sources", "targets",
+)  # fmt: skip
+"""What differs between the calls of one program."""
 
 
 class RecipeError(ValueError):
@@ -57,6 +61,18 @@ class Recipe:
         if len(text) <= LONG:
             return text
         return base64.urlsafe_b64encode(zlib.compress(text.encode(), 9)).decode().rstrip("=")
+
+    @property
+    def program(self) -> str:
+        """What the call's program is compiled for: all but the values, of lists how many."""
+        values = VALUES + ("window",) * bool(self.call.get("traced_window"))
+        call = {
+            name: x if name not in values else len(x)
+            for name, x in self.call.items()
+            if name not in values or isinstance(x, list)
+        }
+        facts = self.operation, self.backend, call, self.composition, self.fields
+        return json.dumps(facts, sort_keys=True)
 
 
 def parse(text: str) -> Recipe:
