@@ -14,8 +14,8 @@
     memory     the device's memory runs out: an error, and pools that keep their bits
     sanitizer  every variant of every kernel under the four tools of compute-sanitizer
 
-Each runs in processes of its own: what dies is found. `docs/reliability.md` is written from the
-newest lines of each device by `reliability_report.py`.
+Each runs in processes of its own, spread over all GPUs of the machine: what dies is found.
+`docs/reliability.md` is written from the newest lines of each device by `reliability_report.py`.
 """
 
 import argparse
@@ -33,9 +33,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpus
+
 FOLDER = Path(__file__).parent
 ROOT, RESULTS = FOLDER.parent, FOLDER / "results"
 PACKAGES = ("ejk", "jax", "triton", "jax-triton", "hypothesis")
+CORES = os.cpu_count() or 2
+WORKERS = max(2, CORES - 2)  # two are for what starts them, and for the driver's threads
 Result = dict[str, Any]
 
 
@@ -59,7 +63,7 @@ def fuzzed(printed: str) -> Result:
     """Read what `ejk check --json` prints."""
     found = json.loads(printed[printed.index("{") :])
     failures = [failure for row in found["results"] for failure in row["failures"]]
-    counts = {"examples": found["examples"], "refused": found["refused"]}
+    counts = {name: found[name] for name in ("examples", "programs", "refused")}
     for row in found["results"]:
         name = f"on {row['backend']}{', interpreted' * row['interpret']}"
         counts[name] = counts.get(name, 0) + row["examples"]
@@ -95,7 +99,7 @@ def bugs(printed: str) -> Result:
 
 def fuzz_jobs(device: str, tiny: bool, seconds: float) -> list[Job]:
     """One process a core: on a CPU every other one interprets the kernels."""
-    workers = 1 if tiny else max(2, min(12, (os.cpu_count() or 2) - 2))
+    workers = 1 if tiny else WORKERS
     seconds = 3 if tiny else seconds
     start = datetime.date.today().toordinal()  # other calls every day
     check = [sys.executable, "-m", "ejk", "check", "--json", "--seconds", str(seconds)]
@@ -108,6 +112,14 @@ def fuzz_jobs(device: str, tiny: bool, seconds: float) -> list[Job]:
     return [Job([*check, *kind], fuzzed) for kind in kinds]
 
 
+def hostile_jobs(device: str, tiny: bool) -> list[Job]:
+    """A process compiles one family of calls or a few, of which there are twelve."""
+    calls = ["60", "8"] if tiny else ["1000", "10000"] if device == "gpu" else []  # XLA's, Triton's
+    of = 1 if tiny else min(WORKERS, 12)
+    command = [sys.executable, "tests/hostile.py", *calls]
+    return [Job([*command, "--shard", f"{i}/{of}"], hostile) for i in range(of)]
+
+
 def repeats_jobs(device: str, tiny: bool) -> list[Job]:
     """A thousand calls of each variant; on a CPU of every fourth in XLA, and ten interpreted."""
     if tiny:
@@ -117,22 +129,21 @@ def repeats_jobs(device: str, tiny: bool) -> list[Job]:
             script("variants", "--repeats", "1000", "--xla", "--shard", "0/4"),
             script("variants", "--repeats", "10", "--shard", "1/4"),
         ]
-    of = max(1, (os.cpu_count() or 2) - 2)  # each compiles its share
-    return [script("variants", "--repeats", "1000", "--shard", f"{i}/{of}") for i in range(of)]
+    shards = [f"{i}/{WORKERS}" for i in range(WORKERS)]  # each compiles its share
+    return [script("variants", "--repeats", "1000", "--shard", shard) for shard in shards]
 
 
 def jobs(device: str, tiny: bool, fuzz_seconds: float, soak_seconds: float) -> dict[str, list[Job]]:
     """Return the processes of each part that this device can run."""
     small = ["--tiny"] if tiny or device == "cpu" else []
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", "1" if tiny else "auto", "-m", "fault"]
-    calls = ["60", "8"] if tiny else ["1000", "2000"] if device == "gpu" else []  # XLA's, Triton's
     steps = "3" if tiny else "200" if device == "gpu" else "50"  # a CPU has no command buffers
     chosen = ["tests/backends/test_copy_seeded_bugs.py", "-k", "xla"] if tiny else []
-    suite = [sys.executable, "-m", "pytest", "-q", "--gpu", "-n", str((os.cpu_count() or 2) - 1)]
+    suite = [sys.executable, "-m", "pytest", "-q", "--gpu", "-n", str(max(1, CORES - 1))]
     found = {
         "kernels": [Job([*suite, *["-k", "negative"] * tiny], kernels)],
         "fuzz": fuzz_jobs(device, tiny, fuzz_seconds),
-        "hostile": [Job([sys.executable, "tests/hostile.py", *calls], hostile)],
+        "hostile": hostile_jobs(device, tiny),
         "bugs": [Job([*pytest, *chosen], bugs)],
         "repeats": repeats_jobs(device, tiny),
         "soak": [script("soak", "--seconds", str(1 if tiny else soak_seconds), *small)],
@@ -147,11 +158,11 @@ def jobs(device: str, tiny: bool, fuzz_seconds: float, soak_seconds: float) -> d
     return found
 
 
-def run(job: Job) -> Result:
-    """Run a process; what it dies of is found."""
-    environment = {
+def run(job: Job, number: int = 0) -> Result:
+    """Run the `number`-th process of a part; what it dies of is found."""
+    environment = gpus.environment(number, gpus.visible()) | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # they share the device
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # they share the devices
     }
     try:
         done = subprocess.run(
@@ -224,7 +235,8 @@ def main() -> None:
     facts = {
         "device": device,
         "platform": kind,
-        "cores": os.cpu_count(),
+        "gpus": len(gpus.visible()) if kind == "gpu" else 0,
+        "cores": CORES,
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version()}
         | {name: found for name in PACKAGES if (found := version(name))},
@@ -239,7 +251,9 @@ def main() -> None:
     def whole(part: str) -> Result:
         begin = time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor(len(processes[part])) as pool:
-            result = merged([*pool.map(run, processes[part])])
+            first = parts.index(part)  # those that are one process share no GPU
+            numbers = range(first, first + len(processes[part]))
+            result = merged([*pool.map(run, processes[part], numbers)])
         return {"part": part} | result | {"seconds": round(time.perf_counter() - begin, 1)}
 
     with path.open("a") as file, concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:

@@ -46,6 +46,8 @@ def load() -> dict[str, dict[str, Line]]:
 def more(line: Line) -> list[str]:
     """Say what a line holds beside its counts."""
     said: list[str] = []
+    if line.get("gpus", 1) > 1:
+        said.append(f"on {line['gpus']} GPUs")
     if "buffers" in line and line["platform"] == "cpu":
         said.append("a CPU has no such buffers: two processes, the same bits")
     for way, buffers in line.get("buffers", {}).items():

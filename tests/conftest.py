@@ -6,9 +6,14 @@ import pathlib
 import random
 import sys
 
+import gpus
+
 if "--gpu" in sys.argv:
     os.environ["EJK_TEST_GPU"] = "1"  # workers of pytest-xdist inherit it
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share one GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share the GPUs
+if os.environ.get("EJK_TEST_GPU") and "PYTEST_XDIST_WORKER" in os.environ:
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.environ.update(gpus.environment(number, gpus.visible()))
 if not os.environ.get("EJK_TEST_GPU"):
     # A CPU lowers, interprets and compiles for everything; libtpu must not look for a TPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,6 +1,7 @@
 """Calls whose integers may be anything, of every operation: 10,000 of them in a run.
 
     python tests/hostile.py [calls on XLA] [calls on Triton] [calls on Pallas] [seed]
+    python tests/hostile.py --shard 0/4     every fourth family of calls of a backend
 
 Lengths, tables, slots, bounds, positions, groups, windows, offsets, sources and targets are drawn
 in every integer type: in range, next to it, at the ends of the type, and what narrows, wraps or
@@ -10,11 +11,11 @@ what a request does not see may be replaced, other requests' pages too, without 
 results changing. Sizes are fixed, so that one compilation serves all calls of a family.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import itertools
-import sys
 from collections.abc import Callable
 
 import jax
@@ -315,13 +316,14 @@ def check(name: str, backend, count: int, seed: int = 0) -> None:
             raise
 
 
-def check_all(kind: str, count: int, seed: int = 0, **fields) -> None:
+def check_all(kind: str, count: int, seed: int = 0, names=FAMILIES, **fields) -> None:
     """Check `count` calls on the backends `kind`, of `Xla`, `Triton` and `Pallas`; print how many.
 
     Interpreted Triton kernels are checked access by access: outside of an array, or of what another
     program stores.
     """
-    for name, (_, ending, share) in FAMILIES.items():
+    for name in names:
+        _, ending, share = FAMILIES[name]
         if not ending and kind != "Xla":
             continue
         backend = getattr(ejk, kind + ending)(**fields) if ending else None
@@ -331,13 +333,24 @@ def check_all(kind: str, count: int, seed: int = 0, **fields) -> None:
         print(f"{calls} calls of {name} on {kind.lower()}", flush=True)
 
 
-def main(on_xla: int = 10_000, on_triton: int = 100, on_pallas: int = 20, seed: int = 0) -> None:
-    check_all("Xla", on_xla, seed)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("on_xla", nargs="?", type=int, default=10_000, help="calls")
+    parser.add_argument("on_triton", nargs="?", type=int, default=100, help="calls")
+    parser.add_argument("on_pallas", nargs="?", type=int, default=20, help="calls, on a CPU")
+    parser.add_argument("seed", nargs="?", type=int, default=0)
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th, from the I-th")
+    args = parser.parse_args()
     is_cpu = jax.default_backend() == "cpu"
-    check_all("Triton", on_triton, seed + on_xla, **({"interpret": True} if is_cpu else {}))
+    fields = {"interpret": True} if is_cpu else {}
+    kinds = {"Xla": (args.on_xla, args.seed, {}), "Triton": (args.on_triton, args.seed, fields)}
     if is_cpu:
-        check_all("Pallas", on_pallas, seed, interpret=True)
+        kinds["Pallas"] = (args.on_pallas, args.seed, fields)
+    number, of = map(int, args.shard.split("/"))
+    for kind, name in [*itertools.product(kinds, FAMILIES)][number::of]:
+        count, seed, given = kinds[kind]
+        check_all(kind, count, seed + args.on_xla * (kind == "Triton"), [name], **given)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

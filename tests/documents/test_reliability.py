@@ -3,8 +3,10 @@
 import os
 import pathlib
 import re
+import subprocess
 import sys
 
+import gpus
 import planned
 import pytest
 
@@ -71,10 +73,11 @@ def test_rows_of_what_a_gpu_has_shown():
 
 
 def test_what_the_parts_print_is_read():
-    printed = '{"examples": 5, "refused": 1, "results": [{"backend": "xla", "interpret": false, '
-    printed += '"examples": 5, "failures": [{"said": "off by 2", "repro": "ejk repro x"}]}]}'
+    printed = '{"examples": 5, "programs": 2, "refused": 1, "results": [{"backend": "xla", '
+    printed += '"interpret": false, "examples": 5, "failures": [{"said": "off by 2", "repro": "ejk repro x"}]}]}'
     assert reliability.fuzzed(f"ejk 0.1\n{printed}") == {
-        "counts": {"examples": 5, "refused": 1, "on xla": 5}, "found": ["off by 2 ejk repro x"],
+        "counts": {"examples": 5, "programs": 2, "refused": 1, "on xla": 5},
+        "found": ["off by 2 ejk repro x"],
     }  # fmt: skip
     found = reliability.hostile("300 calls of write on xla\n20 calls of copy, int8 on triton\n")
     assert found["counts"] == {"calls": 320, "on xla": 300, "on triton": 20}
@@ -105,6 +108,45 @@ def test_a_process_that_dies_is_found():
         [said] = reliability.run(job(code))["found"]
         assert "ZeroDivisionError" in said
     assert "not done after 1 s" in reliability.run(job("while True: pass", 1))["found"][0]
+
+
+@pytest.mark.fast
+def test_each_process_has_a_gpu_of_its_own_and_sees_all(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-ab,7")
+    assert gpus.visible() == ["4", "GPU-ab", "7"]
+    orders = [gpus.environment(i, gpus.visible())["CUDA_VISIBLE_DEVICES"] for i in range(4)]
+    assert orders == ["4,GPU-ab,7", "GPU-ab,7,4", "7,4,GPU-ab", "4,GPU-ab,7"]
+    code = "import os; print(__import__('json').dumps({'counts': {}, 'found': "
+    code += "[os.environ['CUDA_VISIBLE_DEVICES']]}))"
+    job = reliability.Job([sys.executable, "-c", code], reliability.last_line)
+    assert reliability.run(job, 1)["found"] == orders[1:2]
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert gpus.environment(1, gpus.visible()) == {}
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpus.glob, "glob", lambda pattern: ["/dev/nvidia3", "/dev/nvidia5"])
+    assert gpus.visible() == ["0", "1"]  # CUDA counts those that are here
+    monkeypatch.setattr(gpus.glob, "glob", lambda pattern: [])
+    assert gpus.visible() == []
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!{sys.executable}\nprint('GPU 0: H200\\n  MIG 1g\\nGPU 1: H200')\n")
+    tool.chmod(0o755)
+    assert gpus.visible() == ["0", "1"]
+
+
+@pytest.mark.parametrize(("worker", "first"), [("gw0", "0"), ("gw3", "1"), (None, "0")])
+def test_workers_of_the_tests_take_gpus_in_turn(worker, first):
+    """In a process of its own: before JAX is imported `conftest.py` chooses."""
+    environment = os.environ | {"EJK_TEST_GPU": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT / "benchmarks")))}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    environment |= {"PYTEST_XDIST_WORKER": worker} if worker else {}
+    code = "import conftest, os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1].split(",")[0] == first
 
 
 REPORT = """========= Invalid __global__ read of size 2 bytes
