@@ -10,6 +10,7 @@ for an update. Each way runs in a process of its own, under the same flags but o
 """
 
 import argparse
+import concurrent.futures
 import functools
 import glob
 import hashlib
@@ -139,6 +140,7 @@ def child(flags: str, arguments: list[str]) -> dict[str, Any]:
         environment = {
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled is to be dumped
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # both ways share the device
         }
         done = subprocess.run(
             [sys.executable, __file__, "--child", *arguments],
@@ -169,7 +171,10 @@ def main() -> None:
         print(json.dumps(run(args.steps, args.tiny)))
         return
     arguments = ["--steps", str(args.steps), *["--tiny"] * args.tiny]
-    with_buffers, without = (child(flags, arguments) for flags in (BUFFERS, NO_BUFFERS))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with_buffers, without = pool.map(
+            lambda flags: child(flags, arguments), (BUFFERS, NO_BUFFERS)
+        )
     failed = [x["failed"] for x in (with_buffers, without) if "failed" in x]
     found = failed or [
         f"step {number}: other bits with command buffers"

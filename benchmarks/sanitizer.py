@@ -1,10 +1,11 @@
 """Runs every variant of every kernel under the tools of NVIDIA's compute-sanitizer.
 
-    python benchmarks/sanitizer.py                      all four tools, three processes each
+    python benchmarks/sanitizer.py                      all four tools, over all cores and GPUs
     python benchmarks/sanitizer.py --tools racecheck --only "ragged on Hopper"
 
-Every array is an allocation of its own, so that a byte past its end is nobody's. What the tools do
-not see is told in `docs/reliability.md`.
+Every array is an allocation of its own, so that a byte past its end is nobody's. The variants are
+run without a tool first: what that compiles the tools' processes load. What the tools do not see is
+told in `docs/reliability.md`.
 """
 
 import argparse
@@ -19,7 +20,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpus
+
 FOLDER = Path(__file__).parent
+CACHE = FOLDER.parent / ".pytest_cache" / "reliability"
+CORES = max(2, (os.cpu_count() or 2) - 2)
 TOOLS = {
     "memcheck": ("--padding", "512", "--report-api-errors", "no"),
     "racecheck": ("--racecheck-report", "all"),
@@ -49,11 +54,29 @@ def read(output: str) -> tuple[int, dict[str, int]]:
     return sum(map(int, summaries)), dict(collections.Counter(WHERE.findall(output)))
 
 
-def run(tool: str, shard: str, only: list[str], keep: Path | None) -> dict[str, Any]:
-    """Run a shard of the variants under a tool."""
-    variants = [sys.executable, str(FOLDER / "variants.py"), "--shard", shard, "--only", *only]
-    command = ["compute-sanitizer", "--tool", tool, *TOOLS[tool], *variants]
+def variants(shard: str, only: list[str]) -> list[str]:
+    return [sys.executable, str(FOLDER / "variants.py"), "--shard", shard, "--only", *only]
+
+
+def compile_all(only: list[str]) -> None:
+    """Run the variants over all cores; what fails here fails under the tools, which tell of it."""
+
+    def one(i: int) -> None:
+        environment = os.environ | gpus.environment(i, gpus.visible())
+        command = variants(f"{i}/{CORES}", only)
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
+        [*pool.map(one, range(CORES))]
+
+
+def run(
+    tool: str, shard: str, only: list[str], keep: Path | None, number: int = 0
+) -> dict[str, Any]:
+    """Run a shard of the variants under a tool, as the `number`-th process."""
+    command = ["compute-sanitizer", "--tool", tool, *TOOLS[tool], *variants(shard, only)]
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+    environment |= gpus.environment(number, gpus.visible())
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     output = done.stdout + done.stderr
     if keep:
@@ -69,21 +92,26 @@ def run(tool: str, shard: str, only: list[str], keep: Path | None) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tools", nargs="+", default=[*TOOLS], choices=TOOLS)
-    parser.add_argument("--shards", type=int, default=3, help="processes of each tool")
+    parser.add_argument("--shards", type=int, help="processes of each tool; of all one a core")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="of the names")
     parser.add_argument("--keep", type=Path, help="a folder for what the tools print")
     args = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         print(json.dumps({"counts": {}, "found": [], "missing": MISSING}))
         return
+    shards = args.shards or max(1, CORES // len(args.tools))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    compile_all(args.only)
     counts: dict[str, int] = {}
     found: list[str] = []
     others: collections.Counter[str] = collections.Counter()
-    with concurrent.futures.ThreadPoolExecutor(args.shards * len(args.tools)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(shards * len(args.tools)) as pool:
         runs = {
-            (tool, i): pool.submit(run, tool, f"{i}/{args.shards}", args.only, args.keep)
+            (tool, i): pool.submit(run, tool, f"{i}/{shards}", args.only, args.keep, i)
             for tool in args.tools
-            for i in range(args.shards)
+            for i in range(shards)
         }
         for (tool, i), future in runs.items():
             result = future.result()

@@ -74,7 +74,8 @@ def test_rows_of_what_a_gpu_has_shown():
 
 def test_what_the_parts_print_is_read():
     printed = '{"examples": 5, "programs": 2, "refused": 1, "results": [{"backend": "xla", '
-    printed += '"interpret": false, "examples": 5, "failures": [{"said": "off by 2", "repro": "ejk repro x"}]}]}'
+    printed += '"interpret": false, "examples": 5, "failures": [{"said": "off by 2", '
+    printed += '"repro": "ejk repro x"}]}]}'
     assert reliability.fuzzed(f"ejk 0.1\n{printed}") == {
         "counts": {"examples": 5, "programs": 2, "refused": 1, "on xla": 5},
         "found": ["off by 2 ejk repro x"],
