@@ -144,12 +144,16 @@ def attend(
     out = np.zeros((num_rows, num_heads, values_of.shape[3]), np.float64)
     lse = np.full((num_rows, num_heads), -np.inf)
     for r, (s, seen) in rows.items():
+        keys: list[Array] = []
+        values: list[Array] = []
         for h in range(num_heads):
+            if h % group == 0:  # the heads of a group read the same
+                where = block_tables[s], seen[:, 0].tolist(), h // group, cache_layout
+                keys, values = (_tokens(pool, *where) for pool in (key_cache, values_of))
+            q = query[r, h].astype(np.float64)
             logits: list[float] = []
-            values: list[Array] = []
-            for j, distance in seen.tolist():
-                k = token(key_cache, block_tables[s], j, h // group, cache_layout)
-                logit = scale * np.dot(query[r, h].astype(np.float64), k)
+            for k, distance in zip(keys, seen[:, 1].tolist()):
+                logit = scale * np.dot(q, k)
                 if attn_logits_soft_cap is not None:
                     logit = attn_logits_soft_cap * math.tanh(logit / attn_logits_soft_cap)
                 if alibi_slopes is not None:
@@ -157,7 +161,6 @@ def attend(
                 if abs(logit) >= FLOAT32_END:
                     logit = math.copysign(np.inf, logit)
                 logits.append(logit)
-                values.append(token(values_of, block_tables[s], j, h // group, cache_layout))
             sink = -np.inf if sinks is None else float(sinks[h])
             lse[r, h] = log_sum_exp([*logits, sink])
             if np.isnan(lse[r, h]):
@@ -165,6 +168,12 @@ def attend(
             for logit, v in zip(logits, values):
                 out[r, h] += math.exp(logit - lse[r, h]) * v
     return out, lse
+
+
+def _tokens(
+    pool: Array, table: Array, positions: Iterable[int], kv_head: int, cache_layout: str
+) -> list[Array]:
+    return [token(pool, table, j, kv_head, cache_layout) for j in positions]
 
 
 def visible_positions(
