@@ -1,5 +1,6 @@
 """`ejk check` and `ejk repro`: a planted fault is found, made small, and repeated by its line."""
 
+import collections
 import json
 import os
 import re
@@ -8,11 +9,14 @@ import signal
 import subprocess
 import sys
 
+import hypothesis
 import pytest
 from command import run
 
-from ejk.testing import recipes
+import ejk
+from ejk.testing import drawn_recipes, fuzzer, recipes
 from ejk.testing.case import OPERATIONS
+from ejk.testing.verdicts import Verdict, backends_of
 
 COPY = {
     "operation": "copy_kv_pages",
@@ -57,6 +61,67 @@ def test_a_lost_device_ends_the_run_with_the_call_that_lost_it():
     assert "CUDA_ERROR_ILLEGAL_ADDRESS" in said
 
 
+class Clock:
+    """Time that passes by calls alone: eight seconds for a program's first, one for another."""
+
+    def __init__(self, outcome):
+        self.now, self.calls, self.outcome = 0.0, collections.Counter(), outcome
+
+    def monotonic(self):
+        return self.now
+
+    def judge(self, recipe, backend):
+        self.calls[recipe.program] += 1
+        self.now += 8 if self.calls[recipe.program] == 1 else 1
+        return Verdict(self.outcome, "why")
+
+
+@pytest.mark.parametrize(("outcome", "most"), [("agrees", 9), ("refused", 1)])
+@pytest.mark.parametrize("operation", ["page_attention", "copy_kv_slots"])
+def test_calls_of_a_program_take_as_long_as_its_first_and_of_a_refused_one_there_is_one(
+    operation, outcome, most, monkeypatch
+):
+    clock = Clock(outcome)
+    monkeypatch.setattr(fuzzer, "time", clock)
+    monkeypatch.setattr(fuzzer, "judge", clock.judge)
+    backend = backends_of(operation)["xla"]
+    tally = fuzzer.Tally(operation, backend, ["plain", "jit"])
+    for seed in range(3):
+        fuzzer.hunt(tally, seed, 1e9)
+    counts = list(clock.calls.values())
+    # Of each draw of the same program the first three, however long they take.
+    assert most <= max(counts) <= most + (fuzzer.FEW if most > 1 else 0) * 3
+    assert counts.count(most) >= 3
+    if outcome == "agrees":
+        assert len(tally.programs) == len(counts) and tally.examples == sum(counts)
+    else:
+        assert not tally.programs and tally.refused == {"why": len(counts)}
+
+
+@pytest.mark.parametrize("operation", ["page_attention", "ragged_page_attention"])
+def test_most_calls_that_are_drawn_fit_what_a_backend_declares(operation):
+    """Of a kernel of Hopper too, which takes few of all calls."""
+    classes = {"page_attention": ejk.MosaicGpuPageAttention}
+    kernel = classes.get(operation, ejk.MosaicGpuRaggedPageAttention)
+    backend = kernel(compute_capability=90, num_sms=132)
+    fit: collections.Counter[bool] = collections.Counter()
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(max_examples=60, database=None, phases=[hypothesis.Phase.generate],
+                         suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+    @hypothesis.given(drawn_recipes.recipes(operation, backend, ("plain",)))
+    def draw(drawn):
+        case = recipes.build_case(operation, drawn[0].call)
+        report = ejk.backend_report(
+            *case.arguments(), operation=getattr(ejk, operation), platform="cuda",
+            backend=backend, **case.keywords(backend),
+        )  # fmt: skip
+        fit[not report.refusals.get(backend.name)] += 1
+
+    draw()
+    assert fit[True] > 2 * fit[False], fit
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a signal takes the process")
 def test_a_crash_leaves_the_line_of_its_call(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -91,7 +156,7 @@ def test_a_fault_of_attention_shrinks_to_one_token():
 @pytest.mark.parametrize("backends", ["xla", "triton --interpret"])
 def test_all_operations_agree_for_two_seconds(backends):
     said = json.loads(run(f"check --seconds 2 --seed 1 --json --backend {backends}"))
-    assert said["failures"] == 0 and said["examples"] > 0
+    assert said["failures"] == 0 and said["examples"] >= said["programs"] > 0
     assert {row["operation"] for row in said["results"]} == set(OPERATIONS)
 
 
