@@ -67,7 +67,7 @@ def compile_all(only: list[str]) -> None:
         subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
-        [*pool.map(one, range(CORES))]
+        list(pool.map(one, range(CORES)))
 
 
 def run(
