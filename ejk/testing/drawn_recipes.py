@@ -91,12 +91,7 @@ def _attention(draw: Any, operation: str, backend: Any) -> Any:
     width = shape.get("value_head_dim", shape["head_dim"])
     same_width = width == shape["head_dim"] and not shape.get("latent")
     plain = draw(st.booleans())  # what every backend takes, if it takes the shape
-    caches = [
-        (dtype, cache, scales)
-        for dtype, cache, scales in (_PLAIN if plain else [*_PLAIN, *CACHES])
-        if declares(*_cache_features(dtype, cache, scales))
-        and not (fits and hopper and (dtype == F32 or (dtype, scales) == (F16, "token")))
-    ]
+    caches = _caches(_PLAIN if plain else [*_PLAIN, *CACHES], declares, fits and hopper)
     dtype, cache, scales = draw(st.sampled_from(caches))
     if cache == INT4 and (shape["head_dim"] % 2 or width % 2):
         dtype, cache, scales = caches[0]
@@ -145,6 +140,16 @@ def _attention(draw: Any, operation: str, backend: Any) -> Any:
         program["cu_dtype"] = draw(st.sampled_from(_names(total)))
         values["cu_q_lens"] = _cuts(num_seqs, total, np.iinfo(program["cu_dtype"]))
     return program, st.fixed_dictionaries(values), 2 * num_seqs + 6
+
+
+def _caches(among: Any, declares: Any, hopper: bool) -> Any:
+    """Leave out the types that a backend does not declare, or for `hopper` its kernels refuse."""
+    return [
+        (dtype, cache, scales)
+        for dtype, cache, scales in among
+        if declares(*_cache_features(dtype, cache, scales))
+        and not (hopper and (dtype == F32 or (dtype, scales) == (F16, "token")))
+    ]
 
 
 def _cache_features(dtype: Any, cache: Any, scales: Any) -> Any:
