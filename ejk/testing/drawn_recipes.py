@@ -97,13 +97,12 @@ def _attention(draw: Any, operation: str, backend: Any) -> Any:
         dtype, cache, scales = caches[0]
     layouts = [x for x in (*LAYOUTS, "INTERLEAVED") if declares(f'cache_layout="{x}"')]
     layout = draw(st.sampled_from(layouts if same_width else [x for x in layouts if x in LAYOUTS]))
-    features = [x for x in FEATURES if x == "attn_scale" or declares(x)]
     traced = draw(st.booleans())
     program: dict[str, Any] = {
         "shape": shape,
         "dtype": dtype.name,
         "cache_layout": layout,
-        "features": [] if plain else draw(st.lists(st.sampled_from(features), unique=True)),
+        "features": draw(_some(FEATURES, declares, plain)),
         "num_splits": 0 if is_ragged else draw(st.sampled_from((0, 1, 2, 3, 7))),
         "cache_dtype": cache and cache.name,
         "scales": scales,
@@ -132,14 +131,18 @@ def _attention(draw: Any, operation: str, backend: Any) -> Any:
         else st.just(draw(st.sampled_from(windows))),
     }
     if is_ragged:
-        extras = [] if plain else [x for x in EXTRAS if declares(x)]
-        few = st.lists(st.sampled_from(extras), unique=True) if extras else st.just([])
-        program |= {"total": total, "extras": draw(few)}
+        program |= {"total": total, "extras": draw(_some(EXTRAS, declares, plain))}
         causal = plain or "tree_mask" in program["extras"] or not declares("causal=False")
         program["causal"] = causal or draw(st.sampled_from((True, False)))
         program["cu_dtype"] = draw(st.sampled_from(_names(total)))
         values["cu_q_lens"] = _cuts(num_seqs, total, np.iinfo(program["cu_dtype"]))
     return program, st.fixed_dictionaries(values), 2 * num_seqs + 6
+
+
+def _some(names: Any, declares: Any, plain: bool) -> Any:
+    """Draw some of the optional arguments; every backend takes a scale, and declares none."""
+    known = [x for x in names if not plain and (x == "attn_scale" or declares(x))]
+    return st.lists(st.sampled_from(known), unique=True) if known else st.just([])
 
 
 def _caches(among: Any, declares: Any, hopper: bool) -> Any:
