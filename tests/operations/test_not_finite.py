@@ -173,6 +173,36 @@ def test_such_a_sink_does_so_where_static_facts_answer(sink, pages):
         np.testing.assert_array_equal(lse[:, 1:3], np.broadcast_to([-np.inf, 0], (9, 2)))
 
 
+def head_scales(**changes):
+    """Make a configuration of int8 with a scale per KV head."""
+    return config(cache_dtype=np.dtype(np.int8), scales="head", **changes)
+
+
+@edge
+@pytest.mark.parametrize("features", [(), ("sinks",)], ids=["", "sinks"])
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_a_scale_of_values_reaches_no_row_that_sees_nothing(entry, scale, features):
+    """Of length 0, or with invalid pages alone: the result is zero whatever the scale is."""
+    case = build(head_scales(features=frozenset(features)), LENGTHS, seed=1)
+    tables = case.block_tables.copy()
+    tables[3] = -1
+    scales = case.scales[0], np.array([scale, 0.5], np.float32)
+    case = case.replace(block_tables=tables, scales=scales)
+    out, lse = entry(case)
+    assert not out[[0, 3]].any() and not np.isfinite(out[1, :2]).any()
+    if np.isnan(scale):
+        assert_close(case, out, lse)
+
+
+@ragged_edge
+def test_a_scale_of_values_reaches_no_new_token_that_sees_nothing(entry):
+    case = build_ragged(head_scales(features=frozenset({"sinks"})), LENGTHS, BOUNDS, seed=1)
+    case = case.replace(scales=(case.scales[0], np.array([np.nan, 0.5], np.float32)))
+    out, lse = entry(case)
+    assert not out[[0, 1, 2]].any() and np.isnan(out[4, :2]).all()
+    assert_close(case, out, lse)
+
+
 FLOAT16 = np.dtype(np.float16)
 HALF = 0.5 + 2.0**-12 * 1.02  # just above the middle of two float16: its weights are rounded up
 

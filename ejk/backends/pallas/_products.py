@@ -41,6 +41,12 @@ def merge(a: State, b: State) -> State:
     return State(m, a.l * alpha + b.l * beta, acc)
 
 
+def scale_of_values(scale: jax.Array, state: State, initial: State) -> jax.Array:
+    """Return what scales a result, `[rows, 1]`: where no token was seen a scale may be NaN."""
+    saw_none = (state.m == initial.m) & (state.l == initial.l)
+    return jnp.where(saw_none[:, :1] & ~(jnp.abs(scale) < jnp.inf), 0.0, scale)
+
+
 def across(x: jax.Array, width: int) -> jax.Array:
     """Return `x [rows, 1]`, or `[rows, 128]` with all lanes the same, as wide as `width`."""
     if x.shape[1] == 1:

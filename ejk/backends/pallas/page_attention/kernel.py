@@ -36,7 +36,15 @@ from jax.experimental import pallas as pl
 
 from ejk.backends.pallas._codes import any_nan, nan_bits, scaled, token_scales
 from ejk.backends.pallas._paging import Paging, divide_up, other_slot
-from ejk.backends.pallas._products import State, across, heads_of, merge, product, weight_of_sink
+from ejk.backends.pallas._products import (
+    State,
+    across,
+    heads_of,
+    merge,
+    product,
+    scale_of_values,
+    weight_of_sink,
+)
 from ejk.backends.pallas._tiles import LANES
 from ejk.backends.pallas.page_attention.sizes import Sizes
 
@@ -163,7 +171,7 @@ def page_attention_kernel(
         l = jnp.where(saw_any, state.l, 1.0)
         out = state.acc / across(l, problem.value_head_dim)
         if value_scale_ref is not None:
-            out = out * value_scale_ref[0]
+            out = out * scale_of_values(value_scale_ref[0], state, initial)
         out = out.astype(problem.out_dtype)
         lse = None
         if lse_ref is not None:

@@ -29,7 +29,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ejk.backends.pallas._codes import scaled, token_scales
 from ejk.backends.pallas._paging import Paging, divide, other_slot
-from ejk.backends.pallas._products import State, across, heads_of, product, weight_of_sink
+from ejk.backends.pallas._products import (
+    State,
+    across,
+    heads_of,
+    product,
+    scale_of_values,
+    weight_of_sink,
+)
 from ejk.backends.pallas._tiles import LANES
 from ejk.backends.pallas.ragged_page_attention.sizes import RaggedSizes
 
@@ -108,12 +115,14 @@ def ragged_page_attention_kernel(
     pl.when(step == 0)(paging.start_chain)
 
     # Load once: the state starts from the sink, or from nothing.
-    for part in range(parts):
+    def initial(part):
         m = jnp.full((rows, LANES), -jnp.inf)
         if sinks_ref is not None:
             m = across(sinks_ref[part], LANES)
-        m_ref[part], l_ref[part] = m, weight_of_sink(m)
-        acc_ref[part] = jnp.zeros(acc_ref.shape[1:])
+        return State(m, weight_of_sink(m), jnp.zeros(acc_ref.shape[1:]))
+
+    for part in range(parts):
+        m_ref[part], l_ref[part], acc_ref[part] = initial(part)
     # [rows, 1]: which of the item's tokens each row is of, its place in the context, its position.
     token = tokens_of_rows(sizes)
     place = firsts_ref[item] + token
@@ -221,7 +230,7 @@ def ragged_page_attention_kernel(
         l = jnp.where(saw_any, state.l, 1.0)
         out = state.acc / across(l, problem.value_head_dim)
         if value_scale_ref is not None:
-            out = out * value_scale_ref[part]
+            out = out * scale_of_values(value_scale_ref[part], state, initial(part))
         out = out.astype(problem.out_dtype)
         lse = jnp.where(saw_any, state.m + jnp.log(l), -jnp.inf)
         for i in range(sizes.heads_at_once):
