@@ -143,11 +143,15 @@ def test_tables_above_2_31_entries(on_numpy, num_splits):
 
 
 def repeated_page(
-    page_size, max_blocks=1, num_seqs=1, num_kv_heads=1, head_dim=1, value_head_dim=1, fused=False
-):
+    page_size, max_blocks=1, num_seqs=1, num_kv_heads=1, head_dim=1, value_head_dim=1, fused=False,
+    layout="NHD",
+):  # fmt: skip
     """Make a call on one page of zeros but for its last values, which are 2, again and again."""
     query = np.ones((num_seqs, num_kv_heads, head_dim), F16)
-    if fused:
+    if layout == "INTERLEAVED":
+        keys, values = sparse((1, page_size, 2 * num_kv_heads, head_dim)), None
+        keys[0, -300:, 1::2] = 2
+    elif fused:
         keys, values = sparse((1, 2, page_size, num_kv_heads, head_dim)), None
         keys[0, 1, -300:] = 2
     else:
@@ -155,7 +159,7 @@ def repeated_page(
         values = sparse((1, page_size, num_kv_heads, value_head_dim))
         values[0, -300:] = 2
     lens = np.full(num_seqs, page_size * max_blocks, I32)
-    return query, keys, values, lens, np.zeros((num_seqs, max_blocks), I32), "NHD"
+    return query, keys, values, lens, np.zeros((num_seqs, max_blocks), I32), layout
 
 
 MOST = {"page_size": 2**16, "max_blocks": MAX_CAPACITY // 2**16}
@@ -175,6 +179,7 @@ LARGE_PAGE = {"page_size": 2**20, "num_kv_heads": 8, "head_dim": 128}
         ({"page_size": 2**22 - 2, "value_head_dim": 512}, {}),
         (LARGE_PAGE | {"fused": True}, {}),
         ({"page_size": 2**22 - 2, "head_dim": 512, "fused": True}, {}),
+        ({"page_size": 2**21 - 2, "head_dim": 512, "layout": "INTERLEAVED"}, {}),
     ],
     ids=str,
 )
@@ -223,6 +228,11 @@ TOO_MANY = f"must be at most {MAX_CAPACITY}: positions past the last token are 3
             {"page_size": 2**22, "head_dim": 512, "fused": True},
             {},
             f"a page of page_size={2**22} has 2**31 elements or more",
+        ),
+        (
+            {"page_size": 2**21, "head_dim": 512, "layout": "INTERLEAVED"},
+            {},
+            f"a page of page_size={2**21} has 2**31 elements or more",
         ),
         (
             LARGE_PAGE | {"head_dim": 256},

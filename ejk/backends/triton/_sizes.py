@@ -294,6 +294,7 @@ def size_refusals(problem: PagedProblem) -> list[str]:
             "positions past the last token are 32-bit, too"
         )
     head_dim = max(problem.head_dim, problem.value_head_dim)
-    if problem.page_size * problem.num_kv_heads * head_dim >= 2**31:
+    heads = problem.num_kv_heads * problem.layout.heads_of_head
+    if problem.page_size * heads * head_dim >= 2**31:
         reasons.append(f"a page of page_size={problem.page_size} has 2**31 elements or more")
     return reasons
