@@ -92,6 +92,11 @@ def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
             + _other_layouts(key_cache, num_heads, given.value_cache is not None)
         )
     check_width(key_cache, head_dim, "the query's")
+    if exceeds(num_pages, 2**31 - 1):
+        raise ValueError(
+            f"num_pages={num_pages} must be below 2**31: ids of pages are 32-bit "
+            f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
+        )
     _check_axes(given, num_seqs, page_size)
     return PagedFacts(
         num_seqs=num_seqs,

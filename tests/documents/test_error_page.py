@@ -76,9 +76,9 @@ def missing(call, *names):
     return call.func(**{n: x for n, x in call.keywords.items() if n not in names})
 
 
-def wide(*shape):
+def wide(*shape, dtype=INT):
     """An array of one element, seen often: checks are on shapes alone."""
-    return np.broadcast_to(np.int32(0), shape)
+    return np.broadcast_to(dtype(0), shape)
 
 
 class Foreign:
@@ -205,6 +205,7 @@ MISTAKES = {
     "sinks or slopes of 64 bits": decode(sinks=zeros(4, dtype=np.float64)),
     "sinks or slopes of another length": decode(sinks=zeros(3)),
     "2^31 positions or more": decode(block_tables=wide(2, 2**27)),
+    "2^31 pages or more": decode(pool=wide(2**31, 2, 16, 64, dtype=np.float32)),
     "a backend that nobody has": decode(backend="cudnn"),
     "groups that are no pair": decode(prefix_groups=LENS),
     "groups of other sequences": decode(prefix_groups=(zeros(3, dtype=INT), LENS)),

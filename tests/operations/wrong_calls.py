@@ -249,6 +249,10 @@ DECODE_VALUES = {
         {"block_tables": np.broadcast_to(np.int32(0), (2, 2**27))},
         "max_blocks * page_size=2147483648 must be below 2**31",
     ),
+    "pages of 64 bits": (
+        {"pool": np.broadcast_to(np.float32(0), (2**31, KV_HEADS, PAGE, HEAD_DIM))},
+        "num_pages=2147483648 must be below 2**31: ids of pages are 32-bit",
+    ),
 }
 
 RAGGED_KINDS = {
