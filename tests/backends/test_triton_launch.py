@@ -9,6 +9,7 @@ import hypothesis
 import jax.numpy as jnp
 import pytest
 from hypothesis import strategies as st
+from test_ragged_triton_compile import MIXED
 from test_triton_compile import LLAMA, gpu_of
 
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
@@ -16,6 +17,8 @@ from ejk.backends.triton._sizes import GRANULE, programs_per_piece, widths
 from ejk.backends.triton.page_attention.blocks import ONE_CONTEXT, Tuning
 from ejk.backends.triton.page_attention.sizes import COMBINE_PER_SM, Sizes
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell
+from ejk.backends.triton.ragged_page_attention.blocks import RaggedTuning
+from ejk.backends.triton.ragged_page_attention.sizes import RaggedSizes
 
 pytestmark = pytest.mark.fast
 
@@ -46,6 +49,23 @@ def test_every_head_dimension_and_group_fits_by_rule(target, dtype, num_seqs):
             blocks = Sizes.of(asked, Tuning(), target, tuned={}).blocks
             assert blocks.shared_memory <= target.shared_memory
             assert widths(asked)[0] >= head_dim and blocks.block_kv >= 16
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.compute_capability))
+@pytest.mark.parametrize("cache", ["int8", "uint8", "float8_e4m3fn", "bfloat16", "float32"])
+@pytest.mark.parametrize("query", ["bfloat16", "float32"])
+def test_blocks_and_warps_are_powers_of_two_whatever_is_converted(target, cache, query):
+    """Triton takes no others; head dimensions above 128 may be in two parts, 192 as 128 and 64."""
+    types = {"query_dtype": jnp.dtype(query), "cache_dtype": jnp.dtype(cache), "scales": "token"}
+    for head_dim in (2, 34, 80, 130, 144, 160, 192, 256, 272, 320, 384, 512):
+        for group in (1, 8, 64):
+            facts = {"num_heads": 8 * group, "head_dim": head_dim, "value_head_dim": head_dim}
+            decode = dataclasses.replace(LLAMA, **facts, **types)
+            ragged = dataclasses.replace(MIXED, **facts, **types)
+            blocks = [Sizes.of(decode, Tuning(), target).blocks]
+            for taken in (*blocks, *RaggedSizes.of(ragged, RaggedTuning(), target).kinds):
+                for number in (taken.block_kv, taken.num_warps):
+                    assert number & (number - 1) == 0, (head_dim, group, taken)
 
 
 # Multiprocessors as their makers count them (NVIDIA's architecture papers).

@@ -1,10 +1,12 @@
 """Edges that are tried every time, on every backend: lengths, windows, invalid pages, dtypes."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from edges import LENGTHS, config
-from entries import edge
+from edges import LENGTHS, SMALL, config
+from entries import BF16, F32, edge
 
 import ejk
 from ejk.testing.bounds import assert_close
@@ -151,6 +153,16 @@ def test_empty_arrays_are_answered_from_static_facts(entry, sizes, fused):
         assert out.shape == (shape["num_seqs"], 4, 128) and not out.any()
         expected = np.full(4, -np.inf) if given is None else given
         np.testing.assert_array_equal(lse, np.broadcast_to(expected, (shape["num_seqs"], 4)))
+
+
+@edge
+@pytest.mark.parametrize("head_dim", [144, 192])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_codes_of_head_dimensions_that_are_no_power_of_two(entry, head_dim, dtype):
+    shape = dataclasses.replace(SMALL, head_dim=head_dim)
+    codes = config(shape=shape, dtype=dtype, cache_dtype=np.dtype(np.int8), scales="token")
+    case = build(codes, LENGTHS)
+    assert_close(case, *entry(case))
 
 
 @edge

@@ -12,6 +12,7 @@ from ejk.backends.page_attention import PagedProblem
 from ejk.backends.triton._sizes import (
     QUANTISED_ROWS,
     block_group,
+    power_of_two,
     product_dtype,
     programs_per_sm,
     quantised_per_sm,
@@ -239,6 +240,7 @@ def _of_converted(
     token 128, 2, 3: 75.0 and 64, 2, 3: 84.0; of 256 entries, e4m3 32, 4, 3: 141.5 and 64, 4, 3:
     182.1; latent e4m3, 16 heads, 64, 8, 3: 70.3 and 64, 8, 2: 75.8.
     """
+    wide = power_of_two(wide)  # as blocks and warps must be: 192 entries are in two parts
     if product_dtype(problem) == jnp.float32:
         thirds = is_decode and in_thirds(problem, target)
         if wide == 128 and thirds and not problem.cache_type.is_quantised:
