@@ -93,11 +93,6 @@ def codes_of(x: jax.Array, cache_type: CacheType) -> jax.Array:
     return (both ^ 8).astype(jnp.int8) - 8
 
 
-def dequantise(x: jax.Array, cache_type: CacheType) -> jax.Array:
-    """Return the codes of `x` as float32, without their scales."""
-    return codes_of(x, cache_type).astype(jnp.float32)
-
-
 def scales_of(rows: jax.Array, cache_type: CacheType) -> jax.Array:
     """Return the scale that each row of `rows [..., width]`, float32, is written with.
 

@@ -14,7 +14,7 @@ from test_ragged_triton_compile import MIXED
 from test_triton_compile import LLAMA, gpu_of
 
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
-from ejk.backends.triton._sizes import GRANULE, programs_per_piece, widths
+from ejk.backends.triton._sizes import GRANULE, block_group, widths
 from ejk.backends.triton.page_attention.blocks import ONE_CONTEXT, Tuning
 from ejk.backends.triton.page_attention.sizes import COMBINE_PER_SM, Sizes
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell
@@ -95,7 +95,7 @@ def test_a_gpu_that_nobody_tuned_for_is_filled_and_not_flooded(
     asked = dataclasses.replace(asked, num_kv_heads=num_kv_heads, num_heads=group * num_kv_heads)
     sizes = Sizes.of(asked, Tuning(), gpu)
     assert sizes.blocks.shared_memory <= gpu.shared_memory
-    each = programs_per_piece(num_kv_heads, group, head_dim)
+    each = num_kv_heads * -(-group // block_group(group, head_dim, None))
     assert sizes.grid(asked) >= num_seqs * each
     # No more parts than make the longest shorter: if that is four blocks or more, 4 in 5.
     if asked.visible_bound * num_seqs * each >= 8 * GRANULE * gpu.num_sms:

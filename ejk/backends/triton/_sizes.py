@@ -94,7 +94,7 @@ def rows_of_one_tile(is_same_tile: bool, target: Target) -> int | None:
     return 64 if target.compute_capability in (90, None) else 32  # None: interpreted
 
 
-def block_group(group: int, value_head_dim: int, most_rows: int | None = None) -> int:
+def block_group(group: int, value_head_dim: int, most_rows: int | None) -> int:
     """Return how many of a group's query heads one program takes.
 
     A row of the product costs registers for its weighted values: 16 rows of 512 floats are 64
@@ -103,13 +103,6 @@ def block_group(group: int, value_head_dim: int, most_rows: int | None = None) -
     if most_rows is None:
         most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(two_parts(value_head_dim)))))
     return min(max(16, power_of_two(group)), most_rows)
-
-
-def programs_per_piece(
-    num_kv_heads: int, group: int, value_head_dim: int, most_rows: int | None = None
-) -> int:
-    """Return how many programs attend to one piece of a context."""
-    return num_kv_heads * -(-group // block_group(group, value_head_dim, most_rows))
 
 
 def programs_per_sm(

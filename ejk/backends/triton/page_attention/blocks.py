@@ -150,7 +150,7 @@ def choose_blocks(
 
 
 def choose_pack_blocks(
-    problem: PagedProblem, rows: int, target: Target, tuned: dict[Cell, Pipeline] = TUNED
+    problem: PagedProblem, rows: int, target: Target, tuned: dict[Cell, Pipeline]
 ) -> DecodeBlocks:
     """Choose the blocks of packs, whose products have so many rows: of few those of sequences.
 
