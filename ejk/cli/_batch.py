@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ejk._cache_types import CACHE_DTYPES, CacheType, cache_type_of
 from ejk._nearest import did_you_mean
 from ejk._page_attention import page_attention
 from ejk._ragged_page_attention import ragged_page_attention
@@ -20,7 +21,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "write": write_kv_cache,
 }
 FLOATS = ("bfloat16", "float16", "float32")
-CACHES = (*FLOATS, "int8", "float8_e4m3fn", "float8_e5m2")
+# As `ejk.empty_kv_cache` names them: uint8 is what int4 is held as.
+CACHES = {"int4" if name == "uint8" else name: name for name in (*FLOATS, *CACHE_DTYPES)}
+"""The dtype of the arrays that hold each type of cache."""
 
 
 class Shape(NamedTuple):
@@ -114,18 +117,26 @@ class Batch:
     def token_bytes(self) -> int:
         """Bytes that the pools hold of a token, scales included."""
         rows = self.shape.num_kv_heads * (1 if self.shape.value_head_dim else 2)
-        return rows * (
-            self.shape.head_dim * jnp.dtype(self.cache_dtype).itemsize + 4 * self.has_scales
-        )
+        row = self.shape.head_dim // self.cache_type.per_element
+        return rows * (row * jnp.dtype(self.held_as).itemsize + 4 * self.has_scales)
 
     @property
     def pool_bytes(self) -> int:
         return self.num_pages * self.page_size * self.token_bytes
 
     @property
+    def held_as(self) -> str:
+        """The dtype of the pools."""
+        return CACHES[self.cache_dtype]
+
+    @property
+    def cache_type(self) -> CacheType:
+        return cache_type_of(self.held_as)
+
+    @property
     def has_scales(self) -> bool:
         """Integers come with a scale a token and head."""
-        return self.cache_dtype == "int8"
+        return self.cache_type.is_integer
 
     @property
     def moved_bytes(self) -> int:
@@ -162,10 +173,11 @@ class Batch:
         static = array is jax.ShapeDtypeStruct
         heads = shape.num_kv_heads if self.operation == "write" else shape.num_heads
         rows = array((self.num_tokens, heads, shape.head_dim), jnp.dtype(self.dtype))
-        pool = (layers * self.num_pages, shape.num_kv_heads, self.page_size, shape.head_dim)
+        width = shape.head_dim // self.cache_type.per_element
+        pool = (layers * self.num_pages, shape.num_kv_heads, self.page_size, width)
         given: dict[str, Any] = {
-            "key_cache": array(pool, jnp.dtype(self.cache_dtype)),
-            "value_cache": None if latent else array(pool, jnp.dtype(self.cache_dtype)),
+            "key_cache": array(pool, jnp.dtype(self.held_as)),
+            "value_cache": None if latent else array(pool, jnp.dtype(self.held_as)),
         }
         if self.has_scales:
             scale = jax.ShapeDtypeStruct(pool[:-1], jnp.float32)
@@ -198,7 +210,10 @@ class Batch:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _draw(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Draw normal values, of integers codes all over their range."""
-    values = jax.random.normal(jax.random.key(len(shape)), shape, jnp.float32)
+    key = jax.random.key(len(shape))
+    if dtype == jnp.uint8:  # two codes of int4
+        return jax.random.bits(key, shape, jnp.uint8)
+    values = jax.random.normal(key, shape, jnp.float32)
     if jnp.issubdtype(dtype, jnp.integer):
         values = jnp.clip(40 * values, -127, 127)
     return values.astype(dtype)

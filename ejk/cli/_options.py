@@ -104,6 +104,11 @@ def batch_of(
         found = shape_of(shape)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="'--shape'") from None
+    dims = {"head_dim": found.head_dim, "value_head_dim": found.value_head_dim}
+    for name, size in dims.items():
+        if cache == "int4" and (size or 0) % 2:
+            rule = f"{shape!r}: {name}={size} must be even with --cache int4: a byte has two values"
+            raise typer.BadParameter(rule, param_hint="'--shape'")
     if new_tokens is None:
         new_tokens = context if operation == "ragged" else 1
     if operation == "decode" and new_tokens != 1:

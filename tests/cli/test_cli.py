@@ -13,9 +13,10 @@ import pytest
 from command import run
 from typer.testing import CliRunner
 
+import ejk
 from ejk import _tuning
 from ejk.cli import _devices, _mosaic, _pieces, _runs, _trial, bench, explain, tune
-from ejk.cli._batch import MODELS, Batch, Shape, shape_of
+from ejk.cli._batch import CACHES, MODELS, OPERATIONS, Batch, Shape, shape_of
 from ejk.cli.app import app
 
 SMALL = "--shape 4/2/64 --batch 2 --context 64"
@@ -69,7 +70,10 @@ def test_another_number_is_not_taken_for_a_mistyped_one():
         ("bench --shape 8/1/64/128", "value_head_dim=128 must be at most head_dim=64"),
         ("bench --operation encode", "'encode' must be one of decode, ragged, write"),
         ("bench --dtype int8", "'--dtype': 'int8' must be one of bfloat16, float16, float32"),
-        ("bench --cache int3", "'--cache': 'int3' must be one of bfloat16"),
+        ("bench --cache itn4", "'--cache': 'itn4' must be one of bfloat16, float16, float32, int8, "
+         "float8_e4m3fn, float8_e5m2, int4: did you mean 'int4'?"),
+        ("tune x --shape 4/1/33 --cache int4", "'4/1/33': head_dim=33 must be even with --cache"),
+        ("explain --shape 4/1/8/5 --cache int4", "value_head_dim=5 must be even with --cache int4"),
         ("bench --new-tokens 2", "'--new-tokens': 2 must be 1 with --operation decode"),
         ("bench --operation ragged --context 4 --new-tokens 5", "5 must be at most --context 4"),
         ("bench --bath 3", "No such option: --bath"),
@@ -150,6 +154,7 @@ def test_a_board_that_is_not_in_the_table_is_a_gpu_without_a_floor(kind, capabil
 
 def test_explain_of_a_cpu_and_of_a_gpu_that_has_to_be_asked_for():
     assert "xla runs it" in run(f"explain cpu {SMALL}")
+    assert "triton runs it" in run(f"explain a100 {SMALL} --cache int4")
     said = run(f"explain mi300x {SMALL}")
     assert "xla runs it" in said and "triton: runs on rocm where it is asked for by name" in said
     assert "measured here" in run(f"explain --measure {SMALL}")
@@ -243,7 +248,25 @@ def test_bench_compares_all_ways_and_draws_them(tmp_path):
     assert "microseconds" in (tmp_path / "times.svg").read_text()
 
 
-@pytest.mark.parametrize("options", ["--operation write", "--operation ragged", "--cache int8"])
+@pytest.mark.fast
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_batch_has_the_pools_that_a_cache_of_its_type_has(cache):
+    shape = Shape(8, 2, 64)
+    batch = Batch("decode", "", shape, 3, 30, cache_dtype=cache)
+    pools = ejk.empty_kv_cache(batch.num_pages, 2, 16, 64, dtype=cache)
+    given = batch.types()
+    assert batch.pool_bytes == pools.nbytes
+    for name in ("key_cache", "value_cache", "key_scale", "value_scale"):
+        made, own = getattr(pools, name), given.get(name)
+        assert (made is None) == (own is None)
+        assert own is None or (made.shape, made.dtype) == (own.shape, own.dtype)
+
+
+BATCHES = [f"--operation {x}" for x in ("write", "ragged")]
+BATCHES += ["--cache int8", *(f"--operation {x} --cache int4" for x in OPERATIONS)]
+
+
+@pytest.mark.parametrize("options", BATCHES)
 def test_bench_of_every_operation(options):
     [first, *_] = json.loads(run(f"bench {SMALL} {options} --json"))["results"]
     assert first["contender"] == "ejk xla" and first["us"] > 0
@@ -339,8 +362,6 @@ def test_tune_says_which_line_of_trials_it_cannot_read(line, tmp_path):
 
 
 def test_a_trial_tells_a_wrong_result_an_error_and_a_refusal(monkeypatch):
-    import ejk
-
     xla, off = ejk.XlaPageAttention(), ejk.XlaPageAttention(block_kv=16)
     run_as_it_is = ejk.XlaPageAttention.run
 
