@@ -61,6 +61,8 @@ class Batch:
     """The longest context. As a hint it adds nothing to the table's width, which is rounded up."""
     number: int
     """Counts the manager's batches."""
+    manager: str
+    """Of which manager the batch is: a number that one draws when it is made."""
     page_size: int
 
     def prefix_groups(self, min_pages: int = 1) -> PrefixGroups:
@@ -121,14 +123,23 @@ def build(ledger: Ledger, rows: Rows, q_lens: Int64s, number: int, least: "Least
         max_q_len=max_q_len,
         max_context_len=longest,
         number=number,
+        manager=ledger.name,
         page_size=size,
     )
 
 
-def seqs_of(batch: Batch) -> Int64s:
-    """Return the sequences of a batch, and refuse what is none, such as its inputs alone."""
+def seqs_of(batch: Batch, ledger: Ledger) -> Int64s:
+    """Return the sequences of a manager's own batch, and refuse what is none, such as its inputs.
+
+    Handles and numbers of another manager's may be the same, and its pages hold something else.
+    """
     if not isinstance(batch, Batch):
         raise TypeError(f"batch={type(batch).__name__} must be a Batch, which batch() returns")
+    if batch.manager != ledger.name:
+        raise ValueError(
+            f"batch.number={batch.number} must be a batch of this manager, and is another's: "
+            "commit it to the one whose batch() returned it"
+        )
     return batch.seqs
 
 

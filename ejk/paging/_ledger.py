@@ -1,5 +1,6 @@
 """The ledger: which sequence holds which pages, and what becomes of both. Arguments are checked."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ class Ledger:
     """Rows of sequences, the pages that they hold, and the tokens that those are for."""
 
     def __init__(self, sizes: Sizes, *, prefix_caching: bool, record_freed: bool):
+        self.name = os.urandom(8).hex()
+        """Tells batches of this manager, and of copies of it, from those of any other."""
         self.page_size = sizes.page_size
         self.sliding_window = sizes.sliding_window
         self.prefix_caching = prefix_caching

@@ -101,7 +101,7 @@ class PageManager:
             cache_salt: of a tenant or an adapter: sequences of different salts share no page.
 
         Returns:
-            The sequence: an integer that is never given out again.
+            The sequence: an integer that this manager never gives out again.
 
         Raises:
             OutOfPagesError: too few pages are free or cached.
@@ -241,9 +241,9 @@ class PageManager:
         were cut since are not computed; sequences that were freed since are passed over.
 
         Raises:
-            ValueError: a later batch has one of the sequences, or this one was committed before.
+            ValueError: it is another manager's, was committed, or a later one has its sequences.
         """
-        rows = self._seqs.living(seqs_of(batch))
+        rows = self._seqs.living(seqs_of(batch, self._ledger))
         stale = self._seqs.handles(rows[self._seqs.batch[rows] != batch.number])
         if stale.size:
             raise ValueError(

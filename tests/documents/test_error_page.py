@@ -291,6 +291,9 @@ MISTAKES = {
     "a step without tokens": paging(lambda m, c: m.batch([0])),
     "a step of too many tokens": paging(lambda m, c: m.batch([1], [3])),
     "a batch committed twice": paging(lambda m, c: m.commit(c.batch)),
+    "a batch of another manager": paging(
+        lambda m, c: m.commit(test_paging_errors.Case().manager.batch([1]))
+    ),
 }
 ROWS = {mistake: (error, said) for mistake, error, said in ROW.findall(PAGE.read_text())}
 

@@ -404,10 +404,11 @@ def test_freed_pages_are_named_once_and_cached_ones_when_they_are_evicted():
 
 
 def test_an_empty_batch():
-    batch = manager().batch([])
+    m = manager()
+    batch = m.batch([])
     assert [x.shape for x in batch.inputs] == [(1,), (1,), (1,), (2,), (1,), (1, 1)]
     assert batch.max_context_len == batch.max_q_len == 0
-    manager().commit(batch)
+    m.commit(batch)
     assert batch.prefix_groups().groups.tolist() == [-1]
 
 

@@ -121,6 +121,10 @@ class Case:
             "batch.number=1 must be the newest batch of seq=0, and not be committed yet",
         ),
         (
+            lambda m, c: m.commit(Case().manager.batch([1])), ValueError,
+            "batch.number=2 must be a batch of this manager, and is another's: commit it to the",
+        ),
+        (
             lambda m, c: m.commit(c.batch.inputs), TypeError,
             "batch=BatchInputs must be a Batch, which batch() returns",
         ),
@@ -147,6 +151,27 @@ def test_a_batch_that_another_has_taken_the_place_of():
     case.manager.commit(case.manager.batch([case.waiting]))
     with pytest.raises(ValueError, match=r"^batch\.number=2 must be the newest batch of seq=1"):
         case.manager.commit(first)
+
+
+@pytest.mark.parametrize("seqs", [[], [1], [7]], ids=["none", "the same", "one that is not here"])
+def test_another_managers_batch_publishes_nothing(seqs):
+    """Its numbers and handles may be this one's, too: 2 and 1 of both."""
+    case, other = Case(max_seqs=8), Case(max_seqs=8, num_pages=9).manager
+    for _ in range(6):
+        other.allocate([1])
+    case.manager.batch([case.waiting])
+    with pytest.raises(ValueError, match=r"^batch\.number=2 must be a batch of this manager"):
+        case.manager.commit(other.batch(seqs))
+    assert case.manager.num_computed_tokens(case.waiting) == 0
+
+
+def test_a_copy_of_a_manager_takes_batches_that_were_made_before():
+    case = Case()
+    batch = case.manager.batch([case.waiting])
+    copy = pickle.loads(pickle.dumps(case.manager))
+    for manager in (copy, case.manager):
+        manager.commit(batch)
+        assert manager.num_computed_tokens(case.waiting) == 2
 
 
 def windowed():
