@@ -107,6 +107,7 @@ def typed(function: F) -> F:
 def check(name: str, value: Any, hint: Any, known: dict[Any, bool]) -> None:
     """Check rank and dtype kind of one argument; what fits is kept in `known`."""
     if not _fits(value, hint, known):
+        _check_byte_order(name, value)
         how = mend(name, value, is_static=_is_static(hint), has_axes=_has_axes(hint))
         raise TypeError(f"{name}={describe(value)} must be {_spell(hint)}{how}")
 
@@ -118,12 +119,27 @@ def _fits(value: Any, hint: Any, known: dict[Any, bool]) -> bool:
     if fits is None:
         from beartype.door import is_bearable  # a quarter of what importing ejk would cost
 
-        fits = is_bearable(value, hint) and not (
-            isinstance(value, bool) and Flag not in (hint, *typing.get_args(hint))
-        )
+        is_flag = isinstance(value, bool) and Flag not in (hint, *typing.get_args(hint))
+        fits = is_bearable(value, hint) and not is_flag and not [*_swapped("", value)]
         if not isinstance(value, tuple):  # what one holds matters
             known[kind] = fits
     return fits
+
+
+def _swapped(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Find arrays whose bytes lie in another order than this machine's, which JAX cannot take."""
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        yield name, value
+    for i, x in enumerate(value if isinstance(value, tuple) else ()):
+        yield from _swapped(f"{name}[{i}]", x)
+
+
+def _check_byte_order(name: str, value: Any) -> None:
+    for which, x in _swapped(name, value):
+        raise TypeError(
+            f"{which}.dtype={x.dtype.str!r} must be of this machine's byte order: pass "
+            f"{which}.astype({which}.dtype.newbyteorder('='))"
+        )
 
 
 def _misplaced(

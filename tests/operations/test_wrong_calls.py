@@ -57,7 +57,7 @@ def under_jit(operation, given):
         name: x
         for name, x in given.items()
         if isinstance(x, np.ndarray) and x.nbytes < 2**24 and x.dtype.itemsize * 8 <= 32
-        and x.dtype.name != "complex64"
+        and x.dtype.name != "complex64" and x.dtype.isnative
     }  # fmt: skip
 
     def call(traced):

@@ -805,6 +805,13 @@ def _each():
         (["write_kv_cache"], {}, WRITTEN_SCALES),
         *(([name], HELPER_KINDS.get(name, {}), HELPER_VALUES[name]) for name in HELPER_VALUES),
     ]
+    for operation, right in RIGHT.items():
+        for name, x in right().items():
+            if isinstance(x, np.ndarray):
+                swapped = x.astype(x.dtype.newbyteorder())
+                begins = f"{name}.dtype={swapped.dtype.str!r} must be of this machine's byte order"
+                wrong = Wrong(operation, {name: swapped}, TypeError, begins)
+                yield f"{operation}: {name} of swapped bytes", wrong
     for operations, kinds, values in tables:
         for error, table in ((TypeError, kinds), (ValueError, values)):
             for name, (changes, begins) in table.items():

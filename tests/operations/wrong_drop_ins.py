@@ -173,6 +173,13 @@ WRONG = {
     ],
 }  # fmt: skip
 
+for name, (_, right) in DROP_INS.items():  # and each array with its bytes the other way round
+    for argument, x in right.items():
+        if isinstance(x, np.ndarray):
+            swapped = x.astype(x.dtype.newbyteorder())
+            begins = f"{argument}.dtype={swapped.dtype.str!r} must be of this machine's byte order"
+            WRONG[name].append((argument, swapped, TypeError, begins))
+
 
 def split(operation, given, backend=None):
     """Call an operation on the pages of one device, inside `jax.shard_map`."""
