@@ -82,6 +82,8 @@ def facts_of(given: Arguments, num_seqs: Size) -> PagedFacts:
     num_pages, num_kv_heads, page_size = check_pool(
         key_cache, cache_layout, num_heads=num_heads, head_dim=head_dim
     )
+    if given.fused:  # first: an axis too many of two pools is told as heads that do not group
+        check_value_cache(key_cache, given.value_cache, cache_layout)
     check_rows("query", given.query, key_cache)
     cache_type = check_cache_dtype("key_cache.dtype", key_cache.dtype)
     check_floats(sinks=given.sinks, alibi_slopes=given.alibi_slopes)
@@ -156,9 +158,12 @@ def check_sizes(**sizes: tuple[Array | None, str, Size]) -> None:
     """Check the first axis of each array that is not None: its name and its size."""
     for name, (x, axis, size) in sizes.items():
         if x is not None and x.shape[0] != size:
-            raise ValueError(
-                f"{name}.shape[0]={x.shape[0]} must be {axis}={size}: {_ONE_FOR_EACH[axis]}"
-            )
+            how = _ONE_FOR_EACH[axis]
+            if x.ndim == 2 and x.shape[1] == size:
+                how = f"pass {name}.T"
+            elif axis == "num_seqs + 1" and x.shape[0] != size - 1:
+                how = "pass one more than there are sequences"
+            raise ValueError(f"{name}.shape[0]={x.shape[0]} must be {axis}={size}: {how}")
 
 
 _ONE_FOR_EACH = {
@@ -240,7 +245,6 @@ def _value_head_dim(given: Arguments, cache_type: CacheType) -> int:
     key_cache, value_cache, head_dim = given.key_cache, given.value_cache, given.query.shape[-1]
     value_head_dim = given.value_head_dim
     if given.fused:
-        check_value_cache(key_cache, value_cache, given.cache_layout)
         if value_head_dim is not None:
             raise ValueError(
                 f"value_head_dim={value_head_dim} must be None with {both_in(key_cache)}, which "

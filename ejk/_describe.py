@@ -2,6 +2,7 @@
 
 import numbers
 import reprlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -45,14 +46,14 @@ def _array(x: Any) -> str:
     return f"{module}.{type(x).__name__} {described}"
 
 
-def mend(name: str, value: Any, *, is_static: bool, has_axes: bool) -> str:
+def mend(name: str, value: Any, *, is_static: bool, ranks: Collection[int]) -> str:
     """Say how to make an argument what it must be, where that can be said.
 
     Args:
         name: the argument's.
         value: what was given.
         is_static: it must be known when a call is traced.
-        has_axes: it may be an array that is no scalar.
+        ranks: how many axes it may have as an array.
     """
     how = ""
     if is_static:
@@ -61,8 +62,8 @@ def mend(name: str, value: Any, *, is_static: bool, has_axes: bool) -> str:
         how = window_mend(value)
     elif name == "sliding_window" and getattr(value, "ndim", 0):
         how = "all sequences of a call have one window"
-    elif has_axes:
-        how = _array_mend(name, value)
+    elif any(ranks):
+        how = _array_mend(name, value, ranks)
     return f"; {how}" if how else ""
 
 
@@ -77,7 +78,7 @@ def _static(name: str, value: Any) -> str:
     )
 
 
-def _array_mend(name: str, value: Any) -> str:
+def _array_mend(name: str, value: Any, ranks: Collection[int]) -> str:
     if name == "prefix_groups":
         return "pass (groups, num_pages), two integer arrays"
     if isinstance(value, list | tuple):
@@ -88,9 +89,14 @@ def _array_mend(name: str, value: Any) -> str:
         return f"pass {'jnp.stack' if _holds_arrays(value) else 'jnp.asarray'}({name})"
     if isinstance(value, jax.ShapeDtypeStruct):
         return "trace the call with it: jax.eval_shape(function, ...)"
-    if not isinstance(value, jax.Array | np.ndarray):
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
         return f"pass jnp.from_dlpack({name})" if hasattr(value, "__dlpack__") else ""
-    mends = _BY_AXES.get((name, value.ndim))
+    mends = _BY_AXES.get((name, value.ndim), "")
+    extra = [axis for axis, size in enumerate(value.shape) if isinstance(size, int) and size == 1]
+    if len(extra) == 1 and value.ndim - 1 in ranks:
+        # Rows may be of a batch of one, or of one token each: what is said of batches holds.
+        if not mends or extra[0] > 1 or name == "context_lens":
+            return f"pass {name}.squeeze({extra[0]})"
     if mends:
         return mends
     if name in _INTEGERS and not jnp.issubdtype(value.dtype, np.integer):
@@ -130,8 +136,11 @@ _BATCHED = (
     "of [batch, tokens, heads, dim] pass {0}.reshape(-1, *{0}.shape[2:]); the new tokens come "
     "before the pools"
 )
+_FLAT = "for one token pass {0}[None]; of [tokens, heads * dim], {0}.reshape(len({0}), heads, -1)"
+_ONE_HEAD = "of [num_pages, page_size, head_dim] pass {0}[:, None], as cache_layout='HND' has it"
+_ONE_PART = "of one part alone there is nothing to merge: jnp.stack the parts"
 _BY_AXES = {
-    ("query", 2): "for one sequence pass query[None]",
+    ("query", 2): _FLAT.format("query"),
     ("query", 4): "of [batch, 1, heads, dim] ejk.page_attention takes query[:, 0]; several "
     "tokens a sequence go to ejk.ragged_page_attention, as query.reshape(-1, *query.shape[2:]) "
     "with cu_q_lens",
@@ -143,8 +152,14 @@ _BY_AXES = {
     ("value_cache", 6): ALL_LAYERS.format("value_cache"),
     ("value_cache", 1): "value_cache comes before the lengths; it is None for fused pools and "
     "latent attention",
+    ("key_cache", 3): _ONE_HEAD.format("key_cache"),
+    ("value_cache", 3): _ONE_HEAD.format("value_cache"),
+    ("key", 2): _FLAT.format("key"),
+    ("value", 2): _FLAT.format("value"),
     ("key", 4): _BATCHED.format("key"),
     ("value", 4): _BATCHED.format("value"),
     ("slot_mapping", 2): "pass slot_mapping.reshape(-1)",
-    ("outs", 3): "of one part alone there is nothing to merge: jnp.stack the parts",
+    ("positions", 2): "pass positions.reshape(-1)",
+    ("outs", 3): _ONE_PART,
+    ("lses", 2): _ONE_PART,
 }

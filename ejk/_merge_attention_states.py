@@ -43,8 +43,10 @@ def merge_attention_states(
         Attention states of FlashInfer (Ye et al., 2025, arXiv:2501.01005).
     """
     if outs.shape[:3] != lses.shape:
+        turned = lses.shape[::2] + lses.shape[1:2] == outs.shape[:3]
+        how = "lses.swapaxes(1, 2)" if turned else "one for each part, row and head"
         raise ValueError(
-            f"lses.shape={lses.shape} must be outs.shape[:3]={outs.shape[:3]}: pass one a row"
+            f"lses.shape={lses.shape} must be outs.shape[:3]={outs.shape[:3]}: pass {how}"
         )
     outs, lses = jnp.asarray(outs), jnp.asarray(lses).astype(jnp.float32)
     if outs.shape[0] == 0:

@@ -108,7 +108,7 @@ def check(name: str, value: Any, hint: Any, known: dict[Any, bool]) -> None:
     """Check rank and dtype kind of one argument; what fits is kept in `known`."""
     if not _fits(value, hint, known):
         _check_byte_order(name, value)
-        how = mend(name, value, is_static=_is_static(hint), has_axes=_has_axes(hint))
+        how = mend(name, value, is_static=_is_static(hint), ranks=_ranks(hint))
         raise TypeError(f"{name}={describe(value)} must be {_spell(hint)}{how}")
 
 
@@ -172,8 +172,9 @@ def _is_static(hint: Any) -> bool:
     return (int in parts or bool in parts) and not any(hasattr(part, "dims") for part in parts)
 
 
-def _has_axes(hint: Any) -> bool:
-    return any(getattr(part, "dims", ()) for part in _parts(hint))
+def _ranks(hint: Any) -> set[int]:
+    """Return how many axes an array may have."""
+    return {len(part.dims) for part in _parts(hint) if hasattr(part, "dims")}
 
 
 def _parts(hint: Any) -> Iterator[Any]:

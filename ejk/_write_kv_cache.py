@@ -185,6 +185,8 @@ def _problem_of(
     check_rows("key", key, key_cache)
     num_pages, num_kv_heads, page_size = check_pool(key_cache, cache_layout, head_dim=head_dim)
     pool = f"(key_cache{list(key_cache.shape)}, cache_layout={cache_layout!r})"
+    if holds_both(key_cache, cache_layout):  # first: it may be a pool of keys with an axis too many
+        check_value_cache(key_cache, value_cache, cache_layout)
     if key.shape[1] != num_kv_heads:
         turned = ": of [heads, tokens, dim] pass key.swapaxes(0, 1), and value"
         raise ValueError(
