@@ -120,7 +120,10 @@ def shards(
     for name, spec, needed in zip(tree._fields, tree, found.operands):
         for had, has in zip(spec or (), needed or spec or ()):
             if is_split(had, mesh.shape) and mesh_axes(had) != mesh_axes(has):
-                raise ValueError(f"{name} is split as {spec}; with the others it must be {needed}")
+                raise ValueError(
+                    f"{name}.sharding.spec={spec} must be {needed}, as the others are split: pass "
+                    f"jax.sharding.reshard({name}, jax.P{tuple(needed)})"
+                )
     return found
 
 
@@ -219,7 +222,9 @@ def lower(
         )
 
     def partition(mesh: Mesh, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
-        specs = treedef.unflatten([_spec(problem, x) for x in arguments])
+        given = treedef.unflatten(list(arguments))
+        named_specs = (functools.partial(_spec, name) for name in given._fields)
+        specs = type(given)(*map(jax.tree.map, named_specs, given))
         shards = problem.shards(specs, dict(mesh.shape))
         if mesh.empty:  # then every device has all of every array
             kept = [x.sharding for x in results], tuple(x.sharding for x in arguments)
@@ -235,10 +240,13 @@ def lower(
     return _jax.lower(ctx, function, leaves, types)
 
 
-def _spec(problem: Problem, x: Any) -> PartitionSpec:
+def _spec(name: str, x: Any) -> PartitionSpec:
     """Return how XLA splits an operand."""
     if not hasattr(x.sharding, "spec") and not x.sharding.is_fully_replicated:
-        raise ValueError(f"{problem.operation}: arrays must be split by a `NamedSharding`")
+        raise ValueError(
+            f"{name}.sharding={type(x.sharding).__name__} must be a NamedSharding: pass "
+            f"jax.device_put({name}, jax.NamedSharding(mesh, spec))"
+        )
     return _full_spec(x)
 
 

@@ -1,5 +1,6 @@
 """How a problem says what of it can be split over devices, and where it is."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,3 +34,39 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
 def is_split(entry: Any, mesh: Mapping[str, int]) -> bool:
     """Say whether one entry of a `PartitionSpec` splits anything: a mesh axis may have size 1."""
     return any(mesh[axis] > 1 for axis in mesh_axes(entry))
+
+
+def axes_of_pools(
+    pools: Mapping[str, Any], kv_heads: int, num_kv_heads: int, mesh: Mapping[str, int], mend: str
+) -> tuple[str, ...]:
+    """Return the mesh axes over which pools are split, by KV heads: nothing else of them may be.
+
+    Args:
+        pools: the `PartitionSpec` of each, first that of `key_cache`.
+        kv_heads: which axis of them is that of KV heads.
+        num_kv_heads: the size of it.
+        mesh: the sizes of its axes.
+        mend: what to do where pages are split over devices.
+
+    Raises:
+        ValueError: another axis is split, pools are split unlike each other, or unevenly.
+    """
+    split = mesh_axes(pools["key_cache"][kv_heads])
+    for name, spec in pools.items():
+        if any(is_split(entry, mesh) for axis, entry in enumerate(spec) if axis != kv_heads):
+            raise ValueError(
+                f"{name}.sharding.spec={spec} must split only its KV heads, axis {kv_heads}, or "
+                f"what reads other shards gathers the pool: of pages over devices {mend}"
+            )
+        if mesh_axes(spec[kv_heads]) != split:
+            raise ValueError(
+                f"{name}.sharding.spec={spec} must split its KV heads as key_cache.sharding.spec="
+                f"{pools['key_cache']} does: keep all pools over the same mesh axes"
+            )
+    parts = math.prod(mesh[axis] for axis in split)
+    if num_kv_heads % parts:
+        raise ValueError(
+            f"num_kv_heads={num_kv_heads} must be a multiple of the {parts} devices of the mesh "
+            f"axes {split} that key_cache is split over: keep the pools on fewer, or whole"
+        )
+    return split

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from ejk._shards import Axes, Shards, is_split, mesh_axes
+from ejk._shards import Axes, Shards, axes_of_pools, mesh_axes
 
 
 def axes_of(problem: Any) -> Axes:
@@ -47,12 +47,14 @@ def shards_of(problem: Any, specs: Any, mesh: Mapping[str, int]) -> Shards:
     def parts(axes: Sequence[str]) -> int:
         return math.prod(mesh[axis] for axis in axes)
 
-    kv_heads = _split_of_pools(problem, specs, mesh)
-    if problem.num_kv_heads % parts(kv_heads):
-        raise ValueError(
-            f"num_kv_heads={problem.num_kv_heads} must be a multiple of the {parts(kv_heads)} "
-            f"devices of the mesh axes {kv_heads} that key_cache is split over"
-        )
+    names = ["key_cache"] + ["value_cache"] * (specs.value_cache is not None)
+    if problem.scales == "token":
+        names += [name for name in ("key_scale", "value_scale") if getattr(specs, name) is not None]
+    kv_heads = axes_of_pools(
+        {name: getattr(specs, name) for name in names},
+        problem.layout.kv_heads, problem.num_kv_heads, mesh,
+        "use axis_name= inside jax.shard_map",
+    )  # fmt: skip
     # Where each device holds one KV head, several may share it and split its query heads.
     heads = mesh_axes(specs.query[1])
     shares = problem.num_kv_heads == parts(kv_heads) and heads[: len(kv_heads)] == kv_heads
@@ -81,28 +83,3 @@ def shards_of(problem: Any, specs: Any, mesh: Mapping[str, int]) -> Shards:
 def _results(problem: Any, seqs: Any, heads: Any) -> tuple[tuple[Any, ...], ...]:
     """Say what the axes of each result are."""
     return ((seqs, heads, None), (seqs, heads))[: len(problem.results)]
-
-
-def _split_of_pools(problem: Any, specs: Any, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the mesh axes of the pools' KV heads: nothing else of them may be split."""
-    found: list[tuple[str, ...]] = []
-    pools = ["key_cache", "value_cache"]
-    pools += ["key_scale", "value_scale"] * (problem.scales == "token")
-    for name in pools:
-        spec = getattr(specs, name)
-        for axis, entry in enumerate(spec or ()):
-            if axis == problem.layout.kv_heads:
-                found.append(mesh_axes(entry))
-            elif is_split(entry, mesh):
-                raise ValueError(
-                    f"{name} is split as {spec}, but only its KV heads, axis "
-                    f"{problem.layout.kv_heads}, can be: what reads other shards would gather "
-                    "the pool. Where pages are split over devices, use "
-                    "axis_name= inside jax.shard_map"
-                )
-    if len(set(found)) > 1:
-        raise ValueError(
-            f"{' and '.join(pools[:2])} must be split alike, not "
-            f"{' and '.join(str(getattr(specs, name)) for name in pools)}"
-        )
-    return found[0]

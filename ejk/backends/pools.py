@@ -15,7 +15,7 @@ from ejk._backend import Problem
 from ejk._batching import merge_axis
 from ejk._cache_types import CacheType, Scales, cache_type_of, features_of
 from ejk._indices import Size
-from ejk._shards import Axes, Shards, is_split, mesh_axes
+from ejk._shards import Axes, Shards, axes_of_pools
 from ejk.backends.layouts import LAYOUTS, Layout
 
 Shape = tuple[Size, ...]
@@ -135,22 +135,9 @@ class PoolsProblem(Problem):
     def shards(self, specs: Any, mesh: Mapping[str, int]) -> Shards:
         """Follow the pools, which stay where they are; all else is small."""
         heads, pools = self.layout.kv_heads, dict(zip(self.pool_names, self.pools_of(specs)))
-        split = mesh_axes(specs.key_cache[heads])
-        for name, spec in pools.items():
-            if any(is_split(entry, mesh) for axis, entry in enumerate(spec) if axis != heads):
-                raise ValueError(
-                    f"{name} is split as {spec}, but only its KV heads, axis {heads}, can be. "
-                    "Where pages are split over devices, call it inside jax.shard_map, each device "
-                    "with slots of its own"
-                )
-            if mesh_axes(spec[heads]) != split:
-                raise ValueError(f"{' and '.join(pools)} must be split alike, not {pools}")
+        elsewhere = "call it inside jax.shard_map, each device with slots of its own"
+        split = axes_of_pools(pools, heads, self.num_kv_heads, mesh, elsewhere)
         parts = math.prod(mesh[axis] for axis in split)
-        if self.num_kv_heads % parts:
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} must be a multiple of the {parts} devices of "
-                f"the mesh axes {split} that key_cache is split over"
-            )
         problem = self._resized(heads, lambda n: n // parts)
         operands = self.operand_axes(split or None)
         specs = type(operands)(*(of and PartitionSpec(*of) for of in operands))

@@ -1,5 +1,6 @@
 """Every wrong call is refused alike on every backend, by argument, value, rule and mend."""
 
+import functools
 import inspect
 import re
 
@@ -7,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 import wrong_drop_ins
-from wrong_calls import RIGHT, WRONG
+from jax.sharding import AxisType
+from wrong_calls import RIGHT, SPLIT_WRONG, WRONG, placed
 
 import ejk
 
@@ -104,7 +106,8 @@ def test_a_wrong_call_is_refused_alike_on_every_backend(name):
 def has_a_form(text, names):
     """Say whether a message is `argument=value must rule: mend`, of one of these arguments."""
     found = MESSAGE.fullmatch(text)
-    named = set(re.findall(r"[a-z_]\w*", found["argument"] if found else "")) - {"shape"}
+    named = set(re.findall(r"[a-z_]\w*", found["argument"] if found else ""))
+    named -= {"shape", "sharding", "spec"}
     is_exact = found and (MEND.match(found["mend"] or "") or EXACT.fullmatch(found["rule"]))
     return bool(named and named <= {*names} | SIZES and is_exact)
 
@@ -169,6 +172,37 @@ def test_a_wrong_call_on_split_pages_is_refused_alike_on_every_backend(name, ope
         told.add(str(info.value))
     [text] = told
     assert text.startswith(begins) and has_a_form(text, given | {"axis_name": 0, "page_offset": 0})
+
+
+SPLIT_BY_XLA = [name for name, right in RIGHT.items() if "key_cache" in right()]
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize("operation", SPLIT_BY_XLA)
+@pytest.mark.parametrize("name", SPLIT_WRONG)
+def test_pools_that_are_split_wrongly_are_refused_alike(name, operation):
+    """In eager calls and on explicit axes by ejk; of axes that XLA manages XLA alone knows."""
+    specs, begins = SPLIT_WRONG[name]
+    told = set()
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        given = placed(kind, **specs)(operation)
+        call = functools.partial(getattr(ejk, operation), backend="xla")
+        in_xla = jax.errors.JaxRuntimeError if kind == AxisType.Auto else ValueError
+        for function, error in ((call, ValueError), (jax.jit(call), in_xla)):
+            with pytest.raises(error) as info:
+                function(**given)
+            told.add(re.search(r"\w+\.sharding.*", str(info.value))[0])
+    [text] = told
+    assert text.startswith(begins) and has_a_form(text, RIGHT[operation]()), text
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize("operation", SPLIT_BY_XLA)
+def test_pools_that_are_split_rightly_are_right(operation):
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        split = (None, "model")
+        given = placed(kind, key_cache=split, value_cache=split)(operation)
+        jax.jit(getattr(ejk, operation)).lower(**given)
 
 
 @pytest.mark.parametrize("operation", ["page_attention", "ragged_page_attention"])

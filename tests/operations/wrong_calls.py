@@ -826,3 +826,35 @@ def _each():
 
 
 WRONG: dict[str, Wrong] = dict(_each())
+
+
+def placed(kind, shape=(NUM_PAGES, 4, PAGE, HEAD_DIM), **specs):
+    """Place the arrays of calls on eight devices, each split by its spec or on all of them."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (kind,) * 2)
+    rows = {"query": zeros(NUM_SEQS, 8, HEAD_DIM), "key": zeros(3, *shape[1::2])}
+    rows |= {"value": rows["key"], "key_cache": zeros(*shape), "value_cache": zeros(*shape)}
+
+    def put(operation):
+        given = {n: rows.get(n, x) for n, x in RIGHT[operation]().items()}
+        of = {n: jax.NamedSharding(mesh, jax.P(*specs.get(n, ()))) for n in given}
+        return {n: jax.device_put(x, of[n]) for n, x in given.items()}
+
+    return put
+
+
+SPLIT_WRONG = {
+    "keys by pages": (
+        {"key_cache": ("data",)},
+        "key_cache.sharding.spec=P('data', None, None, None) must split only its KV heads, axis 1",
+    ),
+    "values by slots": (
+        {"value_cache": (None, None, "data")},
+        "value_cache.sharding.spec=P(None, None, 'data', None) must split only its KV heads, axis",
+    ),
+    "keys alone": (
+        {"key_cache": (None, "model")},
+        "value_cache.sharding.spec=P(None, None, None, None) must split its KV heads as "
+        "key_cache.sharding.spec=P(None, 'model', None, None) does: keep all pools over the same",
+    ),
+}
+"""How the pools of a call are split under plain `jit`, and how the error begins."""
