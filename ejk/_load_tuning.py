@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 from ejk import (
     _copy_kv_cache,
@@ -19,6 +19,7 @@ from ejk import (
 from ejk._backend import Backend, Problem
 from ejk._errors import TuningError
 from ejk._nearest import did_you_mean
+from ejk._typing import typed
 from ejk.backends.copy_kv_cache import CopyKVCacheProblem
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
@@ -33,9 +34,12 @@ OPERATIONS: dict[str, tuple[type[Problem], tuple[Backend, ...]]] = {
 }
 NAMES = ("operation", "backend", "device_kind")
 PARTS = (*NAMES, "facts", "fields")
+# An int would be a file that is open already, which would be read and closed.
+Path = Annotated[str | os.PathLike[str], "a str or an os.PathLike"]
 
 
-def load_tuning(path: str | os.PathLike[str]) -> None:
+@typed
+def load_tuning(path: Path) -> None:
     """Use a file of tuning for every call that is traced from now on, in the whole process.
 
     An entry of the file holds fields for one backend, on one kind of device, for problems that
@@ -50,6 +54,7 @@ def load_tuning(path: str | os.PathLike[str]) -> None:
         path: a file that `python -m ejk tune` has written.
 
     Raises:
+        TypeError: `path` is none.
         OSError: the file cannot be read.
         TuningError: it holds something else than tuning; the file, the entry and the rule are
             named, and nothing of it is used.
@@ -64,14 +69,16 @@ def load_tuning(path: str | os.PathLike[str]) -> None:
     _tuning.set_process((table, *(other for other in before if other.path != table.path)))
 
 
+@typed
 @contextmanager
-def tuning(path: str | os.PathLike[str]) -> Generator[None]:
+def tuning(path: Path) -> Generator[None]:
     """Use a file of tuning as `ejk.load_tuning` does, inside a `with` block and of this thread.
 
     Args:
         path: a file that `python -m ejk tune` has written.
 
     Raises:
+        TypeError: `path` is none.
         OSError: the file cannot be read.
         TuningError: it holds something else than tuning.
 
@@ -86,7 +93,7 @@ def tuning(path: str | os.PathLike[str]) -> Generator[None]:
         yield
 
 
-def _read(path: str | os.PathLike[str]) -> _tuning.Table:
+def _read(path: Path) -> _tuning.Table:
     with open(path, encoding="utf-8") as file:
         try:
             text = file.read()
@@ -105,7 +112,7 @@ def _table(path: str, text: str) -> _tuning.Table:
 
     try:
         given = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TuningError(f"{path}: must be JSON: {error}") from None
     must(isinstance(given, dict), "must be an object with version and entries")
     version, entries = given.get("version"), given.get("entries")
@@ -152,7 +159,7 @@ def _checked_facts(
         scalar = isinstance(value, int | float | str | None)
         must(scalar, f"facts: {name}={value!r} must be a number, a string, true, false or null")
     splits = facts.get("num_splits", 0)
-    must(splits == 0, f"facts: num_splits={splits} must be 0: others promise bits of no batch's")
+    must(splits == 0, f"facts: num_splits={splits!r} must be 0: others promise bits of no batch's")
     return {"num_splits": 0, **facts} if "num_splits" in known else facts
 
 

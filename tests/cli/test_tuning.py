@@ -213,6 +213,22 @@ def test_a_file_of_other_bytes_is_named(tmp_path):
         ejk.load_tuning(path)
 
 
+def test_a_file_of_brackets_is_named(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ejk.TuningError, match=f"{path}: must be JSON: maximum recursion depth"):
+        ejk.load_tuning(path)
+
+
+def test_no_open_file_is_read_and_closed(tmp_path):
+    """Which is what `open` does of an int, as of standard input and of 0."""
+    with (tmp_path / "open.json").open("w+") as file:
+        for use in (ejk.load_tuning, ejk.tuning):
+            with pytest.raises(TypeError, match=r"^path=.* must be a str or an os\.PathLike"):
+                use(file.fileno())
+        file.write("still open")
+
+
 @pytest.mark.parametrize("rule", BAD_ENTRY)
 def test_a_bad_entry_is_named_with_the_rule(rule, file):
     entry = {name: x for name, x in (ENTRY | BAD_ENTRY[rule]).items() if x is not None}

@@ -122,6 +122,7 @@ MISTAKES = {
     # Arrays
     "a wrong number of axes": decode(query=zeros(4, 64)),
     "a batch of queries of several tokens": decode(query=zeros(2, 1, 4, 64)),
+    "tuning that is no path": lambda: ejk.load_tuning(3),
     "bytes of another machine": decode(query=zeros(2, 4, 64, dtype=">f4")),
     "a list where an array is needed": decode(context_lens=[20, 1]),
     "a list of rows of several lengths": decode(block_tables=[[3, 5], [1]]),

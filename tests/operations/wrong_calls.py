@@ -4,6 +4,10 @@
 must have. Those that `docs/errors.md` shows are made in `test_error_page`.
 """
 
+import atexit
+import pathlib
+import shutil
+import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +97,11 @@ RIGHT = {
     } | changes,
 }  # fmt: skip
 """By operation, its right call, changed."""
+TUNING = pathlib.Path(tempfile.mkdtemp(prefix="ejk-tuning-"), "none.json")
+atexit.register(shutil.rmtree, TUNING.parent)
+TUNING.write_text('{"version": 1, "entries": []}')
+for use in ("load_tuning", "tuning"):
+    RIGHT[use] = lambda **changes: {"path": TUNING} | changes
 
 
 def fused(*shape, **changes):
@@ -674,6 +683,17 @@ HELPER_KINDS = {
         "heads on the device": ({"num_kv_heads": jnp.int32(4)}, "num_kv_heads=int32[] must be"),
     },
 }
+PATHS = {
+    "no path": ({"path": None}, "path=None must be a str or an os.PathLike"),
+    "a file that is open": ({"path": 3}, "path=3 must be a str or an os.PathLike"),
+    "a truth": ({"path": True}, "path=True must be a str or an os.PathLike"),
+    "bytes": ({"path": b"tuning.json"}, "path=bytes must be a str or an os.PathLike"),
+    "what a file holds": (
+        {"path": {"version": 1, "entries": []}},
+        "path={'entries': [], 'version': 1} must be a str or an os.PathLike",
+    ),
+    "an array": ({"path": LENS}, "path=int32[2] must be a str or an os.PathLike"),
+}
 HELPER_VALUES = {
     "merge_attention_states": {
         "LSEs of other parts": (
@@ -803,6 +823,7 @@ def _each():
         (["plan_page_attention"], PLAN_KINDS, PLAN_VALUES),
         (["page_attention", "ragged_page_attention", "write_kv_cache"], SCALE_KINDS, CACHES),
         (["write_kv_cache"], {}, WRITTEN_SCALES),
+        (["load_tuning", "tuning"], PATHS, {}),
         *(([name], HELPER_KINDS.get(name, {}), HELPER_VALUES[name]) for name in HELPER_VALUES),
     ]
     for operation, right in RIGHT.items():
