@@ -220,7 +220,8 @@ def visible_bound(given: Arguments, facts: PagedFacts) -> Size:
 def check_window(sliding_window: ScalarInt | None) -> None:
     """Check a window that is known when a call is traced."""
     if isinstance(sliding_window, int | np.integer | np.ndarray) and sliding_window < 1:
-        raise ValueError(f"sliding_window={sliding_window} must be at least 1: None is no window")
+        window = describe(int(sliding_window))
+        raise ValueError(f"sliding_window={window} must be at least 1: None is no window")
 
 
 def _held_soft_cap(soft_cap: StaticFloat | None) -> float | None:
@@ -234,7 +235,7 @@ def _held_soft_cap(soft_cap: StaticFloat | None) -> float | None:
     limits = np.finfo(np.float32)
     if not float(limits.tiny) <= soft_cap <= float(limits.max):
         raise ValueError(
-            f"attn_logits_soft_cap={soft_cap} must be above 0 and a float32, from "
+            f"attn_logits_soft_cap={describe(soft_cap)} must be above 0 and a float32, from "
             f"{limits.tiny:.2g} to {limits.max:.2g}; None caps nothing"
         )
     return float(np.float32(soft_cap)) if soft_cap < CAPS_NOTHING else None

@@ -23,6 +23,11 @@ class _Short(reprlib.Repr):
             return _array(x)
         return super().repr1(x, level)
 
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 10_000:  # Python refuses to print it: its highest bit tells the size
+            return f"{'-' * (x < 0)}2**{x.bit_length() - 1}"
+        return super().repr_int(x, level)
+
     def repr_instance(self, x: Any, level: int) -> str:
         if x is None or isinstance(x, numbers.Number):
             return super().repr_instance(x, level)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ejk._describe import describe
+
 if TYPE_CHECKING:
     Size = int
 else:
@@ -36,7 +38,7 @@ def static_int(name: str, value: Any, *, at_least: int) -> int:
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}={value} must be an int")
     if value < at_least:
-        raise ValueError(f"{name}={value} must be at least {at_least}")
+        raise ValueError(f"{name}={describe(value)} must be at least {at_least}")
     return int(value)
 
 

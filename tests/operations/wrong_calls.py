@@ -234,6 +234,16 @@ DECODE_VALUES = {
     "a window of nothing": ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
     "a window of less": ({"sliding_window": np.int32(-1)}, "sliding_window=-1 must be at least 1"),
     "a cap of nothing": ({"attn_logits_soft_cap": 0.0}, "attn_logits_soft_cap=0.0 must be above 0"),
+    "a cap past any float": (
+        {"attn_logits_soft_cap": 10**5000},
+        "attn_logits_soft_cap=2**16609 must be above 0 and a float32",
+    ),
+    "a window of far less": (
+        {"sliding_window": -(10**400)},
+        "sliding_window=-10000000000000000...0000000000000000000 must be at least 1",
+    ),
+    "far less than no splits": ({"num_splits": -(10**5000)}, "num_splits=-2**16609 must be at lea"),
+    "a scale past any float": ({"attn_scale": 10**5000}, "attn_scale=2**16609 must be a float32"),
     "a cap of less": ({"attn_logits_soft_cap": -5}, "attn_logits_soft_cap=-5 must be above 0"),
     "an infinite cap": ({"attn_logits_soft_cap": np.inf}, "attn_logits_soft_cap=inf must be"),
     "a cap of NaN": ({"attn_logits_soft_cap": np.nan}, "attn_logits_soft_cap=nan must be"),
