@@ -55,6 +55,7 @@ VARIANTS = {
     "128, float16": ({"dtype": jnp.float16}, "plain"),
     "128, groups of 1": ({"shape": (32, 32, 128)}, "plain"),
     "128, groups of 7": ({"shape": (28, 4, 128), "layout": "NHD"}, "plain"),
+    "128, groups of 7, a soft cap": ({"shape": (28, 4, 128), "layout": "NHD"}, "soft cap"),
     "128, groups of 64": ({"shape": (64, 1, 128), "layout": "KV_HEADS_FIRST"}, "plain"),
     "128, LSE": ({}, "lse"),
     "128, a window": ({}, "window"),

@@ -25,11 +25,11 @@ def positions(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
     return token + (tile.position + warpgroup * sizes.own_tokens)
 
 
-def all_see(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
-    """Say whether every row of a warpgroup is a token's, and at a position."""
+def some_see_nothing(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
+    """Say whether some rows of a warpgroup are no token's, or one's before the first position."""
     if sizes.own_rows < ROWS:
-        return jnp.bool(False)
-    return (tile.count >= (warpgroup + 1) * sizes.own_tokens) & (tile.position >= 0)
+        return True
+    return (tile.count < (warpgroup + 1) * sizes.own_tokens) | (tile.position < 0)
 
 
 def rows_that_see(tile: Tile, warpgroup: Any, shape: tuple[int, ...], sizes: PrefillSizes) -> Any:

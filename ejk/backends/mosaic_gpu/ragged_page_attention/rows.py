@@ -237,7 +237,7 @@ class Rows:
         """Clear rows that are nobody's: their logits have no say in `capped`."""
         tile, sizes = self.tile, self.sizes
 
-        @pl.when(~mask.all_see(tile, self.warpgroup, sizes))
+        @pl.when(mask.some_see_nothing(tile, self.warpgroup, sizes))
         def _() -> None:
             chunks = views_of(self.shared.query, sizes).tiles.at[self.q_slot, self.warpgroup]
             for chunk in range(sizes.chunks):
