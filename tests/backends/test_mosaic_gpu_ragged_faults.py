@@ -101,8 +101,8 @@ FAULTS = {
         "mask", "(tile.begin, 1)", "(tile.begin, 0)", "cut",
     ),
     "tokens and heads change places": (
-        "mask", "lax.div(row, jnp.full_like(row, sizes.group))",
-        "lax.rem(row, jnp.full_like(row, sizes.group))", "hidden",
+        "mask", "token = lax.div(row, jnp.full_like(row, sizes.group)) if",
+        "token = lax.rem(row, jnp.full_like(row, sizes.group)) if", "hidden",
     ),
     "sinks lie by token": (
         "memory", "jnp.tile(by_group, (1, -(-ROWS // problem.group)))",
@@ -114,7 +114,7 @@ FAULTS = {
         "lax.broadcast_in_dim(position + 1, shape", "features",
     ),
     "another cap": (
-        "rows", "self.scale, problem.soft_cap)", "self.scale, 0.7 * problem.soft_cap)", "features",
+        "rows", "self.scale, problem.soft_cap,", "self.scale, 0.7 * problem.soft_cap,", "features",
     ),
     "a negative scale is folded in": (
         "mask", "jnp.where(scale >= 0, stop, 0)", "stop", "negative",

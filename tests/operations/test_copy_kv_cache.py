@@ -20,7 +20,7 @@ from ejk.testing.copy_kv_cache import (
     copies,
     num_units,
 )
-from ejk.testing.write_kv_cache import hostile_slots
+from ejk.testing.write_kv_cache import WriteShape, hostile_slots
 
 PROMISED = PROPERTIES["copy_kv_slots"]
 assert PROPERTIES["copy_kv_pages"] == PROMISED  # the calls that are drawn are of either
@@ -62,6 +62,19 @@ def test_sources_that_are_targets_too(entry, pattern, unit):
     padding = np.full(5 - len(sources), -1, np.int32)  # one compilation for all
     config = CopyConfiguration(SHAPES[1], unit, F32, "HND")
     case = build(config, *(np.concatenate([x, padding]) for x in (sources, targets)))
+    case.check(entry(case))
+
+
+@copier_edge
+@pytest.mark.parametrize("num_copies", [33, 50, 64])
+@pytest.mark.parametrize("width", [64, 80])
+def test_conflicts_among_more_copies_than_a_warp_has_lanes(entry, num_copies, width):
+    """Triton 3.6 compared some lanes' copies with others than their own, of some sizes."""
+    rng = np.random.default_rng(num_copies)
+    shape = WriteShape("few pages", num_copies, 3, width, width, 2, 4)
+    config = CopyConfiguration(shape, "page", np.dtype(np.int8), "HND", "token")
+    sources, targets = (rng.integers(0, 4, num_copies, np.int32) for _ in range(2))
+    case = build(config, sources, targets)
     case.check(entry(case))
 
 

@@ -5,6 +5,7 @@ where Triton keeps its own kernels: `TRITON_CACHE_DIR`, or `~/.triton/cache`. Wh
 in JSON, named after all that it follows from. `TRITON_ALWAYS_COMPILE=1` does without.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -14,7 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ejk.backends.triton import _installed
+from ejk.backends.triton import _installed, _packed_pairs
 
 FILE = "ejk.json"
 # What jax-triton makes of a compiled kernel; its other fields are for those who dump programs.
@@ -26,16 +27,21 @@ def kept_on_disk(
 ) -> Callable[..., Any]:
     """Return jax-triton's `compile_ttir_inplace` that compiles only what the disk does not hold."""
 
+    def compile_mended(module: Any, backend: Any, options: Any, target: Any) -> Any:
+        result = compile_module(module, backend, options, target)
+        return dataclasses.replace(result, binary=_packed_pairs.mended(result.binary))
+
     @functools.wraps(compile_module)
     def compile_or_load(module: Any, backend: Any, options: Any, target: Any) -> Any:
         knobs = importlib.import_module("triton").knobs
-        always = knobs.compilation.always_compile or os.environ.get("JAX_TRITON_DUMP_DIR")
-        if always or target.backend != "cuda":
+        if target.backend != "cuda":
             return compile_module(module, backend, options, target)
+        if knobs.compilation.always_compile or os.environ.get("JAX_TRITON_DUMP_DIR"):
+            return compile_mended(module, backend, options, target)
         key = _key(module, backend, options)
         if (kept := _load(key)) is not None:
             return result_type(**kept, ttgir="", llir="")
-        result = compile_module(module, backend, options, target)
+        result = compile_mended(module, backend, options, target)
         if not result.tensordesc_meta:
             _keep(key, {name: getattr(result, name) for name in KEPT})
         return result
@@ -54,6 +60,7 @@ def _key(module: Any, backend: Any, options: Any) -> str:
         sorted(libtriton.get_cache_invalidating_env_vars().items()),
         [_installed.version(package) for package in ("triton", "jax-triton")],
         (library.st_size, library.st_mtime_ns),  # of a Triton that someone builds
+        _packed_pairs.__name__,  # what an earlier `ejk` has kept is not mended
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
