@@ -128,7 +128,8 @@ def ragged(bug):
     ):  # fmt: skip
         entry = RaggedEntry(bug, backend, examples=0)
         config = Configuration(shape, F32, "NHD", features, fused=shape.fusible)
-        case = build_ragged(config, LENS, bounds, window=300, invalid=invalid, extras=extras)
+        own = bounds + (shape is LATENT) * np.array([0, 2, 0, 0])  # 64 rows see blocks with no mask
+        case = build_ragged(config, LENS, own, window=300, invalid=invalid, extras=extras)
         if not invalid:  # of what every row sees, the first that is no page lies past the pool
             case.block_tables[1, 0] = shape.num_pages
         assert_close(case, *entry(case))
@@ -405,8 +406,8 @@ BUGS = {
             "is_bad = (pages < 0) | (pages >= NUM_PAGES)", "is_bad = pages < 0",
         ),
         "entries below 0 are read": (
-            "exists = (edge_pages >= 0) & (edge_pages < NUM_PAGES)",
-            "exists = edge_pages < NUM_PAGES",
+            "exists = (page >= 0) & (page < NUM_PAGES)",
+            "exists = page < NUM_PAGES",
         ),
         "earlier values are not rescaled": (
             "scaled_acc = acc[i] * rescale[:, None]", "scaled_acc = acc[i]",
@@ -422,6 +423,9 @@ BUGS = {
         ),
         "values are the keys' first entries negated": (
             "k if SAME_TILE else v_ptrs", "(-k[0],) if SAME_TILE else v_ptrs",
+        ),
+        "64 rows do not see the last block before that": (
+            "start + BLOCK_KV <= bulk_end", "start + BLOCK_KV < bulk_end",
         ),
         "64 rows see what lies past the end": (
             "visible, block < before + after", "visible, block > before + after",

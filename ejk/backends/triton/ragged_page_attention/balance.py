@@ -26,7 +26,9 @@ from ejk.backends.triton.ragged_page_attention.work import (
 # What a launch of both kinds costs, in granules of wide blocks, and the sizes that it is tried for.
 # On an H100 the programs of full ones take 1.7 us a granule; those of narrow ones, which wait for
 # memory, 2.9, and 2.2 between wide ones. Alone on the card such a program is 1.8 times as fast.
+# Those of 64 latent rows, which wait for their products, take 6.5 on an H200, alone or not.
 NARROW_COST = tl.constexpr(1.6)
+PRODUCT_COST = tl.constexpr(3.8)
 LEAST_BUSY = tl.constexpr(4 / 7)
 # A part is written and read, a combination launched. Not measured.
 PART_COST, ROWS_OF_PART, COMBINE_COST = tl.constexpr(0.025), tl.constexpr(16), tl.constexpr(2.0)
@@ -51,6 +53,7 @@ def balanced_chunks(
     CUTS: tl.constexpr,
     SLOTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    MEMORY_BOUND: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     NARROW_ROWS: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
@@ -58,11 +61,12 @@ def balanced_chunks(
     BLOCK_OTHERS: tl.constexpr,
 ):
     """Return the most granules of a piece of each kind."""
-    share = NARROW_COST * total_narrow.to(tl.float32) + total_wide.to(tl.float32)  # [1]
+    COST: tl.constexpr = NARROW_COST if MEMORY_BOUND else PRODUCT_COST
+    share = COST * total_narrow.to(tl.float32) + total_wide.to(tl.float32)  # [1]
     share = share * PROGRAMS / SLOTS
     tried = tl.arange(0, TRIED)
     most = tl.where(tried == 0, MOST_GRANULES, share * 6 / (3 + tried))
-    narrow = tl.minimum(tl.ceil(most / NARROW_COST), MOST_GRANULES).to(tl.int32)
+    narrow = tl.minimum(tl.ceil(most / COST), MOST_GRANULES).to(tl.int32)
     wide = tl.minimum(tl.ceil(most), MOST_GRANULES).to(tl.int32)
     # No smaller than what the plan has rows for, and one that leaves all whole is as long as these.
     narrow = tl.maximum(
@@ -70,7 +74,7 @@ def balanced_chunks(
     )
     wide = tl.maximum(tl.minimum(wide, longest_wide), tl.cdiv(total_wide, CUTS).to(tl.int32))
     narrow, wide = tl.maximum(narrow, 1), tl.maximum(wide, 1)
-    longest = tl.where(total_narrow > 0, narrow * NARROW_COST, 0)
+    longest = tl.where(total_narrow > 0, narrow * COST, 0)
     longest = tl.maximum(longest, tl.where(total_wide > 0, wide, 0).to(tl.float32))
 
     items = tl.zeros([TRIED], tl.float32)
@@ -89,7 +93,7 @@ def balanced_chunks(
         chunk = tl.where(is_wide, wide[None, :], narrow[None, :])  # [BLOCK_OTHERS, TRIED]
         pieces, size = cut_blocks(blocks, granules[:, None], chunk, 1)
         number = (blocks * pieces).to(tl.float32)
-        cost = size.to(tl.float32) * tl.where(is_wide, 1.0, NARROW_COST)
+        cost = size.to(tl.float32) * tl.where(is_wide, 1.0, COST)
         items += tl.sum(number, 0)
         large += tl.sum(tl.where(cost * SMALL > longest, number, 0), 0)
         rows = tl.where(is_wide, WIDE_ROWS, NARROW_ROWS)
@@ -98,7 +102,7 @@ def balanced_chunks(
         largest = tl.maximum(largest, tl.max(cost, 0))
     rounds = large * PROGRAMS / SLOTS
     rest = rounds - tl.floor(rounds)
-    least = tl.where(total_wide > 0, 1.0, LEAST_BUSY)
+    least = tl.where(total_wide > 0, 1.0, LEAST_BUSY if MEMORY_BOUND else 1.0)
     busy = tl.where(rest > 0, tl.maximum(rest, least), 0)
     # A program with the largest item has as many others as one without.
     mean = share * SLOTS / (tl.maximum(items, 1) * PROGRAMS)

@@ -8,10 +8,18 @@ import jax.numpy as jnp
 from ejk.backends.gpu import Target
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.triton._sizes import product_dtype, same_tile, value_bytes, widths
-from ejk.backends.triton.page_attention.blocks import Tuning, choose_blocks
+from ejk.backends.triton.page_attention.blocks import Tuning, choose_blocks, rows_of
 
 # Query rows that one narrow block may have: more are wide, or several narrow ones.
 MOST_NARROW_ROWS = 64
+# Up to so many new tokens a sequence, as in verification of drafts, latent attention on Hopper has
+# one launch, of wide blocks, dealt out to the multiprocessors. On an H200, 64 contexts of 4,096 and
+# 4 new tokens, before and with it; us:
+#     16 heads       230.0, 120.7 (decode's blocks: 160)    16, window                251.8, 159.5
+#     16, page 16    252.7, 123.9                           16, of 200 to 32,000      244.6, 170.9
+#     16, 8 new      245.4, 211.4                           16, half with 1 new       217.0, 118.0
+#     32 heads       243.0, 210.5 (two launches: 217)       32, half with 1 new       266.7, 198.0
+FEW_TOKENS = 8
 # Wide blocks on an H100 that they fill keep 16 warps resident, of 128 registers a thread, so that
 # the softmax of one overlaps the products of another: either one program of 256 rows, which reads
 # keys and values once, or two of 128, whose start and end overlap. Time of two programs over that
@@ -54,6 +62,10 @@ class RaggedTuning:
     few_num_warps: int | None = None
     few_num_stages: int | None = None
 
+    def fixed_of_many(self) -> tuple[int | None, ...]:
+        """Return what is fixed of blocks of many query rows."""
+        return self.block_rows, self.block_kv, self.num_warps, self.num_stages
+
 
 @dataclasses.dataclass(frozen=True)
 class RaggedBlocks:
@@ -76,10 +88,30 @@ class RaggedBlocks:
         return max(self.block_kv // 2, 16) if self.peel else self.block_kv
 
 
+def rows_of_few_tokens(
+    problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target
+) -> RaggedBlocks | None:
+    """Return the blocks of all rows where `FEW_TOKENS` has one launch, else None.
+
+    Of single tokens decode's blocks are as good, and their results have decode's bits.
+    """
+    rows = rows_of(problem, min(problem.q_len_bound, FEW_TOKENS) * problem.group, target)
+    is_hopper = target.compute_capability in (90, None)  # None: interpreted
+    is_free = tuning.fixed_of_many() == (None,) * 4
+    is_alike = same_tile(problem) and rows == MOST_NARROW_ROWS and is_hopper and is_free
+    if not is_alike or not 1 < problem.q_len_bound <= FEW_TOKENS:
+        return None
+    few = (tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
+    return wide_rows(problem, RaggedTuning(rows, *few), target)
+
+
 def narrow_rows(
     problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target, rows: int
 ) -> RaggedBlocks:
-    """Take the blocks of decode for as many heads a group as there are rows, in any batch."""
+    """Take the blocks of decode for as many heads a group as there are rows, in any batch.
+
+    Single tokens are taken as decode takes them, and their results have decode's bits.
+    """
     own = Tuning(tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
     *blocks, _ = choose_blocks(problem, rows, None, own, target)
     return RaggedBlocks(*blocks, max_registers=None, peel=False)
@@ -89,7 +121,7 @@ def wide_rows(
     problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target
 ) -> RaggedBlocks:
     """Choose the largest blocks that fit the target's shared memory and registers."""
-    fixed = (tuning.block_rows, tuning.block_kv, tuning.num_warps, tuning.num_stages)
+    fixed = tuning.fixed_of_many()
     is_converted = problem.cache_dtype != product_dtype(problem)
     if _fills_hopper(problem, target):
         is_short = problem.visible_bound <= SHORT_TOKENS and not problem.has_alibi

@@ -30,6 +30,7 @@ from ejk.backends.triton._products import (
     for_products,
     interleaved,
     load_queries,
+    of_tokens,
     query_key_products,
     token_ptrs,
 )
@@ -126,7 +127,9 @@ def ragged_page_attention_kernel(
     BLOCK_DV_REST: tl.constexpr,  # 0 for none
     SAME_TILE: tl.constexpr,  # the values are the keys' first entries, loaded once for both
     SPLIT_LOGITS: tl.constexpr,  # over two warpgroups: see `where_visible`
-    ONE_PAGE: tl.constexpr,  # a block's tokens lie in one page
+    COPY_FIRST: tl.constexpr,  # the next block, before the softmax of this one
+    PAGES: tl.constexpr,  # that a block's tokens are or lie in; 0: not known
+    EDGE_PAGES: tl.constexpr,  # the same of blocks that are masked
     BLOCK_BOUNDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
@@ -226,8 +229,10 @@ def ragged_page_attention_kernel(
     v_scale_ptr = value_scale_ptr + stride_half // HEAD_DIM
     v_scale_ptr += kv_head * (stride_v_head // VALUE_HEAD_DIM)
     offs_kv = tl.arange(0, BLOCK_KV)
-    # Tokens whose table entries are loaded: the first of a block alone if it lies in one page.
-    offs_entry = tl.arange(0, 1 if ONE_PAGE else BLOCK_KV)
+    # Tokens whose table entries are loaded: the first of each page, if so much is known.
+    offs_entry = tl.arange(0, PAGES if PAGES > 0 else BLOCK_KV)
+    if PAGES > 1:
+        offs_entry *= PAGE_SIZE
     bulk_begin = begin
     bulk_end = begin
     if PEEL:
@@ -248,7 +253,9 @@ def ragged_page_attention_kernel(
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
     # the loads of keys and values depend on nothing that the pipeliner cannot see coming.
     offs_edge = tl.arange(0, EDGE_KV)
-    offs_edge_entry = tl.arange(0, 1 if ONE_PAGE else EDGE_KV)
+    offs_edge_entry = tl.arange(0, EDGE_PAGES if EDGE_PAGES > 0 else EDGE_KV)
+    if EDGE_PAGES > 1:
+        offs_edge_entry *= PAGE_SIZE
     before = (bulk_begin - begin) // EDGE_KV
     after = tl.cdiv(tl.maximum(end - bulk_end, 0), EDGE_KV)
     first = tl.where(before > 0, begin, bulk_end) + offs_edge_entry
@@ -256,16 +263,16 @@ def ragged_page_attention_kernel(
     for block in range(0, before + after):
         key = tl.where(block < before, begin, bulk_end - before * EDGE_KV) + block * EDGE_KV
         key += offs_edge
-        exists = (edge_pages >= 0) & (edge_pages < NUM_PAGES)  # [EDGE_KV]
-        if ONE_PAGE:
+        page = of_tokens(edge_pages, EDGE_PAGES, PAGE_SIZE)  # [EDGE_KV], or [1]
+        exists = (page >= 0) & (page < NUM_PAGES)  # [EDGE_KV]
+        if EDGE_PAGES > 0:
             exists = exists & (key < end)
         k_ptrs = token_ptrs(
-            k_head_ptr, edge_pages, key, PAGE_SIZE, stride_k_page // PARTS, stride_k_slot // PARTS
+            k_head_ptr, page, key, PAGE_SIZE, stride_k_page // PARTS, stride_k_slot // PARTS
         )
         v_ptrs = token_ptrs(
-            v_head_ptr, edge_pages, key, PAGE_SIZE, stride_v_page // PARTS, stride_v_slot // PARTS
+            v_head_ptr, page, key, PAGE_SIZE, stride_v_page // PARTS, stride_v_slot // PARTS
         )
-        edge_page = edge_pages
         ahead = tl.where(block + 1 < before, begin, bulk_end - before * EDGE_KV)
         ahead += (block + 1) * EDGE_KV + offs_edge_entry
         edge_pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
@@ -297,7 +304,7 @@ def ragged_page_attention_kernel(
         value_scale = unit
         if PER_TOKEN:
             s, value_scale = _with_scales(
-                s, k_scale_ptr, v_scale_ptr, edge_page, key, exists, True, HEAD_DIM,
+                s, k_scale_ptr, v_scale_ptr, page, key, exists, True, HEAD_DIM,
                 VALUE_HEAD_DIM, PAGE_SIZE, stride_k_page, stride_k_slot, stride_v_page,
                 stride_v_slot, LATENT,
             )  # fmt: skip
@@ -314,13 +321,13 @@ def ragged_page_attention_kernel(
     if PEEL:
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
             seen = start + offs_kv
+            page = of_tokens(pages, PAGES, PAGE_SIZE)  # [BLOCK_KV], or [1]
             k_tokens = token_ptrs(
-                k_head_ptr, pages, seen, PAGE_SIZE, stride_k_page // PARTS, stride_k_slot // PARTS
+                k_head_ptr, page, seen, PAGE_SIZE, stride_k_page // PARTS, stride_k_slot // PARTS
             )
             v_tokens = token_ptrs(
-                v_head_ptr, pages, seen, PAGE_SIZE, stride_v_page // PARTS, stride_v_slot // PARTS
+                v_head_ptr, page, seen, PAGE_SIZE, stride_v_page // PARTS, stride_v_slot // PARTS
             )
-            page = pages
             later = start + offs_entry + BLOCK_KV
             pages = tl.load(table_ptr + later // PAGE_SIZE, mask=later < bulk_end, other=0)
             # [BLOCK_ROWS, BLOCK_KV]
@@ -342,10 +349,14 @@ def ragged_page_attention_kernel(
             if HAS_ALIBI:
                 s += _biases(slopes, seen, position)
             values = k if SAME_TILE else v_tokens
-            m, l, unit, acc = add_block(
-                s, scale, m, l, unit, acc, values, value_scale, seen, q[0].dtype, VALUE_HEAD_DIM,
-                False, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, PARTS, PTX,
-            )  # fmt: skip
+            # Always true. The compiler puts a branch that ends the loop behind the copies of the
+            # next block. With the condition of `where_visible` the two would become one.
+            if not COPY_FIRST or start + BLOCK_KV <= bulk_end:
+                m, l, unit, acc = add_block(
+                    s, scale, m, l, unit, acc, values, value_scale, seen, q[0].dtype,
+                    VALUE_HEAD_DIM, False, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE,
+                    CACHE, PARTS, PTX,
+                )  # fmt: skip
         # Loaded anew, or they would hold registers in the loop that needs them most; volatile, or
         # the compiler would remember what it has loaded.
         first_token = tl.load(item_ptr + 1, volatile=True)

@@ -58,6 +58,7 @@ def ragged_plan_kernel(
     EVEN_DENOMINATOR: tl.constexpr,
     SLOTS: tl.constexpr,  # programs that take items of both kinds; 0: each kind has its own
     PROGRAMS: tl.constexpr,  # of these that an item takes
+    MEMORY_BOUND: tl.constexpr,  # programs with narrow items wait for memory
     # features
     HAS_WINDOW: tl.constexpr,
     # blocks
@@ -106,7 +107,7 @@ def ragged_plan_kernel(
         chunk_narrow, chunk_wide = balanced_chunks(
             cu_q_lens_ptr, context_lens_ptr, window, total_narrow, total_wide, longest_narrow,
             longest_wide, NUM_SEQS, TOTAL_TOKENS, GROUP, CAPACITY, NARROW_CUTS, SLOTS, PROGRAMS,
-            HAS_WINDOW, NARROW_ROWS, WIDE_ROWS, GRANULE, BLOCK_OTHERS,
+            MEMORY_BOUND, HAS_WINDOW, NARROW_ROWS, WIDE_ROWS, GRANULE, BLOCK_OTHERS,
         )  # fmt: skip
     ends = clipped_bounds(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS)
     q_len = tl.maximum(ends - begin, 0)
