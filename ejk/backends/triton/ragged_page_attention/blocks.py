@@ -20,6 +20,14 @@ MOST_NARROW_ROWS = 64
 #     16, 8 new      245.4, 211.4                           16, half with 1 new       217.0, 118.0
 #     32 heads       243.0, 210.5 (two launches: 217)       32, half with 1 new       266.7, 198.0
 FEW_TOKENS = 8
+# Blocks of drafts, on Hopper, take masked tokens apart where contexts may be longer. On an H200, 32
+# sequences on 8,192 tokens, 32 heads and 8 KV heads of 128 entries, all masked and so; us:
+#     4 new tokens     257.7, 250.4    8, window         313.1, 259.0    8, e4m3    310.1, 279.4
+#     8 new tokens     312.8, 265.3    8, soft cap       425.6, 311.3    8, int8    322.4, 289.6
+#     16 new tokens    385.2, 260.9    8, heads of 64    224.5, 161.3
+# 8 new ones on 4 x 32,768 190.0 and 163.0; on 128 x 512 105.1 and 109.6. Caches of int4, queries in
+# float32, slopes, positions and trees were not measured, nor was another generation.
+UNPEELED_TOKENS = 1024
 # Wide blocks on an H100 that they fill keep 16 warps resident, of 128 registers a thread, so that
 # the softmax of one overlaps the products of another: either one program of 256 rows, which reads
 # keys and values once, or two of 128, whose start and end overlap. Time of two programs over that
@@ -96,9 +104,8 @@ def rows_of_few_tokens(
     Of single tokens decode's blocks are as good, and their results have decode's bits.
     """
     rows = rows_of(problem, min(problem.q_len_bound, FEW_TOKENS) * problem.group, target)
-    is_hopper = target.compute_capability in (90, None)  # None: interpreted
     is_free = tuning.fixed_of_many() == (None,) * 4
-    is_alike = same_tile(problem) and rows == MOST_NARROW_ROWS and is_hopper and is_free
+    is_alike = same_tile(problem) and rows == MOST_NARROW_ROWS and is_measured(target) and is_free
     if not is_alike or not 1 < problem.q_len_bound <= FEW_TOKENS:
         return None
     few = (tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
@@ -114,7 +121,7 @@ def narrow_rows(
     """
     own = Tuning(tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
     *blocks, _ = choose_blocks(problem, rows, None, own, target)
-    return RaggedBlocks(*blocks, max_registers=None, peel=False)
+    return RaggedBlocks(*blocks, max_registers=None, peel=_pays_to_peel(problem, target, rows))
 
 
 def wide_rows(
@@ -147,6 +154,15 @@ def wide_rows(
     return found
 
 
+def _pays_to_peel(problem: RaggedPageAttentionProblem, target: Target, rows: int) -> bool:
+    """Say whether blocks of so many rows are those of drafts that `UNPEELED_TOKENS` is about."""
+    are_drafts = problem.q_len_bound > 1 and problem.q_len_bound * problem.group <= rows
+    is_alike = problem.query_dtype.itemsize == 2 and value_bytes(problem) >= 1
+    is_alike = is_alike and not problem.latent and is_measured(target)
+    is_plain = not (problem.has_alibi or problem.has_positions or problem.tree_width)
+    return are_drafts and is_alike and is_plain and problem.visible_bound > UNPEELED_TOKENS
+
+
 def _fills_hopper(problem: RaggedPageAttentionProblem, target: Target) -> bool:
     """Say whether such blocks fit 128 registers a thread and are not too few.
 
@@ -162,6 +178,11 @@ def _fills_hopper(problem: RaggedPageAttentionProblem, target: Target) -> bool:
     are_many = 4 * rows >= 3 * HOPPER_LONG[0] * target.num_sms
     has_few_spills = problem.scales != "token"
     return target.compute_capability == 90 and fits and are_many and has_few_spills
+
+
+def is_measured(target: Target) -> bool:
+    """Say whether a target is one of those that drafts were timed on, or is interpreted."""
+    return target.compute_capability in (90, None) and not target.is_amd
 
 
 def _is_hopper(target: Target) -> bool:
