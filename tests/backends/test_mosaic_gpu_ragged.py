@@ -298,7 +298,7 @@ def test_what_is_not_finite_and_seen_is_not_lost(where, number):
 
 REFUSALS = {
     "latent": (
-        {"latent": True, "head_dim": 576, "value_head_dim": 512}, BF16, "head_dim=576 must be",
+        {"latent": True, "head_dim": 576, "value_head_dim": 512}, BF16, "num_kv_heads=2 must be 1",
     ),
     "head_dim": ({"head_dim": 80}, BF16, "head_dim=80 must be 64, 128 or 256"),
     "other values": ({"value_head_dim": 64}, BF16, "value_head_dim=64 must be head_dim=128"),

@@ -157,8 +157,41 @@ def test_values_of_another_width_are_refused():
     values = struct(1024, 8, 16, 64, dtype=jnp.bfloat16)
     reason = "value_head_dim=64 must be head_dim=128"
     assert report(query, keys, values, *integers).refusals["mosaic_gpu"] == (reason,)
-    latent = report(query, keys, None, *integers, value_head_dim=64)
-    assert latent.refusals["mosaic_gpu"] == ("does not support value_head_dim", reason)
+
+
+def latent(heads=64, total_tokens=512, **options):
+    """Return the arguments of a call on a latent cache."""
+    query, keys, _, *integers = arguments(total_tokens, heads, 1, 576, 64, **options)
+    return query, keys, None, *integers
+
+
+@pytest.mark.parametrize("heads", [33, 64, 128])
+def test_latent_attention_is_the_decode_kernels(heads):
+    """Without a plan of ragged items: a plan of tokens, the kernel, the combination."""
+    assert report(*latent(heads), value_head_dim=512).chosen == "mosaic_gpu"
+    assert targets(lower(latent(heads), value_head_dim=512)) == [TRITON, MOSAIC, TRITON]
+    assert report(*latent(heads, 1), value_head_dim=512).chosen == "mosaic_gpu"
+
+
+LATENT_REFUSALS = {
+    "few heads": (latent(32), {}, "num_heads=32 must be at least 33"),
+    "many tokens": (latent(total_tokens=1025), {}, "total_tokens=1025 must be at most 1024"),
+    "cap": (
+        latent(), {"attn_logits_soft_cap": 30.0},
+        "does not support attn_logits_soft_cap with value_head_dim",
+    ),
+    "e4m3": (
+        latent(cache=jnp.float8_e4m3fn), {},
+        "does not support key_cache.dtype=float8_e4m3fn with value_head_dim",
+    ),
+    "tree": (latent(), {"tree_mask": jnp.ones((512, 4), bool)}, "does not support tree_mask"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("args, options, reason", LATENT_REFUSALS.values(), ids=LATENT_REFUSALS)
+def test_what_is_refused_of_latent_attention_is_refused_by_name(args, options, reason):
+    found = report(*args, value_head_dim=512, **options)
+    assert (found.chosen, found.refusals["mosaic_gpu"]) == ("triton", (reason,))
 
 
 def test_another_generation_is_refused():

@@ -11,10 +11,16 @@ from ejk._indices import exceeds
 from ejk.backends.gpu import Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.mosaic_gpu._backend import MosaicGpuBackend, unfit_cache, unfit_target
+from ejk.backends.mosaic_gpu.page_attention.backend import MosaicGpuPageAttention
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
     BLOCK_KV,
     ROWS,
     PrefillSizes,
+)
+from ejk.backends.mosaic_gpu.ragged_page_attention.tokens import (
+    MOST_TOKENS,
+    operands_of_tokens,
+    problem_of_tokens,
 )
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
@@ -51,7 +57,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
     """Run `ejk.ragged_page_attention` as a Pallas Mosaic GPU kernel, on Hopper.
 
     One launch takes long and short sequences alike. Triton's kernels deal out the work and merge
-    the parts of contexts.
+    the parts of contexts. In latent attention new tokens are sequences of the kernel for decode.
 
     Attributes:
         compute_capability: compile for it, 90 for sm_90; the device's own if None.
@@ -67,10 +73,13 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
     interpret: bool = False
 
     features = POOLS | QUANTISED | SCALES | {
-        "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "return_lse",
+        "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
+        "return_lse",
     }  # fmt: skip
 
     def unfit(self, problem: RaggedPageAttentionProblem) -> list[str]:
+        if problem.latent:
+            return self._unfit_tokens(problem)
         head_dim, value_head_dim = problem.head_dim, problem.value_head_dim
         reasons: list[str] = []
         if head_dim not in BLOCK_KV:
@@ -82,6 +91,18 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         if problem.scales == "token" and problem.query_dtype == jnp.float16:
             reasons.append("query.dtype=float16 has no room for weights times scales per token")
         return reasons + unfit_cache(problem, BLOCK_KV.get(head_dim, max(BLOCK_KV.values())))
+
+    def _unfit_tokens(self, problem: RaggedPageAttentionProblem) -> list[str]:
+        decode, tokens = self._decode, problem_of_tokens(problem)
+        missing = sorted(tokens.features - decode.features)
+        reasons = [f"does not support {feature} with value_head_dim" for feature in missing]
+        if exceeds(problem.total_tokens, MOST_TOKENS):
+            reasons.append(f"total_tokens={problem.total_tokens} must be at most {MOST_TOKENS}")
+        return reasons + decode.unfit(tokens)
+
+    @property
+    def _decode(self) -> MosaicGpuPageAttention:
+        return MosaicGpuPageAttention(self.compute_capability, self.num_sms, self.interpret)
 
     def passed_over(
         self, problem: RaggedPageAttentionProblem, platform: str
@@ -109,6 +130,8 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         return None
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
+        if problem.latent:
+            return self._decode.limits_on(target, problem_of_tokens(problem))
         reasons = unfit_target(target) + ragged_size_refusals(problem)
         if problem.cache_type.is_quantised and exceeds(copied_bytes(problem), MOST_COPIED):
             reasons.append(
@@ -128,6 +151,9 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         from ejk.backends.mosaic_gpu.ragged_page_attention.call import attend
         from ejk.backends.mosaic_gpu.ragged_page_attention.scaling import ordered_scales
 
+        if problem.latent:
+            tokens = operands_of_tokens(problem, operands)
+            return self._decode.run_on(target, problem_of_tokens(problem), tokens, call)
         if problem.scales == "token":
             operands = ordered_scales(problem, operands, BLOCK_KV[problem.head_dim])
         if problem.cache_type.is_quantised:
