@@ -29,7 +29,7 @@ from ejk.testing.recipes import Recipe
 from ejk.testing.write_kv_cache import WRITTEN_CACHES, hostile_slots
 
 SEEDS = st.integers(0, 2**32 - 1)
-WIDTHS = (1, 2, 4, 8, 16, 33, 64, 80, 96, 128, 256)
+WIDTHS = (1, 2, 4, 8, 16, 33, 64, 80, 96, 128, 144, 192, 256)
 PAGE_SIZES = (1, 2, 3, 8, 16, 48, 64)
 OF_MATRIX_UNITS = {"head_dim": (64, 128, 256), "page_size": (8, 16, 32, 64)}
 MOST_LOGITS = 12_000  # the oracle takes microseconds of each

@@ -168,6 +168,16 @@ def test_codes_are_packed_where_a_thread_has_four(variant, width, dtype):
         assert packs == (codes >= 128 * sizes.num_warps)
 
 
+@pytest.mark.parametrize("value_head_dim", [1, 2])
+@pytest.mark.parametrize("variant", ["int8", "int8, given scales"])
+def test_values_of_fewer_than_four_codes_beside_wide_keys(variant, value_head_dim):
+    """The keys' are packed four at a time; a block of such values has not got four."""
+    shape = dict(key_shape=(128, 1, 16, 256), value_head_dim=value_head_dim)
+    _, sizes, program = compile_for("sm_90", 3, QUANTISED[variant] | shape)
+    assert sizes.tokens * value_head_dim < 4
+    assert "cvt.pack.sat.s8.s32" in program.ptx
+
+
 @pytest.mark.parametrize("variant", QUANTISED)
 def test_amd_variants_that_quantise_do_not_spill(variant):
     _, _, program = compile_for("gfx942", 8192, QUANTISED[variant])

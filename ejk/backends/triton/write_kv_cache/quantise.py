@@ -104,17 +104,19 @@ def codes_of(
 
     If they are `IN_RANGE`, those that have integers for codes are finite and need not be saturated.
     """
+    # Instructions that take four codes at a time need as many.
+    FOURS: tl.constexpr = rows.shape[0] * rows.shape[1] * rows.shape[2] >= 4 * PER_ELEMENT
     if CACHE == "":
         return rows.to(dtype)
     elif CACHE == "e4m3":
         return _float8(rows, tl.float8e4nv, LARGEST, NATIVE).to(dtype, bitcast=True)
     elif CACHE == "e5m2":
         return _float8(rows, tl.float8e5, LARGEST, NATIVE).to(dtype, bitcast=True)
-    elif NATIVE and PER_ELEMENT == 1:
+    elif NATIVE and FOURS and PER_ELEMENT == 1:
         if not IN_RANGE:  # and keep NaN, which the conversion makes 0
             rows = tl.maximum(rows, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
         return _int8(rows).to(dtype)
-    elif NATIVE:
+    elif NATIVE and FOURS:
         low, high = tl.split(_pairs(rows))
         return _int4(low, high).to(dtype)
     else:
