@@ -37,7 +37,7 @@ help:
 	@echo 'make test-all   all of them; ARGS="-k name" is passed on to pytest'
 	@echo 'make reliability   drawn calls, hostile integers, seeded bugs, repeats, a soak: 20 minutes, and'
 	@echo '             a line each in benchmarks/results/; ARGS="--only fuzz" runs one'
-	@echo 'make gpu     the tests of the real kernels, on an NVIDIA GPU; ARGS="-n 10": side by side'
+	@echo 'make gpu     the tests of the real kernels, on NVIDIA GPUs; a process a core, or ARGS="-n 4"'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make docs    the documentation as a site, in docs/_build/html; a warning or a dead link fails'
 	@echo '             make docs-external asks for the links that lead elsewhere, too'
@@ -70,7 +70,7 @@ reliability: $(VENV)/.test
 		$(PY) benchmarks/reliability_report.py --bugs && exit $$found
 
 gpu: $(VENV)/.test $(VENV)/.demo-$(ACCELERATOR)
-	@$(PY) -m pytest --gpu $(ARGS)
+	@$(PY) -m pytest --gpu -n auto $(ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

@@ -60,8 +60,8 @@ def script(name: str, *arguments: str) -> Job:
 
 
 def fuzzed(printed: str) -> Result:
-    """Read what `ejk check --json` prints."""
-    found = json.loads(printed[printed.index("{") :])
+    """Read what `ejk check --json` prints, after what a compiler may have printed of a program."""
+    found = json.loads(re.split(r"^(?={$)", printed, flags=re.MULTILINE)[-1])
     failures = [failure for row in found["results"] for failure in row["failures"]]
     counts = {name: found[name] for name in ("examples", "programs", "refused")}
     for row in found["results"]:

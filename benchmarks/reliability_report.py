@@ -76,7 +76,8 @@ def row(part: str, line: Line) -> str:
     counts = [f"{count:,} {name}" for name, count in line["counts"].items()]
     found = line["found"]
     shown = "; ".join([", ".join(counts), *more(line)])
-    first = f": {found[0][:200]}".replace("|", "/").replace("\n", " ") if found else ""
+    said = (x.partition(" python -m ejk repro ")[0][:200] for x in found[:1])  # results have it all
+    first = "".join(f": {x}".replace("|", "/").replace("\n", " ") for x in said)
     failures = f"**{len(found)}**{first}" if found else "none"
     return f"| {PARTS[part]} | {shown} | {failures} | {line['seconds']:,.0f} |\n"
 
@@ -91,7 +92,7 @@ def table(device: str, lines: dict[str, Line]) -> str:
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     text = (
         f"**{device}**, {newest['cores']} cores, {when}, with {versions}. By "
-        f"{' and '.join(commands)}:\n\n| what | counts | failures | seconds |\n|---|---|---|---|\n"
+        f"{', '.join(commands)}:\n\n| what | counts | failures | seconds |\n|---|---|---|---|\n"
     )
     for part in parts:
         text += row(part, lines[part]) if part in lines else ""

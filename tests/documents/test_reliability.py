@@ -1,5 +1,6 @@
 """`docs/reliability.md` says what the results say, and what CI runs."""
 
+import json
 import os
 import pathlib
 import re
@@ -73,10 +74,11 @@ def test_rows_of_what_a_gpu_has_shown():
 
 
 def test_what_the_parts_print_is_read():
-    printed = '{"examples": 5, "programs": 2, "refused": 1, "results": [{"backend": "xla", '
-    printed += '"interpret": false, "examples": 5, "failures": [{"said": "off by 2", '
-    printed += '"repro": "ejk repro x"}]}]}'
-    assert reliability.fuzzed(f"ejk 0.1\n{printed}") == {
+    failure = {"said": "off by 2", "repro": "ejk repro x"}
+    row = {"backend": "xla", "interpret": False, "examples": 5, "failures": [failure]}
+    printed = {"examples": 5, "programs": 2, "refused": 1, "results": [row]}
+    before = "module {\n  %0 = {x}\n}\n"
+    assert reliability.fuzzed(before + json.dumps(printed, indent=2)) == {
         "counts": {"examples": 5, "programs": 2, "refused": 1, "on xla": 5},
         "found": ["off by 2 ejk repro x"],
     }  # fmt: skip
