@@ -108,8 +108,8 @@ def ragged_mosaic(name: str, examples: int, **fields) -> RaggedEntry:
         may_refuse=(
             "head_dim=.* must be ", "at most 64", "dtype=.*: it takes bfloat16 and float16",
             "query.dtype=float16 has no room", "does not support key_cache.dtype other than",
-            "page_size=.* must be ",
-            "does not support (positions|tree_mask|value_head_dim|causal=False)",
+            "page_size=.* must be ", "does not support (positions|tree_mask|causal=False)",
+            "with value_head_dim", "num_heads=.* must be at least 33", "num_kv_heads=.* must be 1",
         ),
         suits=suits_mosaic,
         dtype=BF16,

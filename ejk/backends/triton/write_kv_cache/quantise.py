@@ -105,7 +105,7 @@ def codes_of(
     If they are `IN_RANGE`, those that have integers for codes are finite and need not be saturated.
     """
     # Instructions that take four codes at a time need as many.
-    FOURS: tl.constexpr = rows.shape[0] * rows.shape[1] * rows.shape[2] >= 4 * PER_ELEMENT
+    FOURS: tl.constexpr = rows.numel >= 4 * PER_ELEMENT
     if CACHE == "":
         return rows.to(dtype)
     elif CACHE == "e4m3":
