@@ -188,6 +188,7 @@ def compile_for(target: str, options: dict, packed: bool = False):
     return sizes, problem, program
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 @each_target
 def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant):
@@ -217,6 +218,7 @@ PACKS = {  # options, rows where there is room for 64
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("variant", PACKS)
 @each_target
 def test_packs_hardly_spill_and_neither_overrun_nor_load_narrowly(target, variant):
@@ -238,6 +240,7 @@ def test_packs_hardly_spill_and_neither_overrun_nor_load_narrowly(target, varian
         assert "wgmma" in program.ptx and not program.warnings
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_16_bit_variants_spill_no_vector_registers_on_amd(variant):
     *_, program = compile_for("gfx942", VARIANTS[variant])
@@ -258,6 +261,7 @@ def test_amd_variants_fit(variant):
     assert program.lds_bytes <= sizes.blocks.shared_memory <= SHARED_MEMORY_ROCM
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("variant", QUANTISED)
 @each_thorough_target
 def test_quantised_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant):
@@ -286,6 +290,7 @@ def test_variants_of_other_floats_fit(target, variant):
     assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("variant", WIDE)
 @each_target
 def test_wide_variants_fit(target, variant):
