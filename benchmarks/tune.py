@@ -128,7 +128,7 @@ def trials() -> list[Trial]:
     for large in (True, False):
         for head_dim in (128, 64, 80, 96, 192, 256, 512):
             for group in (4, 32, 64):
-                rows = block_group(group, head_dim)
+                rows = block_group(group, head_dim, None)
                 if group <= 16 or rows == group:
                     found.append(Trial("bfloat16", head_dim, group, large))
         for head_dim in (128, 64, 256):
@@ -263,7 +263,7 @@ def table() -> str:
     cells: dict[Cell, dict[str, dict]] = {}
     for path in sorted(RESULTS.glob("tune_*.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
-            rows = block_group(line["group"], line["head_dim"])
+            rows = block_group(line["group"], line["head_dim"], None)
             itemsize = jnp.dtype(line["dtype"]).itemsize
             cell = Cell(line["capability"], itemsize, line["head_dim"], rows, line["large"])
             cells.setdefault(cell, {})[line["device"]] = line

@@ -224,7 +224,7 @@ def build_empty_piece() -> RaggedPageAttentionCase:
     return build(config, (400, 0, 0, 0), (0, 150, 150, 150, 150), total=150)
 
 
-@pytest.mark.thorough  # half a minute; the sound kernel of the seeded bugs has the same call
+@pytest.mark.gpu  # interpreted it is a sound kernel of the seeded bugs, which takes a minute
 def test_a_piece_for_which_nothing_is_left():
     attend = RaggedEntry("", dataclasses.replace(BACKEND, num_sms=60), examples=0)
     case = build_empty_piece()
