@@ -165,6 +165,7 @@ def test_another_managers_batch_publishes_nothing(seqs):
     assert case.manager.num_computed_tokens(case.waiting) == 0
 
 
+@pytest.mark.fast
 def test_a_copy_of_a_manager_takes_batches_that_were_made_before():
     case = Case()
     batch = case.manager.batch([case.waiting])
