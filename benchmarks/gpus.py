@@ -1,12 +1,14 @@
-"""Which GPU a process takes where there are several, found without starting CUDA.
+"""How many processes run side by side, and which GPU each takes, without starting CUDA.
 
-All stay visible, in another order: what runs on the first alone is spread over them by processes.
+All GPUs stay visible, in another order: so processes spread what runs on the first one alone.
 """
 
 import glob
 import os
 import re
 import subprocess
+
+WORKERS = max(2, (os.cpu_count() or 2) - 2)  # two cores are for who starts them, and the driver
 
 
 def visible() -> list[str]:

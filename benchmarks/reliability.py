@@ -39,7 +39,6 @@ FOLDER = Path(__file__).parent
 ROOT, RESULTS = FOLDER.parent, FOLDER / "results"
 PACKAGES = ("ejk", "jax", "triton", "jax-triton", "hypothesis")
 CORES = os.cpu_count() or 2
-WORKERS = max(2, CORES - 2)  # two are for what starts them, and for the driver's threads
 Result = dict[str, Any]
 
 
@@ -99,7 +98,7 @@ def bugs(printed: str) -> Result:
 
 def fuzz_jobs(device: str, tiny: bool, seconds: float) -> list[Job]:
     """One process a core: on a CPU every other one interprets the kernels."""
-    workers = 1 if tiny else WORKERS
+    workers = 1 if tiny else gpus.WORKERS
     seconds = 3 if tiny else seconds
     start = datetime.date.today().toordinal()  # other calls every day
     check = [sys.executable, "-m", "ejk", "check", "--json", "--seconds", str(seconds)]
@@ -115,7 +114,7 @@ def fuzz_jobs(device: str, tiny: bool, seconds: float) -> list[Job]:
 def hostile_jobs(device: str, tiny: bool) -> list[Job]:
     """A process compiles one family of calls or a few, of which there are twelve."""
     calls = ["60", "8"] if tiny else ["1000", "10000"] if device == "gpu" else []  # XLA's, Triton's
-    of = 1 if tiny else min(WORKERS, 12)
+    of = 1 if tiny else min(gpus.WORKERS, 12)
     command = [sys.executable, "tests/hostile.py", *calls]
     return [Job([*command, "--shard", f"{i}/{of}"], hostile) for i in range(of)]
 
@@ -129,7 +128,7 @@ def repeats_jobs(device: str, tiny: bool) -> list[Job]:
             script("variants", "--repeats", "1000", "--xla", "--shard", "0/4"),
             script("variants", "--repeats", "10", "--shard", "1/4"),
         ]
-    shards = [f"{i}/{WORKERS}" for i in range(WORKERS)]  # each compiles its share
+    shards = [f"{i}/{gpus.WORKERS}" for i in range(gpus.WORKERS)]  # each compiles its share
     return [script("variants", "--repeats", "1000", "--shard", shard) for shard in shards]
 
 

@@ -24,7 +24,6 @@ import gpus
 
 FOLDER = Path(__file__).parent
 CACHE = FOLDER.parent / ".pytest_cache" / "reliability"
-CORES = max(2, (os.cpu_count() or 2) - 2)
 TOOLS = {
     "memcheck": ("--padding", "512", "--report-api-errors", "no"),
     "racecheck": ("--racecheck-report", "all"),
@@ -63,11 +62,11 @@ def compile_all(only: list[str]) -> None:
 
     def one(i: int) -> None:
         environment = os.environ | gpus.environment(i, gpus.visible())
-        command = variants(f"{i}/{CORES}", only)
+        command = variants(f"{i}/{gpus.WORKERS}", only)
         subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-    with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
-        list(pool.map(one, range(CORES)))
+    with concurrent.futures.ThreadPoolExecutor(gpus.WORKERS) as pool:
+        list(pool.map(one, range(gpus.WORKERS)))
 
 
 def run(
@@ -99,7 +98,7 @@ def main() -> None:
     if shutil.which("compute-sanitizer") is None:
         print(json.dumps({"counts": {}, "found": [], "missing": MISSING}))
         return
-    shards = args.shards or max(1, CORES // len(args.tools))
+    shards = args.shards or max(1, gpus.WORKERS // len(args.tools))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

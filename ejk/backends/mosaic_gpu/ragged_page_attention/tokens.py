@@ -47,6 +47,7 @@ def operands_of_tokens(
     row = jnp.arange(problem.total_tokens, dtype=jnp.int32)
     bounds = jnp.clip(operands.cu_q_lens, 0, problem.total_tokens)
     # A row's sequence is the first that ends after it, by a bound that is its own maximum so far.
+    # `sequences_of_rows` says the same of any number of rows, but sorts; these are few.
     ends_after = bounds[None, 1:] > row[:, None]
     seq = jnp.argmax(ends_after, axis=1)
     is_new = ends_after.any(1) & (bounds[0] <= row)

@@ -140,14 +140,14 @@ class RaggedSizes(RaggedCut):
     ) -> "RaggedSizes":
         wanted = min(problem.q_len_bound * problem.group, 2**30)
         most_narrow = min(MOST_NARROW_ROWS, tuning.block_rows or MOST_NARROW_ROWS)
+        cuts = cuts_of(problem, target)
         if few := rows_of_few_tokens(problem, tuning, target):
-            cuts, slots = cuts_of(problem, target), target.num_sms
-            return cls(RaggedPlan.of(problem, few.rows, None, cuts, GRANULE, slots), (few,))
+            plan = RaggedPlan.of(problem, few.rows, None, cuts, GRANULE, target.num_sms)
+            return cls(plan, (few,))
         has_wide = wanted > most_narrow
         at_once = min(problem.group if has_wide else wanted, most_narrow)
         narrow = narrow_rows(problem, tuning, target, at_once)
         wide = wide_rows(problem, tuning, target) if has_wide else None
-        cuts = cuts_of(problem, target)
         # Of drafts, as many programs as two for each multiprocessor. On an H200, 8 new tokens on 4
         # contexts of 32,768 took 163.0 us, and so 137.2, 32 of 8,192 265.3 and 262.5; but 64 of 200
         # to 32,000 326.1 and 329.8. The plan, once a step, takes 2.5 longer.
