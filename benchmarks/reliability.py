@@ -139,6 +139,7 @@ def jobs(device: str, tiny: bool, fuzz_seconds: float, soak_seconds: float) -> d
     steps = "3" if tiny else "200" if device == "gpu" else "50"  # a CPU has no command buffers
     chosen = ["tests/backends/test_copy_seeded_bugs.py", "-k", "xla"] if tiny else []
     suite = [sys.executable, "-m", "pytest", "-q", "--gpu", "-n", str(max(1, CORES - 1))]
+    suite += ["--dist", "worksteal"]  # tests of a minute would be left to few processes
     found = {
         "kernels": [Job([*suite, *["-k", "negative"] * tiny], kernels)],
         "fuzz": fuzz_jobs(device, tiny, fuzz_seconds),

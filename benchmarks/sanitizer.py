@@ -4,8 +4,9 @@
     python benchmarks/sanitizer.py --tools racecheck --only "ragged on Hopper"
 
 Every array is an allocation of its own, so that a byte past its end is nobody's. The variants are
-run without a tool first: what that compiles the tools' processes load. What the tools do not see is
-told in `docs/reliability.md`.
+run without a tool first: what that compiles the tools' processes load. What is done when goes to
+standard error, what the tools print to `.pytest_cache/sanitizer/`. What they do not see is told in
+`docs/reliability.md`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,15 @@ TOOLS = {
     "initcheck": (),
     "synccheck": (),
 }
+# Without the host's calls for each of what may be half a million errors, and with all of them.
+ALWAYS = ("--print-limit", "0", "--show-backtrace", "no")
+# Initcheck does not see what the tensor memory engine (TMA) writes: all that Mosaic's prefill does.
+# Copies of it to the host, and what combines its parts, would be said to read what nobody wrote.
+BLIND = {
+    "initcheck": (
+        "--check-api-memory-access", "no", "--kernel-name-exclude", "kns=ragged_combine_kernel"
+    )
+}  # fmt: skip
 MISSING = (
     "compute-sanitizer is not on the PATH: it is part of NVIDIA's CUDA Toolkit, and alone the "
     "package cuda-sanitizer-13-0 of NVIDIA's repository for apt"
@@ -53,8 +64,21 @@ def read(output: str) -> tuple[int, dict[str, int]]:
     return sum(map(int, summaries)), dict(collections.Counter(WHERE.findall(output)))
 
 
-def variants(shard: str, only: list[str]) -> list[str]:
-    return [sys.executable, str(FOLDER / "variants.py"), "--shard", shard, "--only", *only]
+def variants(shard: str, only: list[str], *options: str) -> list[str]:
+    return [
+        sys.executable, str(FOLDER / "variants.py"), "--shard", shard, "--only", *only, *options
+    ]  # fmt: skip
+
+
+def shards(tools: int) -> list[tuple[str, str]]:
+    """Return a backend and a shard of its variants for each process of a tool.
+
+    All tools have about a process a core. A variant of Mosaic's takes four times as long as one of
+    Triton's, and there are a tenth as many.
+    """
+    processes = max(2, gpus.WORKERS // tools)
+    of = {"triton": processes - max(1, processes // 3), "mosaic_gpu": max(1, processes // 3)}
+    return [(backend, f"{i}/{n}") for backend, n in of.items() for i in range(n)]
 
 
 def compile_all(only: list[str]) -> None:
@@ -70,16 +94,17 @@ def compile_all(only: list[str]) -> None:
 
 
 def run(
-    tool: str, shard: str, only: list[str], keep: Path | None, number: int = 0
+    tool: str, backend: str, shard: str, only: list[str], keep: Path, number: int = 0
 ) -> dict[str, Any]:
-    """Run a shard of the variants under a tool, as the `number`-th process."""
-    command = ["compute-sanitizer", "--tool", tool, *TOOLS[tool], *variants(shard, only)]
+    """Run a shard of a backend's variants under a tool, as the `number`-th process."""
+    options = TOOLS[tool] + (BLIND.get(tool, ()) if backend == "mosaic_gpu" else ())
+    command = ["compute-sanitizer", "--tool", tool, *ALWAYS, *options]
+    command += variants(shard, only, "--backend", backend)
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
     environment |= gpus.environment(number, gpus.visible())
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     output = done.stdout + done.stderr
-    if keep:
-        (keep / f"{tool}_{shard.replace('/', '_of_')}.log").write_text(output)
+    (keep / f"{tool}_{backend}_{shard.replace('/', '_of_')}.log").write_text(output)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"counts"')]
     if not lines:
         return {"calls": 0, "errors": 0, "kernels": {}, "failed": output[-1500:]}
@@ -91,36 +116,46 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tools", nargs="+", default=[*TOOLS], choices=TOOLS)
-    parser.add_argument("--shards", type=int, help="processes of each tool; of all one a core")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="of the names")
-    parser.add_argument("--keep", type=Path, help="a folder for what the tools print")
+    parser.add_argument(
+        "--keep", type=Path, default=CACHE.with_name("sanitizer"),
+        help="a folder for what the tools print",
+    )  # fmt: skip
     args = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         print(json.dumps({"counts": {}, "found": [], "missing": MISSING}))
         return
-    shards = args.shards or max(1, gpus.WORKERS // len(args.tools))
+    args.keep.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    begin = time.perf_counter()
+
+    def tell(what: str) -> None:
+        print(f"{time.perf_counter() - begin:.0f} s: {what}", file=sys.stderr, flush=True)
+
     compile_all(args.only)
+    tell("compiled")
     counts: dict[str, int] = {}
     found: list[str] = []
     others: collections.Counter[str] = collections.Counter()
-    with concurrent.futures.ThreadPoolExecutor(shards * len(args.tools)) as pool:
+    shares = [(tool, *share) for share in shards(len(args.tools)) for tool in args.tools]
+    with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
         runs = {
-            (tool, i): pool.submit(run, tool, f"{i}/{shards}", args.only, args.keep, i)
-            for tool in args.tools
-            for i in range(shards)
+            share: pool.submit(run, *share, args.only, args.keep, i)
+            for i, share in enumerate(shares)
         }
-        for (tool, i), future in runs.items():
+        for (tool, backend, shard), future in runs.items():
             result = future.result()
+            tell(f"{tool}, {backend} {shard}: {result['calls']} calls")
             counts[tool] = counts.get(tool, 0) + result["calls"]
             if "failed" in result:
-                found.append(f"{tool}, process {i}: {result['failed']}")
+                found.append(f"{tool}, {backend} {shard}: {result['failed']}")
             own = {k: n for k, n in result["kernels"].items() if is_own(k)}
             others.update({k: n for k, n in result["kernels"].items() if k not in own})
             if own or (result["errors"] and not result["kernels"]):
-                found.append(f"{tool}: {result['errors']} errors, {own or 'of no named kernel'}")
+                named = own or "of no named kernel"
+                found.append(f"{tool}, {backend} {shard}: {result['errors']} errors, {named}")
     print(json.dumps({"counts": counts, "others": others, "found": found}))
     sys.exit(bool(found))
 

@@ -3,10 +3,11 @@
     python benchmarks/variants.py                     runs each once
     python benchmarks/variants.py --repeats 1000      each so often: the same bits every time
     python benchmarks/variants.py --only decode --shard 1/4     those so named, every fourth of them
+    python benchmarks/variants.py --backend mosaic_gpu          those of one backend
 
-`reliability.py` starts it, also under compute-sanitizer. What is read was written before: pools by
-`ejk.write_kv_cache` in XLA. On a CPU the kernels of Triton are interpreted, and those of Mosaic
-left out.
+`reliability.py` starts it, also under compute-sanitizer. The CPU makes what the calls are given,
+pools by `ejk.write_kv_cache` in XLA: a GPU runs nothing else, and reads what was copied to it. On a
+CPU the kernels of Triton are interpreted, and those of Mosaic left out.
 """
 
 import argparse
@@ -322,13 +323,16 @@ def backend_of(name: str, backend: str, **fields: Any) -> Any:
     return CLASSES[backend][name.split()[0].rstrip(":")](interpret=INTERPRETED, **fields)
 
 
-def chosen(only: list[str], shard: str, xla: bool) -> list[tuple[str, Callable[[], Variant]]]:
-    """Return the variants that are here to be run."""
+def chosen(
+    only: list[str], shard: str, xla: bool, wanted: str | None = None
+) -> list[tuple[str, Callable[[], Variant]]]:
+    """Return the variants that are here to be run, all or those of the backend `wanted`."""
     number, of = map(int, shard.split("/"))
     found = [
         (name, functools.partial(make, "xla" if xla else backend_of(name, backend)))
         for name, backend, make in variants()
         if any(word in name for word in only)
+        and wanted in (None, backend)
         and not (backend == "mosaic_gpu" and (INTERPRETED or xla))
         and not (INTERPRETED and not xla and any(word in name for word in LARGE))
     ]
@@ -345,20 +349,25 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="of the names")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th, from the I-th")
     parser.add_argument("--xla", action="store_true", help="the same calls on XLA")
+    parser.add_argument("--backend", choices=[*CLASSES], help="those of one backend alone")
     args = parser.parse_args()
     for word in args.only:
         if not chosen([word], "0/1", args.xla):
             parser.exit(2, f"--only {word!r} is in the name of no variant that runs here\n")
     calls, failed = 0, []
-    found = chosen(args.only, args.shard, args.xla)
+    [host] = jax.local_devices(backend="cpu")[:1]
+    device = jax.local_devices()[0]
+    found = chosen(args.only, args.shard, args.xla, args.backend)
     for name, make in found:
         begin = time.perf_counter()
-        variant = make()
-        run = jax.jit(variant.function)
-        first = bits(run(*variant.arguments))
+        with jax.default_device(host):
+            function, arguments = make()
+        arguments = jax.device_put(arguments, device)
+        run = jax.jit(function)
+        first = bits(run(*arguments))
         # A batch of calls is in flight at a time: the device does not wait for the host.
         for done in range(1, args.repeats, 50):
-            results = [run(*variant.arguments) for _ in range(min(50, args.repeats - done))]
+            results = [run(*arguments) for _ in range(min(50, args.repeats - done))]
             if any(bits(result) != first for result in results):
                 failed.append(f"{name}: other bits in call {done} to {done + 50}")
                 break

@@ -179,10 +179,10 @@ def test_variants_run_under_the_sanitizer(tmp_path, monkeypatch, errors=1):
                     f'echo "{said}{end}"\n')  # fmt: skip
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    result = sanitizer.run("memcheck", "0/1", ["write: fused"], tmp_path)
+    result = sanitizer.run("memcheck", "triton", "0/1", ["write: fused"], tmp_path)
     assert result["calls"] == 1 and result["errors"] == errors, result
     assert result["kernels"] == ({"write_kv_cache_kernel": 1} if errors else {})
-    assert end in (tmp_path / "memcheck_0_of_1.log").read_text()
+    assert end in (tmp_path / "memcheck_triton_0_of_1.log").read_text()
 
 
 def test_variants_launch_every_kernel_of_triton():
