@@ -94,28 +94,35 @@ def note_stop(
     is_mine, piece, pack, end, planned, work_ptr, stops_ptr, FIRST_PACK: tl.constexpr,
     MAX_PACK_PIECES: tl.constexpr, BLOCK_STOPS: tl.constexpr,
 ):  # fmt: skip
-    """Note where a piece ends, if `is_mine`."""
+    """Note where a piece ends, if `is_mine`; the first one also fills the places of none."""
     ROWS: tl.constexpr = FIRST_PACK + 1 + MAX_PACK_PIECES
-    stop = tl.where(end < planned, end, TO_THE_END)
-    place = piece - tl.load(work_ptr + (ROWS + pack) * 4 + 1)
-    is_place = is_mine & (place >= 0) & (place < BLOCK_STOPS)
-    stop_ptr = stops_ptr + pack * BLOCK_STOPS + place
-    tl.store(stop_ptr, stop.to(tl.float32, bitcast=True), mask=is_place)
+    row_ptr = work_ptr + (ROWS + pack) * 4
+    place = piece - tl.load(row_ptr + 1)
+    pieces = tl.load(row_ptr + 2)
+    offs = tl.arange(0, BLOCK_STOPS)
+    is_place = (offs == place) | ((place == 0) & (offs >= pieces))
+    stop = tl.where((offs == place) & (end < planned), end, TO_THE_END)
+    stop_ptrs = stops_ptr + pack * BLOCK_STOPS + offs
+    tl.store(stop_ptrs, stop.to(tl.float32, bitcast=True), mask=is_mine & is_place)
 
 
 @triton.jit
 @typing.no_type_check
 def _stops_of(
-    pack, work_ptr, stops_ptr, ROWS: tl.constexpr, MAX_PACK_PIECES: tl.constexpr,
+    pack, is_pack, work_ptr, stops_ptr, ROWS: tl.constexpr, MAX_PACK_PIECES: tl.constexpr,
     BLOCK_STOPS: tl.constexpr,
 ):  # fmt: skip
-    """Return what a pack shares, its first piece, how many there are, where each stopped."""
+    """Return what a pack shares, its first piece, how many there are, where each stopped.
+
+    All places are loaded, before it is known of how many pieces: one wait instead of two.
+    """
     row_ptr = work_ptr + (ROWS + pack) * 4
     shared = tl.load(row_ptr)
     piece = tl.load(row_ptr + 1).to(tl.int64)
     pieces = tl.load(row_ptr + 2)
     offs = tl.arange(0, BLOCK_STOPS)
-    stops = tl.load(stops_ptr + pack * BLOCK_STOPS + offs).to(tl.int32, bitcast=True)
+    stop_ptrs = stops_ptr + pack * BLOCK_STOPS + offs
+    stops = tl.load(stop_ptrs, mask=is_pack).to(tl.int32, bitcast=True)
     pieces = tl.where((piece >= 0) & (piece + pieces <= MAX_PACK_PIECES), pieces, 0)
     return shared, piece, pieces, tl.where(offs < pieces, stops, TO_THE_END)
 
@@ -128,7 +135,9 @@ def shared_end(
 ):  # fmt: skip
     """Return where what a pack's pieces have read ends, from where members go on by themselves."""
     ROWS: tl.constexpr = FIRST_PACK + 1 + MAX_PACK_PIECES
-    shared, _, _, stops = _stops_of(pack, work_ptr, stops_ptr, ROWS, MAX_PACK_PIECES, BLOCK_STOPS)
+    shared, _, _, stops = _stops_of(
+        pack, True, work_ptr, stops_ptr, ROWS, MAX_PACK_PIECES, BLOCK_STOPS
+    )
     return tl.minimum(shared, tl.min(stops, 0))
 
 
@@ -144,7 +153,7 @@ def pack_parts_of(
     is_member = (place >= 0) & (place < MAX_PACKS * MEMBERS)
     pack = tl.where(is_member, place // MEMBERS, 0)
     _, piece, pieces, stops = _stops_of(
-        pack, work_ptr, stops_ptr, ROWS, MAX_PACK_PIECES, BLOCK_STOPS
+        pack, is_member, work_ptr, stops_ptr, ROWS, MAX_PACK_PIECES, BLOCK_STOPS
     )
     # None after the first that stopped early.
     offs = tl.arange(0, BLOCK_STOPS)
