@@ -161,8 +161,12 @@ def test_what_is_shared_is_what_the_tables_say():
 
 
 def test_short_prefixes_do_not_pay():
-    """By default a group is read sequence by sequence where it would save less than it costs."""
-    entry, case = RAGGED[0], grouped_case(("sinks",))
+    """By default a group is read sequence by sequence where it would save less than it costs.
+
+    Bits tell: those of a kernel. XLA may multiply matrices in another way in another program.
+    """
+    entry = next(entry for entry in SHARING if "triton" in entry.name)
+    case = grouped_case(("sinks",))
     of_two, alone = (np.where(np.arange(9) < 2, 0, -1), np.array([1, 0])), entry(case)
     bits_equal(alone, entry(case, prefix_groups=of_two))
     for shared in (
