@@ -132,6 +132,28 @@ def drafts(own: workloads.Workload) -> Batch:
     return Batch(f"{own.name}: verification of 4", (4,) * own.num_seqs, own.context_lens, *shape)
 
 
+def _verifications() -> list[Batch]:
+    """Drafts of other lengths and heads, on as many tokens, about which of two kernels is ahead."""
+    on = "on 8,192"
+    return [
+        *(_named(f"verification of {n} {on}", [(32, n, 8192)], 16) for n in (2, 4, 16, 32, 64)),
+        *(
+            _named(
+                f"verification of 8 {on}, {heads}/8/{dim}", [(32, 8, 8192)], 16, num_heads=heads,
+                num_kv_heads=8, head_dim=dim,
+            )
+            for heads, dim in ((8, 128), (64, 128), (32, 64))
+        ),
+        *(
+            _named(f"verification of {n} on {count} x {length:,}, 32/8/64", [(count, n, length)],
+                   16, head_dim=64)
+            for n, count, length in ((16, 32, 8192), (32, 32, 8192), (8, 128, 1024), (8, 4, 32768))
+        ),
+        _named("verification of 8 on 4 x 32,768", [(4, 8, 32768)], 16),
+        _named("verification of 8 on 128 x 1,024", [(128, 8, 1024)], 16),
+    ]  # fmt: skip
+
+
 def _sharing(
     name: str, seqs: int, q_len: int, group: int, shared: int, own: int, scale: int = 1
 ) -> Batch:
@@ -186,6 +208,7 @@ def _suites() -> dict[str, list[Batch]]:
         found.setdefault(name, []).extend(batches)
     [plain, _], [long, _] = found["prefill"], found["long"]
     found["chunks"].append(plain)
+    found["drafts"] += _verifications()
     found["shapes"] = [
         _named(
             "prefill 8 x 4,096, " + "/".join(map(str, shape)), [(8, 4096, 4096)], 16,

@@ -19,6 +19,7 @@ def section(lines: Lines) -> str:
         + behind(lines)
         + rate_table(lines)
         + against_parts_table(lines)
+        + drafts_table(lines)
         + options_table(lines)
         + layers_table(lines)
     )
@@ -161,6 +162,25 @@ def against_parts_table(lines: Lines) -> str:
         "part in the best call for it; 8 drafted tokens of 32 sequences on 8,192 against the "
         "decode of one; and, in latent attention, 4 of 64 sequences on 4,096:\n"
     ) + table("`mosaic_gpu` us, `triton` us, alone us, best over alone", rows)
+
+
+def drafts_table(lines: Lines) -> str:
+    """Write how long each of our backends takes for drafts."""
+    rows = []
+    for b in timed(lines, ("drafts",)):
+        times = [figure(lines, b.name, contender) for contender in OURS]
+        if max(b.q_lens) == 1 or None in times:
+            continue
+        rows_each = max(b.q_lens) * b.num_heads // b.num_kv_heads
+        ratio = f"{times[1] / times[0]:.3f}"
+        name = b.name.replace(f", {heads(b)}", "")
+        rows.append([name, heads(b), str(rows_each), *(cell(us, ",.1f") for us in times), ratio])
+    if not rows:
+        return ""
+    return (
+        "\nDrafts: new tokens of each sequence on its context. `rows` counts new tokens times the "
+        "heads of a group, `ratio` is the time of `triton` over that of `mosaic_gpu`:\n"
+    ) + table("heads/KV heads/dim, rows, `mosaic_gpu` us, `triton` us, ratio", rows)
 
 
 def options_table(lines: Lines) -> str:

@@ -108,6 +108,19 @@ def test_copies_that_are_refused(args, scales, reason):
         jax.jit(call).trace(*args, **scales).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.parametrize(
+    "max_q_len, max_blocks, head_dim, is_left",
+    [(16, 65, 64, True), (17, 65, 64, False), (16, 64, 64, False), (16, 65, 128, False)],
+)
+def test_more_rows_of_narrow_heads_are(max_q_len, max_blocks, head_dim, is_left):
+    """64 rows, of contexts of more than 1,024 tokens."""
+    call = functools.partial(ejk.ragged_page_attention, max_q_len=max_q_len)
+    args = arguments(max_blocks=max_blocks, head_dim=head_dim)
+    ((problem, _),) = _dispatch.calls(jax.make_jaxpr(call)(*args).jaxpr)
+    found = BACKEND.passed_over(problem, "cuda")
+    assert (found is not None and "up to 64 rows" in found[1]) == is_left
+
+
 @pytest.mark.parametrize("group, kv_heads", [(1, 8), (4, 8), (8, 1)])
 def test_few_rows_are_left_to_triton(group, kv_heads):
     args = arguments(heads=group * kv_heads, kv_heads=kv_heads)

@@ -29,6 +29,7 @@ from ejk.backends.ragged_page_attention import (
 )
 from ejk.backends.triton._backend import Call
 from ejk.backends.triton.ragged_page_attention.backend import RaggedSteps
+from ejk.backends.triton.ragged_page_attention.blocks import UNPEELED_TOKENS
 from ejk.backends.triton.ragged_page_attention.sizes import ragged_size_refusals
 from ejk.backends.triton.ragged_page_attention.widening import (
     FEW_ROWS_OF_COPIES,
@@ -38,15 +39,16 @@ from ejk.backends.triton.ragged_page_attention.widening import (
     widened,
 )
 
-# Up to so many query rows of a sequence and KV head Triton's kernels are as fast,
-# and compiled sooner. Time of a layer over theirs on an H100, 32 sequences of 4,096, pages of 16,
-# by new tokens:
-#     heads of a group   1       2       4       8       16      64
-#                    1                           0.997   1.000   0.898
-#                    4   0.997           0.995   0.977
-#                    8   0.992   0.994   0.972
-# On 8,192 with 8 new tokens and groups of 4: 0.984. 4 chunks of 512 and 60 decodes: 0.754.
+# Up to so many query rows of a sequence and KV head Triton's kernels are as fast, and compiled
+# sooner. Their time over this one's on an H200, 8 KV heads of 128, pages of 16:
+#     rows                      8              16      32      64              128
+#     32 x 8,192 tokens         1.000, 1.002   1.001   1.034   1.013, 1.016    2.27
+#     4 x 32,768, 128 x 1,024                          0.999, 1.210
 FEW_ROWS = 16
+# So many with heads of 64, whose pages this kernel copies in pieces of 2 KB, where contexts are
+# longer than `UNPEELED_TOKENS`. 32 rows on 32 x 8,192 took 0.749 of its time, 64 0.756, 128 1.78;
+# 32 on 4 x 32,768 0.737, and on 128 x 1,024 1.094.
+FEW_ROWS_OF_64 = 64
 # Up to so many of a sequence, on average, memory bounds a call, and a shared prefix is worth being
 # read once, which Triton's kernels alone do. By an H100's bytes and products a second, unmeasured.
 MEMORY_BOUND_ROWS = 256
@@ -110,10 +112,10 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         rows, each = problem.q_len_bound * problem.group, problem.total_tokens * problem.group
         if self.interpret:
             return None
-        if rows <= FEW_ROWS:
+        if rows <= (few := _few_rows(problem)):
             return "triton", (
                 f"for max_q_len={problem.q_len_bound} and {problem.group} query heads a KV head, "
-                f"up to {FEW_ROWS} rows, triton is as fast and compiled sooner"
+                f"up to {few} rows, triton is as fast and compiled sooner"
             )
         if problem.num_prefix_groups and each <= MEMORY_BOUND_ROWS * problem.num_seqs:
             return "triton", (
@@ -167,3 +169,9 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         for kind in range(len(sizes.plan.kinds)):
             memory = steps.combine(kind, work, memory)
         return steps.results(memory)
+
+
+def _few_rows(problem: RaggedPageAttentionProblem) -> int:
+    """Return up to how many rows of a sequence and KV head Triton's kernels are to be preferred."""
+    is_narrow = problem.head_dim == 64 and problem.visible_bound > UNPEELED_TOKENS
+    return FEW_ROWS_OF_64 if is_narrow and not problem.has_alibi else FEW_ROWS
