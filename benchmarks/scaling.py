@@ -270,7 +270,8 @@ def main():
         parser.error("--tiny needs --output: it measures nothing that is to be kept")
     if args.tiny:
         jax.config.update("jax_platforms", "cpu")
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+        of = args.devices or 2
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={of}"
     count = args.devices or jax.device_count()
     kind = jax.devices()[0].device_kind.replace(" ", "_")
     path = args.output or decode.RESULTS / f"{kind}_x{count}.jsonl"
