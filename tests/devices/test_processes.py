@@ -1,4 +1,4 @@
-"""Several processes, as on several hosts: two of them, over gloo, or NCCL where there are GPUs."""
+"""Several processes, as on several hosts, over gloo, or over NCCL where there are GPUs."""
 
 import os
 import pathlib
@@ -14,8 +14,10 @@ TIMEOUT = 120  # seconds
 GPU = bool(os.environ.get("EJK_TEST_GPU"))
 
 
-@pytest.mark.skipif(GPU and jax.device_count() < 2, reason="needs two GPUs")
-def test_two_processes_equal_one():
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.gpu)])
+def test_processes_equal_one(count):
+    if GPU and jax.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -26,10 +28,10 @@ def test_two_processes_equal_one():
     devices = 0 if GPU else 4
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "process.py"), *map(str, (number, 2, port, devices))],
+            [sys.executable, str(TESTS / "process.py"), *map(str, (number, count, port, devices))],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for number in range(2)
+        for number in range(count)
     ]  # fmt: skip
     try:
         printed = [process.communicate(timeout=TIMEOUT) for process in processes]

@@ -25,6 +25,7 @@ SHARDED = {
 }
 RESULTS = {"sequences": (0, 0), "KV heads": (1, 1)}
 """The sharded axis of the output and of the LSE."""
+DEVICES = {"sequences": 4 if jax.device_count() >= 4 else 2, "KV heads": 2}
 
 
 def operands():
@@ -42,8 +43,10 @@ def specs(axes):
 
 
 def sharded(function, what):
-    """Split a function of the operands over two devices, all checks of `shard_map` on."""
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    """Split a function of the operands over devices, all checks of `shard_map` on."""
+    count = DEVICES[what]
+    devices = jax.devices()[:count]
+    mesh = jax.make_mesh((count,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
     inputs = specs(SHARDED[what].get(name) for name in NAMES)
     return jax.jit(
         jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=specs(RESULTS[what]))
