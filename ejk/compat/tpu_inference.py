@@ -57,7 +57,7 @@ def ragged_paged_attention(
     Args:
         queries: `[total_tokens, num_heads, head_dim]`.
         keys: the new tokens' keys, `[total_tokens, num_kv_heads, head_dim]`, of the cache's dtype:
-            codes of a quantised cache.
+            codes of a float8 cache.
         values: the same of values.
         kv_cache: `[num_pages, page_size, ceil(2 * num_kv_heads / packing), packing, width]`, with
             `packing` elements in 32 bits, and `width` a multiple of 128.
@@ -89,8 +89,8 @@ def ragged_paged_attention(
         The output `[total_tokens, num_heads, head_dim]`, 0 in rows of no sequence, and the cache.
 
     Raises:
-        ValueError: a `mask_value` above -1e4, `skip_kv_mask` of causal attention, and what
-            `ejk.ragged_page_attention` and `ejk.write_kv_cache` refuse.
+        ValueError: a `mask_value` above -1e4, `skip_kv_mask` of causal attention, a cache of
+            integers, and what `ejk.ragged_page_attention` and `ejk.write_kv_cache` refuse.
 
     Source: the signature of tpu-inference 0.32.
     """

@@ -402,6 +402,20 @@ def test_flash_attention_ignores_no_array(options, message):
         )
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("update", [False, True])
+def test_v3_pools_of_integers_are_refused_as_by_the_original(dtype, scale, update):
+    """By their own name: before, scales that were given were said to be missing."""
+    args = v3_call((4, 2, 128, 32), cache=E4M3)
+    new, cache = (jnp.zeros(args[i].shape, dtype) for i in (1, 3))
+    with pytest.raises(ValueError, match=f"^kv_cache.dtype={dtype.__name__} must be a float's"):
+        tpu_inference.ragged_paged_attention(
+            args[0], new, new, cache, *args[4:], k_scale=scale, v_scale=scale,
+            update_kv_cache=update,
+        )  # fmt: skip
+
+
 V3_SIZES = [
     (dict(sizes=(7, 2, 64, 16)), {}, r"queries.shape\[1\]=7 must be a multiple of keys.*=2"),
     ({}, {2: numbers(8, 1, 64)}, r"values.shape=\(8, 1, 64\) must be keys.shape=\(8, 2, 64\)"),
