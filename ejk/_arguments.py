@@ -34,6 +34,9 @@ from ejk.backends.paged_facts import PagedFacts
 
 # A logit that such a cap would change is so large that only the largest logit has weight anyway.
 CAPS_NOTHING = 1e30
+# With it or less no logit weighs more than another. Kernels divide scales by the cap: by 1.2e-38 a
+# scale of 4 would be infinite, a logit of 0 NaN; and 1.2e-38 times a gradient below 1 is 0.
+LEAST_CAP = 1e-30
 LEAST_BOUND = 64  # tokens that a context is expected to have at least: fewer need no other program
 
 
@@ -238,7 +241,7 @@ def _held_soft_cap(soft_cap: StaticFloat | None) -> float | None:
             f"attn_logits_soft_cap={describe(soft_cap)} must be above 0 and a float32, from "
             f"{limits.tiny:.2g} to {limits.max:.2g}; None caps nothing"
         )
-    return float(np.float32(soft_cap)) if soft_cap < CAPS_NOTHING else None
+    return float(np.float32(max(soft_cap, LEAST_CAP))) if soft_cap < CAPS_NOTHING else None
 
 
 def _value_head_dim(given: Arguments, cache_type: CacheType) -> int:

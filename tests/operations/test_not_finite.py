@@ -270,6 +270,17 @@ def test_a_cap_that_caps_nothing_changes_nothing(entry, cap):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.one_in(2)
+@edge
+@pytest.mark.parametrize("cap", [1.2e-38, 1e-37, 1e-30])
+def test_a_tiny_cap_of_logits_of_zero(entry, cap):
+    """A scale over the cap might be infinite, and their product NaN."""
+    case = build(config(), LENGTHS)
+    options = {"attn_logits_soft_cap": cap, "attn_scale": 8.0}
+    case = case.replace(query=np.zeros_like(case.query), options=options)
+    assert_close(case, *entry(case))
+
+
 WRONG_CAPS = [0, -1.0, 1e39, 1e300, 10**400, 1e-46, 1e-60, np.float64(1e39), np.inf, np.nan]
 
 

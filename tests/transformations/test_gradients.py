@@ -195,6 +195,22 @@ def test_gradients_at_the_edges(entry, features, pools):
 
 
 @edge
+def test_gradients_of_logits_of_zero_are_those_without_a_cap(entry):
+    """The least cap there is, too: its product with a gradient might be taken for 0."""
+    case = build(config(), LENGTHS)
+    case = case.replace(query=np.zeros_like(case.query), options={})
+    capped = case.replace(options={"attn_logits_soft_cap": 1.2e-38})
+    cotangents = np.ones_like(case.query), np.ones(case.query.shape[:2], np.float32)
+    found, expected = (
+        gradients(functools.partial(attend, case, entry.backend), operands(case), cotangents)
+        for case in (capped, case)
+    )
+    assert expected["query"].any()
+    for name, grad in expected.items():
+        np.testing.assert_allclose(found[name], grad, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@edge
 def test_gradients_of_a_batch_that_sees_nothing_are_zero(entry):
     case = build(config(features=frozenset({"sinks"})), np.zeros(9, np.int32))
     floats = operands(case)
