@@ -170,6 +170,10 @@ def ragged_paged_attention_hd64(
 
     Source: the signature of tpu-inference 0.32.
     """
+    check_kinds(
+        queries=queries, keys=keys, values=values, kv_cache=kv_cache, kv_lens=kv_lens,
+        page_indices=page_indices, cu_q_lens=cu_q_lens, distribution=distribution,
+    )  # fmt: skip
     packing = 4 // jnp.dtype(kv_cache.dtype).itemsize
     words = -(-keys.shape[1] // packing)
     if kv_cache.shape[2:] != (words, packing, 128) or queries.shape[2] != 64:

@@ -64,6 +64,14 @@ DROP_INS = {
             "distribution": COUNTS,
         },
     ),
+    "tpu_inference.ragged_paged_attention_hd64": DropIn(
+        inspect.unwrap(tpu_inference.ragged_paged_attention_hd64),
+        {
+            "queries": TOKENS, "keys": NEW, "values": NEW, "kv_cache": zeros(8, 16, 2, 1, 128),
+            "kv_lens": LENS, "page_indices": TABLE.reshape(-1), "cu_q_lens": BOUNDS,
+            "distribution": COUNTS,
+        },
+    ),
     "vllm.reshape_and_cache_flash": DropIn(
         inspect.unwrap(vllm.reshape_and_cache_flash),
         {
@@ -139,6 +147,12 @@ WRONG = {
         ("distribution", None, TypeError, "distribution=None must be an integer array [3]"),
         ("distribution", LENS, TypeError, "distribution=int32[2] must be an integer array [3]"),
         ("skip_kv_mask", True, ValueError, "skip_kv_mask=True must come with use_causal_mask=F"),
+    ],
+    "tpu_inference.ragged_paged_attention_hd64": [
+        ("queries", None, TypeError, "queries=None must be a numeric array [total_tokens, num_he"),
+        ("keys", [], TypeError, "keys=[] must be a numeric array [total_tokens, num_kv_heads, he"),
+        ("kv_cache", None, TypeError, "kv_cache=None must be a numeric array [num_pages, page_s"),
+        ("distribution", None, TypeError, "distribution=None must be an integer array [3]"),
     ],
     "vllm.reshape_and_cache_flash": [
         ("key", None, TypeError, "key=None must be a floating-point array [num_tokens, num_kv_he"),
