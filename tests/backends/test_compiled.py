@@ -7,6 +7,8 @@ import pytest
 import triton
 from test_triton_lowering import IDS, X, custom_calls, lower, scale, scale_kernel
 
+from ejk.backends.triton import _packed_pairs
+
 pytestmark = pytest.mark.usefixtures("jax_triton")
 
 
@@ -40,7 +42,7 @@ def test_a_kernel_is_compiled_once_and_the_module_is_the_same(compiler):
     assert len(custom_calls(first)) == 1
 
 
-@pytest.mark.parametrize("what", ["constant", "environment", "always"])
+@pytest.mark.parametrize("what", ["constant", "environment", "always", "mends"])
 def test_another_program_or_compiler_is_compiled(what, compiler, monkeypatch):
     in_a_new_process(by=17)
     compiler()
@@ -48,6 +50,8 @@ def test_another_program_or_compiler_is_compiled(what, compiler, monkeypatch):
         monkeypatch.setenv("DISABLE_LLVM_OPT", "1")
     if what == "always":
         monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+    if what == "mends":
+        monkeypatch.setattr(_packed_pairs, "VERSION", _packed_pairs.VERSION + 1)
     with pytest.raises(CompiledError):
         in_a_new_process(by=18 if what == "constant" else 17)
 

@@ -60,7 +60,7 @@ def _key(module: Any, backend: Any, options: Any) -> str:
         sorted(libtriton.get_cache_invalidating_env_vars().items()),
         [_installed.version(package) for package in ("triton", "jax-triton")],
         (library.st_size, library.st_mtime_ns),  # of a Triton that someone builds
-        _packed_pairs.__name__,  # what an earlier `ejk` has kept is not mended
+        _packed_pairs.VERSION,
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 

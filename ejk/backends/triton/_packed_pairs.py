@@ -15,6 +15,10 @@ Cut to 32 bits, the lower one runs over no more, and a pair that was right stays
 
 import re
 
+# Of `mended`: who changes what it returns raises this. Kernels on disk are kept under it, so those
+# that an earlier `ejk` has kept, with its mends or with none, are compiled again.
+VERSION = 1
+
 _OR = re.compile(r"or\.b64\s+(%rd\d+), (%rd\d+), (%rd\d+);")
 _LOWER = re.compile(r"mul\.wide\.u32\s+(%rd\d+), %r\d+, \d+;")
 _UPPER = re.compile(r"shl\.b64\s+(%rd\d+), %rd\d+, (?:3[2-9]|[4-6]\d);")
