@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 else:
     Size = Any  # or a symbolic dimension of `jax.export`
 
+# Up to so many pairs all are compared, on a GPU in one fusion: not a sort, a scatter and a gather.
+# On two cores of a CPU, numbers x limits, us compared and sorted: 1 x 256 5 and 44, 64 x 256 43 and
+# 56, 64 x 2,048 126 and 65, 1,024 x 256 157 and 54, 256 x 8,192 496 and 163, 1,024 x 8,192 19,651
+# and 152.
+MOST_COMPARED = 2**18
+
 
 def as_int32(x: Any, bound: Size) -> Any:
     """Narrow an integer, or an array of them, to int32.
@@ -65,6 +71,8 @@ def count_up_to(numbers: jax.Array, limits: jax.Array) -> jax.Array:
 
     `jnp.searchsorted` does the same, but refuses sizes that are symbolic.
     """
+    if is_static(pairs := numbers.shape[0] * limits.shape[0]) and pairs <= MOST_COMPARED:
+        return (numbers[None] <= limits[:, None]).sum(1, dtype=jnp.int32)
     both = jnp.concatenate([numbers, limits])
     index = jnp.arange(both.shape[0], dtype=jnp.int32)
     _, order = lax.sort_key_val(both, index)

@@ -69,8 +69,8 @@ def test_heads_that_fill_no_program_in_float16():
 SMALL = Shape("latent", 3, 1, 24, page_size=4, max_blocks=6, value_head_dim=16, latent=True)
 FAULTS = {
     "tokens see the one after them": ("bounds[seq + 1] - 1 - row", "bounds[seq + 1] - 2 - row"),
-    "rows before the first are its": (" & (bounds[0] <= row)", ""),
-    "rows after the last are its": ("ends_after.any(1) & (bounds[0]", "(bounds[0]"),
+    "rows of no sequence see tokens": ("jnp.where(is_new, lens", "jnp.where(True, lens"),
+    "bounds fall": ("sane_bounds(problem, operands.cu_q_lens)", "operands.cu_q_lens"),
     "tokens read the first table": ("block_tables[seq]", "block_tables[seq * 0]"),
     "lengths are not clipped": (
         "jnp.clip(operands.context_lens, 0, problem.capacity)", "operands.context_lens",
@@ -86,8 +86,9 @@ def check_tokens(module, lens, bounds):
     )  # fmt: skip
     query, keys, _, *integers = case.operands()
     problem = dataclasses.replace(
-        MIXED, total_tokens=len(query), page_size=SMALL.page_size, max_blocks=SMALL.max_blocks
-    )
+        MIXED, num_seqs=len(lens), total_tokens=len(query), page_size=SMALL.page_size,
+        max_blocks=SMALL.max_blocks,
+    )  # fmt: skip
     query, keys, *integers = map(jnp.asarray, (query, keys, *integers))
     given = RaggedPageAttentionOperands(query, keys, None, *integers, *[None] * 6)
     found = module.operands_of_tokens(problem, given)
