@@ -1,6 +1,5 @@
 """The checks of `key_scale` and `value_scale`, and how backends see them."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +66,7 @@ class GivenScales(NamedTuple):
         if scale is None:
             return "none"
         if not isinstance(scale, jax.Array | np.ndarray):
-            if float(np.finfo(np.float32).max) < abs(scale) < math.inf:
+            if abs(scale) > float(np.finfo(np.float32).max):
                 raise ValueError(f"{name}={describe(scale)} must be a float32, at most 3.4e38")
             return "head"
         check_floats(**{name: scale})

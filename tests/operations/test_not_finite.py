@@ -203,6 +203,43 @@ def test_a_scale_of_values_reaches_no_new_token_that_sees_nothing(entry):
     assert_close(case, out, lse)
 
 
+def check_infinite_scales(entry, case, scale, which):
+    """Give an infinite one to the last token that each sequence sees."""
+    shape, lens = case.shape, case.context_lens.clip(0, case.shape.capacity)
+    scales = [x.copy() for x in case.scales]
+    last = lens[lens > 0] - 1
+    pages = case.block_tables[np.flatnonzero(lens), last // shape.page_size]
+    scales[which][pages, last % shape.page_size] = scale
+    out, lse = entry(case.replace(scales=tuple(scales)))
+    if which == 1:
+        assert not np.isfinite(out[lens > 0]).any() and np.isfinite(lse[lens > 0]).all()
+        return
+    is_nan = np.isnan(lse)
+    np.testing.assert_array_equal(is_nan, np.isnan(out).any(-1))
+    np.testing.assert_array_equal(is_nan, np.isnan(out).all(-1))
+    assert is_nan.any() and not is_nan[lens > 0].all()
+    one_less = case.replace(context_lens=np.maximum(lens - 1, 0))
+    expected, expected_lse = one_less.expected()
+    out = np.where(is_nan[..., None], expected, out).astype(out.dtype)
+    assert_close(one_less, out, np.where(is_nan, expected_lse, lse).astype(np.float32))
+
+
+@edge
+@pytest.mark.parametrize("which", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize("scale", [np.inf, -np.inf])
+def test_of_an_infinite_scale_a_row_is_nan_or_the_token_weighs_nothing(entry, scale, which):
+    called = config(cache_dtype=np.dtype(np.int8), scales="token")
+    check_infinite_scales(entry, build(called, LENGTHS, seed=1), scale, which)
+
+
+@ragged_edge
+@pytest.mark.parametrize("which", [0, 1], ids=["key", "value"])
+def test_of_an_infinite_scale_a_new_token_is_nan_or_does_not_see_it(entry, which):
+    called = config(dtype=entry.dtype, cache_dtype=np.dtype(np.int8), scales="token")
+    case = build_ragged(called, LENGTHS, np.arange(10), total=9, seed=1)
+    check_infinite_scales(entry, case, np.inf, which)
+
+
 FLOAT16 = np.dtype(np.float16)
 HALF = 0.5 + 2.0**-12 * 1.02  # just above the middle of two float16: its weights are rounded up
 

@@ -580,6 +580,10 @@ CACHES = {
         dict(cache=INT8, key_scale=1e39),
         "key_scale=1e+39 must be a float32, at most 3.4e38",
     ),
+    "an infinite scale": (
+        dict(cache=INT8, value_scale=-np.inf),
+        "value_scale=-inf must be a float32, at most 3.4e38",
+    ),
     "values of another type": (
         dict(cache=E4M3, value_cache=zeros(*SHAPE, dtype=ml_dtypes.float8_e5m2)),
         "value_cache.dtype=float8_e5m2 must be key_cache.dtype=float8_e4m3fn",
