@@ -206,7 +206,9 @@ PARTS = {
             "_softmax", "_quantised",
         ),
         "page_attention_combine_kernel": ("page_attention.packs",),
-        "ragged_page_attention_kernel": ("ragged_page_attention.rows", "_softmax"),
+        "ragged_page_attention_kernel": (
+            "ragged_page_attention.rows", "ragged_page_attention.mask", "_softmax",
+        ),
         "write_kv_cache_kernel": ("write_kv_cache.later",),
         "copy_kv_cache_kernel": ("copy_kv_cache.units",),
         "copy_kv_cache_mark_kernel": ("copy_kv_cache.units", "copy_kv_cache.staging"),
@@ -384,8 +386,8 @@ BUGS = {
             "pool_ptr(value_ptr, CACHE, PARTS) + 0",
         ),
         "the keys' scale of the next token": (
-            "offs_page * (stride_k_page // HEAD_DIM) + key %",
-            "offs_page * (stride_k_page // HEAD_DIM) + (key + 1) %",
+            "slot_offsets(page, slot, stride_k_page",
+            "slot_offsets(page, (slot + 1) % PAGE_SIZE, stride_k_page",
         ),
         "values have the keys' scales": ("if not LATENT:", "if LATENT:"),
         "the scale of the first head": (
@@ -397,7 +399,7 @@ BUGS = {
             "scale *= tl.load(key_scale_ptr + kv_head) * tl.load(key_scale_ptr + kv_head)",
         ),
         "the values' scale is missing": (
-            "tl.where(saw_nothing, 0.0, value_scale)", "tl.where(saw_nothing, 0.0, 1.0)",
+            "l == 0, 0.0, value_scale)", "l == 0, 0.0, 1.0)",
         ),
         "the window is one too long": (
             "key_position[None, :] < window)", "key_position[None, :] <= window)",
@@ -422,7 +424,8 @@ BUGS = {
             "column = (key - context)[None, :]", "column = (key - context + 1)[None, :]",
         ),
         "values are the keys' first entries negated": (
-            "k if SAME_TILE else v_ptrs", "(-k[0],) if SAME_TILE else v_ptrs",
+            "k if SAME_TILE else v_ptrs\n        m, l",
+            "(-k[0],) if SAME_TILE else v_ptrs\n        m, l",
         ),
         "64 rows do not see the last block before that": (
             "start + BLOCK_KV <= bulk_end", "start + BLOCK_KV < bulk_end",

@@ -10,21 +10,22 @@ from ejk.backends.triton._quantised import normalised, tiles_of
 
 @triton.jit
 @typing.no_type_check
-def token_ptrs(
-    head_ptr, pages, key, PAGE_SIZE: tl.constexpr, stride_page: tl.constexpr,
-    stride_slot: tl.constexpr,
-):  # fmt: skip
-    """Return where a KV head's tokens `key`, which lie in `pages`, begin: `[tokens, 1]`."""
-    return head_ptr + (pages.to(tl.int64) * stride_page + (key % PAGE_SIZE) * stride_slot)[:, None]
+def slot_offsets(
+    page, slot, stride_page: tl.constexpr, stride_slot: tl.constexpr, PARTS: tl.constexpr
+):
+    """Return where slots of pages begin, in a pool whose elements are `PARTS` values each."""
+    return page * (stride_page // PARTS) + slot * (stride_slot // PARTS)
 
 
 @triton.jit
 @typing.no_type_check
-def slot_offsets(
-    pages, slots, stride_page: tl.constexpr, stride_slot: tl.constexpr, PARTS: tl.constexpr
-):
-    """Return where slots of pages begin, of a pool whose elements are so many values each."""
-    return pages * (stride_page // PARTS) + slots * (stride_slot // PARTS)
+def token_ptrs(
+    head_ptr, page, key, PAGE_SIZE: tl.constexpr, stride_page: tl.constexpr,
+    stride_slot: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Return where a KV head's tokens `key`, which lie in `page`, begin: `[tokens, 1]`."""
+    offs = slot_offsets(page.to(tl.int64), key % PAGE_SIZE, stride_page, stride_slot, PARTS)
+    return head_ptr + offs[:, None]
 
 
 @triton.jit
@@ -215,6 +216,16 @@ def _products(q, k, FIRST: tl.constexpr, PARTS: tl.constexpr, THIRDS: tl.constex
 def _add(s, products):
     """Return `s + products`. The compiler would make a plain sum one chain, from `s` on."""
     return tl.fma(products, 1.0, s)
+
+
+@triton.jit
+@typing.no_type_check
+def in_order(tiles, PARTS: tl.constexpr):
+    """Return tiles whose entries are in order, each of `PARTS` tiles that take turns."""
+    ordered = ()
+    for i in tl.static_range(len(tiles) // PARTS):
+        ordered += (interleaved(tiles, i * PARTS, PARTS),)
+    return ordered
 
 
 @triton.jit

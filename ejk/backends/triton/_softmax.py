@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 
 from ejk.backends.triton._products import in_thirds, load_tiles, product_of_thirds
-from ejk.backends.triton._quantised import is_subnormal
+from ejk.backends.triton._quantised import FLOAT32_MAX, is_subnormal
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 FLOAT16_MAX = tl.constexpr(65504.0)
 HEADROOM = tl.constexpr(14)
 LEAST_UNIT = tl.constexpr(-126)  # before there is a scale
@@ -180,6 +179,25 @@ def scaled_rows(tiles, scale):
     for i in tl.static_range(len(tiles)):
         products += (tiles[i] * scale[:, None],)
     return products
+
+
+@triton.jit
+@typing.no_type_check
+def scaled_values(
+    tiles, l, unit, kv_head, key_scale_ptr, value_scale_ptr, SCALES: tl.constexpr,
+    LATENT: tl.constexpr,
+):  # fmt: skip
+    """Return the weighted values times the scale of values.
+
+    Those of a row that saw nothing stay zero: the scale may be NaN.
+    """
+    if SCALES != "none":
+        if SCALES == "token":
+            value_scale = power_of_two(unit)
+        else:
+            value_scale = tl.load((key_scale_ptr if LATENT else value_scale_ptr) + kv_head)
+        tiles = scaled_rows(tiles, tl.where(l == 0, 0.0, value_scale))
+    return tiles
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ejk.backends.triton._products import (
     for_products,
-    interleaved,
+    in_order,
     of_tokens,
     query_key_products,
     slot_offsets,
@@ -23,9 +23,8 @@ from ejk.backends.triton._softmax import (
     LEAST_UNIT,
     LOG2E,
     add_block,
-    power_of_two,
     scaled,
-    scaled_rows,
+    scaled_values,
     where_visible,
     zero_acc,
 )
@@ -164,20 +163,10 @@ def attend(
 
     if SUMS > 0:
         l = tl.sum(l, 1)
-    # In order, and scaled.
-    tiles = of_subnormal(acc, CACHE) if is_subnormal(CACHE) else acc
-    acc = (interleaved(tiles, 0, PARTS),)
-    if BLOCK_DV_REST > 0:
-        acc += (interleaved(tiles, PARTS, PARTS),)
+    acc = in_order(of_subnormal(acc, CACHE) if is_subnormal(CACHE) else acc, PARTS)
     if FOLDED:
         # A logit that overflows makes a row NaN. As one instruction with the subtraction of `m` it
         # does not overflow, and its weight is 0.
         l = tl.where(m == float("inf"), float("nan"), l)
-    if SCALES != "none":
-        if PER_TOKEN:
-            value_scale = power_of_two(unit)
-        else:
-            value_scale = tl.load((key_scale_ptr if LATENT else value_scale_ptr) + kv_head)
-        # Of a head that saw nothing the scale may be NaN, and the result is zero.
-        acc = scaled_rows(acc, tl.where(l == 0, 0.0, value_scale))
+    acc = scaled_values(acc, l, unit, kv_head, key_scale_ptr, value_scale_ptr, SCALES, LATENT)
     return m, l, acc

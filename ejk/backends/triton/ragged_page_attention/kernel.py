@@ -28,10 +28,11 @@ import triton.language as tl
 
 from ejk.backends.triton._products import (
     for_products,
-    interleaved,
+    in_order,
     load_queries,
     of_tokens,
     query_key_products,
+    slot_offsets,
     token_ptrs,
 )
 from ejk.backends.triton._quantised import pool_ptr
@@ -41,15 +42,15 @@ from ejk.backends.triton._softmax import (
     LOG2E,
     add_block,
     add_sink,
-    power_of_two,
     scaled,
+    scaled_rows,
+    scaled_values,
     where_visible,
     write_rows,
     zero_acc,
 )
+from ejk.backends.triton.ragged_page_attention.mask import first_bad, ranges, visible_tokens
 from ejk.backends.triton.ragged_page_attention.rows import clear_rows, rows_of_block
-
-SCANNED = tl.constexpr(512)  # table entries that are looked at together
 
 
 @triton.jit
@@ -176,32 +177,10 @@ def ragged_page_attention_kernel(
     position = place
     if HAS_POSITIONS:
         position = tl.maximum(tl.load(positions_ptr + tokens), 0)
-    # Some row sees the tokens [begin, end), every row those [all_begin, all_end).
-    first_place = context + first_row // GROUP
-    last_place = context + (tl.minimum(first_row + BLOCK_ROWS, q_len * GROUP) - 1) // GROUP
-    begin = 0
-    all_begin = 0
-    end = tl.maximum(last_place + 1, 0)
-    all_end = first_place + 1
-    if TREE_WIDTH > 0:
-        end = tl.where(last_place >= 0, length, 0)
-        all_end = context
-    if not CAUSAL:
-        end = length
-        all_end = length
-    window = 0
-    if HAS_WINDOW:
-        window = tl.maximum(tl.load(sliding_window_ptr), 0)
-        nearest = tl.min(position, 0) if HAS_POSITIONS else first_place
-        farthest = tl.max(position, 0) if HAS_POSITIONS else last_place
-        begin = tl.maximum(tl.maximum(nearest, 0) - (window - 1), 0)
-        all_begin = tl.maximum(tl.maximum(farthest, 0) - (window - 1), 0)
-        if HAS_POSITIONS and CAUSAL:  # new tokens may have any
-            begin = tl.minimum(begin, tl.maximum(context, 0))
-        begin = tl.minimum(begin, end)
-        end = tl.where(window > 0, end, begin)
-    if HAS_POSITIONS and CAUSAL:
-        all_end = tl.minimum(all_end, context)
+    begin, end, all_begin, all_end, window = ranges(
+        first_row, q_len, context, length, position, sliding_window_ptr, GROUP, HAS_WINDOW,
+        HAS_POSITIONS, TREE_WIDTH, CAUSAL, BLOCK_ROWS,
+    )  # fmt: skip
     if HAS_PARTS:
         size = tl.cdiv(tl.cdiv(end - begin, GRANULE), pieces) * GRANULE
         begin = tl.minimum(begin + piece * size, end)
@@ -214,7 +193,6 @@ def ragged_page_attention_kernel(
     if SCALES == "head":
         scale *= tl.load(key_scale_ptr + kv_head)
     q, scale = for_products(q, scale, PRODUCTS)
-    slopes = scale
     if HAS_ALIBI:
         slopes = tl.load(alibi_slopes_ptr + heads)
     m = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
@@ -247,7 +225,7 @@ def ragged_page_attention_kernel(
             bulk_end = tl.minimum(all_end, end)
         else:
             bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
-        bulk_end = _first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
+        bulk_end = first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
         bulk_end = bulk_begin + tl.maximum(bulk_end - bulk_begin, 0) // BLOCK_KV * BLOCK_KV
 
     # Loop over the context. The next block's page ids are loaded one iteration ahead, so that
@@ -267,12 +245,8 @@ def ragged_page_attention_kernel(
         exists = (page >= 0) & (page < NUM_PAGES)  # [EDGE_KV]
         if EDGE_PAGES > 0:
             exists = exists & (key < end)
-        k_ptrs = token_ptrs(
-            k_head_ptr, page, key, PAGE_SIZE, stride_k_page // PARTS, stride_k_slot // PARTS
-        )
-        v_ptrs = token_ptrs(
-            v_head_ptr, page, key, PAGE_SIZE, stride_v_page // PARTS, stride_v_slot // PARTS
-        )
+        k_ptrs = token_ptrs(k_head_ptr, page, key, PAGE_SIZE, stride_k_page, stride_k_slot, PARTS)
+        v_ptrs = token_ptrs(v_head_ptr, page, key, PAGE_SIZE, stride_v_page, stride_v_slot, PARTS)
         ahead = tl.where(block + 1 < before, begin, bulk_end - before * EDGE_KV)
         ahead += (block + 1) * EDGE_KV + offs_edge_entry
         edge_pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
@@ -281,18 +255,10 @@ def ragged_page_attention_kernel(
             is_new = exists & (key >= context)
             given = tl.load(positions_ptr + first_token + (key - context), mask=is_new, other=0)
             key_position = tl.where(is_new, tl.maximum(given, 0), key)
-        visible = exists[None, :]  # [BLOCK_ROWS, EDGE_KV]
-        if TREE_WIDTH > 0:
-            visible = visible & (place >= 0)[:, None]
-            column = (key - context)[None, :]
-            tree_ptrs = tree_mask_ptr + tokens[:, None] * TREE_WIDTH + column
-            is_column = visible & (column >= 0) & (column < TREE_WIDTH)
-            sees = tl.load(tree_ptrs, mask=is_column, other=0)
-            visible = visible & ((column < 0) | (sees != 0))
-        elif CAUSAL:
-            visible = visible & (key[None, :] <= place[:, None])
-        if HAS_WINDOW:
-            visible = visible & (position[:, None] - key_position[None, :] < window)
+        visible = visible_tokens(
+            exists, key, key_position, tokens, place, position, context, window, tree_mask_ptr,
+            HAS_WINDOW, TREE_WIDTH, CAUSAL,
+        )  # fmt: skip
         if TREE_WIDTH > 0 or (HAS_WINDOW and HAS_POSITIONS):
             # Not every token between those that are seen is: it may hold NaN.
             exists = tl.max(visible.to(tl.int32), 0) > 0
@@ -304,9 +270,9 @@ def ragged_page_attention_kernel(
         value_scale = unit
         if PER_TOKEN:
             s, value_scale = _with_scales(
-                s, k_scale_ptr, v_scale_ptr, page, key, exists, True, HEAD_DIM,
-                VALUE_HEAD_DIM, PAGE_SIZE, stride_k_page, stride_k_slot, stride_v_page,
-                stride_v_slot, LATENT,
+                s, k_scale_ptr, v_scale_ptr, page, key, exists, HEAD_DIM, VALUE_HEAD_DIM,
+                PAGE_SIZE, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, LATENT,
+                True,
             )  # fmt: skip
         if not EDGE_FOLDED:
             s = scaled(s, scale, SOFT_CAP)
@@ -320,40 +286,40 @@ def ragged_page_attention_kernel(
         )  # fmt: skip
     if PEEL:
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
-            seen = start + offs_kv
+            key = start + offs_kv
             page = of_tokens(pages, PAGES, PAGE_SIZE)  # [BLOCK_KV], or [1]
-            k_tokens = token_ptrs(
-                k_head_ptr, page, seen, PAGE_SIZE, stride_k_page // PARTS, stride_k_slot // PARTS
+            k_ptrs = token_ptrs(
+                k_head_ptr, page, key, PAGE_SIZE, stride_k_page, stride_k_slot, PARTS
             )
-            v_tokens = token_ptrs(
-                v_head_ptr, page, seen, PAGE_SIZE, stride_v_page // PARTS, stride_v_slot // PARTS
+            v_ptrs = token_ptrs(
+                v_head_ptr, page, key, PAGE_SIZE, stride_v_page, stride_v_slot, PARTS
             )
-            later = start + offs_entry + BLOCK_KV
-            pages = tl.load(table_ptr + later // PAGE_SIZE, mask=later < bulk_end, other=0)
+            ahead = start + offs_entry + BLOCK_KV
+            pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < bulk_end, other=0)
             # [BLOCK_ROWS, BLOCK_KV]
             s, k = query_key_products(
-                q, k_tokens, seen, HEAD_DIM, False, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
+                q, k_ptrs, key, HEAD_DIM, False, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
                 CACHE, PARTS, PTX,
             )  # fmt: skip
             value_scale = unit
             if PER_TOKEN:
                 s, value_scale = _with_scales(
-                    s, k_scale_ptr, v_scale_ptr, page, seen, seen, False, HEAD_DIM,
-                    VALUE_HEAD_DIM, PAGE_SIZE, stride_k_page, stride_k_slot, stride_v_page,
-                    stride_v_slot, LATENT,
+                    s, k_scale_ptr, v_scale_ptr, page, key, key, HEAD_DIM, VALUE_HEAD_DIM,
+                    PAGE_SIZE, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, LATENT,
+                    False,
                 )  # fmt: skip
             if SPLIT_LOGITS:  # every token is visible: for the sake of the branch alone
-                s = where_visible(s, (seen < bulk_end)[None, :], start < bulk_end, True)
+                s = where_visible(s, (key < bulk_end)[None, :], start < bulk_end, True)
             if not FOLDED:
                 s = scaled(s, scale, SOFT_CAP)
             if HAS_ALIBI:
-                s += _biases(slopes, seen, position)
-            values = k if SAME_TILE else v_tokens
+                s += _biases(slopes, key, position)
+            values = k if SAME_TILE else v_ptrs
             # Always true. The compiler puts a branch that ends the loop behind the copies of the
             # next block. With the condition of `where_visible` the two would become one.
             if not COPY_FIRST or start + BLOCK_KV <= bulk_end:
                 m, l, unit, acc = add_block(
-                    s, scale, m, l, unit, acc, values, value_scale, seen, q[0].dtype,
+                    s, scale, m, l, unit, acc, values, value_scale, key, q[0].dtype,
                     VALUE_HEAD_DIM, False, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE,
                     CACHE, PARTS, PTX,
                 )  # fmt: skip
@@ -372,21 +338,9 @@ def ragged_page_attention_kernel(
         # A logit that overflows makes a row NaN. Where scale and maximum are one instruction it
         # does not overflow before `m` is subtracted, and its weight is 0.
         l = tl.where(m == float("inf"), float("nan"), l)
-    tiles = acc
-    acc = interleaved(tiles, 0, PARTS)
-    if BLOCK_DV_REST > 0:
-        acc_rest = interleaved(tiles, PARTS, PARTS)
+    acc = in_order(acc, PARTS)
     saw_nothing = l == 0
-    if SCALES != "none":
-        if PER_TOKEN:
-            value_scale = power_of_two(unit)
-        else:
-            value_scale = tl.load((key_scale_ptr if LATENT else value_scale_ptr) + kv_head)
-        # Of a row that saw nothing the scale may be NaN, and the result is zero.
-        units = tl.where(saw_nothing, 0.0, value_scale)
-        acc *= units[:, None]
-        if BLOCK_DV_REST > 0:
-            acc_rest *= units[:, None]
+    acc = scaled_values(acc, l, unit, kv_head, key_scale_ptr, value_scale_ptr, SCALES, LATENT)
     if HAS_PARTS:
         if part >= 0:
             row = (part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
@@ -394,59 +348,41 @@ def ragged_page_attention_kernel(
             lse = tl.where(saw_nothing, float("-inf"), m + tl.log2(l))
             tl.store(part_lse_ptr + row, lse, mask=mask_rows)
             inverse = (1 / tl.where(saw_nothing, 1.0, l))[:, None]
-            write_rows(part_out_ptr, row, acc * inverse, mask_rows, 0, VALUE_HEAD_DIM)
-            if BLOCK_DV_REST > 0:
-                out = acc_rest * inverse
-                write_rows(part_out_ptr, row, out, mask_rows, BLOCK_DV, VALUE_HEAD_DIM)
+            for i in tl.static_range(len(acc)):
+                out = acc[i] * inverse
+                write_rows(part_out_ptr, row, out, mask_rows, i * BLOCK_DV, VALUE_HEAD_DIM)
             return
     sinks = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     if HAS_SINKS:
         sinks = tl.load(sinks_ptr + heads)
         m, l, alpha, saw_nothing = add_sink(m, l, sinks)
-        acc *= alpha[:, None]
-        if BLOCK_DV_REST > 0:
-            acc_rest *= alpha[:, None]
+        acc = scaled_rows(acc, alpha)
     row = tokens * NUM_HEADS + heads
     # From base 2 and back would cost a sink that stands alone its last bit.
     lse = tl.where(saw_nothing, sinks, (m + tl.log2(l)) * LN2)
     tl.store(lse_ptr + row, lse, mask=mask_rows)
     # Divided, as `page_attention_kernel` does: a single token's bits are the same there.
     l = tl.where(l == 0, 1.0, l)
-    write_rows(out_ptr, row, acc / l[:, None], mask_rows, 0, VALUE_HEAD_DIM)
-    if BLOCK_DV_REST > 0:
-        write_rows(out_ptr, row, acc_rest / l[:, None], mask_rows, BLOCK_DV, VALUE_HEAD_DIM)
-
-
-@triton.jit
-@typing.no_type_check
-def _first_bad(table_ptr, begin, end, NUM_PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """Return a token of `[begin, end)` before which every page is valid, `end` if all are."""
-    bad = end
-    last = tl.cdiv(end, PAGE_SIZE)
-    for entry in tl.range(begin // PAGE_SIZE, last, SCANNED, num_stages=1):
-        entries = entry + tl.arange(0, SCANNED)
-        pages = tl.load(table_ptr + entries, mask=entries < last, other=0)
-        is_bad = (pages < 0) | (pages >= NUM_PAGES)
-        bad = tl.minimum(bad, tl.min(tl.where(is_bad, entries * PAGE_SIZE, end), 0))
-    return bad
+    for i in tl.static_range(len(acc)):
+        out = acc[i] / l[:, None]
+        write_rows(out_ptr, row, out, mask_rows, i * BLOCK_DV, VALUE_HEAD_DIM)
 
 
 @triton.jit
 @typing.no_type_check
 def _with_scales(
-    s, key_ptr, value_ptr, pages, key, exists, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    s, key_ptr, value_ptr, page, key, exists, HEAD_DIM: tl.constexpr,
     VALUE_HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, stride_k_page: tl.constexpr,
     stride_k_slot: tl.constexpr, stride_v_page: tl.constexpr, stride_v_slot: tl.constexpr,
-    LATENT: tl.constexpr,
+    LATENT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return products times the scales of the tokens' keys, and the scales of their values."""
-    offs_page = pages.to(tl.int64)
-    offs = offs_page * (stride_k_page // HEAD_DIM) + key % PAGE_SIZE * (stride_k_slot // HEAD_DIM)
+    page, slot = page.to(tl.int64), key % PAGE_SIZE
+    offs = slot_offsets(page, slot, stride_k_page, stride_k_slot, HEAD_DIM)
     key_scale = _load_scales(key_ptr + offs, exists, MASKED)
     value_scale = key_scale
     if not LATENT:
-        offs = offs_page * (stride_v_page // VALUE_HEAD_DIM)
-        offs += key % PAGE_SIZE * (stride_v_slot // VALUE_HEAD_DIM)
+        offs = slot_offsets(page, slot, stride_v_page, stride_v_slot, VALUE_HEAD_DIM)
         value_scale = _load_scales(value_ptr + offs, exists, MASKED)
     return s * key_scale[None, :], value_scale
 
