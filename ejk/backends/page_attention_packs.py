@@ -7,8 +7,9 @@ of all members; and each member has parts to write and to combine. A pack pays i
 
     k * c * cost > c * pack_cost + PIECE_COST * (k + 1)
 
-and packs are made if the batch, dealt out to slots, then ends earlier by more than `MARGIN`, which
-is what their launch takes.
+where `PIECE_COST` also stands for what it takes to write and combine a member's parts. Packs are
+made if the batch, dealt out to slots, then ends earlier by more than `MARGIN`, which is what their
+launch takes.
 """
 
 from typing import Any, NamedTuple
@@ -16,10 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
+from ejk.backends.page_attention_plan import PIECE_COST, PlanOperands, PlanProblem
 from ejk.backends.prefix_groups import SharedPrefixes
 
-PIECE_COST = 3  # to start a piece, or to write and combine a member's parts
 # What the packs' launch takes beyond its blocks, and the combination of their parts. On an H200 it
 # was 60 to 85 of 0.25 us: 4 sequences on 8,192 tokens took 26.0 us for 32.4 and 16 on 2,048 28.0
 # for 33.0, but 4 on 2,048 19.0 for 15.0 and 16 on 512 25.6 for 14.9.

@@ -11,6 +11,19 @@ import numpy as np
 from ejk._backend import Backend, Problem
 from ejk._indices import Size
 
+# With these every backend deals out the same plan: `ejk/backends/triton/page_attention/dealing.py`
+# says how. Costs are in its units.
+PIECE_COST = 3  # to start a piece, and to write its part
+COMBINE_COST = 4  # to combine parts
+SLACK = 8  # of the cap, at least
+LATE = 2  # granules that pieces which all start at once may end after the cap
+LEAST = 24  # of a piece of the tail
+SIZES = 8  # that are tried for the last wave
+SMALL = 4  # a piece of up to a SMALL-th of the longest is small
+# Sequences that are dealt out with each other in mind. More make many waves, and only those are cut
+# that outlast the rest.
+MOST_SEQS = 1024
+
 
 class PlanOperands(NamedTuple):
     """The arrays of one call."""

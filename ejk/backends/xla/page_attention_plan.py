@@ -1,4 +1,7 @@
-"""`ejk.plan_page_attention` as an XLA program: the same plan, for platforms without Triton."""
+"""`ejk.plan_page_attention` as an XLA program: the same plan, for platforms without Triton.
+
+`ejk/backends/triton/page_attention/dealing.py` says what is computed here.
+"""
 
 import dataclasses
 
@@ -7,12 +10,22 @@ import jax.numpy as jnp
 
 from ejk._indices import Size, count_up_to
 from ejk.backends.page_attention_packs import Packs
-from ejk.backends.page_attention_plan import PlanBackend, PlanFacts, PlanOperands, PlanProblem
+from ejk.backends.page_attention_plan import (
+    COMBINE_COST,
+    LATE,
+    LEAST,
+    MOST_SEQS,
+    PIECE_COST,
+    SIZES,
+    SLACK,
+    SMALL,
+    PlanBackend,
+    PlanFacts,
+    PlanOperands,
+    PlanProblem,
+)
 from ejk.backends.xla._backend import XlaBackend
 
-# As in `ejk/backends/triton/page_attention/dealing.py`, which says what is computed here.
-PIECE_COST, COMBINE_COST, SLACK, LATE, LEAST, SIZES, SMALL = 3, 4, 8, 2, 24, 8, 4
-MOST_SEQS = 1024
 FAR = 2**31 - 1
 
 

@@ -39,13 +39,15 @@ import typing
 import triton
 import triton.language as tl
 
-PIECE_COST = tl.constexpr(3)  # to start a program, and to write its part
-COMBINE_COST = tl.constexpr(4)  # to combine parts
-SLACK = tl.constexpr(8)  # of the cap, at least
-LATE = tl.constexpr(2)  # granules that programs which all start at once may end after the cap
-LEAST = tl.constexpr(24)  # of a piece of the tail
-SIZES = tl.constexpr(8)  # that are tried for the last wave
-SMALL = tl.constexpr(4)  # that share of the largest piece is
+from ejk.backends import page_attention_plan
+
+PIECE_COST = tl.constexpr(page_attention_plan.PIECE_COST)
+COMBINE_COST = tl.constexpr(page_attention_plan.COMBINE_COST)
+SLACK = tl.constexpr(page_attention_plan.SLACK)
+LATE = tl.constexpr(page_attention_plan.LATE)
+LEAST = tl.constexpr(page_attention_plan.LEAST)
+SIZES = tl.constexpr(page_attention_plan.SIZES)
+SMALL = tl.constexpr(page_attention_plan.SMALL)
 FAR = tl.constexpr(2**31 - 1)
 
 

@@ -11,6 +11,7 @@ from ejk.backends.gpu import H100, Target
 from ejk.backends.page_attention import PageAttentionOperands
 from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import (
+    MOST_SEQS,
     PlanBackend,
     PlanFacts,
     PlanOperands,
@@ -29,13 +30,10 @@ from ejk.backends.triton._sizes import (
 from ejk.backends.triton.page_attention.packing import find_packs
 from ejk.backends.triton.page_attention.sharing import Sharing
 
-# Sequences that are dealt out with each other in mind. Of more, which make many waves, only those
-# are cut that outlast the rest.
-MOST_SEQS = 1024
-# Cuts of a batch, in those that would fill the machine once. The rule takes up to 1.9 where memory
-# bounds the programs, else 3.
+# The most cuts of a batch, over those that would fill the machine once. Where memory bounds the
+# programs the rule takes up to 1.9, else up to 3.
 CUTS_PER_SLOT, CUTS_PER_BUSY_SLOT = 2, 3
-# Costs of a batch are below it, so that their products stay in 32 bits.
+# Costs of a batch stay below it, so that their products stay in 32 bits.
 VAST = 2**29
 
 
@@ -142,8 +140,8 @@ def own_plan(
         own_windows=own_windows,
         slots=slots,
         programs_per_piece=programs,
-        # Of narrower heads a step takes as long: with 4 for 64 entries, 100 contexts of 8,000
-        # tokens and 2 KV heads took 155.9 us on an H100, with 8 149.9.
+        # A step takes no less time with narrower heads: with 4 for 64 entries, 100 contexts of
+        # 8,000 tokens and 2 KV heads took 155.9 us on an H100, with 8 they took 149.9.
         granule_cost=max(8, width * 8 // 256),
         memory_bound=memory_bound,
     )
@@ -153,9 +151,9 @@ def own_plan(
     waves, in_last = divmod(num_seqs * programs, slots)
     # Many short contexts share multiprocessors, see `choose_blocks`, and one is soon done.
     is_soon_done = waves >= 4 and longest <= 8 * GRANULE
-    # Where no context is long, and all alike would fill whole waves, there is little to gain. A
-    # combination that finds nothing to do costs more: of 64 contexts of 2,048 on an H100, 2 of
-    # 187 us.
+    # Where no context is long, and contexts of one length would fill whole waves, there is little
+    # to gain. A combination that finds nothing to do costs more: 2 of 187 us for 64 contexts of
+    # 2,048 on an H100.
     fills_waves = waves >= 3 and longest <= 32 * GRANULE and 3 * in_last >= 2 * slots
     if sharing is not None:
         cost = num_seqs * programs * -(-longest // GRANULE) * problem.granule_cost
