@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from ejk.backends.mosaic_gpu._pages import in_pages
 from ejk.backends.mosaic_gpu._private import ROW, SCALAR, TILE
 from ejk.backends.mosaic_gpu._registers import accumulated, float32, int32, lane, scalar_of
 
@@ -42,10 +43,8 @@ def kept(plain: bool, s: Any, seen: Seen) -> Any:
     predicates: a masked block takes 200 instructions less.
     """
     if plain:
-        page_size = s.shape[1] // seen.pages
         token = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
-        page = lax.shift_right_logical(token, jnp.full_like(token, page_size.bit_length() - 1))
-        is_seen = lax.shift_right_logical(lax.broadcast(seen.exist, s.shape), page) & 1 == 1
+        is_seen = in_pages(token, seen.exist, s.shape[1] // seen.pages)
         is_seen &= token >= lax.broadcast_in_dim(seen.begins, s.shape, [0])
         is_seen &= token < lax.broadcast_in_dim(seen.ends, s.shape, [0])
         return jnp.where(is_seen, s, -jnp.inf)

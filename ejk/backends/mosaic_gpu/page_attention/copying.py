@@ -1,7 +1,6 @@
 """The warpgroup that copies: queries, then block after block, as soon as there is room."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ejk.backends.mosaic_gpu._pages import page_bits
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Shared
 from ejk.backends.mosaic_gpu.page_attention.piece import Piece, exists, pages_of
 from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, LatentSizes
@@ -62,8 +62,7 @@ class Copying:
                 into = shared.keys.at[slot, third]
             else:
                 into = shared.rest.at[slot]
-                bits = (there.astype(jnp.int32) << i for i, there in enumerate(exist))
-                shared.exist[slot] = functools.reduce(jnp.bitwise_or, bits)
+                shared.exist[slot] = page_bits(exist)
             for i, page in enumerate(pages):
                 page = jnp.where(exist[i], page, 0)
                 plgpu.copy_gmem_to_smem(

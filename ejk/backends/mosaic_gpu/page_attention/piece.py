@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejk.backends.mosaic_gpu._arithmetic import divide_up
+from ejk.backends.mosaic_gpu._pages import in_pages
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs
 from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, LatentSizes
 
@@ -93,6 +94,5 @@ def is_partial(j: Any, exist: Any, piece: Piece, sizes: LatentSizes) -> Any:
 def visible(token: Any, j: Any, exist: Any, piece: Piece, sizes: LatentSizes) -> Any:
     """Say which tokens of a block are visible, counted from its first."""
     position = token + (piece.first_block + j) * BLOCK_KV
-    page = lax.shift_right_logical(token, jnp.full_like(token, sizes.copied_rows.bit_length() - 1))
-    there = lax.shift_right_logical(lax.broadcast(exist, token.shape), page) & 1
-    return (position >= piece.low) & (position < piece.high) & (there == 1)
+    there = in_pages(token, exist, sizes.copied_rows)
+    return (position >= piece.low) & (position < piece.high) & there

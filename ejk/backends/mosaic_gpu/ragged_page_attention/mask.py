@@ -1,6 +1,5 @@
 """Which tokens of a block each row sees, and which blocks need no mask."""
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.mosaic_gpu._arithmetic import divide_up
+from ejk.backends.mosaic_gpu._pages import in_pages, page_bits
 from ejk.backends.mosaic_gpu._private import ROW, TILE
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, PrefillSizes
@@ -26,14 +26,14 @@ def positions(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
 
 
 def some_see_nothing(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
-    """Say whether some rows of a warpgroup are no token's, or one's before the first position."""
+    """Say whether some rows of a warpgroup have no token, or one before the first position."""
     if sizes.own_rows < ROWS:
         return True
     return (tile.count < (warpgroup + 1) * sizes.own_tokens) | (tile.position < 0)
 
 
 def rows_that_see(tile: Tile, warpgroup: Any, shape: tuple[int, ...], sizes: PrefillSizes) -> Any:
-    """Say which rows of a warpgroup, along axis 0, are a token's, and at a position."""
+    """Say which rows of a warpgroup, along axis 0, have a token that has a position."""
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
     token = lax.div(row, jnp.full_like(row, sizes.group)) + warpgroup * sizes.own_tokens
     return (row < sizes.own_rows) & (token < tile.count) & (token >= -tile.position)
@@ -42,9 +42,10 @@ def rows_that_see(tile: Tile, warpgroup: Any, shape: tuple[int, ...], sizes: Pre
 def unmasked(
     tile: Tile, warpgroup: Any, scale: Any, inputs: Inputs, sizes: PrefillSizes
 ) -> tuple[Any, Any]:
-    """Return which blocks, `[start, stop)`, all rows of a warpgroup see altogether.
+    """Return the blocks `[start, stop)` of which every row of a warpgroup sees all tokens.
 
-    Nor has the block before them values to clear, which takes all warpgroups: see `is_partial`.
+    The block before each of them has no values to clear, either: all warpgroups clear together, see
+    `is_partial`.
     """
     first, blocks = tile.first_block(sizes), tile.blocks(sizes)
     nearest = tile.position + warpgroup * sizes.own_tokens
@@ -71,8 +72,7 @@ def existing(tile: Tile, j: Any, inputs: Inputs, sizes: PrefillSizes) -> Any:
         place = lax.div(first, problem.page_size)
         places = (jnp.minimum(place + i, problem.max_blocks - 1) for i in range(sizes.copies))
         pages = (inputs.block_tables[tile.seq, place] for place in places)
-        bits = (exists(page, sizes).astype(jnp.int32) << i for i, page in enumerate(pages))
-        return functools.reduce(jnp.bitwise_or, bits)
+        return page_bits(exists(page, sizes) for page in pages)
 
     is_whole = jnp.minimum(first + sizes.block_kv, tile.seen_end) <= tile.whole
     return lax.cond(is_whole, lambda: everything, look)
@@ -81,7 +81,7 @@ def existing(tile: Tile, j: Any, inputs: Inputs, sizes: PrefillSizes) -> Any:
 def is_partial(tile: Tile, j: Any, exist: Any, sizes: PrefillSizes) -> Any:
     """Say whether some tokens of block `j` are visible to no row of the sequence.
 
-    Those that only rows of its other tiles see hold numbers, too.
+    Tokens that only its other tiles see need not be cleared: they hold numbers, too.
     """
     first = (tile.first_block(sizes) + j) * sizes.block_kv
     some = (first < tile.seen_begin) | (first + sizes.block_kv > tile.seen_end)
@@ -106,11 +106,5 @@ def visible_to_some(
     """Say which tokens of block `j`, from its `first` on, are visible to a row, along axis 0."""
     token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE) + first
     key = token + (tile.first_block(sizes) + j) * sizes.block_kv
-    return _exists(token, exist, sizes) & (key >= tile.seen_begin) & (key < tile.seen_end)
-
-
-def _exists(token: Any, exist: Any, sizes: PrefillSizes) -> Any:
-    """Say which tokens of a block lie in pages that there are."""
-    shift = jnp.full_like(token, sizes.copied_rows.bit_length() - 1)
-    page = lax.shift_right_logical(token, shift)
-    return lax.shift_right_logical(lax.broadcast(exist, token.shape), page) & 1 == 1
+    there = in_pages(token, exist, sizes.copied_rows)
+    return there & (key >= tile.seen_begin) & (key < tile.seen_end)
