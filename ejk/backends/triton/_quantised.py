@@ -11,11 +11,11 @@ have for it. Elsewhere the same bits come from Triton's own operations. A float1
 bits of `n` in its last ones, from which int8 and int4 follow by subtraction; float8_e5m2 is the
 upper byte of a float16; e4m3 differs from it in the bias of the exponent, and in the code for NaN.
 
-Decode takes codes of integers, above the least of all, as the last bits of a float16 whose others
-are zero, "int8 + 128" and "int4 + 8": a subnormal number, `2^-24` times as large, which needs no
-arithmetic at all. Tensor cores take subnormals as they are, and their products are exact. Of int4
-the upper half of a byte stays where it is, 16 times as large, and queries make up for it. What all
-codes have in addition leaves the sums: see `for_subnormal` and `of_subnormal`.
+Decode takes integers as "int8 + 128" and "int4 + 8", so that none is negative: as the last bits of
+a float16 whose other bits are zero. That is a subnormal number, `2^-24` times as large, and takes
+no arithmetic at all. Tensor cores take subnormals as they are, and their products are exact. The
+upper half of an int4 byte stays where it is, 16 times as large, and queries make up for that. The
+128 or 8 that each code has too much leaves the sums: see `for_subnormal` and `of_subnormal`.
 
 Source: numbers from the bits of a float (Kim et al., 2022, arXiv:2211.10017).
 """
@@ -253,8 +253,9 @@ def normalised(q, scale):
 @triton.jit
 @typing.no_type_check
 def for_subnormal(q, scale, CACHE: tl.constexpr):
-    """Return `normalised` queries for codes as subnormals, what scales their products, `[rows]`,
-    and what the products are to begin with, `[rows]`: less what all codes have in addition.
+    """Return `normalised` queries for subnormal codes, and what scales their products, `[rows]`.
+
+    The third is what the products begin with, `[rows]`: it takes off what each code has too much.
     """
     LEAST: tl.constexpr = 8.0 if CACHE == "int4 + 8" else 128.0
     total = tl.zeros([q[0].shape[0]], tl.float32)
@@ -274,7 +275,7 @@ def for_subnormal(q, scale, CACHE: tl.constexpr):
 @triton.jit
 @typing.no_type_check
 def of_subnormal(acc, CACHE: tl.constexpr):
-    """Return the tiles of weighted values of those of subnormals and, the last, sums of weights."""
+    """Return tiles of weighted values from those of subnormals, the last of which sums weights."""
     LEAST: tl.constexpr = 8.0 if CACHE == "int4 + 8" else 128.0
     LAST: tl.constexpr = len(acc) - 1
     least = tl.max(acc[LAST], 1) * LEAST  # every column has the sum

@@ -15,21 +15,21 @@ from ejk.backends.write_kv_cache import WriteKVCacheProblem
 KERNEL_TYPES = {"int8": "int8", "uint8": "int4", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 MAX_CAPACITY = 2**31 - 2**20
 SMALLEST_PAGE = 8  # tokens; whose id is loaded once for all of them
-LONG = 1536  # tokens of a multiprocessor whose parts cost less than two programs save
+LONG = 1536  # tokens a multiprocessor from which two programs save more than their parts cost
 LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after the other
-# Of a program on a quantised cache: products of warpgroups would take codes from shared memory,
-# where they are not yet numbers.
+# The most rows of a program on a quantised cache. With more, products would be those of warpgroups,
+# which read keys and values from shared memory, where codes are not yet numbers.
 QUANTISED_ROWS = 32
 GRANULE = 128  # tokens; planned pieces are whole multiples
-# How ragged batches are cut. The measurements are of decode on an H100: one query token a sequence.
-# Pieces a multiprocessor. Flat from 1 to 4 for 256 unequal contexts: enough that the last pieces to
-# start are short.
+# The next three say how ragged batches are cut. They were measured for decode on an H100.
+# Pieces a multiprocessor, enough that the last pieces to start are short. Time is flat from 1 to 4
+# for 256 unequal contexts.
 PIECES_PER_SM = 2.5
-# A multiprocessor's fair share of a batch and a tenth, in shares of a cut: 1.1 * `PIECES_PER_SM`.
-# Where no context has more, none is cut.
+# Contexts stay whole where none is longer than 1.1 of a multiprocessor's fair share of the batch.
+# The numbers are 1.1 * `PIECES_PER_SM` as a fraction, for a share is counted in pieces.
 EVEN_SHARE = (11, 4)
-# A batch that fills the machine twice is not cut where no context exceeds so many tokens: the
-# longest is done long before the rest, and there is nothing to combine, which saves 1.7 us.
+# A batch that fills the machine twice is not cut if no context exceeds this many tokens: the
+# longest ends long before the rest, and there is nothing to combine, which saves 1.7 us.
 WHOLE_TOKENS = 4096
 # Entries of parts that a program of a combination holds, and the most parts. Not measured.
 COMBINE_BLOCK, COMBINE_PARTS = 8192, 64
@@ -71,10 +71,10 @@ def same_tile(problem: PagedProblem) -> bool:
 
 
 def chain(problem: PagedProblem) -> int:
-    """Return how many products of a logit are added up apart from others: in 16 bits all.
+    """Return how many products of a logit are added up apart from others: all in 16 bits.
 
-    A product of float32 adds up one after the other. Of 576 the error is 1.5 times what is allowed;
-    in emulation it is 2.8 times that of 64 at a time, and 2.2 times that of 128.
+    Products in float32 are added one after the other. For 576 of them the error is 1.5 times what
+    is allowed; in emulation it is 2.8 times that of 64 at a time, and 2.2 times that of 128.
     """
     (block_d, _), _ = blocks_of(problem)
     return min(block_d, LONGEST_CHAIN) if product_dtype(problem) == jnp.float32 else block_d
@@ -83,9 +83,10 @@ def chain(problem: PagedProblem) -> int:
 def rows_of_one_tile(is_same_tile: bool, target: Target) -> int | None:
     """Return the most rows of a program that loads keys and values as one tile; None for others.
 
-    Every program reads the whole cache, so the more rows the better. With one tile there is shared
-    memory for the queries of 64 rows and registers, on eight warps, for their values, if products
-    are those of warpgroups and leave the queries where they are. On AMD more than 16 spill.
+    Every program reads the whole cache, so the more rows the better. One tile leaves shared memory
+    for the queries of 64 rows, and eight warps have registers for their values, provided that the
+    products are those of warpgroups, which read queries from shared memory. On AMD more than 16
+    rows spill.
     """
     if not is_same_tile:
         return None
@@ -108,16 +109,16 @@ def block_group(group: int, value_head_dim: int, most_rows: int | None) -> int:
 def programs_per_sm(
     is_latent: bool, rows: int, value_head_dim: int, tokens: Size, target: Target | None
 ) -> int:
-    """Return how many programs of so many query heads a multiprocessor runs at a time.
+    """Return how many programs of `rows` query heads a multiprocessor runs at a time.
 
-    Its share of the batch is `tokens`, at most.
+    `tokens` is its share of the batch, at most.
 
-    One that waits for memory fills it with the blocks that are under way. Of two with 64 rows one
-    exponentiates while the other multiplies: on an H100, 33 contexts of 32,000 tokens, 71 heads of
-    dimension 64 on a KV head, took 165.9 us with one at a time and 124.0 with two, but 20 of 4,000
-    with 64 heads of dimension 128 on each of 8 KV heads 128.9 and 137.2. 64 latent contexts of
-    4,096 tokens, 32 heads, took 127.9 and 119.5, but 2 of 32,000 47.5 and 55.4, for twice as many
-    pieces have twice as many parts; 64 of 4,096 with 16 heads 114.0 and 121.9.
+    A program that waits for memory fills a multiprocessor alone, with the blocks that are under
+    way. Of two programs with 64 rows one exponentiates while the other multiplies. Times on an H100
+    with one and with two, in us: 33 contexts of 32,000 tokens, 71 heads of dimension 64 on a KV
+    head, 165.9 and 124.0; 20 of 4,000, 64 heads of dimension 128 on each of 8 KV heads, 128.9 and
+    137.2; 64 latent contexts of 4,096 tokens, 32 heads, 127.9 and 119.5, with 16 heads 114.0 and
+    121.9; 2 of 32,000, 47.5 and 55.4, as twice as many pieces have twice as many parts.
     """
     if is_latent:
         is_hopper = target is None or target.compute_capability in (90, None)
@@ -127,11 +128,12 @@ def programs_per_sm(
 
 
 def quantised_per_sm(is_latent: bool, programs: Size, num_sms: int) -> int:
-    """Return the same of programs on quantised caches, which are small: several fit.
+    """Return the same for programs on quantised caches, which are small, so that several fit.
 
-    Of separate values a plan counts on them only where all find room in two rounds. On an H200,
-    e4m3 and a scale per head, with 1 and with 4: one context of 32,768 tokens 26.9 and 25.0 us, 32
-    of 2,048 with 32 KV heads 146.8 and 155.0; latent, 16 heads, with 1 and with 2: 122.5 and 71.6.
+    Where values are not latent, a plan counts on four only if two rounds have room for all. On an
+    H200, e4m3 and a scale per head, with 1 and with 4: one context of 32,768 tokens 26.9 and 25.0
+    us, 32 of 2,048 with 32 KV heads 146.8 and 155.0; latent, 16 heads, with 1 and with 2: 122.5 and
+    71.6.
     """
     if is_latent:
         return 2
@@ -215,7 +217,7 @@ def loaded_together(problem: PagedProblem) -> int:
 def product_dtype(problem: PagedProblem) -> np.dtype:
     """Return the type of products: one that holds queries and cache exactly.
 
-    Float16 holds all codes, and bfloat16 queries once each row is `normalised`.
+    Float16 holds all codes. It also holds bfloat16 queries, once each row is `normalised`.
     """
     query, cache = problem.query_dtype, problem.cache_dtype
     if query == cache:
@@ -225,7 +227,7 @@ def product_dtype(problem: PagedProblem) -> np.dtype:
 
 
 def type_constants(problem: PagedProblem, target: Target) -> dict[str, Any]:
-    """Return the types of a kernel's numbers, and how it makes one of the other."""
+    """Return the types of a kernel's numbers, and how it converts them."""
     cache, products = KERNEL_TYPES.get(problem.cache_dtype.name, ""), product_dtype(problem)
     capability = target.compute_capability
     has_ptx = capability is not None and (cache != "e4m3" or capability >= 89)
@@ -265,10 +267,10 @@ def width_constants(problem: PagedProblem, rows: int) -> dict[str, int | bool]:
 
 
 def pages_of_block(problem: PagedProblem, block_kv: int) -> int:
-    """Return in how many pages a block lies, or which it is altogether; 0 if that is not known.
+    """Return how many whole pages a block is, 1 if it lies in one page, 0 if that is not known.
 
-    A window may begin anywhere in a page, a piece of a plan at any granule. Of small pages a thread
-    would load more ids than it takes tokens.
+    A window may begin anywhere in a page, and a piece of a plan at any granule. With small pages a
+    thread would load more ids than it takes tokens.
     """
     if not same_tile(problem) or problem.has_window or GRANULE % block_kv:
         return 0
@@ -279,7 +281,7 @@ def pages_of_block(problem: PagedProblem, block_kv: int) -> int:
 
 
 def size_refusals(problem: PagedProblem) -> list[str]:
-    """Say which of the sizes no kernel on pages can count in 32 bits."""
+    """Say which sizes are too large for a kernel on pages to count in 32 bits."""
     reasons: list[str] = []
     if problem.capacity > MAX_CAPACITY:
         reasons.append(

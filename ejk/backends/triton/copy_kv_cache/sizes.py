@@ -6,31 +6,33 @@ from ejk.backends.copy_kv_cache import CopyKVCacheProblem
 from ejk.backends.gpu import Target
 from ejk.backends.triton._sizes import power_of_two
 
-# What a program holds of the keys, and of the values, in bytes: twice 16 in each of 128 threads.
-# Programs before one takes a second copy. So 1,024 pages of 16 are copied in 34.7 us on an H200 and
-# 8,192 slots in 18.9; with twice the bytes and half the programs in 35.8 and 18.8, with half the
-# bytes and twice the programs in 35.7 and 18.8. The most copies are not measured.
+# A program holds BLOCK_BYTES of the keys, and as many of the values: twice 16 in each of 128
+# threads. It takes a second copy where there would be more than ENOUGH_PROGRAMS, and MAX_COPIES at
+# most. On an H200 1,024 pages of 16 take 34.7 us so, and 8,192 slots 18.9; with twice the bytes and
+# half the programs 35.8 and 18.8; with half the bytes and twice the programs 35.7 and 18.8.
+# MAX_COPIES is not measured.
 BLOCK_BYTES = 4096
 ENOUGH_PROGRAMS, MAX_COPIES = 2048, 64
-# Programs that compare, so that not each of them loads all slots or pages; copies of one at most.
+# The most programs that compare, as each loads all slots or pages, and the most copies of one.
 COMPARING_PROGRAMS, MAX_COMPARING = 256, 16
-# At a time on a warp: 32 registers of a thread. What AMD's wavefronts compare takes two scalar
-# registers each, and with more of them some are spilled.
+# Comparisons at a time on a warp: 32 registers of a thread. On AMD each comparison takes two scalar
+# registers, and with more of them some are spilled.
 COMPARISONS, AMD_COMPARISONS = 1024, 256
-# Above it the comparisons of every copy with every other one take longer than the table: on an H200
-# 2.2 us and 2.5 for 512 copies, 2.9 and 3.2 for 1,024, 5.0 and 3.5 for 2,048, 39 and 8.7 for 8,192.
+# With more copies, comparing each with every other one takes longer than the table: on an H200 2.2
+# us and 2.5 for 512 copies, 2.9 and 3.2 for 1,024, 5.0 and 3.5 for 2,048, 39 and 8.7 for 8,192.
 MAX_COMPARED = 1024
-# Units of a pool that has a table: 64 MiB of it. Of larger ones XLA sorts the copies.
+# The most units of a pool that has a table, 64 MiB large. For larger pools XLA sorts the copies.
 MAX_TABLE = 2**24
 # Programs that share a table, a power of two, their threads, and the ids that they read at a time:
 # twice the programs, two to a multiprocessor, took 15 us instead of 8.7 for 8,192 copies, when each
 # pass loaded the ids anew. 1,024 threads hold 8,192 ids in registers without spills, 512 do not: so
 # 8,192 slots took 24.4 us on an H200 instead of 27.4.
 MARKING_PROGRAMS, MARKING_THREADS, MAX_BLOCK_IDS = 128, 1024, 8192
-# What a program takes elsewhere at a time: comparing ones took 44 us for 1,024 pages with half of
-# it and 54 with a quarter.
+# Bytes that a program stages at a time. Programs that compare took 44 us for 1,024 pages with half
+# of it, and 54 with a quarter.
 STAGED_BYTES = 16384
-# Elements of a unit, so that a block past its end still has a number of 32 bits.
+# The most elements of a unit, so that elements of a block past its end are still numbered in 32
+# bits.
 MAX_UNIT = 2**31 - 2**20
 
 

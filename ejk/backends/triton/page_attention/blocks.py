@@ -23,13 +23,13 @@ from ejk.backends.triton._sizes import (
 )
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
-# Tokens and pipeline stages, best first, of which the first is taken that leaves no room for a
-# second program on a multiprocessor.
+# Tokens and pipeline stages, best first. The first is taken that leaves no room for a second
+# program on a multiprocessor.
 ALONE = ((128, 3), (128, 4), (256, 3), (128, 5), (64, 3), (64, 4), (32, 3), (32, 4))
 # The same for programs of which two fit, see `programs_per_sm`.
 TOGETHER = ((128, 3), (64, 3), (32, 3), (64, 2), (32, 2))
-# Of one tile for keys of 576 and values of 512 entries, by rows, where a batch is large: they leave
-# no room for a second program. On an H100, 270,336 tokens in 16 bits, pages of 64, by tokens, warps
+# By rows, for large batches with one tile for keys of 576 and values of 512 entries. These leave no
+# room for a second program. On an H100, 270,336 tokens in 16 bits, pages of 64, by tokens, warps
 # and stages; wall time, us:
 #     16 heads    64, 8, 3: 128    64, 4, 3: 127    32, 4, 5: 128    32, 8, 5: 144
 #     32 heads    64, 8, 3: 138    32, 8, 5: 210
@@ -37,16 +37,17 @@ TOGETHER = ((128, 3), (64, 3), (32, 3), (64, 2), (32, 2))
 #     128 heads   32, 8, 3: 274    64, 8, 2: 269
 # Four warps of 64 tokens spill where pages are smaller. Two tiles of 16 rows took 157 for 16 heads.
 ONE_TILE = {16: Pipeline(64, 8, 3), 32: Pipeline(64, 8, 3), 64: Pipeline(32, 8, 3)}
-# Of one query a sequence, where ids are loaded page by page, four warps spill nothing: of 16 heads
-# and pages of 16, 65 contexts of 8,000 tokens took 217.1 us for 233.6.
+# With one query a sequence, whose ids are loaded page by page, four warps do not spill: with 16
+# heads and pages of 16, 65 contexts of 8,000 tokens took 217.1 us, and 233.6 with eight.
 ONE_QUERY = ONE_TILE | {16: Pipeline(64, 4, 3)}
-# Of a single context on a cache of 8 bits with a scale per head, two programs a multiprocessor. On
-# an H200, 32,768 tokens, against four of 64, 2, 3: e4m3 22.9 and 24.5 us, int8 23.5 and 24.9.
+# A single context on a cache of 8 bits with a scale per head has two programs a multiprocessor. On
+# an H200, 32,768 tokens, so and with four programs of 64, 2, 3: e4m3 22.9 and 24.5 us, int8 23.5
+# and 24.9.
 ONE_CONTEXT = Pipeline(128, 4, 3)
-# Of packs of many rows, in 16 bits and up to 128 entries wide.
-# On an H200, 64 sequences on 16,384 tokens took with
-# 128, 4, 3: 114 us    64, 4, 3: 110, two at a time; one 163    128, 4, 2: 136
-# and 16 on 32,768 61.2, 64.2, 84.1 and 73.5.
+# For packs of 64 rows, in 16 bits and up to 128 entries wide. On an H200, 64 sequences on 16,384
+# tokens, and 16 on 32,768, by tokens, warps and stages; us:
+#     128, 4, 3: 114, 61.2    64, 4, 3: two programs at a time 110, 64.2; one 163, 84.1
+#     128, 4, 2: 136, 73.5
 PACKED = {64: Pipeline(128, 4, 3)}
 
 
@@ -80,16 +81,16 @@ class DecodeBlocks(NamedTuple):
 def in_thirds(problem: PagedProblem, target: Target) -> bool:
     """Say whether decode takes products of float32 as three of bfloat16, which holds the cache.
 
-    Float32 is 24 bits, bfloat16 8; and products of float32 are the ordinary cores'. On an H200, 64
-    contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries: queries in float32 on bfloat16
-    took 2,849 us and take 298, on int8 2,751 and 296.
+    Float32 has 24 bits, bfloat16 8. Tensor cores have no products of float32, and the ordinary ones
+    are slow: on an H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries,
+    queries in float32 on bfloat16 took 2,849 us and take 298, on int8 2,751 and 296.
     """
     is_mixed = product_dtype(problem) == jnp.float32 and problem.cache_dtype != jnp.float32
     return is_mixed and problem.cache_dtype != jnp.float16 and not target.is_amd
 
 
 def rows_of(problem: PagedProblem, group: int, target: Target) -> int:
-    """Return how many of `group` query rows a KV head a program takes."""
+    """Return how many of a KV head's `group` query rows a program takes."""
     most_rows = rows_of_one_tile(same_tile(problem), target)
     rows = block_group(group, problem.value_head_dim, most_rows)
     return min(rows, QUANTISED_ROWS) if problem.cache_type.is_quantised else rows
@@ -104,12 +105,13 @@ def choose_blocks(
     tuned: dict[Cell, Pipeline] = TUNED,
     tokens: int = 0,
 ) -> DecodeBlocks:
-    """Choose the blocks for `group` query rows a KV head, of contexts of up to `longest` tokens.
+    """Choose the blocks for `group` query rows a KV head, and contexts of up to `longest` tokens.
 
-    With `tokens` of a multiprocessor these are decode's, of which it may run two programs.
+    `tokens` is a multiprocessor's share of a decode batch: it may then run two programs. 0 is for
+    kernels that are not decode's.
 
-    With `longest=None` nothing follows from the batch, as the bits of a result may not: blocks are
-    then those of a batch that fills the machine.
+    With `longest=None` nothing follows from the batch, so that no bit of a result does: the blocks
+    are those of a batch that fills the machine.
     """
     rows = rows_of(problem, group, target)
     each = problem.num_kv_heads * -(-group // rows)
@@ -124,7 +126,7 @@ def choose_blocks(
     )
     itemsize = value_bytes(problem)
     cell = Cell(target.compute_capability, itemsize, problem.head_dim, rows, is_large)
-    # Where elements become others, it is not their size alone that counts.
+    # Where elements are converted, it is not their size alone that counts.
     is_as_it_is = problem.query_dtype == problem.cache_dtype
     if is_as_it_is and problem.head_dim == problem.value_head_dim and cell in tuned:
         pipeline = tuned[cell]
@@ -152,9 +154,9 @@ def choose_blocks(
 def choose_pack_blocks(
     problem: PagedProblem, rows: int, target: Target, tuned: dict[Cell, Pipeline]
 ) -> DecodeBlocks:
-    """Choose the blocks of packs, whose products have so many rows: of few those of sequences.
+    """Choose the blocks of packs, whose products have `rows` rows: of few those of sequences.
 
-    They are not the caller's: what he fixes is for a product of other rows.
+    The caller's tuning does not count here: it is for products of other rows.
     """
     own = Tuning()
     _, *pipeline, _, _ = choose_blocks(problem, problem.group, None, own, target, tuned)
@@ -188,7 +190,7 @@ def _that_fits(
 def _heuristic(
     problem: PagedProblem, rows: int, target: Target, is_large: bool, tokens: int
 ) -> Pipeline:
-    """Return what was best nearly wherever we measured: shared memory may yet shrink it."""
+    """Return what was best nearly everywhere. `_that_fits` may shrink it."""
     _, wide = widths(problem)
     # Taken on the ordinary cores, from registers.
     is_float32 = product_dtype(problem) == jnp.float32
@@ -205,9 +207,8 @@ def _heuristic(
         num_warps = 8 if wide > (128 if is_float32 else 256) else 4
         return Pipeline(64 if rows == 16 else 32, num_warps, 3 if is_float32 else 2)
     num_warps = 8 if wide > 256 or is_float32 else 4
-    # One program a multiprocessor: what is left of the work then goes to whoever is done.
-    # With three at once, contexts of very different length took 172 us instead of 135 on an
-    # H100 (head dimension 64).
+    # One program a multiprocessor: whoever is done takes what is left of the work. With three, on
+    # an H100, contexts of very different length took 172 us instead of 135 (head dimension 64).
     for block_kv, num_stages in ALONE:
         pipeline = Pipeline(block_kv, num_warps, num_stages)
         if _shared_memory(problem, rows, pipeline, target, False) <= target.shared_memory:
@@ -226,7 +227,7 @@ def _is_like_one_context(problem: PagedProblem, rows: int) -> bool:
 def _of_converted(
     problem: PagedProblem, wide: int, rows: int, target: Target, is_decode: bool
 ) -> Pipeline:
-    """Return the pipeline of a cache whose elements become others.
+    """Return the pipeline for a cache whose elements are converted.
 
     On an H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries, in us:
         e4m3, scale per head    64, 2, 3: 127.5    64, 4, 3: 129.6    128, 4, 2: 160.4
@@ -236,9 +237,11 @@ def _of_converted(
         int4, scale per token   128, 2, 3: 103.2   128, 4, 3: 118.5   256, 4, 2: 113.5
         float32 on bfloat16     64, 4, 3: 297.9    32, 4, 3: 307.2    64, 8, 3: 363.6
         float32 on int8         64, 4, 3: 308.4    32, 4, 3: 295.7    32, 2, 3: 291.6
-    Of 64 entries, int4 128, 2, 4: 68.3, 128, 2, 3: 74.0 and 64, 1, 3: 75.2, int8 and a scale per
-    token 128, 2, 3: 75.0 and 64, 2, 3: 84.0; of 256 entries, e4m3 32, 4, 3: 141.5 and 64, 4, 3:
-    182.1; latent e4m3, 16 heads, 64, 8, 3: 70.3 and 64, 8, 2: 75.8.
+    With 64 entries:
+        int4                    128, 2, 4: 68.3    128, 2, 3: 74.0    64, 1, 3: 75.2
+        int8, scale per token   128, 2, 3: 75.0    64, 2, 3: 84.0
+    With 256 entries, e4m3 32, 4, 3: 141.5 and 64, 4, 3: 182.1. Latent e4m3, 16 heads, 64, 8, 3:
+    70.3 and 64, 8, 2: 75.8.
     """
     wide = power_of_two(wide)  # as blocks and warps must be: 192 entries are in two parts
     if product_dtype(problem) == jnp.float32:
@@ -281,7 +284,7 @@ def _shared_memory(
 
 
 def _packed_memory(problem: PagedProblem, rows: int, pipeline: Pipeline, target: Target) -> int:
-    """Bound that of a pack of many rows: products of warpgroups keep a block more."""
+    """Bound that of a pack of many rows, where products of warpgroups keep one more block."""
     queries = product_dtype(problem).itemsize * rows * widths(problem)[0]
     return _streamed(problem, pipeline, pipeline.num_stages) + queries + 2048
 

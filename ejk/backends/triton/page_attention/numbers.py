@@ -16,10 +16,11 @@ SUBNORMAL = {"int8": "int8 + 128", "int4": "int4 + 8"}
 def types_of(problem: PageAttentionProblem, target: Target) -> dict[str, Any]:
     """Return the types of the kernel's numbers, of which two are decode's alone.
 
-    Products of float32 may be `in_thirds`. Codes of integers are subnormal float16, but on AMD,
-    whose matrix cores have not been seen to take them. With that, no masks and `sums_of`, on an
-    H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries: int8 and a scale per
-    token 155.8 before and 131.0 us, per head 131.6 and 126.8, int4 111.9 and 103.2.
+    Products of float32 may be `in_thirds`. Codes of integers are subnormal float16, except on AMD,
+    where nobody has seen the matrix cores take them. That, the masks left out and `sums_of`
+    together, on an H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries,
+    before and after: int8 and a scale per token 155.8 and 131.0 us, per head 131.6 and 126.8, int4
+    111.9 and 103.2.
     """
     types = type_constants(problem, target)
     if in_thirds(problem, target):
@@ -30,12 +31,12 @@ def types_of(problem: PageAttentionProblem, target: Target) -> dict[str, Any]:
 
 
 def sums_of(problem: PageAttentionProblem, blocks: DecodeBlocks) -> int:
-    """Return how many sums of weights a row has until the end: those that no two warps share.
+    """Return how many sums of weights a row has until the end, so that no two warps share one.
 
-    0: one, for which warps wait for each other in every block. On an H200, the same contexts, with
-    one and with several: e4m3 and a scale per token 141.7 and 132.8 us, per head 127.5 and 127.7;
-    int8 per token 134.8 and 131.0, per head 129.1 and 126.8. Of latent attention a second program
-    wants their registers: e4m3, 16 heads, 70.3 and 84.0.
+    0 is one sum a row, for which warps wait for each other in every block. On an H200, the same
+    contexts, with one and with several: e4m3 and a scale per token 141.7 and 132.8 us, per head
+    127.5 and 127.7; int8 per token 134.8 and 131.0, per head 129.1 and 126.8. In latent attention
+    a second program needs their registers: e4m3, 16 heads, 70.3 and 84.0.
     """
     cache = problem.cache_type
     pays = cache.is_integer or (cache.is_quantised and problem.scales == "token")

@@ -9,20 +9,21 @@ from ejk.backends.page_attention_packs import may_pay
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import GRANULE, QUANTISED_ROWS, power_of_two
 
-# Query heads of a pack's members. 64 are one product of a warpgroup. With more of wider values, or
-# of float32, registers run out; 128 on eight warps, of blocks of 64 tokens, gain nothing: on an
-# H200, 64 sequences on 16,384 tokens took 110 us, and 114 with 64; 128 in 8 groups on 4,096 130 and
-# 111.
+# The most query heads of a pack's members. 64 are one product of a warpgroup. With values wider
+# than 128, or float32, more than 16 run out of registers. 128 on eight warps, with blocks of 64
+# tokens, gain nothing over 64: on an H200, 64 sequences on 16,384 tokens took 110 us, and 114 with
+# 64; 128 in 8 groups on 4,096 took 130 and 111.
 PACK_ROWS, FEW_ROWS = 64, 16
-# What a block of so many rows takes, in eighths of what it takes of a sequence. On an H200, 32,768
-# tokens for 2 sequences in 16 rows 37.4 us, for 16 in 64 46.5, and 131,072 in 64 rows 76.6 for 64.
+# What a block costs by rows, in eighths of what it costs one sequence. On an H200, 32,768 tokens
+# took 37.4 us for 2 sequences in 16 rows and 46.5 for 16 in 64 rows; 131,072 tokens in 64 rows took
+# 76.6 for 64.
 ROW_COSTS = {16: 9, 32: 10, 64: 12}
-# Bytes of shared memory where so many queries, and their weights, find room beside the blocks.
+# With as many bytes of shared memory, PACK_ROWS queries and their weights fit beside the blocks.
 LARGE_MEMORY = 200 * 1024
 # Entries of the members' tables that are compared at a time: 16 to 32 registers of a thread.
 COMPARED = 4096
-# A batch whose contexts stay whole is combined for the sake of packs if at its longest it costs so
-# much: about 100 us on an H100, of which a combination that finds nothing to do is 2 %.
+# A batch whose contexts stay whole is combined for the sake of packs if its longest contexts cost
+# this much: about 100 us on an H100, of which a combination that finds nothing to do is 2 %.
 WORTH_COMBINING = 300
 
 

@@ -41,17 +41,17 @@ from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 STRIDED = -1  # part `p` of `n` equal ones takes blocks p, p + n, p + 2n, ...
 MAX_STRIDE = 1024  # blocks: positions past the last token are 32-bit, too
 
-# What 128 tokens of 512 bytes take on an H100, in us: a program that has memory to itself, and a
-# multiprocessor's share of what all read together; and what it takes to launch a combination: 1.4
-# of the device, and 3.2 of the host, which short kernels wait for.
+# On an H100, in us: what 128 tokens of 512 bytes take a program that has memory to itself, and what
+# they take where all multiprocessors read; and what the launch of a combination takes. Of the
+# device that is 1.4, but of the host 3.2, which short kernels wait for.
 ALONE_US, SHARED_US, COMBINATION_US = 1.75, 2.8, 3.2
-# Contexts whose parts cannot be longer are cut evenly whatever their lengths are: a plan would save
-# less than it takes.
+# Where no part can have more tokens, contexts are cut evenly whatever their lengths are: a plan
+# would take longer than it saves.
 SHORT_TOKENS = 512
-# Of a combination: the least entries of the values that a program takes, parts that it loads at a
-# time, programs a multiprocessor from where on each takes more entries. On an H100 with 32 entries
-# and with all: 3 unequal contexts with 256 entries 3.1 and 6.7 us, 256 contexts of which few are
-# cut 3.6 and 1.7.
+# A program of a combination takes at least COMBINE_DV entries of the values, and loads
+# COMBINE_PARTS parts at a time. It takes more entries where there are more than COMBINE_PER_SM
+# programs a multiprocessor. On an H100 with 32 entries and with all: 3 unequal contexts with 256
+# entries 3.1 and 6.7 us, 256 contexts of which few are cut 3.6 and 1.7.
 COMBINE_DV, COMBINE_PARTS, COMBINE_PER_SM = 64, 8, 4
 
 
@@ -119,10 +119,10 @@ class Sizes:
         programs, blocks = problem.num_seqs * _each(problem, self.blocks.block_group), self.blocks
         is_16_bit = product_dtype(problem).itemsize == value_bytes(problem) == 2
         if is_16_bit and tuning.num_stages is None and programs >= 2 * target.num_sms:
-            # What is left of contexts is mostly short, and two programs find room with 2 stages. On
-            # an H200, with 3 and with 2: 128 sequences in 8 groups on 4,096 tokens 110.9 and 92.3
-            # us, 256 on 2,048 151.9 and 123.5. Of 1,024 tokens, in calls without packs, two
-            # programs with 2 stages read as fast as one with 3.
+            # What is left of contexts is mostly short, and with 2 stages there is room for two
+            # programs. On an H200, with 3 and with 2: 128 sequences in 8 groups on 4,096 tokens
+            # 110.9 and 92.3 us, 256 on 2,048 151.9 and 123.5. In calls without packs on 1,024
+            # tokens two programs with 2 stages read as fast as one with 3.
             blocks = blocks._replace(num_stages=min(2, blocks.num_stages))
         return dataclasses.replace(self, blocks=blocks, pack_blocks=packed)
 
@@ -163,7 +163,7 @@ class Sizes:
     def constants(
         self, problem: PageAttentionProblem, target: Target, packed: bool = False
     ) -> dict[str, Any]:
-        """Return those of the launch for what sequences read alone, or of that for packs."""
+        """Return the constants of the launch for sequences, or of the one for packs."""
         blocks = self.pack_blocks if packed else self.blocks
         assert blocks is not None
         return {
@@ -258,9 +258,9 @@ def _sharing(problem: PageAttentionProblem, tuning: Tuning, target: Target) -> S
 def _with_plan_that_fits(
     problem: PageAttentionProblem, tuning: Tuning, target: Target
 ) -> PageAttentionProblem:
-    """Leave out a plan with larger packs than the call has room for, or that may have none.
+    """Leave out a plan whose packs are larger than the call has room for, or that it may not have.
 
-    It was not told of what types the call is, or that its values are in its keys.
+    The plan was not told the call's types, nor that its values are in its keys.
     """
     if problem.plan is None or problem.plan.packs is None:
         return problem
@@ -274,9 +274,9 @@ def _strided_parts(problem: PageAttentionProblem, blocks: DecodeBlocks, target: 
     programs = problem.num_seqs * _each(problem, blocks.block_group)
     parts = 1
     if _is_worth_cutting(problem, programs, target):
-        # One program a multiprocessor: of 16, 24, 33 and 49 parts of one context of 131,072 tokens
-        # on an H100 (8 KV heads, 132 multiprocessors) 16 were done first, in 182.8 us; 24, a wave
-        # and a half, took 194.1. Two where they find room.
+        # One program a multiprocessor, or two where there is room. One context of 131,072 tokens on
+        # an H100 (8 KV heads, 132 multiprocessors) was done first in 16 parts, of 16, 24, 33 and
+        # 49: in 182.8 us; 24, a wave and a half, took 194.1.
         resident = 2 if 2 * blocks.shared_memory <= target.shared_memory else 1
         resident = max(resident, blocks.per_sm)
         in_all = -(-problem.visible_bound // blocks.block_kv)

@@ -1,13 +1,13 @@
 """Deals out narrow and wide items to the programs of one launch.
 
-A program has items of both kinds, as many as any other. With `share` its fair part of the batch,
-sizes of pieces between whole contexts and a third of a share are tried. That is taken of which the
-batch ends first:
+Every program takes the same number of items, of both kinds. `share` is a program's fair part of the
+batch. Sizes of pieces from whole contexts down to a third of a share are tried, and the one with
+which the batch ends first is taken:
 
     ends = share + late + what parts cost
     late = max(idle * largest, largest - mean)
 
-`idle` is how much of the last round of programs has nothing to do, `largest` and `mean` are the
+`idle` is the part of the last round of programs that has nothing to do. `largest` and `mean` are
 sizes of items.
 """
 
@@ -23,17 +23,18 @@ from ejk.backends.triton.ragged_page_attention.work import (
     work_of,
 )
 
-# What a launch of both kinds costs, in granules of wide blocks, and the sizes that it is tried for.
-# On an H100 the programs of full ones take 1.7 us a granule; those of narrow ones, which wait for
-# memory, 2.9, and 2.2 between wide ones. Alone on the card such a program is 1.8 times as fast.
-# Those of 64 latent rows, which wait for their products, take 6.5 on an H200, alone or not.
-NARROW_COST = tl.constexpr(1.6)
-PRODUCT_COST = tl.constexpr(3.8)
+# What a granule of a narrow block costs, in granules of a wide one. On an H100 a program takes 1.7
+# us for a granule of a full wide block. For one of a narrow block, which waits for memory, it takes
+# 2.9, or 2.2 between wide ones. On an H200 one of 64 latent rows, which waits for its products,
+# takes 6.5.
+NARROW_COST, PRODUCT_COST = tl.constexpr(1.6), tl.constexpr(3.8)
+# A program that waits for memory is at most 1 / LEAST_BUSY times as fast while others are idle:
+# alone on the card 1.8 times. One that waits for its products is no faster.
 LEAST_BUSY = tl.constexpr(4 / 7)
-# A part is written and read, a combination launched. Not measured.
+# Each part is written and read, and a launch combines them. Not measured.
 PART_COST, ROWS_OF_PART, COMBINE_COST = tl.constexpr(0.025), tl.constexpr(16), tl.constexpr(2.0)
-TRIED = tl.constexpr(16)
-SMALL = tl.constexpr(4)  # that share of the largest piece is
+TRIED = tl.constexpr(16)  # sizes of pieces
+SMALL = tl.constexpr(4)  # a piece of up to a SMALL-th of the longest is small
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def balanced_chunks(
     most = tl.where(tried == 0, MOST_GRANULES, share * 6 / (3 + tried))
     narrow = tl.minimum(tl.ceil(most / COST), MOST_GRANULES).to(tl.int32)
     wide = tl.minimum(tl.ceil(most), MOST_GRANULES).to(tl.int32)
-    # No smaller than what the plan has rows for, and one that leaves all whole is as long as these.
+    # A piece is at least as long as the plan's rows demand, and no longer than the longest context.
     narrow = tl.maximum(
         tl.minimum(narrow, longest_narrow), tl.cdiv(total_narrow, CUTS).to(tl.int32)
     )
@@ -78,7 +79,7 @@ def balanced_chunks(
     longest = tl.maximum(longest, tl.where(total_wide > 0, wide, 0).to(tl.float32))
 
     items = tl.zeros([TRIED], tl.float32)
-    large = tl.zeros([TRIED], tl.float32)  # the others fill what gaps there are
+    large = tl.zeros([TRIED], tl.float32)  # small ones fill the gaps
     parts = tl.zeros([TRIED], tl.float32)  # what they cost
     largest = tl.zeros([TRIED], tl.float32)
     carry = 0

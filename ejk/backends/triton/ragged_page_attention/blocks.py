@@ -12,21 +12,22 @@ from ejk.backends.triton.page_attention.blocks import Tuning, choose_blocks, row
 
 # Query rows that one narrow block may have: more are wide, or several narrow ones.
 MOST_NARROW_ROWS = 64
-# Up to so many new tokens a sequence, as in verification of drafts, latent attention on Hopper has
-# one launch, of wide blocks, dealt out to the multiprocessors. On an H200, 64 contexts of 4,096 and
-# 4 new tokens, before and with it; us:
+# With at most this many new tokens a sequence, as when drafts are verified, latent attention on
+# Hopper is one launch of wide blocks, which are dealt out to the multiprocessors. On an H200, 64
+# contexts of 4,096 with 4 new tokens, before and after; us:
 #     16 heads       230.0, 120.7 (decode's blocks: 160)    16, window                251.8, 159.5
 #     16, page 16    252.7, 123.9                           16, of 200 to 32,000      244.6, 170.9
 #     16, 8 new      245.4, 211.4                           16, half with 1 new       217.0, 118.0
 #     32 heads       243.0, 210.5 (two launches: 217)       32, half with 1 new       266.7, 198.0
 FEW_TOKENS = 8
-# Blocks of drafts, on Hopper, take masked tokens apart where contexts may be longer. On an H200, 32
-# sequences on 8,192 tokens, 32 heads and 8 KV heads of 128 entries, all masked and so; us:
+# On Hopper, blocks of drafts mask only the tokens that need it where a context may exceed this many
+# tokens; up to it they mask all, in one loop. On an H200, 32 sequences of 8,192 tokens, 32 heads
+# and 8 KV heads of 128 entries, all masked and only those; us:
 #     4 new tokens     257.7, 250.4    8, window         313.1, 259.0    8, e4m3    310.1, 279.4
 #     8 new tokens     312.8, 265.3    8, soft cap       425.6, 311.3    8, int8    322.4, 289.6
 #     16 new tokens    385.2, 260.9    8, heads of 64    224.5, 161.3
-# 8 new ones on 4 x 32,768 190.0 and 163.0; on 128 x 512 105.1 and 109.6. Caches of int4, queries in
-# float32, slopes, positions and trees were not measured, nor was another generation.
+# 8 new tokens on 4 contexts of 32,768 took 190.0 and 163.0; on 128 of 512, 105.1 and 109.6. Caches
+# of int4, queries in float32, slopes, positions, trees and other generations were not measured.
 UNPEELED_TOKENS = 1024
 # Wide blocks on an H100 that they fill keep 16 warps resident, of 128 registers a thread, so that
 # the softmax of one overlaps the products of another: either one program of 256 rows, which reads
@@ -35,26 +36,25 @@ UNPEELED_TOKENS = 1024
 #     1,024   2,048   4,096          8,192          32,768   with ALiBi
 #     0.92    0.98    0.98 to 0.99   1.03 to 1.06   1.10     1.04
 # On an H200 8 x 4,096 tokens of an e4m3 cache took 3,961 us in two programs, 4,349 in one and 4,101
-# to 4,259 with all registers; of bfloat16 2,513. What is converted is written to shared memory
-# before each product, for which all warps wait.
-# With ALiBi two programs spill more. The 16 warps are worth 28 spilled bytes, and products that
-# wait for one another (ptxas, C7512): 8 x 4,096 tokens take 2,498 us; with 8 warps, which have
-# twice the registers, they take 2,860.
+# to 4,259 with all registers; bfloat16 took 2,513. Converted numbers go through shared memory
+# before each product, and all warps wait for that. With ALiBi two programs spill more. The 16 warps
+# are worth 28 spilled bytes, and products that wait for one another (ptxas, C7512): 8 x 4,096
+# tokens take 2,498 us; with 8 warps, which have twice the registers, they take 2,860.
 HOPPER_TILE, HOPPER_REGISTERS = 8192, 128  # elements of a step's keys; a thread's
 HOPPER_SHORT, HOPPER_LONG = (128, 8, 2), (256, 16, 3)  # rows, warps, stages
 SHORT_TOKENS = 4096
-# Elsewhere rows, tokens and stages, of each the largest that fits, in this order. Of those on an
-# H100 128 x 128 and 128 x 64 with 3 stages are alike, 2 stages are up to a quarter slower and 4
-# no faster; four stages compile to spills on sm_89.
+# Elsewhere the largest rows that fit are taken, then the most tokens, then the most stages. On an
+# H100, 128 x 128 and 128 x 64 with 3 stages are alike, 2 stages are up to a quarter slower and 4
+# are no faster; on sm_89 four stages spill.
 WIDE_ROWS, WIDE_KV, WIDE_STAGES = (128, 64, 32, 16), (128, 64, 32, 16), (3, 2)
 WIDE_WARPS = 8
-# What a thread may hold of accumulators, logits and weights, in 32-bit registers, where the product
-# takes its queries from shared memory (on Hopper, on Blackwell), where from registers, and on AMD,
-# where copies pass through registers, too. More spills: see
-# `tests/backends/test_ragged_triton_compile.py`.
+# 32-bit registers of a thread for accumulators, logits and weights; a thread that needs more
+# spills: see `tests/backends/test_ragged_triton_compile.py`. On Hopper and on Blackwell the product
+# takes its queries from shared memory, elsewhere from registers. On AMD copies pass through
+# registers, too.
 HELD_WGMMA, HELD_TCGEN05, HELD_MMA, HELD_AMD = 160, 120, 130, 64
-# Bytes of shared memory beside blocks, for reductions and barriers. Not measured: the programs of
-# the same tests take no more.
+# Bytes of shared memory beside blocks, for reductions and barriers. Not measured: no program of the
+# same tests takes more.
 SCRATCH = 1024
 
 
@@ -77,9 +77,9 @@ class RaggedTuning:
 
 @dataclasses.dataclass(frozen=True)
 class RaggedBlocks:
-    """Blocks of so many query rows, and how the programs that attend to their items run.
+    """Blocks of `rows` query rows, and how the programs that attend to them run.
 
-    With `peel`, blocks of keys that need no mask are taken apart.
+    With `peel`, blocks of tokens that need no mask have a loop of their own.
     """
 
     rows: int
@@ -92,16 +92,16 @@ class RaggedBlocks:
 
     @property
     def edge_kv(self) -> int:
-        """Tokens of a step that is masked: masks take registers, and what needs them is short."""
+        """Tokens of a masked step: a mask takes registers, and few tokens need one."""
         return max(self.block_kv // 2, 16) if self.peel else self.block_kv
 
 
 def rows_of_few_tokens(
     problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target
 ) -> RaggedBlocks | None:
-    """Return the blocks of all rows where `FEW_TOKENS` has one launch, else None.
+    """Return the blocks of all rows where `FEW_TOKENS` makes one launch, else None.
 
-    Of single tokens decode's blocks are as good, and their results have decode's bits.
+    Single tokens are left to decode's blocks, which are as good, so that they have decode's bits.
     """
     rows = rows_of(problem, min(problem.q_len_bound, FEW_TOKENS) * problem.group, target)
     is_free = tuning.fixed_of_many() == (None,) * 4
@@ -115,9 +115,9 @@ def rows_of_few_tokens(
 def narrow_rows(
     problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target, rows: int
 ) -> RaggedBlocks:
-    """Take the blocks of decode for as many heads a group as there are rows, in any batch.
+    """Return decode's blocks for a group of as many heads as there are rows, in any batch.
 
-    Single tokens are taken as decode takes them, and their results have decode's bits.
+    Single tokens then have decode's bits.
     """
     own = Tuning(tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
     *blocks, _ = choose_blocks(problem, rows, None, own, target)
@@ -169,8 +169,8 @@ def _fills_hopper(problem: RaggedPageAttentionProblem, target: Target) -> bool:
     On an H100 128 blocks of 256 rows, 4 chunks of 256 on 4,096, took 165.6 us and of 128 rows with
     all registers 182.0; 64 of them, a chunk of 512 on 16,384, took 371.1 and the others 327.8. The
     same number of rows is asked of two programs of 128, for which it was not measured.
-    Scales of tokens spill too much: 8 x 4,096 tokens, int8, took 5,858 us on an H200, and with all
-    registers 5,264.
+    With scales of tokens such blocks spill too much: 8 x 4,096 tokens of int8 took 5,858 us on an
+    H200, and 5,264 with all registers.
     """
     is_16_bit = problem.query_dtype.itemsize == 2
     fits = is_16_bit and 64 <= max(widths(problem)) <= 128 and not problem.tree_width
@@ -195,9 +195,7 @@ def _fits_registers(
     problem: RaggedPageAttentionProblem, target: Target, rows: RaggedBlocks
 ) -> bool:
     d, dv = widths(problem)
-    if (
-        product_dtype(problem) == jnp.float32
-    ):  # taken on the ordinary cores, operands from registers
+    if product_dtype(problem) == jnp.float32:  # on the ordinary cores, operands from registers
         return rows.rows <= 32 and rows.block_kv <= 32
     limit = HELD_AMD if target.is_amd else HELD_MMA
     logits = rows.block_kv * 3 // 2  # and the weights, in 16 bits

@@ -35,15 +35,15 @@ from ejk.backends.triton.ragged_page_attention.blocks import (
     wide_rows,
 )
 
-# Sequences of a planning program, those that it compares them with at a time, items that it writes
-# at a time; rows of a program that clears. Not measured.
+# A planning program has BLOCK_SEQS sequences, compares them with MOST_OTHERS at a time, and writes
+# BLOCK_ITEMS items at a time. A program that clears has BLOCK_TOKENS rows. Not measured.
 BLOCK_SEQS, MOST_OTHERS, BLOCK_ITEMS, BLOCK_TOKENS = 4, 1024, 64, 16
-BALANCED_OTHERS = 256  # where 16 sizes are tried
-# Programs a multiprocessor of a combination that mostly finds nothing to do: on an H100 8,192 that
-# end at once took 7.8 us, 1,024 2.3.
+BALANCED_OTHERS = 256  # in place of MOST_OTHERS where 16 sizes of pieces are tried
+# Programs a multiprocessor of a combination that mostly finds nothing to do. On an H100 8,192
+# programs that end at once took 7.8 us, 1,024 took 2.3.
 COMBINING = 4
-# Rows of narrow blocks of which such a program combines one at a time, and of others eight: of 32,
-# 6,144 rows in two or three parts took 32.8 us one at a time.
+# Such a program combines the rows of blocks of up to this many one at a time, and eight at a time
+# in larger blocks: with 32 rows, 6,144 rows in two or three parts took 32.8 us one at a time.
 MOST_ONE_BY_ONE = 8
 
 
@@ -148,9 +148,10 @@ class RaggedSizes(RaggedCut):
         at_once = min(problem.group if has_wide else wanted, most_narrow)
         narrow = narrow_rows(problem, tuning, target, at_once)
         wide = wide_rows(problem, tuning, target) if has_wide else None
-        # Of drafts, as many programs as two for each multiprocessor. On an H200, 8 new tokens on 4
-        # contexts of 32,768 took 163.0 us, and so 137.2, 32 of 8,192 265.3 and 262.5; but 64 of 200
-        # to 32,000 326.1 and 329.8. The plan, once a step, takes 2.5 longer.
+        # Drafts of up to two programs a multiprocessor are dealt out to all multiprocessors. On an
+        # H200, without and with that, 8 new tokens on 4 contexts of 32,768 took 163.0 and 137.2 us,
+        # on 32 of 8,192 265.3 and 262.5, but on 64 of 200 to 32,000 326.1 and 329.8. The plan, once
+        # a step, takes 2.5 us longer.
         are_few = problem.num_seqs * problem.num_kv_heads <= 2 * target.num_sms
         slots = target.num_sms if narrow.peel and are_few else 0
         plan = RaggedPlan.of(problem, narrow.rows, wide and wide.rows, cuts, GRANULE, slots)
@@ -195,7 +196,7 @@ class RaggedSizes(RaggedCut):
 
 
 def cuts_of(problem: RaggedPageAttentionProblem, target: Target) -> int:
-    """Return in how many pieces the contexts of each kind are cut, about; 0: none is."""
+    """Return in about how many pieces the contexts of each kind are cut; 0 if none is."""
     if problem.visible_bound <= GRANULE:
         return 0
     most = min(problem.num_seqs, problem.total_tokens)
@@ -213,11 +214,11 @@ def ragged_size_refusals(problem: RaggedPageAttentionProblem) -> list[str]:
 def _copies_first(problem: RaggedPageAttentionProblem, rows: int, target: Target) -> bool:
     """Say whether a block is copied before the softmax of the one before it, not after.
 
-    The second product, which alone covered the copies, then waits for nothing but is waited for. On
-    an H200, 64 latent contexts of 4,096 and 4 new tokens, after and before: 16 heads 139.3 and
-    121.8 us, 32 heads 243.0 and 217.1, 64 heads 458.7 and 414.3, 128 heads 890.7 and 805.7. With 32
-    tokens and 3 stages, where the copies have two blocks' time, 151.7 and 156.5. A prefetch of the
-    block to the L2 cache instead took 125.3, 232.9 and more.
+    Copied after, only the second product covers the copies. On an H200, 64 latent contexts of 4,096
+    with 4 new tokens, copied after and before: 16 heads 139.3 and 121.8 us, 32 heads 243.0 and
+    217.1, 64 heads 458.7 and 414.3, 128 heads 890.7 and 805.7. With blocks of 32 tokens and 3
+    stages, where the copies have two blocks' time, 151.7 and 156.5. A prefetch of the block to the
+    L2 cache took 125.3 us with 16 heads and 232.9 with 32.
     """
     return same_tile(problem) and rows == 64 and is_measured(target)
 

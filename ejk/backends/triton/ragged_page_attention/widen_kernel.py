@@ -1,7 +1,7 @@
 """Copies pages of a quantised pool in the type of the queries, which holds each code exactly.
 
 Grid of `widen_pages_kernel`, one axis, fastest first: block of a page, page of the copy, KV head
-where a pool's heads come first. A page that is none's is left as it was.
+where a pool's heads come first. The copy of no page is not written.
 """
 
 import typing

@@ -1,11 +1,13 @@
-"""Pages of a quantised cache in the type of the queries, copied before a kernel attends to them.
+"""Copies pages of a quantised cache in the type of the queries, before a kernel attends to them.
 
-For Hopper's kernel a conversion on the way to shared memory would be bound by its rate, by what 128
-bytes a cycle allow (modelled, not measured): for a block of 128 tokens the products, 2,048 cycles,
-read 160 KB, and copies of 16 bits write 64. Codes would be written and read once more, which is
-another 64. Triton's kernels would convert a block anew for each block of query rows: on an H200
-8 x 4,096 tokens took them 3,918 us with float8_e4m3fn and 4,777 with int8 and scales of tokens, and
-take 2,571 and 3,611 with copies; 2,517 in bfloat16.
+Hopper's kernel could convert codes on their way to shared memory, but the rate of that, 128 bytes a
+cycle, would bound it (modelled, not measured): for a block of 128 tokens the products take 2,048
+cycles and read 160 KB, and copies of 16 bits write 64 KB. Codes would be written and read once
+more, another 64 KB.
+
+Triton's kernels would convert a block anew for each block of query rows. On an H200 8 x 4,096
+tokens took them 3,918 us with float8_e4m3fn and 4,777 with int8 and scales of tokens. With copies
+they take 2,571 and 3,611, and 2,517 in bfloat16.
 """
 
 import dataclasses
@@ -25,11 +27,11 @@ from ejk.backends.ragged_page_attention import (
 from ejk.backends.triton._backend import Call
 from ejk.backends.triton._sizes import type_constants
 
-# Up to so many of a sequence, on average, it does not pay to copy pages of a quantised cache first.
-# Modelled by bytes. For 8 x 4,096 new tokens the copies hardly show: on an H200 the call takes
-# 1,697 us with float8_e4m3fn on Hopper's kernel and 1,689 in bfloat16.
+# Copies do not pay where sequences have at most this many query rows a KV head, on average.
+# Modelled by bytes. For 8 x 4,096 new tokens they hardly show: on an H200 the call takes 1,697 us
+# with float8_e4m3fn on Hopper's kernel and 1,689 in bfloat16.
 FEW_ROWS_OF_COPIES = 512
-# Bytes of these copies. Only pages that are seen are copied, but tables must have room in them.
+# The most bytes of copies. Only pages that are seen are copied, but every table entry has room.
 MOST_COPIED = 2**30
 BLOCK = 4096  # values that a program copies
 
@@ -99,7 +101,7 @@ def seen_pages(
 def _copy(
     pool: Any, pages: Any, problem: RaggedPageAttentionProblem, target: Target, call: Call
 ) -> Any:
-    """Return a pool of copies of `pages`; -1 is none, whose copy is anything."""
+    """Return a pool of copies of `pages`. The copy of -1, which is no page, holds anything."""
     from ejk.backends.triton.ragged_page_attention.widen_kernel import widen_pages_kernel
 
     axis = problem.layout.pages
@@ -128,7 +130,7 @@ def _copy(
 def with_scales(
     problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
 ) -> RaggedPageAttentionOperands:
-    """Return the call with copies of tokens' scales, page by page as `widened` copies."""
+    """Return the call with copies of the tokens' scales, in the order in which `widened` copies."""
     pages = jnp.where(seen_pages(problem, operands), operands.block_tables, 0).reshape(-1)
     own = (
         None if x is None else x.take(pages, axis=problem.layout.pages)

@@ -43,7 +43,7 @@ def work_of(
     WIDE_ROWS: tl.constexpr,
     GRANULE: tl.constexpr,
 ):
-    """Return each sequence's kind, its blocks of rows, and the granules that the last one sees."""
+    """Return whether a sequence is wide, its blocks, and the granules that its last block sees."""
     rows = tl.where(seqs < NUM_SEQS, q_len * GROUP, 0)
     is_wide = (rows > NARROW_ROWS) & (WIDE_ROWS > 0)
     block_rows = tl.where(is_wide, WIDE_ROWS, NARROW_ROWS)

@@ -7,18 +7,19 @@ from ejk.backends.gpu import Target
 from ejk.backends.triton._sizes import KERNEL_TYPES, power_of_two, stride_constants
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
-# What a program holds of the keys, and of the values, in bytes: 4 times 16 in each of 128 threads.
+# Bytes of keys, and as many of values, that a program holds: 4 times 16 in each of 128 threads.
 BLOCK_BYTES = 8192
-# Elements of a row and tokens that a program takes at most. Not measured.
+# The most elements of a row, and the most tokens, that a program takes. Not measured.
 MAX_BLOCK_ROW, MAX_TOKENS = 2048, 16
 # Slots that a thread compares its program's with at a time; few tokens are compared at once. With
 # 8 instead of 16 a loop of this kind took 0.4 to 1.0 us longer for 8,192 tokens on an H200.
 FEW, OTHERS = 4, 16
 # A program takes a second token once there are so many programs: eight to a multiprocessor.
 ENOUGH_PROGRAMS = 1024
-# From it on a GPU rounds float32 to 8-bit floats; sm_89 rounds to e5m2 by way of float16.
+# GPUs round float32 to 8-bit floats from this compute capability on; sm_89 rounds to e5m2 by way of
+# float16.
 ROUNDS_TO_8_BITS = 90
-# Above it the comparisons of every token with every later one would take as long as the copy.
+# With more tokens, comparing each with every later one would take as long as the copy.
 MAX_COMPARED = 16384
 
 
