@@ -54,9 +54,9 @@ def in_log2(x: Any, units: tuple[Any, ...]) -> Any:
 def raised(plain: bool, m: Any, s: Any, units: tuple[Any, ...], slack: float) -> tuple[Any, Any]:
     """Raise those maxima `m` that logits exceed by more than `slack`, see `in_log2`.
 
-    Also returns what sums up to now are to be scaled by, 1 for other rows. A warp none of whose
-    rows does so neither exchanges what its threads have found nor computes these: 0.7 %. ptxas
-    moves nothing over its branch: keys are released before the softmax, not after it.
+    Also returns the factors of the sums up to now, 1 for rows whose maximum stays. A warp all of
+    whose maxima stay neither exchanges what its threads have found nor computes factors, which
+    saves 0.7 %. ptxas moves nothing over that branch, so keys are released before the softmax.
     """
     if plain:
         top = in_log2(s.max(axis=1), units)
@@ -102,7 +102,7 @@ def raised(plain: bool, m: Any, s: Any, units: tuple[Any, ...], slack: float) ->
 
 
 def rescaled(plain: bool, acc: Any, alpha: Any) -> Any:
-    """Multiply rows by `alpha`; a warp does nothing where it is 1 for all of its rows: 1.7 %."""
+    """Multiply rows by `alpha`. A warp skips it if it is 1 for all its rows, which saves 1.7 %."""
     if plain:
         return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
     result = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=TILE)
@@ -131,13 +131,13 @@ def capped(
 ) -> tuple[Any, tuple[Any, ...]]:
     """Return numbers and units that give `cap * tanh(s * scale / cap)`: see `in_log2`.
 
-    A warp takes as much trouble as its largest logit wants. While all are below 1/4 of the cap,
-    the units are three, and their polynomial is computed under the exponentials of the weights.
-    Else the numbers are hyperbolic tangents, by a longer one below 0.8; beyond that they take
-    exponentials themselves, on the unit whose rate limits the softmax.
+    A warp chooses by its largest logit. If all are below 1/4 of the cap, there are three units, and
+    their polynomial is computed under the exponentials of the weights. Else the numbers are
+    hyperbolic tangents: by a longer polynomial below 0.8, and by exponentials beyond, on the unit
+    whose rate limits the softmax.
 
-    The ways differ in last bits, so logits of tokens that are not `seen` have no say; None: all
-    are. Rows that see nothing must have queries of zeros.
+    The ways differ in last bits, so logits of tokens that are not `seen` have no say. None: all
+    tokens are seen. Rows that see nothing must have queries of zeros.
     """
     unit, largest = scale / cap, cap * LOG2E
     if plain:

@@ -39,18 +39,20 @@ from ejk.backends.triton.ragged_page_attention.widening import (
     widened,
 )
 
-# Up to so many query rows of a sequence and KV head Triton's kernels are as fast, and compiled
-# sooner. Their time over this one's on an H200, 8 KV heads of 128, pages of 16:
-#     rows                      8              16      32      64              128
-#     32 x 8,192 tokens         1.000, 1.002   1.001   1.034   1.013, 1.016    2.27
-#     4 x 32,768, 128 x 1,024                          0.999, 1.210
+# With at most this many query rows of a sequence and KV head, Triton's kernels are as fast and
+# compiled sooner. Time of theirs over this one's on an H200, 8 KV heads of 128, pages of 16:
+#     rows                       8              16      32      64              128
+#     32 x 8,192 tokens          1.000, 1.002   1.001   1.034   1.013, 1.016    2.27
+#     4 x 32,768, 128 x 1,024                           0.999, 1.210
 FEW_ROWS = 16
-# So many with heads of 64, whose pages this kernel copies in pieces of 2 KB, where contexts are
-# longer than `UNPEELED_TOKENS`. 32 rows on 32 x 8,192 took 0.749 of its time, 64 0.756, 128 1.78;
-# 32 on 4 x 32,768 0.737, and on 128 x 1,024 1.094.
+# With heads of 64, whose pages this kernel copies in pieces of 2 KB, and contexts longer than
+# `UNPEELED_TOKENS`, Triton's are faster up to this many rows. Their time over this one's: on
+# 32 x 8,192 tokens 32 rows 0.749, 64 0.756, 128 1.78; on 4 x 32,768 32 rows 0.737; on 128 x 1,024
+# 1.094.
 FEW_ROWS_OF_64 = 64
-# Up to so many of a sequence, on average, memory bounds a call, and a shared prefix is worth being
-# read once, which Triton's kernels alone do. By an H100's bytes and products a second, unmeasured.
+# Where sequences have at most this many rows on average, memory bounds a call, and it pays to read
+# a shared prefix once, as only Triton's kernels do. Computed from an H100's bytes and products a
+# second, not measured.
 MEMORY_BOUND_ROWS = 256
 
 

@@ -22,7 +22,8 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import SWIZZLED, PrefillSizes
 from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile, exists, my_tile, my_tiles
 
-# Of a thread, by warpgroups that compute. All of a block start with an even share, 168 or 128.
+# Registers of a thread that copies, by warpgroups that compute. All threads start with an even
+# share, 168 or 128.
 REGISTERS = {2: 24, 3: 32}
 # Warps for the keys, and as many for the values, which share the pages of a block: with pages of 16
 # two of each are 4 % faster than one (8 x 4,096 tokens).

@@ -54,7 +54,7 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.softmax import (
 from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile, my_tiles, tile_in
 from ejk.backends.mosaic_gpu.ragged_page_attention.writing import Writing
 
-# Of a thread that computes, by warpgroups that do; see `copying.REGISTERS`.
+# Registers of a thread that computes, by warpgroups that do: see `copying.REGISTERS`.
 REGISTERS = {2: 240, 3: 160}
 
 
@@ -123,7 +123,7 @@ class Attending:
 
     @property
     def _releases_late(self) -> bool:
-        """A result leaves while the next tile is begun, for which there must be room: +2 %."""
+        """A result leaves while the next tile is begun, if that has room: 2 % faster."""
         return self.sizes.q_slots > 1
 
     def _release(self, r: Any) -> None:
@@ -157,7 +157,7 @@ class Attending:
             writing.write(tile, slot, out, lse)
 
     def _scaled(self, factor: Any, l: Any, tile: Tile) -> Any:
-        """Multiply what rows are scaled by with the scale of values; no scale reaches no value."""
+        """Multiply rows' factors by the scale of values, but for rows that saw no value."""
         if self.sizes.problem.scales != "head":
             return factor
         return jnp.where(l == 0, factor, factor * self.inputs.value_scale[tile.kv_head])

@@ -234,7 +234,7 @@ class Rows:
         return spread(slopes * LOG2E, shape[1]) * ahead.astype(jnp.float32)
 
     def _clear_queries(self) -> None:
-        """Clear rows that are nobody's: their logits have no say in `capped`."""
+        """Clear rows of no token, so that their logits have no say in `capped`."""
         tile, sizes = self.tile, self.sizes
 
         @pl.when(mask.some_see_nothing(tile, self.warpgroup, sizes))
@@ -272,5 +272,5 @@ class Rows:
 
 
 def _scaled(x: Any, scales: Any) -> Any:
-    """Multiply what tokens have, `[ROWS, block_kv]`, by the scale of each."""
+    """Multiply `x [ROWS, block_kv]` by the scale of each token, if tokens have scales."""
     return x if scales is None else x * lax.broadcast_in_dim(scales, x.shape, [1])

@@ -22,9 +22,9 @@ Q_SLOTS = {64: 2, 128: 2, 256: 1}
 class PrefillSizes(RaggedCut):
     """How one problem is cut and run.
 
-    A tile is a block of query rows and what it sees, or a piece of that. Its rows are those of
-    new tokens times the heads of a group, `own_tokens` for each warpgroup: row `r` of a
-    warpgroup is head `r % group` of its token `r // group`, and there may be rows of nobody beyond.
+    A tile is a block of query rows and what it sees, or a piece of that. Its rows are new tokens
+    times the heads of a group, `own_tokens` for each warpgroup. Row `r` of a warpgroup is head
+    `r % group` of its token `r // group`; the rows after its last token have none.
     """
 
     problem: RaggedPageAttentionProblem
@@ -65,7 +65,7 @@ class PrefillSizes(RaggedCut):
 
     @property
     def own_rows(self) -> int:
-        """Rows of a warpgroup that are somebody's."""
+        """Rows of a warpgroup that have a token."""
         return self.own_tokens * self.group
 
     @property
@@ -110,8 +110,8 @@ class PrefillSizes(RaggedCut):
     def scale_slots(self) -> int:
         """Blocks of tokens' scales in shared memory.
 
-        They come with the keys, and are read until the softmax ends: when its keys are free already
-        but those of the next block are not. With 8 x 4,096 tokens on an H200 such a kernel takes
+        They come with the keys, and are read until the softmax ends. The keys are free by then, so
+        there is one slot more than for keys. With 8 x 4,096 tokens on an H200 such a kernel takes
         1,875 us, of which scales are 218; when they came from global memory it took 2,047.
         """
         return self.stages + 1

@@ -9,7 +9,7 @@ from ejk.backends.mosaic_gpu._arithmetic import divide_up
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs, Shared
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
 
-# Of keys and values that are in use at a time, as FlashAttention-3 has it.
+# Bytes of keys and values that may be in use at a time, as in FlashAttention-3.
 L2_BYTES = 32 * 2**20
 
 
@@ -101,10 +101,10 @@ def my_tile(r: Any, inputs: Inputs, sizes: PrefillSizes) -> Tile:
 def _my_item(r: Any, inputs: Inputs, sizes: PrefillSizes) -> tuple[Item, Any, Any]:
     """Return the item of this program's tile `r`, rows of a block of its kind, and a KV head.
 
-    The programs share out each kind, there and back, as the largest are first. A program takes its
-    narrow tiles, which take memory's time, evenly between its wide ones, which take that of the
-    tensor cores, and its neighbour does so out of step: so they run side by side. Where there are
-    too many for that, see `PrefillSizes.alternates`, the narrow ones come first.
+    The largest items come first, and the programs share out each kind there and back. Narrow tiles
+    wait for memory, wide ones for the tensor cores. So a program takes its narrow tiles evenly
+    between its wide ones, and its neighbour does so out of step, that both kinds run side by side.
+    If there are too many for that, see `PrefillSizes.alternates`, the narrow ones come first.
     """
     problem, plan = sizes.problem, sizes.plan
     is_wide, nth = jnp.bool(False), r
@@ -148,7 +148,7 @@ def _by_heads(item: Item, kv_head: Any, tokens: Any, sizes: PrefillSizes) -> tup
     tile, tiles = nth * problem.num_kv_heads + kv_head, blocks * item.pieces * at_once
     before, tile = lax.div(tile, tiles), lax.rem(tile, tiles)
     nth, kv_head = lax.div(tile, at_once), before * at_once + lax.rem(tile, at_once)
-    # Sizes fall and rise in turn, and fall at last: who took a large tile takes a small one next.
+    # Sizes fall and rise in turn, and fall at last: after a large tile a program takes a small one.
     groups = lax.div(jnp.int32(problem.num_kv_heads), at_once)
     later = (problem.num_seqs - 1 - item.seq) * groups + (groups - 1 - before)
     nth = jnp.where(lax.rem(later, 2) == 0, nth, blocks * item.pieces - 1 - nth)
