@@ -67,7 +67,7 @@ def check_placed(problem: Problem, operands: Any) -> None:
         ValueError: an array would have to move that is too large for it.
     """
     leaves, treedef = jax.tree.flatten(operands)
-    # Of tracers XLA alone knows; constants, which NumPy holds, lie nowhere.
+    # XLA alone knows where tracers lie; constants, which NumPy holds, lie nowhere.
     placed = [None if isinstance(x, Tracer) else getattr(x, "sharding", None) for x in leaves]
     meshes = {of.mesh for of in placed if isinstance(of, NamedSharding)}
     if len(meshes) == 1 and problem.axes:

@@ -57,7 +57,7 @@ class View(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Of what a copy moves."""
+        """Elements that a copy moves."""
         return self.outer * self.inner * self.width
 
 
@@ -72,9 +72,9 @@ class CopyKVCacheProblem(PoolsProblem):
     unit: Unit
     """What is copied."""
     key_shape: Shape
-    """Of `key_cache`."""
+    """The shape of `key_cache`."""
     value_shape: Shape | None
-    """Of `value_cache`; None of fused and latent pools."""
+    """The shape of `value_cache`; None with fused and latent pools."""
     cache_dtype: np.dtype
     cache_layout: str
     scales: Scales = "none"

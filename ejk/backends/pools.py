@@ -30,9 +30,9 @@ class PoolsProblem(Problem):
     """
 
     key_shape: Shape
-    """Of `key_cache`."""
+    """The shape of `key_cache`."""
     value_shape: Shape | None
-    """Of `value_cache`; None of fused and latent pools."""
+    """The shape of `value_cache`; None with fused and latent pools."""
     cache_dtype: np.dtype
     cache_layout: str
     scales: Scales

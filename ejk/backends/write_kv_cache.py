@@ -47,11 +47,11 @@ class WriteKVCacheProblem(PoolsProblem):
 
     num_tokens: Size
     key_shape: Shape
-    """Of `key_cache`."""
+    """The shape of `key_cache`."""
     value_shape: Shape | None
-    """Of `value_cache`; None of fused and latent pools."""
+    """The shape of `value_cache`; None with fused and latent pools."""
     row_dtype: np.dtype
-    """Of the keys and values that are written."""
+    """The type of the keys and values that are written."""
     cache_dtype: np.dtype
     cache_layout: str
     scales: Scales = "none"
@@ -66,7 +66,7 @@ class WriteKVCacheProblem(PoolsProblem):
 
     @property
     def value_head_dim(self) -> int:
-        """Of the values that are written: 0 of latent pools."""
+        """The width of the values that are written: 0 with latent pools."""
         if self.latent:
             return 0
         return (self.value_shape or self.key_shape)[-1] * self.cache_type.per_element

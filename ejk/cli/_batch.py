@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     value_head_dim: int | None = None  # of latent attention: values are the keys' first entries
 
 
-# Of the configurations that come with the weights.
+# From the configurations that come with the weights.
 MODELS = {
     "llama-3-8b": Shape(32, 8, 128),
     "llama-3-70b": Shape(64, 8, 128),
@@ -152,7 +152,7 @@ class Batch:
 
     @property
     def flops(self) -> int:
-        """Of both products, each new token with the tokens up to itself; none of a write."""
+        """Both products, of each new token with the tokens up to itself. 0 for a write."""
         if self.operation == "write":
             return 0
         new, shape = self.new_tokens, self.shape

@@ -39,7 +39,7 @@ DEVICES = {
     "tpu-v5e": Device("tpu", "v5e", 1, 819, 197, ("TPU v5 lite", "TPU v5e")),
     "tpu-v5p": Device("tpu", "v5p", 2, 2765, 459, ("TPU v5", "TPU v5p")),
     "tpu-v6e": Device("tpu", "v6e", 1, 1640, 918, ("TPU v6 lite", "TPU v6e")),
-    # Of its two cores JAX sees each as a device, with half of the chip's memory and units.
+    # JAX sees each of its two cores as a device, with half of the chip's memory and units.
     "tpu-v7x": Device("tpu", "v7x", 1, 3690, 1153, ("TPU7x",)),
 }
 GPUS = ("gfx942", *(f"sm_{capability}" for capability in SHARED_MEMORY))

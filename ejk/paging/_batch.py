@@ -62,7 +62,7 @@ class Batch:
     number: int
     """Counts the manager's batches."""
     manager: str
-    """Of which manager the batch is: a number that one draws when it is made."""
+    """The manager that made the batch: a name that each draws at random."""
     page_size: int
 
     def prefix_groups(self, min_pages: int = 1) -> PrefixGroups:

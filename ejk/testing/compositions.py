@@ -117,7 +117,7 @@ def _layers(
 
 
 def donated(call: Call) -> Checked:
-    """Of a write or a copy, with the pools donated: in place."""
+    """A write or a copy with the pools donated, so that it is in place."""
     arrays, static = call.split(call.case)
     pools = {name: jnp.array(arrays.pop(name)) for name in POOLS if name in arrays}
     scales = {n: pools.pop(n) for n in SCALES if n in pools and pools[n].ndim < 2}

@@ -128,7 +128,7 @@ def results_are_finite_on_poisoned_memory(subject: Subject, case: Any) -> None:
 
 @promised_by("page_attention")
 def a_nan_in_a_query_is_never_lost(subject: Subject, case: Any) -> None:
-    """Nor does it reach other heads, nor rows that see nothing."""
+    """It reaches neither other heads nor rows that see nothing."""
     query = case.query.copy()
     query[:, 0, -1] = np.nan
     case = case.replace(query=query)
@@ -139,7 +139,8 @@ def a_nan_in_a_query_is_never_lost(subject: Subject, case: Any) -> None:
 def what_is_seen_and_not_finite_is_never_lost(subject: Subject, case: Any) -> None:
     """A NaN in a key, a value or a sink, an infinite sink, a logit that is infinite.
 
-    Rows that do not see it are what they would be; of a value it may reach its sequence's others.
+    Rows that do not see it are what they would be, but a NaN in a value may reach other rows of its
+    sequence.
     """
     case = spoilt(case, zlib.crc32(case.query.tobytes()))
     bounds.assert_close(case, *subject(case), leave_out=beside_a_nan(case))
@@ -172,7 +173,7 @@ def chunks_equal_one_shot(subject: Subject, case: Any) -> None:
     if q_lens[s] == 0 or {"positions", "tree_mask", "causal"} & {*case.options}:
         return
     size = 1 + int(case.bounds[s]) % 5
-    # Of more new tokens than there are tokens the first have chunks of less than none.
+    # With more new tokens than tokens the first chunks see less than nothing.
     end = int(q_lens[s])
     chunks = [case.part(s, a, min(a + size, end)) for a in range(0, end, size)]
     results = [subject(chunk) for chunk in chunks]

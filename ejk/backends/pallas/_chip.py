@@ -46,7 +46,7 @@ TOO_OLD = ("v2", "v3")
 """Their matrix unit takes no bfloat16 from a kernel."""
 
 SMEM_LIMIT_BYTES = 960 * 2**10
-"""Of the 1 MiB that every generation has."""
+"""What a kernel may use of the 1 MiB that every generation has."""
 
 
 def chip() -> Chip:

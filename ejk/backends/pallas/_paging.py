@@ -19,10 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from ejk.backends.pallas._sizes import PagedSizes
 
 COPIES, FEW_COPIES = 32, 8
-"""Of a whole block and of a part of one, started between two branches of the loop that starts them.
+"""Pages whose copies a loop starts in one turn: those of a whole block, and of a part of one.
 
-Predicted, pages of 16 tokens, bundles of a v6e for 2,048 tokens: 3,500 with 16, 3,430 with 32,
-3,370 with 64, for a kernel that is a tenth larger.
+Predicted bundles of a v6e for 2,048 tokens in pages of 16: 3,500 with 16 pages, 3,430 with 32, and
+3,370 with 64, for which the kernel is a tenth larger.
 """
 
 ENDS, BAD = 1, 2

@@ -164,7 +164,7 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         rows = max(FEW_TOKENS, ROWS_AT_ONCE // problem.group)
         block_q = min(self.block_q or rows, max(q_len, least))
         many = self._fitting(problem, block_q, (2, total))
-        # Of sequences of two new tokens or more there are at most half as many as of tokens.
+        # At most half as many sequences as there are tokens have two new tokens or more.
         items = total // many.block_q + max(min(most, total // 2), 1)
         return _with_items(self._fitting(problem, 1, (1, 1)), most), _with_items(many, items)
 
