@@ -31,11 +31,11 @@ class Ledger:
         self.epoch = 0
         self.forks = self.copies = self.queried_tokens = self.hit_tokens = 0
 
-    def open(self, tokens: Int32s, num_new_tokens: int, root: bytes) -> int:
-        """Begin a sequence: reuse known pages, take others for so many of the tokens after them."""
+    def open(self, tokens: Int32s, num_new_tokens: int, most: int, root: bytes) -> int:
+        """Begin a sequence: reuse known pages, of `most` tokens; take others for those after."""
         size, s = self.page_size, self.seqs
         chain = _content.chain(root, tokens if self.prefix_caching else tokens[:0], size)
-        known = self._known(chain[1 : (tokens.size - 1) // size + 1])
+        known = self._known(chain[1 : min(tokens.size - 1, most) // size + 1])
         begin = known.size * size
         end = min(begin + num_new_tokens, tokens.size)
         first = int(self.first_seen(begin))

@@ -88,17 +88,18 @@ class PageManager:
         *,
         num_new_tokens: int | None = None,
         cache_salt: CacheSalt = None,
+        max_computed_tokens: int | None = None,
     ) -> int:
         """Begin a sequence with these tokens, reusing the pages of as many as are known.
 
-        The last token at least is left to compute, for its logits. `num_computed_tokens` says how
-        many need not be computed.
+        The last token at least is left to compute, for its logits. See `num_computed_tokens`.
 
         Args:
             tokens: ids of the prompt, one at least, each in `[0, 2**31)`.
             num_new_tokens: how many of the tokens that are to be computed get pages now; None for
                 all. `append` adds the others, from the one that `num_tokens` counts up to.
             cache_salt: of a tenant or an adapter: sequences of different salts share no page.
+            max_computed_tokens: reuse no more than the pages that so many tokens fill; None: all.
 
         Returns:
             The sequence: an integer that this manager never gives out again.
@@ -110,13 +111,12 @@ class PageManager:
         ids = integers("tokens", tokens).astype(np.int32)
         if not ids.size:
             raise ValueError("tokens is empty, and must have one: its logits choose the next")
-        count = ids.size
-        if num_new_tokens is not None:
-            count = at_least("num_new_tokens", num_new_tokens, 1)
+        count = at_least("num_new_tokens", num_new_tokens, 1, otherwise=ids.size)
+        most = at_least("max_computed_tokens", max_computed_tokens, 0, otherwise=ids.size)
         self.sizes.check_tokens(ids.size, "the sequence")
         first = root(cache_salt, self._ledger.epoch)
         self._seqs.check_room()
-        return self._seqs.handle(self._ledger.open(ids, count, first))
+        return self._seqs.handle(self._ledger.open(ids, count, most, first))
 
     def fork(self, seq: int) -> int:
         """Begin a sequence that has the tokens and the pages of another; return it.

@@ -44,8 +44,10 @@ class Sizes:
             )
 
 
-def at_least(name: str, value: object, least: int) -> int:
-    """Check an integer, and return it as Python's."""
+def at_least(name: str, value: object, least: int, otherwise: int | None = None) -> int:
+    """Check an integer, and return it as Python's; for None `otherwise`, if that is given."""
+    if value is None and otherwise is not None:
+        return otherwise
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}={value!r:.80} must be an int")
     if value < least:

@@ -55,12 +55,15 @@ class Model:
 
     # Operations.
 
-    def allocate(self, tokens, salt=None, num_new=None):
+    def allocate(self, tokens, salt=None, num_new=None, most=None):
         with self.unchanged_by_errors():
-            seq = self.manager.allocate(tokens, num_new_tokens=num_new, cache_salt=salt)
+            seq = self.manager.allocate(
+                tokens, num_new_tokens=num_new, cache_salt=salt, max_computed_tokens=most
+            )
             assert seq not in self.seqs and seq not in self.ended
             hit, held = self.manager.num_computed_tokens(seq), self.manager.num_tokens(seq)
             assert hit % self.page_size == 0 and hit < len(tokens)
+            assert most is None or hit <= most
             assert held == min(len(tokens), hit + (num_new or len(tokens)))
             numbers = numbers_of(self.version, salt, tokens[:hit])
             self.seqs[seq] = Sequence(tokens[:held], salt, numbers)

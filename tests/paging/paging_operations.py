@@ -54,7 +54,8 @@ def allocate(model, rng):
 def repeat(model, rng):
     """A prompt begins as a sequence does."""
     ids = model.seqs[rng.choice([*model.seqs])].tokens + tokens(rng, 4)
-    model.allocate(ids[: model.most], rng.choice([None, None, "a"]))
+    most = rng.choice([None, None, None, 0, 2, 5])
+    model.allocate(ids[: model.most], rng.choice([None, None, "a"]), most=most)
 
 
 def append(model, rng):

@@ -332,6 +332,30 @@ def test_pages_behind_the_window_are_given_up():
     assert m.tokens(seq).tolist() == list(range(15))
 
 
+def test_two_managers_of_one_model_begin_a_prompt_at_one_place():
+    """Of layers with a window the pages may be gone, and of layers without one still be known."""
+    prompt, full, windowed = range(17), manager(num_pages=16), manager(sliding_window=6)
+    for m in (full, windowed):
+        for tokens in (prompt, range(100, 124), prompt if m is full else [1]):
+            seq = m.allocate(tokens)
+            compute(m, seq)
+            m.free(seq)
+    assert windowed.num_computed_tokens(windowed.allocate(prompt)) == 0
+    for most, computed in ((None, 16), (16, 16), (15, 12), (4, 4), (3, 0), (0, 0)):
+        seq = full.allocate(prompt, max_computed_tokens=most)
+        assert full.num_computed_tokens(seq) == computed
+        full.free(seq)
+    # Of a window's pages the same: what it sees from the bound on must be known.
+    windowed = manager(sliding_window=6)
+    seq = windowed.allocate(prompt)
+    compute(windowed, seq)
+    windowed.free(seq)
+    for most, computed in ((None, 16), (15, 12), (11, 8), (0, 0)):
+        seq = windowed.allocate(prompt, max_computed_tokens=most)
+        assert windowed.num_computed_tokens(seq) == computed
+        windowed.free(seq)
+
+
 def test_a_prompt_needs_only_the_pages_of_its_window():
     m = manager(num_pages=5, sliding_window=3)
     seq = m.allocate(range(13))

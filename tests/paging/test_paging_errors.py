@@ -51,6 +51,10 @@ class Case:
     "call, error, message",
     [
         (lambda m, c: m.allocate([]), ValueError, "tokens is empty, and must have one"),
+        (
+            lambda m, c: m.allocate([1], max_computed_tokens=-1), ValueError,
+            "max_computed_tokens=-1 must be at least 0",
+        ),
         (lambda m, c: m.allocate([1.5]), TypeError, "tokens=[1.5] must be integers"),
         (lambda m, c: m.allocate([[1]]), TypeError, "tokens has 2 axes, and must be an integer or"),
         (lambda m, c: m.allocate([1, -1]), ValueError, "tokens[1]=-1 must be in [0, 2147483647]"),

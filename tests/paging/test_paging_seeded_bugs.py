@@ -54,7 +54,12 @@ BUGS = {
     "tokens behind the window are lost": (
         "_ledger", "            s.behind[new] = s.behind[row].copy()", "            pass",
     ),
-    "all of a prompt is reused": ("_ledger", "(tokens.size - 1) // size + 1", "tokens.size + 1"),
+    "all of a prompt is reused": (
+        "_ledger", "min(tokens.size - 1, most)", "min(tokens.size, most)",
+    ),
+    "more is reused than is asked for": (
+        "_ledger", "min(tokens.size - 1, most)", "(tokens.size - 1)",
+    ),
     "gaps are passed over": ("_ledger", "last_gap < self", "-1 < 0 * last_gap + 0 * self"),
     "pages are alike whatever is before": ("_content", "before + page", "page"),
     "salts are alike": ("_content", "{text}", ""),
