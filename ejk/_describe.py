@@ -135,7 +135,7 @@ def _holds_arrays(values: Any) -> bool:
 _INTEGERS = ("context_lens", "block_tables", "cu_q_lens", "slot_mapping", "positions")
 ALL_LAYERS = (
     "of a pool of all layers pass one layer's, {0}[layer], or the pool reshaped to [layers * "
-    "num_pages, ...] and block_tables + layer * num_pages"
+    "num_pages, ...] and ejk.layer_block_tables(block_tables, layer, num_pages=num_pages)"
 )
 _BATCHED = (
     "of [batch, tokens, heads, dim] pass {0}.reshape(-1, *{0}.shape[2:]); the new tokens come "

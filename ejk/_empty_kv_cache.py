@@ -132,7 +132,8 @@ def _type_of(dtype: Any) -> tuple[CacheType, np.dtype]:
         found = np.dtype(np.uint8)
     if found is None or found.name not in CACHE_DTYPES:
         names = [name for name in CACHE_DTYPES if name != "uint8"] + ["int4"]
-        near = did_you_mean(dtype, names) if isinstance(dtype, str) else ""
+        meant = "float8_e4m3fn" if dtype == "fp8" else dtype  # as vLLM has it
+        near = did_you_mean(meant, names) if isinstance(meant, str) else ""
         said = dtype.__name__ if isinstance(dtype, type) else describe(dtype)
         raise ValueError(f"dtype={said} must be one of {', '.join(names)}{near}")
     return cache_type_of(found), found

@@ -49,7 +49,11 @@ for _own, _names in _OWN_NAMES.items():
         _OWN_NAME.setdefault(_name, []).append(_own)
 
 _FUSED = "a pool of keys and values is key_cache, with value_cache=None and the pages first"
-_ROWS = "the pages of each sequence are a row of block_tables"
+_ROWS = (
+    "the pages of each sequence are a row of block_tables: ejk.dense_block_tables makes it of "
+    "bounds and page ids"
+)
+_PAGE_SIZE = "leave it out: it follows from the pools and cache_layout"
 _LAST = "leave it out: how full the last page is follows from context_lens"
 _CAUSAL = "leave it out: a token always sees its sequence up to itself"
 _NO_MASK = "leave it out: what is not visible is selected away"
@@ -82,6 +86,9 @@ _MENDS = {
     "paged_kv_last_page_len": _LAST,
     "batch_indices": "slot_mapping is block_tables[batch_indices, positions // page_size] * "
     "page_size + positions % page_size",
+    "page_size": _PAGE_SIZE,
+    "block_size": _PAGE_SIZE,
+    "out_dtype": "leave it out: the result has the query's dtype",
     "page_table_v": "leave it out: keys and values share block_tables",
     "kv_cache_dtype": _QUANTISED,
     "q_descale": "leave it out: queries are floats of 16 or 32 bits",
