@@ -17,6 +17,9 @@ TOPOLOGIES = {
     "v6e": "v6e:2x2",
     "v7x": "tpu7x:2x2x1",
 }
+ACCELERATORS = {
+    "v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "v7x": "tpu7x-8",
+}  # fmt: skip
 
 
 def is_missing() -> bool:
@@ -26,8 +29,13 @@ def is_missing() -> bool:
 @contextlib.contextmanager
 def one_device(generation: str) -> Generator[jax.sharding.NamedSharding]:
     """Lower for one device of a generation, which arrays are placed on."""
-    for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}.items():
-        os.environ.setdefault(name, value)  # or libtpu looks for a TPU first
+    absent = {
+        "TPU_WORKER_HOSTNAMES": "localhost",  # or libtpu looks for a TPU first
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": ACCELERATORS[generation],  # or it warns that it found none
+    }
+    for name, value in absent.items():
+        os.environ.setdefault(name, value)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
     mesh = jax.sharding.Mesh([topology.devices[0]], "x")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -3,11 +3,12 @@
 import inspect
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from ejk._version import __version__
 from ejk.cli import bench, check, compile, doctor, explain, repro, tune
 
 
@@ -39,6 +40,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Say what ejk runs on this machine, how fast, in which pieces, and what is in its way.",
 )
+
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"ejk {__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, help="Say which ejk this is.")
+    ] = False,
+) -> None:
+    del version
+
+
 for command in (doctor, bench, tune, compile, explain, check, repro):
     function = getattr(command, command.__name__.rpartition(".")[2])
     # Without it the list of commands cuts each of them off.

@@ -53,6 +53,10 @@ def test_no_command_prints_the_help():
     assert "..." not in said.split("Commands:")[1]  # no summary is cut off
 
 
+def test_it_says_its_version():
+    assert run("--version") == f"ejk {ejk.__version__}\n"
+
+
 def test_another_number_is_not_taken_for_a_mistyped_one():
     assert "did you mean" not in run("compile sm_75", code=2)
 
@@ -158,6 +162,14 @@ def test_explain_of_a_cpu_and_of_a_gpu_that_has_to_be_asked_for():
     said = run(f"explain mi300x {SMALL}")
     assert "xla runs it" in said and "triton: runs on rocm where it is asked for by name" in said
     assert "measured here" in run(f"explain --measure {SMALL}")
+
+
+@pytest.mark.slow
+def test_libtpu_does_not_warn_that_no_tpu_is_here():
+    pytest.importorskip("libtpu")
+    line = [sys.executable, "-m", "ejk", "explain", "tpu-v6e", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["chosen"] == "pallas" and not done.stderr
 
 
 @pytest.mark.slow
