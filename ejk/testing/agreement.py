@@ -1,5 +1,6 @@
 """Holds a backend to what its operation promises."""
 
+import warnings
 import zlib
 from collections.abc import Callable, Collection
 from typing import Any
@@ -143,6 +144,9 @@ def assert_backend_agrees(
         AssertionError: a property does not hold; the smallest call found is in the message. Or the
             backend refused for another reason, or every call.
         ValueError: as `calls`.
+
+    Warns:
+        UserWarning: the backend agrees, but no configuration that suits has a feature of its.
     """
     chosen = _chosen(operation, configurations, suits)
     subject = Subject(backend, may_refuse, batch_invariant, equal_bits)
@@ -157,6 +161,18 @@ def assert_backend_agrees(
                 f"{name} of {operation}: {backend} refused every call that was drawn, so nothing "
                 f"is known: narrow suits=. It said: {'; '.join(sorted(refused))}"
             )
+    known = _features(STRATEGIES[operation][1]) & {*getattr(backend, "features", ())}
+    if untested := known - _features(chosen):
+        warnings.warn(
+            f"{backend} declares {', '.join(sorted(untested))}, which no configuration that was "
+            "drawn from has: widen suits=, or pass configurations= with it",
+            stacklevel=2,
+        )
+
+
+def _features(configurations: Collection[Any]) -> set[str]:
+    """Return the features that some of these have; those of writes and copies have none."""
+    return {name for c in configurations for name in getattr(c, "features", ())}
 
 
 def _hold(

@@ -117,6 +117,37 @@ def test_a_backend_that_refuses_everything_fails():
         check(Choosy(), may_refuse=["takes nothing"])
 
 
+@dataclasses.dataclass(frozen=True)
+class WideWindow(ejk.XlaRaggedPageAttention):
+    """Knows few options, and its window shows a token too many."""
+
+    name = "wide"
+    features = frozenset({"return_lse", 'cache_layout="NHD"', "sliding_window"})
+
+    def run(self, problem, operands, platform):
+        window = None if operands.sliding_window is None else operands.sliding_window + 1
+        return super().run(problem, operands._replace(sliding_window=window), platform)
+
+
+def test_a_feature_that_no_call_has_is_warned_of():
+    """No configuration of the list has this backend's features and no others."""
+    shape = ejk.testing.Shape("mine", num_heads=2, num_kv_heads=1, head_dim=8, page_size=3)
+    plain = ejk.testing.Configuration(shape, np.dtype(np.float32), "NHD")
+    windowed = dataclasses.replace(plain, features=frozenset({"sliding_window"}))
+    options = {"may_refuse": ["cache_layout", "fused_pools", "tree_mask", "positions"]}
+
+    def check(*configurations):
+        ejk.testing.assert_backend_agrees(
+            WideWindow(), "ragged_page_attention", configurations=configurations, examples=4,
+            programs=None, **options,
+        )  # fmt: skip
+
+    with pytest.warns(UserWarning, match=r"WideWindow\(.* declares sliding_window, which no "):
+        check(plain)
+    with pytest.raises(AssertionError, match=r"^agrees_with_the_oracle of ragged"):
+        check(plain, windowed)
+
+
 def test_one_expression_is_no_list_of_them():
     with pytest.raises(TypeError, match=r"may_refuse='nothing' must be a list .*: \['nothing'\]"):
         check(Choosy(), may_refuse="nothing")
