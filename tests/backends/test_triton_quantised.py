@@ -32,15 +32,15 @@ INTERPRETED = ejk.TritonPageAttention(interpret=True, num_sms=6, block_kv=16)
 @triton.jit
 @typing.no_type_check
 def codes_kernel(
-    pool_ptr_, out_ptr, ELEMENTS: tl.constexpr, CACHE: tl.constexpr, PARTS: tl.constexpr,
+    pool_ptr_, out_ptr, ELEMENTS: tl.constexpr, CACHE: tl.constexpr, TILES: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
     offs = tl.arange(0, ELEMENTS)
     tiles = tiles_of(
-        tl.load(pool_ptr(pool_ptr_, CACHE, PARTS) + offs), tl.float16, CACHE, PARTS, PTX
+        tl.load(pool_ptr(pool_ptr_, CACHE, TILES) + offs), tl.float16, CACHE, TILES, PTX
     )
-    for i in tl.static_range(PARTS):
-        tl.store(out_ptr + offs * PARTS + i, tiles[i])
+    for i in tl.static_range(TILES):
+        tl.store(out_ptr + offs * TILES + i, tiles[i])
 
 
 def codes(cache: str, is_words: bool, ptx: bool, interpret: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +53,7 @@ def codes(cache: str, is_words: bool, ptx: bool, interpret: bool) -> tuple[np.nd
         codes_kernel,
         {"pool_ptr_": pool},
         {"out_ptr": jax.ShapeDtypeStruct((elements * parts,), jnp.float16)},
-        {"ELEMENTS": elements, "CACHE": cache, "PARTS": parts, "PTX": ptx},
+        {"ELEMENTS": elements, "CACHE": cache, "TILES": parts, "PTX": ptx},
         grid=1,
         num_warps=1,
         num_stages=1,

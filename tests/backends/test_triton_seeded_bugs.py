@@ -152,7 +152,7 @@ def widen(bug):
     constants = {"NUM_PAGES": 5, "NUM_COPIES": 4, "PAGE_WIDTH": 40, "BLOCK": 32}
     copies = interpret(
         widen_kernel.widen_pages_kernel, codes, pages, jax.ShapeDtypeStruct((2, 4, 40), F32),
-        **constants, CACHE="int8", PARTS=2, PTX=False, grid=2 * 4 * 2,
+        **constants, CACHE="int8", TILES=2, PTX=False, grid=2 * 4 * 2,
     )["copies_ptr"]  # fmt: skip
     named = pages >= 0
     np.testing.assert_array_equal(copies[:, named], codes[:, pages[named]].astype(F32))
@@ -226,7 +226,7 @@ BUGS = {
             "offs_head = offs_group * NUM_KV_HEADS + kv_head",
         ),
         "values are read from the keys' half": (
-            "value_pool_ptr + stride_half // PARTS + kv", "value_pool_ptr + kv",
+            "value_pool_ptr + stride_half // TILES + kv", "value_pool_ptr + kv",
         ),
         "every part takes the first blocks": (
             "(first_block + piece % NUM_SPLITS) * BLOCK_KV",
@@ -382,8 +382,8 @@ BUGS = {
             "key[None, :] <= place[:, None]", "key[None, :] <= place[:, None] + 1",
         ),
         "values are read from the keys' half": (
-            "pool_ptr(value_ptr, CACHE, PARTS) + stride_half",
-            "pool_ptr(value_ptr, CACHE, PARTS) + 0",
+            "pool_ptr(value_ptr, CACHE, TILES) + stride_half",
+            "pool_ptr(value_ptr, CACHE, TILES) + 0",
         ),
         "the keys' scale of the next token": (
             "slot_offsets(page, slot, stride_k_page",
@@ -460,8 +460,8 @@ BUGS = {
     "ragged_page_attention_widen_kernel": {
         "KV heads share their pages": ("(outer * NUM_PAGES + page)", "page"),
         "every block is the first": (
-            "offs = block * (BLOCK // PARTS) + tl.arange(0, BLOCK // PARTS)",
-            "offs = tl.arange(0, BLOCK // PARTS)",
+            "offs = block * (BLOCK // TILES) + tl.arange(0, BLOCK // TILES)",
+            "offs = tl.arange(0, BLOCK // TILES)",
         ),
     },
     "write_kv_cache_kernel": {

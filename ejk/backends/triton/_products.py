@@ -11,20 +11,20 @@ from ejk.backends.triton._quantised import normalised, tiles_of
 @triton.jit
 @typing.no_type_check
 def slot_offsets(
-    page, slot, stride_page: tl.constexpr, stride_slot: tl.constexpr, PARTS: tl.constexpr
+    page, slot, stride_page: tl.constexpr, stride_slot: tl.constexpr, TILES: tl.constexpr
 ):
-    """Return where slots of pages begin, in a pool whose elements are `PARTS` values each."""
-    return page * (stride_page // PARTS) + slot * (stride_slot // PARTS)
+    """Return where slots of pages begin, in a pool whose elements are `TILES` values each."""
+    return page * (stride_page // TILES) + slot * (stride_slot // TILES)
 
 
 @triton.jit
 @typing.no_type_check
 def token_ptrs(
     head_ptr, page, key, PAGE_SIZE: tl.constexpr, stride_page: tl.constexpr,
-    stride_slot: tl.constexpr, PARTS: tl.constexpr,
+    stride_slot: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Return where a KV head's tokens `key`, which lie in `page`, begin: `[tokens, 1]`."""
-    offs = slot_offsets(page.to(tl.int64), key % PAGE_SIZE, stride_page, stride_slot, PARTS)
+    offs = slot_offsets(page.to(tl.int64), key % PAGE_SIZE, stride_page, stride_slot, TILES)
     return head_ptr + offs[:, None]
 
 
@@ -65,26 +65,26 @@ def load_rows(
 @typing.no_type_check
 def load_tiles(
     row_ptrs, exists, dtype: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, MASKED: tl.constexpr, CACHE: tl.constexpr, PARTS: tl.constexpr,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr, CACHE: tl.constexpr, TILES: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """Load rows of a pool, as `load_rows` does, as `PARTS` tiles of numbers: see `_quantised`."""
-    rows = load_rows(row_ptrs, exists, FIRST // PARTS, BLOCK // PARTS, WIDTH // PARTS, MASKED)
-    return tiles_of(rows, dtype, CACHE, PARTS, PTX)
+    """Load rows of a pool, as `load_rows` does, as `TILES` tiles of numbers: see `_quantised`."""
+    rows = load_rows(row_ptrs, exists, FIRST // TILES, BLOCK // TILES, WIDTH // TILES, MASKED)
+    return tiles_of(rows, dtype, CACHE, TILES, PTX)
 
 
 @triton.jit
 @typing.no_type_check
 def load_queries(
     row_ptrs, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Load queries in the tiles that `query_key_products` takes."""
     q = ()
     for i in tl.static_range(BLOCK_D // CHAIN):
-        q += _query_tiles(row_ptrs, exists, i * CHAIN, CHAIN, HEAD_DIM, PARTS)
+        q += _query_tiles(row_ptrs, exists, i * CHAIN, CHAIN, HEAD_DIM, TILES)
     if BLOCK_D_REST > 0:
-        q += _query_tiles(row_ptrs, exists, BLOCK_D, BLOCK_D_REST, HEAD_DIM, PARTS)
+        q += _query_tiles(row_ptrs, exists, BLOCK_D, BLOCK_D_REST, HEAD_DIM, TILES)
     return q
 
 
@@ -92,16 +92,16 @@ def load_queries(
 @typing.no_type_check
 def _query_tiles(
     row_ptrs, exists, FIRST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Load entries of queries as the tiles that `load_tiles` makes of them in a pool."""
-    if PARTS == 1:
+    if TILES == 1:
         q = (load_rows(row_ptrs, exists, FIRST, BLOCK, WIDTH, True),)
     else:
-        offs = FIRST + PARTS * tl.arange(0, BLOCK // PARTS)
+        offs = FIRST + TILES * tl.arange(0, BLOCK // TILES)
         mask = exists[:, None] & (offs < WIDTH)
         q = ()
-        for i in tl.static_range(PARTS):
+        for i in tl.static_range(TILES):
             q += (tl.load(row_ptrs + offs + i, mask=mask, other=0.0),)
     return q
 
@@ -168,45 +168,45 @@ def product_of_thirds(thirds, FIRST: tl.constexpr, other):
 def query_key_products(
     q, k_ptrs, exists, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr, REST_APART: tl.constexpr,
-    CACHE: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr, begun=None,
+    CACHE: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr, begun=None,
 ):  # fmt: skip
     """Return `[rows, tokens]`: sums of `CHAIN` products, and of `BLOCK_D_REST`, added up apart.
 
     What is `begun` already is added to. `BLOCK_D_REST` follows on a chain that is alone, unless
-    `REST_APART`. The other result is the keys' first `CHAIN` entries: `PARTS` tiles
-    `[tokens, CHAIN / PARTS]`.
+    `REST_APART`. The other result is the keys' first `CHAIN` entries: `TILES` tiles
+    `[tokens, CHAIN / TILES]`.
     """
     CHAINS: tl.constexpr = BLOCK_D // CHAIN
-    THIRDS: tl.constexpr = len(q) > PARTS * (CHAINS + (1 if BLOCK_D_REST > 0 else 0))
+    THIRDS: tl.constexpr = len(q) > TILES * (CHAINS + (1 if BLOCK_D_REST > 0 else 0))
     dtype: tl.constexpr = q[0].dtype
-    first = load_tiles(k_ptrs, exists, dtype, 0, CHAIN, HEAD_DIM, MASKED, CACHE, PARTS, PTX)
-    s = _products(q, first, 0, PARTS, THIRDS, begun)
+    first = load_tiles(k_ptrs, exists, dtype, 0, CHAIN, HEAD_DIM, MASKED, CACHE, TILES, PTX)
+    s = _products(q, first, 0, TILES, THIRDS, begun)
     for i in tl.static_range(1, CHAINS):
-        k = load_tiles(k_ptrs, exists, dtype, i * CHAIN, CHAIN, HEAD_DIM, MASKED, CACHE, PARTS, PTX)
-        s = _add(s, _products(q, k, i * PARTS, PARTS, THIRDS))
+        k = load_tiles(k_ptrs, exists, dtype, i * CHAIN, CHAIN, HEAD_DIM, MASKED, CACHE, TILES, PTX)
+        s = _add(s, _products(q, k, i * TILES, TILES, THIRDS))
     if BLOCK_D_REST > 0:
         k = load_tiles(
-            k_ptrs, exists, dtype, BLOCK_D, BLOCK_D_REST, HEAD_DIM, MASKED, CACHE, PARTS, PTX
+            k_ptrs, exists, dtype, BLOCK_D, BLOCK_D_REST, HEAD_DIM, MASKED, CACHE, TILES, PTX
         )
         if CHAINS > 1 or REST_APART or THIRDS:
-            s = _add(s, _products(q, k, CHAINS * PARTS, PARTS, THIRDS))
+            s = _add(s, _products(q, k, CHAINS * TILES, TILES, THIRDS))
         else:
-            for i in tl.static_range(PARTS):
-                s = tl.dot(q[PARTS + i], tl.trans(k[i]), s, input_precision="ieee")
+            for i in tl.static_range(TILES):
+                s = tl.dot(q[TILES + i], tl.trans(k[i]), s, input_precision="ieee")
     return s, first
 
 
 @triton.jit
 @typing.no_type_check
-def _products(q, k, FIRST: tl.constexpr, PARTS: tl.constexpr, THIRDS: tl.constexpr, begun=None):
+def _products(q, k, FIRST: tl.constexpr, TILES: tl.constexpr, THIRDS: tl.constexpr, begun=None):
     """Return the products of as many tiles of queries, from `FIRST` on, and of keys."""
     if THIRDS:
         s = product_of_thirds(q, 3 * FIRST, tl.trans(k[0]))
-        for i in tl.static_range(1, PARTS):
+        for i in tl.static_range(1, TILES):
             s = s + product_of_thirds(q, 3 * (FIRST + i), tl.trans(k[i]))
     else:
         s = tl.dot(q[FIRST], tl.trans(k[0]), begun, input_precision="ieee")
-        for i in tl.static_range(1, PARTS):
+        for i in tl.static_range(1, TILES):
             s = tl.dot(q[FIRST + i], tl.trans(k[i]), s, input_precision="ieee")
     return s
 
@@ -220,21 +220,21 @@ def _add(s, products):
 
 @triton.jit
 @typing.no_type_check
-def in_order(tiles, PARTS: tl.constexpr):
-    """Return tiles whose entries are in order, each of `PARTS` tiles that take turns."""
+def in_order(tiles, TILES: tl.constexpr):
+    """Return tiles whose entries are in order, each of `TILES` tiles that take turns."""
     ordered = ()
-    for i in tl.static_range(len(tiles) // PARTS):
-        ordered += (interleaved(tiles, i * PARTS, PARTS),)
+    for i in tl.static_range(len(tiles) // TILES):
+        ordered += (interleaved(tiles, i * TILES, TILES),)
     return ordered
 
 
 @triton.jit
 @typing.no_type_check
-def interleaved(tiles, FIRST: tl.constexpr, PARTS: tl.constexpr):
-    """Return `PARTS` tiles, from `FIRST` on, as one whose entries are in order."""
-    if PARTS == 1:
+def interleaved(tiles, FIRST: tl.constexpr, TILES: tl.constexpr):
+    """Return `TILES` tiles, from `FIRST` on, as one whose entries are in order."""
+    if TILES == 1:
         return tiles[FIRST]
-    elif PARTS == 2:
+    elif TILES == 2:
         return tl.interleave(tiles[FIRST], tiles[FIRST + 1])
     else:
         even = tl.interleave(tiles[FIRST], tiles[FIRST + 2])

@@ -1,10 +1,10 @@
 """Codes of quantised caches as float16, which holds each of them exactly.
 
 Pools are read as words of 16 bits, which hold 2 values of 8 bits or 4 of 4. A block of words
-becomes `PARTS` tiles: tile `i` has entries `i`, `PARTS + i`, `2 * PARTS + i`, ... of each row, so
+becomes `TILES` tiles: tile `i` has entries `i`, `TILES + i`, `2 * TILES + i`, ... of each row, so
 products are sums of products of tiles. Blocks of bytes would do for keys alone: between shared
 memory and the product of values `ldmatrix` transposes nothing narrower than 16 bits, and a thread
-would read byte by byte. Rows that words do not fit are read as bytes, whose `PARTS` is 1, or 2.
+would read byte by byte. Rows that words do not fit are read as bytes, whose `TILES` is 1, or 2.
 
 `PTX` converts two words at once on NVIDIA GPUs, e4m3 by the instruction that those from sm_89 on
 have for it. Elsewhere the same bits come from Triton's own operations. A float16 `1024 + n` has the
@@ -33,11 +33,11 @@ TINY = tl.constexpr(1.1754943508222875e-38)  # 2^-126, the least normal float32
 
 @triton.jit
 @typing.no_type_check
-def pool_ptr(ptr, CACHE: tl.constexpr, PARTS: tl.constexpr):
-    """Return where a pool begins, as a pointer to what is loaded at once: `PARTS` values."""
+def pool_ptr(ptr, CACHE: tl.constexpr, TILES: tl.constexpr):
+    """Return where a pool begins, as a pointer to what is loaded at once: `TILES` values."""
     if CACHE == "":
         return ptr
-    elif (4 if _is_int4(CACHE) else 2) == PARTS:
+    elif (4 if _is_int4(CACHE) else 2) == TILES:
         return ptr.to(tl.pointer_type(tl.int16))
     else:
         return ptr.to(tl.pointer_type(tl.uint8))
@@ -45,8 +45,8 @@ def pool_ptr(ptr, CACHE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 @typing.no_type_check
-def tiles_of(x, dtype: tl.constexpr, CACHE: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr):
-    """Return a block of a pool as a tuple of `PARTS` tiles of numbers of `dtype`."""
+def tiles_of(x, dtype: tl.constexpr, CACHE: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr):
+    """Return a block of a pool as a tuple of `TILES` tiles of numbers of `dtype`."""
     if CACHE == "":
         tiles = (x,)
     elif PTX and x.dtype == tl.int16:
@@ -54,13 +54,13 @@ def tiles_of(x, dtype: tl.constexpr, CACHE: tl.constexpr, PARTS: tl.constexpr, P
     else:
         words = x.to(tl.int16)
         tiles = ()
-        for i in tl.static_range(PARTS):
+        for i in tl.static_range(TILES):
             if CACHE == "int4 + 8" and i % 2 == 1:
                 tiles += (_upper_half(words >> ((i - 1) * 4)),)
             else:
                 tiles += (_lowest(words >> (i * (4 if _is_int4(CACHE) else 8)), CACHE),)
     converted = ()
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(TILES):
         converted += (tiles[i].to(dtype),)
     return converted
 

@@ -233,7 +233,7 @@ def type_constants(problem: PagedProblem, target: Target) -> dict[str, Any]:
     has_ptx = capability is not None and (cache != "e4m3" or capability >= 89)
     return {
         "CACHE": cache,
-        "PARTS": loaded_together(problem),
+        "TILES": loaded_together(problem),
         "PTX": bool(cache) and has_ptx,
         "PRODUCTS": "" if problem.query_dtype == problem.cache_dtype else products.name,
         "SCALES": problem.scales,

@@ -69,7 +69,7 @@ def add_block(
     BLOCK_DV_REST: tl.constexpr,
     SAME_TILE: tl.constexpr,  # the values are loaded
     CACHE: tl.constexpr,
-    PARTS: tl.constexpr,
+    TILES: tl.constexpr,
     PTX: tl.constexpr,
     THIRDS: tl.constexpr = False,  # weights are float32, in three tiles of `dtype`
 ):
@@ -88,7 +88,7 @@ def add_block(
         l = _summed(l, alpha, p)
         values_ptrs = values
         v = load_tiles(
-            values_ptrs, exists, dtype, 0, BLOCK_DV, VALUE_HEAD_DIM, MASKED, CACHE, PARTS, PTX
+            values_ptrs, exists, dtype, 0, BLOCK_DV, VALUE_HEAD_DIM, MASKED, CACHE, TILES, PTX
         )
     else:
         v = values
@@ -102,16 +102,16 @@ def add_block(
         unit = unit_new
     weights = in_thirds((weights,)) if THIRDS else weights.to(dtype)
     added = ()
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(TILES):
         scaled_acc = acc[i] * rescale[:, None]
         added += (_weighted(weights, v[i], scaled_acc, THIRDS),)
     if BLOCK_DV_REST > 0:
         v_rest = load_tiles(
-            values, exists, dtype, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED, CACHE, PARTS,
+            values, exists, dtype, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED, CACHE, TILES,
             PTX,
         )  # fmt: skip
-        for i in tl.static_range(PARTS):
-            scaled_acc = acc[PARTS + i] * rescale[:, None]
+        for i in tl.static_range(TILES):
+            scaled_acc = acc[TILES + i] * rescale[:, None]
             added += (_weighted(weights, v_rest[i], scaled_acc, THIRDS),)
     if is_subnormal(CACHE):  # sums of the weights as they were rounded
         ones = tl.full([s.shape[1], acc[len(acc) - 1].shape[1]], 1.0, dtype)
@@ -203,15 +203,15 @@ def scaled_values(
 @triton.jit
 @typing.no_type_check
 def zero_acc(
-    ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV_REST: tl.constexpr, PARTS: tl.constexpr
+    ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV_REST: tl.constexpr, TILES: tl.constexpr
 ):
     """Return the tiles of weighted values of no token."""
     acc = ()
-    for _ in tl.static_range(PARTS):
-        acc += (tl.zeros([ROWS, BLOCK_DV // PARTS], tl.float32),)
+    for _ in tl.static_range(TILES):
+        acc += (tl.zeros([ROWS, BLOCK_DV // TILES], tl.float32),)
     if BLOCK_DV_REST > 0:
-        for _ in tl.static_range(PARTS):
-            acc += (tl.zeros([ROWS, BLOCK_DV_REST // PARTS], tl.float32),)
+        for _ in tl.static_range(TILES):
+            acc += (tl.zeros([ROWS, BLOCK_DV_REST // TILES], tl.float32),)
     return acc
 
 

@@ -53,7 +53,7 @@ def attend(
     stride_k_head: tl.constexpr, stride_k_slot: tl.constexpr, stride_v_page: tl.constexpr,
     stride_v_head: tl.constexpr, stride_v_slot: tl.constexpr, stride_half: tl.constexpr,
     SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DISTANCES: tl.constexpr,
-    CACHE: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr, PRODUCTS: tl.constexpr,
+    CACHE: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr, PRODUCTS: tl.constexpr,
     SCALES: tl.constexpr, LATENT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D_REST: tl.constexpr, CHAIN: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -74,14 +74,14 @@ def attend(
     if SCALES == "head":
         scale *= tl.load(key_scale_ptr + kv_head)
     q, scale = for_products(q, scale, PRODUCTS)
-    key_pool_ptr = pool_ptr(key_ptr, CACHE, PARTS)
-    value_pool_ptr = pool_ptr(value_ptr, CACHE, PARTS)
+    key_pool_ptr = pool_ptr(key_ptr, CACHE, TILES)
+    value_pool_ptr = pool_ptr(value_ptr, CACHE, TILES)
     if HAS_ALIBI:
         slopes = tl.load(alibi_slopes_ptr + offs_head, mask=mask_rows, other=0.0)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS, SUMS] if SUMS > 0 else [ROWS], tl.float32)
     unit = LEAST_UNIT
-    acc = zero_acc(ROWS, BLOCK_DV, BLOCK_DV_REST, PARTS)
+    acc = zero_acc(ROWS, BLOCK_DV, BLOCK_DV_REST, TILES)
     begun = None
     if is_subnormal(CACHE):
         q, scale, begun = for_subnormal(q, scale, CACHE)
@@ -119,17 +119,17 @@ def attend(
         visible = visible & (positions < end if BY_PAGE else positions >= first)
         offs_page = page.to(tl.int64)
         offs_slot = positions % PAGE_SIZE
-        k_ptrs = key_pool_ptr + kv_head * (stride_k_head // PARTS)
-        k_ptrs += slot_offsets(offs_page, offs_slot, stride_k_page, stride_k_slot, PARTS)[:, None]
-        v_ptrs = value_pool_ptr + stride_half // PARTS + kv_head * (stride_v_head // PARTS)
-        v_ptrs += slot_offsets(offs_page, offs_slot, stride_v_page, stride_v_slot, PARTS)[:, None]
+        k_ptrs = key_pool_ptr + kv_head * (stride_k_head // TILES)
+        k_ptrs += slot_offsets(offs_page, offs_slot, stride_k_page, stride_k_slot, TILES)[:, None]
+        v_ptrs = value_pool_ptr + stride_half // TILES + kv_head * (stride_v_head // TILES)
+        v_ptrs += slot_offsets(offs_page, offs_slot, stride_v_page, stride_v_slot, TILES)[:, None]
         ahead = start + offs_entry + STEP
         pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
 
         # [ROWS, BLOCK_KV]
         s, k = query_key_products(
             q, k_ptrs, visible, HEAD_DIM, not INTEGER, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
-            CACHE, PARTS, PTX, begun,
+            CACHE, TILES, PTX, begun,
         )  # fmt: skip
         value_scale = unit
         if PER_TOKEN:
@@ -157,13 +157,13 @@ def attend(
         values = k if SAME_TILE else v_ptrs
         m, l, unit, acc = add_block(
             s, scale, m, l, unit, acc, values, value_scale, visible, q[0].dtype, VALUE_HEAD_DIM,
-            not INTEGER, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, PARTS, PTX,
+            not INTEGER, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, TILES, PTX,
             PRODUCTS == "thirds",
         )  # fmt: skip
 
     if SUMS > 0:
         l = tl.sum(l, 1)
-    acc = in_order(of_subnormal(acc, CACHE) if is_subnormal(CACHE) else acc, PARTS)
+    acc = in_order(of_subnormal(acc, CACHE) if is_subnormal(CACHE) else acc, TILES)
     if FOLDED:
         # A logit that overflows makes a row NaN. As one instruction with the subtraction of `m` it
         # does not overflow, and its weight is 0.

@@ -98,7 +98,7 @@ def page_attention_kernel(
     HAS_DISTANCES: tl.constexpr,  # of pages that do not lie one after the other
     # types
     CACHE: tl.constexpr,  # "int8", "int4", "e4m3", "e5m2", "int8 + 128", ...; "" for floats
-    PARTS: tl.constexpr,  # values of a pool that are loaded as one element
+    TILES: tl.constexpr,  # values of a pool that are loaded as one element
     PTX: tl.constexpr,  # converts them
     PRODUCTS: tl.constexpr,  # "float16", "float32", "thirds"; "" for queries' and cache's
     SCALES: tl.constexpr,  # "head", "token", or "none"
@@ -124,7 +124,7 @@ def page_attention_kernel(
     tl.static_assert(NUM_HEADS % NUM_KV_HEADS == 0)
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
-    tl.static_assert(HEAD_DIM % PARTS == 0 and VALUE_HEAD_DIM % PARTS == 0)
+    tl.static_assert(HEAD_DIM % TILES == 0 and VALUE_HEAD_DIM % TILES == 0)
 
     # Which work is mine: a KV head, a block of its query heads, a piece of a context.
     pid = tl.program_id(0)
@@ -216,7 +216,7 @@ def page_attention_kernel(
         query_row_ptrs = query_ptr + (seqs * NUM_HEADS + offs_head)[:, None] * HEAD_DIM
     else:
         query_row_ptrs = query_ptr + (seq * NUM_HEADS + offs_head[:, None]) * HEAD_DIM
-    q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN, PARTS)
+    q = load_queries(query_row_ptrs, mask_group, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN, TILES)
     if PACKED:  # the entries that are compared are then at hand for what follows
         end = agreed_until(
             pack, begin, reach, seq, work_ptr, block_tables_ptr, NUM_SEQS, PAGE_SIZE, MAX_BLOCKS,
@@ -238,7 +238,7 @@ def page_attention_kernel(
         alibi_slopes_ptr, key_scale_ptr, value_scale_ptr, page_distances_ptr, HEAD_DIM,
         VALUE_HEAD_DIM, NUM_PAGES, PAGE_SIZE, MAX_BLOCKS, stride_k_page, stride_k_head,
         stride_k_slot, stride_v_page, stride_v_head, stride_v_slot, stride_half, SOFT_CAP,
-        HAS_ALIBI, HAS_DISTANCES, CACHE, PARTS, PTX, PRODUCTS, SCALES, LATENT, BLOCK_GROUP,
+        HAS_ALIBI, HAS_DISTANCES, CACHE, TILES, PTX, PRODUCTS, SCALES, LATENT, BLOCK_GROUP,
         BLOCK_KV, STEP, BLOCK_D, BLOCK_D_REST, CHAIN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE,
         SPLIT_LOGITS, PAGES, SUMS, NUM_SPLITS == 0 and HAS_WINDOW, PACKED,
     )  # fmt: skip

@@ -110,7 +110,7 @@ def ragged_page_attention_kernel(
     CAUSAL: tl.constexpr,  # else every row sees all tokens, and keys have no `positions`
     # types
     CACHE: tl.constexpr,  # "int8", "int4", "e4m3", "e5m2"; "" for floats
-    PARTS: tl.constexpr,  # values of a pool that are loaded as one element
+    TILES: tl.constexpr,  # values of a pool that are loaded as one element
     PTX: tl.constexpr,  # converts them
     PRODUCTS: tl.constexpr,  # "float16", "float32"; "" for the type of queries and cache
     SCALES: tl.constexpr,  # "head", "token", or "none"
@@ -139,7 +139,7 @@ def ragged_page_attention_kernel(
     tl.static_assert(BLOCK_D + BLOCK_D_REST >= HEAD_DIM)
     tl.static_assert(BLOCK_DV + BLOCK_DV_REST >= VALUE_HEAD_DIM)
     tl.static_assert(BLOCK_KV % EDGE_KV == 0)
-    tl.static_assert(HEAD_DIM % PARTS == 0 and VALUE_HEAD_DIM % PARTS == 0)
+    tl.static_assert(HEAD_DIM % TILES == 0 and VALUE_HEAD_DIM % TILES == 0)
     # Without a mask the scale and the subtraction of the maximum are one instruction; with one,
     # too, where `page_attention_kernel` does so.
     FOLDED: tl.constexpr = SOFT_CAP == 0 and not HAS_ALIBI
@@ -188,7 +188,7 @@ def ragged_page_attention_kernel(
 
     # Load once: queries, scale, slopes; which blocks of the context need no mask.
     query_row_ptrs = query_ptr + (tokens * NUM_HEADS + heads)[:, None] * HEAD_DIM
-    q = load_queries(query_row_ptrs, mask_rows, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN, PARTS)
+    q = load_queries(query_row_ptrs, mask_rows, HEAD_DIM, BLOCK_D, BLOCK_D_REST, CHAIN, TILES)
     scale = tl.load(attn_scale_ptr)
     if SCALES == "head":
         scale *= tl.load(key_scale_ptr + kv_head)
@@ -198,11 +198,11 @@ def ragged_page_attention_kernel(
     m = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_ROWS], tl.float32)
     unit = LEAST_UNIT
-    acc = zero_acc(BLOCK_ROWS, BLOCK_DV, BLOCK_DV_REST, PARTS)
+    acc = zero_acc(BLOCK_ROWS, BLOCK_DV, BLOCK_DV_REST, TILES)
     table_ptr = block_tables_ptr + seq * MAX_BLOCKS
-    k_head_ptr = pool_ptr(key_ptr, CACHE, PARTS) + kv_head * (stride_k_head // PARTS)
-    v_head_ptr = pool_ptr(value_ptr, CACHE, PARTS) + stride_half // PARTS
-    v_head_ptr += kv_head * (stride_v_head // PARTS)
+    k_head_ptr = pool_ptr(key_ptr, CACHE, TILES) + kv_head * (stride_k_head // TILES)
+    v_head_ptr = pool_ptr(value_ptr, CACHE, TILES) + stride_half // TILES
+    v_head_ptr += kv_head * (stride_v_head // TILES)
     k_scale_ptr = key_scale_ptr + kv_head * (stride_k_head // HEAD_DIM)
     v_scale_ptr = value_scale_ptr + stride_half // HEAD_DIM
     v_scale_ptr += kv_head * (stride_v_head // VALUE_HEAD_DIM)
@@ -245,8 +245,8 @@ def ragged_page_attention_kernel(
         exists = (page >= 0) & (page < NUM_PAGES)  # [EDGE_KV]
         if EDGE_PAGES > 0:
             exists = exists & (key < end)
-        k_ptrs = token_ptrs(k_head_ptr, page, key, PAGE_SIZE, stride_k_page, stride_k_slot, PARTS)
-        v_ptrs = token_ptrs(v_head_ptr, page, key, PAGE_SIZE, stride_v_page, stride_v_slot, PARTS)
+        k_ptrs = token_ptrs(k_head_ptr, page, key, PAGE_SIZE, stride_k_page, stride_k_slot, TILES)
+        v_ptrs = token_ptrs(v_head_ptr, page, key, PAGE_SIZE, stride_v_page, stride_v_slot, TILES)
         ahead = tl.where(block + 1 < before, begin, bulk_end - before * EDGE_KV)
         ahead += (block + 1) * EDGE_KV + offs_edge_entry
         edge_pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < end, other=-1)
@@ -265,7 +265,7 @@ def ragged_page_attention_kernel(
         # [BLOCK_ROWS, EDGE_KV]
         s, k = query_key_products(
             q, k_ptrs, exists, HEAD_DIM, True, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
-            CACHE, PARTS, PTX,
+            CACHE, TILES, PTX,
         )  # fmt: skip
         value_scale = unit
         if PER_TOKEN:
@@ -282,24 +282,24 @@ def ragged_page_attention_kernel(
         values = k if SAME_TILE else v_ptrs
         m, l, unit, acc = add_block(
             s, scale, m, l, unit, acc, values, value_scale, exists, q[0].dtype, VALUE_HEAD_DIM,
-            True, EDGE_FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, PARTS, PTX,
+            True, EDGE_FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, TILES, PTX,
         )  # fmt: skip
     if PEEL:
         for start in range(bulk_begin, bulk_end, BLOCK_KV):
             key = start + offs_kv
             page = of_tokens(pages, PAGES, PAGE_SIZE)  # [BLOCK_KV], or [1]
             k_ptrs = token_ptrs(
-                k_head_ptr, page, key, PAGE_SIZE, stride_k_page, stride_k_slot, PARTS
+                k_head_ptr, page, key, PAGE_SIZE, stride_k_page, stride_k_slot, TILES
             )
             v_ptrs = token_ptrs(
-                v_head_ptr, page, key, PAGE_SIZE, stride_v_page, stride_v_slot, PARTS
+                v_head_ptr, page, key, PAGE_SIZE, stride_v_page, stride_v_slot, TILES
             )
             ahead = start + offs_entry + BLOCK_KV
             pages = tl.load(table_ptr + ahead // PAGE_SIZE, mask=ahead < bulk_end, other=0)
             # [BLOCK_ROWS, BLOCK_KV]
             s, k = query_key_products(
                 q, k_ptrs, key, HEAD_DIM, False, BLOCK_D, BLOCK_D_REST, CHAIN, SPLIT_LOGITS,
-                CACHE, PARTS, PTX,
+                CACHE, TILES, PTX,
             )  # fmt: skip
             value_scale = unit
             if PER_TOKEN:
@@ -321,7 +321,7 @@ def ragged_page_attention_kernel(
                 m, l, unit, acc = add_block(
                     s, scale, m, l, unit, acc, values, value_scale, key, q[0].dtype,
                     VALUE_HEAD_DIM, False, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE,
-                    CACHE, PARTS, PTX,
+                    CACHE, TILES, PTX,
                 )  # fmt: skip
         # Loaded anew, or they would hold registers in the loop that needs them most; volatile, or
         # the compiler would remember what it has loaded.
@@ -338,7 +338,7 @@ def ragged_page_attention_kernel(
         # A logit that overflows makes a row NaN. Where scale and maximum are one instruction it
         # does not overflow before `m` is subtracted, and its weight is 0.
         l = tl.where(m == float("inf"), float("nan"), l)
-    acc = in_order(acc, PARTS)
+    acc = in_order(acc, TILES)
     saw_nothing = l == 0
     acc = scaled_values(acc, l, unit, kv_head, key_scale_ptr, value_scale_ptr, SCALES, LATENT)
     if HAS_PARTS:

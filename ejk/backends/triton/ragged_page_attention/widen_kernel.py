@@ -27,7 +27,7 @@ def widen_pages_kernel(
     PAGE_WIDTH: tl.constexpr,  # values of a page that lie one after the other
     # types
     CACHE: tl.constexpr,  # "int8", "int4", "e4m3", "e5m2"
-    PARTS: tl.constexpr,  # values that are loaded as one element
+    TILES: tl.constexpr,  # values that are loaded as one element
     PTX: tl.constexpr,  # converts them
     # blocks
     BLOCK: tl.constexpr,  # values
@@ -42,10 +42,10 @@ def widen_pages_kernel(
     outer = (copy // NUM_COPIES).to(tl.int64)
 
     # Load, convert, write.
-    offs = block * (BLOCK // PARTS) + tl.arange(0, BLOCK // PARTS)
-    source = (outer * NUM_PAGES + page) * (PAGE_WIDTH // PARTS)
-    x = tl.load(pool_ptr(cache_ptr, CACHE, PARTS) + source + offs, mask=offs < PAGE_WIDTH // PARTS)
-    tiles = tiles_of(x, copies_ptr.dtype.element_ty, CACHE, PARTS, PTX)
+    offs = block * (BLOCK // TILES) + tl.arange(0, BLOCK // TILES)
+    source = (outer * NUM_PAGES + page) * (PAGE_WIDTH // TILES)
+    x = tl.load(pool_ptr(cache_ptr, CACHE, TILES) + source + offs, mask=offs < PAGE_WIDTH // TILES)
+    tiles = tiles_of(x, copies_ptr.dtype.element_ty, CACHE, TILES, PTX)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     copy_ptrs = copies_ptr + copy.to(tl.int64) * PAGE_WIDTH + offs
-    tl.store(copy_ptrs, interleaved(tiles, 0, PARTS), mask=offs < PAGE_WIDTH)
+    tl.store(copy_ptrs, interleaved(tiles, 0, TILES), mask=offs < PAGE_WIDTH)

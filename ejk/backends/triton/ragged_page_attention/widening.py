@@ -118,7 +118,7 @@ def _copy(
             "NUM_COPIES": pages.size,
             "PAGE_WIDTH": width,
             "BLOCK": BLOCK,
-            **{name: types[name] for name in ("CACHE", "PARTS", "PTX")},
+            **{name: types[name] for name in ("CACHE", "TILES", "PTX")},
         },
         grid=math.prod(outer) * pages.size * -(-width // BLOCK),
         num_warps=4,
