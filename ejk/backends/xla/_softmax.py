@@ -4,6 +4,7 @@ Query rows are `[batch, num_kv_heads, rows, ...]`: a batch of sequences with one
 items with several. The rows of a KV head are `tokens * group`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,12 @@ from ejk.backends.ragged_page_attention import RaggedPageAttentionOperands
 # platforms a step of the loop costs tens of microseconds, so blocks are large.
 BLOCK_BYTES = {"cpu": 2 * 2**20}
 BLOCK_BYTES_ELSEWHERE = 32 * 2**20
+
+# So many float32 products of a logit are added up at most before their sum is added to others. A
+# CPU adds one after the other: a call with 576 was off by 1.6 times the error bound, in chains of
+# 288 by 1.3, of 192 by 0.45 and of 128 by 0.23 times; one with 256 by 0.77. Chains of 128 take 5 %
+# longer: 8 sequences of 4,096 latent tokens, 128 heads, two cores, 132 ms for 125.
+LONGEST_CHAIN = 128
 
 Operands = PageAttentionOperands | RaggedPageAttentionOperands
 
@@ -63,7 +70,7 @@ class Block(NamedTuple):
 
     def logits(self, problem: PagedProblem, operands: Operands, query: jax.Array) -> jax.Array:
         """Return every logit, `[batch, num_kv_heads, rows, keys]`, in float32."""
-        scores = operands.attn_scale * product("skgd,sktd->skgt", query, self.keys)
+        scores = operands.attn_scale * _query_key_products(query, self.keys)
         if self.key_scale is not None:
             scores = scores * self.key_scale[:, :, None]
         if problem.soft_cap is not None:
@@ -159,6 +166,16 @@ def _gather(
 def wider(dtype: Any, other: Any) -> Any:
     """Return the type that holds the numbers of two, of which no 16-bit one holds another's."""
     return dtype if dtype == other else jnp.float32
+
+
+def _query_key_products(query: jax.Array, keys: jax.Array) -> jax.Array:
+    """Return the products that logits are made of, `[batch, num_kv_heads, rows, keys]`."""
+    width, is_float32 = query.shape[-1], wider(query.dtype, keys.dtype) == jnp.float32
+    if not is_float32 or width <= LONGEST_CHAIN:
+        return product("skgd,sktd->skgt", query, keys)
+    chains = [slice(i, i + LONGEST_CHAIN) for i in range(0, width, LONGEST_CHAIN)]
+    sums = (product("skgd,sktd->skgt", query[..., x], keys[..., x]) for x in chains)
+    return functools.reduce(jnp.add, sums)
 
 
 def product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
