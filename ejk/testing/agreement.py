@@ -146,7 +146,8 @@ def assert_backend_agrees(
         ValueError: as `calls`.
 
     Warns:
-        UserWarning: the backend agrees, but no configuration that suits has a feature of its.
+        UserWarning: the backend agrees, but no configuration that suits has one of the features
+            that it declares.
     """
     chosen = _chosen(operation, configurations, suits)
     subject = Subject(backend, may_refuse, batch_invariant, equal_bits)
