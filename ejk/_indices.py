@@ -19,7 +19,7 @@ else:
 # On two cores of a CPU, numbers x limits, us compared and sorted: 1 x 256 5 and 44, 64 x 256 43 and
 # 56, 64 x 2,048 126 and 65, 1,024 x 256 157 and 54, 256 x 8,192 496 and 163, 1,024 x 8,192 19,651
 # and 152.
-MOST_COMPARED = 2**18
+MOST_COMPARED = 2**16
 
 
 def as_int32(x: Any, bound: Size) -> Any:

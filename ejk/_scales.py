@@ -66,8 +66,9 @@ class GivenScales(NamedTuple):
         if scale is None:
             return "none"
         if not isinstance(scale, jax.Array | np.ndarray):
-            if abs(scale) > float(np.finfo(np.float32).max):
-                raise ValueError(f"{name}={describe(scale)} must be a float32, at most 3.4e38")
+            number = scale if isinstance(scale, int) else float(scale)  # which holds no 10**400
+            if not abs(number) <= float(np.finfo(np.float32).max):  # nor is NaN
+                raise ValueError(f"{name}={describe(number)} must be a float32, at most 3.4e38")
             return "head"
         check_floats(**{name: scale})
         if scale.ndim == 0 or scale.shape == (num_kv_heads,):

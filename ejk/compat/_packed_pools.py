@@ -31,8 +31,8 @@ def check_sizes(
     """Check what padding and views would hide, and that the cache is of floats."""
     if not jnp.issubdtype(kv_cache.dtype, jnp.floating):
         raise ValueError(
-            f"kv_cache.dtype={kv_cache.dtype} must be a float's, as of the original: of int8 use "
-            "ejk.write_kv_cache and ejk.ragged_page_attention, with key_scale and value_scale"
+            f"kv_cache.dtype={kv_cache.dtype} must be a float's, as of the original: for integers "
+            "use ejk.write_kv_cache and ejk.ragged_page_attention, with key_scale and value_scale"
         )
     num_heads, (num_kv_heads, head_dim) = queries.shape[1], keys.shape[1:]
     if num_heads % num_kv_heads:

@@ -584,6 +584,10 @@ CACHES = {
         dict(cache=INT8, value_scale=-np.inf),
         "value_scale=-inf must be a float32, at most 3.4e38",
     ),
+    "a scale that is no number": (
+        dict(cache=INT8, key_scale=np.float32(np.nan)),
+        "key_scale=nan must be a float32, at most 3.4e38",
+    ),
     "values of another type": (
         dict(cache=E4M3, value_cache=zeros(*SHAPE, dtype=ml_dtypes.float8_e5m2)),
         "value_cache.dtype=float8_e5m2 must be key_cache.dtype=float8_e4m3fn",

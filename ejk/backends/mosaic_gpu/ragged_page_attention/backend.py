@@ -42,13 +42,13 @@ from ejk.backends.triton.ragged_page_attention.widening import (
 # With at most this many query rows of a sequence and KV head, Triton's kernels are as fast and
 # compiled sooner. Time of theirs over this one's on an H200, 8 KV heads of 128, pages of 16:
 #     rows                       8              16      32      64              128
-#     32 x 8,192 tokens          1.000, 1.002   1.001   1.034   1.013, 1.016    2.27
+#     32 x 8,192 tokens          0.997, 0.997   0.999   1.028   1.011, 1.011    2.27
 #     4 x 32,768, 128 x 1,024                           0.999, 1.210
 FEW_ROWS = 16
-# With heads of 64, whose pages this kernel copies in pieces of 2 KB, and contexts longer than
-# `UNPEELED_TOKENS`, Triton's are faster up to this many rows. Their time over this one's: on
-# 32 x 8,192 tokens 32 rows 0.749, 64 0.756, 128 1.78; on 4 x 32,768 32 rows 0.737; on 128 x 1,024
-# 1.094.
+# With heads of 64 and pages of up to 16 tokens, which this kernel copies in pieces of 2 KB, and
+# contexts longer than `UNPEELED_TOKENS`, Triton's are faster up to this many rows. Their time over
+# this one's: on 32 x 8,192 tokens 32 rows 0.749, 64 0.756, 128 1.78; on 4 x 32,768 32 rows 0.737;
+# on 128 x 1,024 1.093. Larger pages, slopes and soft caps were not measured.
 FEW_ROWS_OF_64 = 64
 # Where sequences have at most this many rows on average, memory bounds a call, and it pays to read
 # a shared prefix once, as only Triton's kernels do. Computed from an H100's bytes and products a
@@ -117,7 +117,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         if rows <= (few := _few_rows(problem)):
             return "triton", (
                 f"for max_q_len={problem.q_len_bound} and {problem.group} query heads a KV head, "
-                f"up to {few} rows, triton is as fast and compiled sooner"
+                f"up to {few} rows, triton is as fast or faster, and compiled sooner"
             )
         if problem.num_prefix_groups and each <= MEMORY_BOUND_ROWS * problem.num_seqs:
             return "triton", (
@@ -175,5 +175,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
 def _few_rows(problem: RaggedPageAttentionProblem) -> int:
     """Return up to how many rows of a sequence and KV head Triton's kernels are to be preferred."""
-    is_narrow = problem.head_dim == 64 and problem.visible_bound > UNPEELED_TOKENS
-    return FEW_ROWS_OF_64 if is_narrow and not problem.has_alibi else FEW_ROWS
+    is_narrow = problem.head_dim == 64 and problem.page_size <= 16
+    is_plain = not (problem.has_alibi or problem.soft_cap)
+    is_long = problem.visible_bound > UNPEELED_TOKENS
+    return FEW_ROWS_OF_64 if is_narrow and is_plain and is_long else FEW_ROWS
