@@ -71,6 +71,6 @@ def compile_call(function: str, *arguments: Any, **options: Any) -> Program:
         pathlib.Path(file.name).write_bytes(found.cubin)
         disassembler = _mosaic.tools() / "bin" / "nvdisasm"
         sass = subprocess.run(
-            [disassembler, "-c", file.name], check=True, capture_output=True, text=True
+            [disassembler, "-c", file.name], check=True, stdout=subprocess.PIPE, text=True
         ).stdout
     return Program(**vars(found), sass=sass)

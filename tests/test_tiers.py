@@ -26,7 +26,7 @@ def collected():
     """What a collection of all tests finds: every fault, and the ids of the fast tier."""
     command = [sys.executable, "tests/faults.py", "--json"]
     found = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ
+        command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ
     )
     return json.loads(found.stdout)
 

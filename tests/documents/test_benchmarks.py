@@ -18,7 +18,7 @@ FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 def run(script: str, *arguments: str) -> str:
     command = [sys.executable, str(FOLDER / script), "--tiny", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def lines_of(path: pathlib.Path) -> list[dict]:
@@ -180,7 +180,7 @@ def test_latent_batches_are_compared_in_turn(tmp_path):
 def test_a_first_call_is_timed():
     command = [sys.executable, str(FOLDER / "first_call.py")]
     command += ["--lower", "--call", "write_kv_cache"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     seconds, _, imported_torch = printed.split()[-3:]
     assert float(seconds) > 0 and imported_torch == "False"
 

@@ -148,7 +148,7 @@ def test_workers_of_the_tests_take_gpus_in_turn(worker, first):
     environment |= {"PYTEST_XDIST_WORKER": worker} if worker else {}
     code = "import conftest, os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.split()[-1].split(",")[0] == first
 
 

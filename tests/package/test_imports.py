@@ -13,7 +13,7 @@ def python(code: str) -> str:
     """Run code in a fresh interpreter without this one's import hook."""
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        check=True, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     ).stdout.strip()  # fmt: skip
 
 

@@ -514,7 +514,7 @@ print(manager.batch([manager.allocate([1, 2, 3])]).inputs.slot_mapping)
 """
     folder = str(ejk.__path__[0])
     run = subprocess.run(
-        [sys.executable, "-c", code, folder], check=True, capture_output=True, text=True
+        [sys.executable, "-c", code, folder], check=True, stdout=subprocess.PIPE, text=True
     )
     assert run.stdout.strip() == "[0 1 2]"
 
