@@ -14,6 +14,7 @@ from ejk._dtypes import (
     check_floats,
     check_rows,
     check_width,
+    held_in_float32,
 )
 from ejk._indices import Size, as_int32, exceeds, least, rounded_bound, static_int
 from ejk._pools import both_in, check_pool, check_value_cache, holds_both
@@ -135,10 +136,7 @@ def shared_operands(given: Arguments, facts: PagedFacts, num_pages: Size) -> dic
     """
     query, attn_scale, window = given.query, given.attn_scale, given.sliding_window
     if not (attn_scale is None or isinstance(attn_scale, jax.Array)):
-        scale = attn_scale if isinstance(attn_scale, int) else float(attn_scale)
-        if abs(scale) > float(np.finfo(np.float32).max):
-            raise ValueError(f"attn_scale={describe(scale)} must be a float32, at most 3.4e38")
-        attn_scale = float(scale)
+        attn_scale = held_in_float32("attn_scale", attn_scale)
         if abs(attn_scale) > 2.0**127:  # kernels multiply it by log2(e), which float32 must hold
             query, attn_scale = query * 2, attn_scale / 2
         attn_scale = np.float32(attn_scale)

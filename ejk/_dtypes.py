@@ -17,6 +17,14 @@ def as_float32(x: Any) -> Any:
     return x if x is None or x.dtype == np.float32 else x.astype(np.float32)
 
 
+def held_in_float32(name: str, number: Any) -> float:
+    """Check that a number is finite in float32, and return Python's."""
+    number = number if isinstance(number, int) else float(number)  # which holds no 10**400
+    if not abs(number) <= float(np.finfo(np.float32).max):  # nor is NaN
+        raise ValueError(f"{name}={describe(number)} must be a finite float32, at most 3.4e38")
+    return float(number)
+
+
 def check_rows(name: str, rows: Array, key_cache: Array) -> None:
     """Check that queries, or new keys, are of a type that products take."""
     if rows.dtype.name in DTYPES:

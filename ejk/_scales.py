@@ -8,7 +8,7 @@ import numpy as np
 
 from ejk._cache_types import CacheType, Scales, cache_type_of
 from ejk._describe import describe
-from ejk._dtypes import as_float32, check_floats
+from ejk._dtypes import as_float32, check_floats, held_in_float32
 from ejk._typing import Array, ScaleArgument
 
 
@@ -66,9 +66,7 @@ class GivenScales(NamedTuple):
         if scale is None:
             return "none"
         if not isinstance(scale, jax.Array | np.ndarray):
-            number = scale if isinstance(scale, int) else float(scale)  # which holds no 10**400
-            if not abs(number) <= float(np.finfo(np.float32).max):  # nor is NaN
-                raise ValueError(f"{name}={describe(number)} must be a float32, at most 3.4e38")
+            held_in_float32(name, scale)
             return "head"
         check_floats(**{name: scale})
         if scale.ndim == 0 or scale.shape == (num_kv_heads,):

@@ -353,10 +353,10 @@ def test_a_huge_scale_of_tiny_products(entry, scale):
     assert_close(case, *entry(case))
 
 
-@pytest.mark.parametrize("scale", [1e39, -np.inf, np.float64(1e300), np.array(1e39), 10**400])
+@pytest.mark.parametrize("scale", [1e39, -np.inf, np.float64(1e300), 10**400, np.nan])
 def test_a_scale_that_float32_cannot_hold_is_refused(scale):
     case = build(config(), LENGTHS)
-    with pytest.raises(ValueError, match=r"^attn_scale=.* must be a float32"):
+    with pytest.raises(ValueError, match=r"^attn_scale=.* must be a finite float32"):
         ejk.page_attention(*case.arguments(), attn_scale=scale)
 
 

@@ -36,7 +36,7 @@ NUMBER = r"[\w.\[\]:]+=\S+"
 EXACT = re.compile(
     rf"come with \w+=\w+|name one axis or several, each once|"
     rf"be (None or at most -\d+|at least \d+|at most ({NUMBER}|3\.4e38)|"
-    rf"a float32, at most 3\.4e38|below 2\*\*31|"
+    rf"a finite float32, at most 3\.4e38|below 2\*\*31|"
     rf"half of .+|one of (.+, )+.+|None (with|where) .+|a multiple of {NUMBER}|"
     rf"(the (query|key|value)s?'s? )?{NUMBER}.*|num_seqs \+ 1(=\d+)?(, at least 1)?|"
     r"an? (int|bool|number|str)( or .+)?|(str|Backend) or .+|an? [\w -]*array .+|"

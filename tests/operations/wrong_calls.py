@@ -243,7 +243,7 @@ DECODE_VALUES = {
         "sliding_window=-10000000000000000...0000000000000000000 must be at least 1",
     ),
     "far less than no splits": ({"num_splits": -(10**5000)}, "num_splits=-2**16609 must be at lea"),
-    "a scale past any float": ({"attn_scale": 10**5000}, "attn_scale=2**16609 must be a float32"),
+    "a scale past any float": ({"attn_scale": 10**5000}, "attn_scale=2**16609 must be a finite"),
     "a cap of less": ({"attn_logits_soft_cap": -5}, "attn_logits_soft_cap=-5 must be above 0"),
     "an infinite cap": ({"attn_logits_soft_cap": np.inf}, "attn_logits_soft_cap=inf must be"),
     "a cap of NaN": ({"attn_logits_soft_cap": np.nan}, "attn_logits_soft_cap=nan must be"),
@@ -578,15 +578,15 @@ CACHES = {
     ),
     "a scale past float32": (
         dict(cache=INT8, key_scale=1e39),
-        "key_scale=1e+39 must be a float32, at most 3.4e38",
+        "key_scale=1e+39 must be a finite float32, at most 3.4e38",
     ),
     "an infinite scale": (
         dict(cache=INT8, value_scale=-np.inf),
-        "value_scale=-inf must be a float32, at most 3.4e38",
+        "value_scale=-inf must be a finite float32, at most 3.4e38",
     ),
     "a scale that is no number": (
         dict(cache=INT8, key_scale=np.float32(np.nan)),
-        "key_scale=nan must be a float32, at most 3.4e38",
+        "key_scale=nan must be a finite float32, at most 3.4e38",
     ),
     "values of another type": (
         dict(cache=E4M3, value_cache=zeros(*SHAPE, dtype=ml_dtypes.float8_e5m2)),
