@@ -14,20 +14,20 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-
-if platforms := os.environ.get("JAX_PLATFORMS"):
-    os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"  # which makes what the calls are given
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import ejk
+
+platforms = jax.config.jax_platforms
+if platforms and "cpu" not in platforms.split(","):  # which makes what the calls are given
+    jax.config.update("jax_platforms", f"{platforms},cpu")
 
 INTERPRETED = jax.default_backend() == "cpu"
 SHARED = 2  # first pages of a group of sequences
