@@ -25,6 +25,22 @@ def lines_of(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_importing_the_scripts_changes_no_setting_of_jax():
+    """Tests import some of them, and what those tests start inherits the environment."""
+    code = f"""
+import importlib, os, pathlib, sys
+folder = pathlib.Path({str(FOLDER)!r})
+sys.path.append(str(folder))
+def settings():
+    return {{name: value for name, value in os.environ.items() if name.startswith(("JAX", "XLA_FLAGS"))}}
+before = settings()
+for path in sorted(folder.glob("*.py")):
+    importlib.import_module(path.stem)
+assert settings() == before, settings()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_ragged_batches_are_checked_and_timed(tmp_path):
     path = tmp_path / "ragged.jsonl"
     batches = [f"{name}, page 16" for name in ("mixed", "mixed: its decodes", "prefill 8 x 4,096")]
