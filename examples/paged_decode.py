@@ -116,19 +116,18 @@ def write(
     backend: str | ejk.Backend | None,
 ) -> ejk.KVCache:
     """Write the keys and values of new tokens to their `slots`, in place where JAX may."""
-    return ejk.KVCache(
-        *ejk.write_kv_cache(
-            key,
-            value,
-            pools.key_cache,
-            pools.value_cache,
-            slots,
-            key_scale=pools.key_scale,
-            value_scale=pools.value_scale,
-            cache_layout=spec.layout,
-            backend=backend,
-        )
+    written = ejk.write_kv_cache(
+        key,
+        value,
+        pools.key_cache,
+        pools.value_cache,
+        slots,
+        key_scale=pools.key_scale,
+        value_scale=pools.value_scale,
+        cache_layout=spec.layout,
+        backend=backend,
     )
+    return ejk.KVCache(*written, *pools[len(written) :])  # scales that are given stay
 
 
 class Chunk(NamedTuple):

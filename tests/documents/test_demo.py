@@ -20,6 +20,8 @@ import generate
 import paged_decode
 import smollm2
 
+import ejk
+
 TINY = smollm2.tiny().config
 PROMPTS = ([5, 1, 7, 2, 11], [3], [8, 8, 4, 30, 21, 14, 9, 2])
 
@@ -56,6 +58,17 @@ def test_slots_follow_the_table():
     slots, tables = of_layer(slots)
     np.testing.assert_array_equal(slots, [[100, 81, -1, -1], [75, -1, -1, -1]])
     np.testing.assert_array_equal(tables, [[25, 20, -1], [18, -1, -1]])
+
+
+def test_a_write_keeps_the_scales_that_it_is_given():
+    spec = paged_decode.CacheSpec(num_pages=9, page_size=4)
+    scales = jnp.full(2, 0.5)
+    cache = ejk.empty_kv_cache(9, 2, 4, 8, dtype="float8_e4m3fn")
+    cache = cache._replace(key_scale=scales, value_scale=scales)
+    rows = jnp.ones((3, 2, 8))
+    written = paged_decode.write(spec, cache, rows, rows, jnp.arange(3), None)
+    assert written.key_scale is scales and written.value_scale is scales
+    assert (written.key_cache[0, :, :3].astype(jnp.float32) == 2).all()
 
 
 def test_pages_have_one_owner_and_return():
