@@ -86,9 +86,13 @@ def _static(name: str, value: Any) -> str:
 def _array_mend(name: str, value: Any, ranks: Collection[int]) -> str:
     if name == "prefix_groups":
         return "pass (groups, num_pages), two integer arrays"
+    if name == "context_lens" and (value is None or getattr(value, "ndim", 0) > 2):
+        return _WHOLE_CACHE
     if isinstance(value, list | tuple):
         if name.endswith("_cache"):
             return _pools_mend(value)
+        if hasattr(value, name):  # of an `ejk.paging.BatchInputs`, say
+            return f"pass its fields: {name} is inputs.{name}"
         if len({len(row) for row in value if isinstance(row, list | tuple)}) > 1:
             return f"pad the rows with -1 to one length, and pass jnp.asarray({name})"
         return f"pass {'jnp.stack' if _holds_arrays(value) else 'jnp.asarray'}({name})"
@@ -104,7 +108,8 @@ def _array_mend(name: str, value: Any, ranks: Collection[int]) -> str:
             return f"pass {name}.squeeze({extra[0]})"
     if mends:
         return mends
-    if name in _INTEGERS and not jnp.issubdtype(value.dtype, np.integer):
+    is_integer = jnp.issubdtype(value.dtype, np.integer)
+    if name in _INTEGERS and value.ndim in ranks and not is_integer:
         return f"pass {name}.astype(jnp.int32)"
     return ""
 
@@ -133,6 +138,7 @@ def _holds_arrays(values: Any) -> bool:
 
 
 _INTEGERS = ("context_lens", "block_tables", "cu_q_lens", "slot_mapping", "positions")
+_WHOLE_CACHE = "of an ejk.KVCache pass its first two fields, *cache[:2], and scales by keyword"
 ALL_LAYERS = (
     "of a pool of all layers pass one layer's, {0}[layer], or the pool reshaped to [layers * "
     "num_pages, ...] and ejk.layer_block_tables(block_tables, layer, num_pages=num_pages)"

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from wrong_calls import zeros
 
 import ejk
+from ejk.paging import BatchInputs
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "errors.md"
 ROW = re.compile(r"^\| (.+) \| `(\w+): (.+)` \|$", re.MULTILINE)
@@ -137,6 +138,15 @@ MISTAKES = {
     "values forgotten": lambda: ejk.page_attention(zeros(2, 4, 64), POOL, LENS, TABLES),
     "a pair of pools as one": decode(key_cache=(POOL, POOL), value_cache=None),
     "what `ejk.empty_kv_cache` returns": decode(key_cache=ejk.KVCache(POOL, POOL)),
+    "all of an `ejk.KVCache`, `*cache`": lambda: ejk.page_attention(
+        zeros(2, 4, 64), *ejk.KVCache(POOL, POOL), LENS, TABLES
+    ),
+    "the same of one that has scales": lambda: ejk.page_attention(
+        zeros(2, 4, 64), *ejk.KVCache(POOL, POOL, *[zeros(8, 2, 16)] * 2), LENS, TABLES
+    ),
+    "the inputs of a batch": lambda: ejk.ragged_page_attention(
+        zeros(2, 4, 64), POOL, POOL, BatchInputs(*[LENS] * 6)
+    ),
     "a pool for each layer": decode(key_cache=[POOL] * 3),
     "a fused pool of all layers": decode(key_cache=zeros(5, 8, 2, 2, 16, 64), value_cache=None),
     "a class where an object is needed": decode(backend=ejk.XlaPageAttention),
