@@ -128,3 +128,48 @@ def test_forward_mode_is_refused(entry):
     ):
         with pytest.raises(NotImplementedError, match=r"derivatives in reverse mode alone"):
             forward()
+
+
+@pytest.mark.parametrize("num_layers", [4, 8])
+def test_a_trainer_keeps_the_pools_of_each_layer_once(num_layers):
+    """As `docs/examples.md` says; a scan that carries one pool of all layers keeps it in each."""
+    pages = dict(num_pages=64, page_size=16)
+    lens, bounds, tables = np.array([16]), np.array([0, 16]), np.arange(4)[None]
+    slots = ejk.ragged_slot_mapping(tables, lens, bounds, total_tokens=16, **pages)
+
+    def layer(x, scale, pools, slots, tables):
+        heads = (x * scale).reshape(16, 4, 16)
+        pools = ejk.write_kv_cache(heads[:, :2], heads[:, 2:], *pools, slots)
+        out = ejk.ragged_page_attention(heads, *pools, lens, tables, bounds)
+        return x + out.reshape(x.shape), pools
+
+    @jax.checkpoint
+    def with_own_pools(x, xs):
+        return layer(x, *xs, slots, tables)
+
+    @jax.checkpoint
+    def with_a_pool_of_all(carry, xs):
+        scale, of_layer = xs
+        places = (
+            ejk.layer_slot_mapping(slots, of_layer, **pages),
+            ejk.layer_block_tables(tables, of_layer, num_pages=64),
+        )
+        return layer(carry[0], scale, carry[1], *places), None
+
+    def own_pools(scales, pools):
+        pools = tuple(pool.reshape(num_layers, 64, *pool.shape[1:]) for pool in pools)
+        return jax.lax.scan(with_own_pools, jnp.ones((16, 64)), (scales, pools))[0].sum()
+
+    def a_pool_of_all(scales, pools):
+        xs, x = (scales, jnp.arange(num_layers)), jnp.ones((16, 64))
+        return jax.lax.scan(with_a_pool_of_all, (x, pools), xs)[0][0].sum()
+
+    given = jnp.ones(num_layers), (jnp.zeros((num_layers * 64, 2, 16, 16)),) * 2
+    size = sum(pool.nbytes for pool in given[1])
+    used, gradients = [], []
+    for loss in (own_pools, a_pool_of_all):
+        compiled = jax.jit(jax.grad(loss)).lower(*given).compile()
+        used.append(compiled.memory_analysis().temp_size_in_bytes)
+        gradients.append(compiled(*given))
+    assert used[0] < 2.5 * size and used[1] > num_layers * size
+    np.testing.assert_allclose(*gradients, rtol=1e-5)
