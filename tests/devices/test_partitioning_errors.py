@@ -181,3 +181,32 @@ def test_an_axis_of_one_device_splits_nothing(call, kind):
     split_up = meshes.put(mesh, given, {"key_cache": pools, "value_cache": pools})
     for ours, whole in zip(jax.tree.leaves(call(split_up)), jax.tree.leaves(call(given))):
         np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
+
+
+@each_call
+@each_kind
+def test_pools_of_replicas_are_split_on_explicit_axes_alone(call, kind):
+    """Elsewhere writes are refused, and XLA gathers them for attention: see `docs/scaling.md`."""
+    mesh = meshes.mesh(kind, replicas=8)
+    given = given_arrays()
+    of_replicas = {name: np.stack([given[name]] * 8) for name in ("key_cache", "value_cache")}
+    rest = {name: x for name, x in given.items() if name not in of_replicas}
+    over = dict.fromkeys(of_replicas, PartitionSpec("replicas"))
+    arrays = meshes.put(mesh, of_replicas, over), meshes.put(mesh, rest, {})
+
+    def each(arrays):
+        pools, rest = arrays
+        return jax.vmap(lambda pools: call(rest | pools, backend="xla"))(pools)
+
+    is_explicit = kind == AxisType.Explicit
+    if call is write and not is_explicit:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="must split only its KV heads"):
+            meshes.run(each, arrays)
+        return
+    results, program = meshes.run(each, arrays)
+    gathered = [size for _, size in meshes.collectives(program)]
+    pool = of_replicas["key_cache"].nbytes
+    assert (max(gathered, default=0) >= pool) != is_explicit
+    expected = call(given, backend="xla")
+    for ours, one in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(ours)[3], one, rtol=1e-5, atol=1e-6)
