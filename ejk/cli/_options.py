@@ -10,6 +10,7 @@ import typer
 from ejk._backend import Backend
 from ejk._nearest import did_you_mean
 from ejk.cli._batch import CACHES, FLOATS, MODELS, OPERATIONS, Batch, shape_of
+from ejk.cli._devices import DEVICES
 
 LARGEST = 2**31 - 1
 
@@ -75,11 +76,17 @@ def one_of(option: str, given: str, known: Collection[str]) -> str:
     """Return what was given; raise unless it is known."""
     if given not in known:
         rule = f"{given!r} must be one of {', '.join(known)}"
+        if (meant := _MEANT.get(given.lower())) in known:
+            rule += f": did you mean {meant!r}?"
         # A number is seldom mistyped: who asks for sm_75 does not mean sm_87.
-        if _letters(given) not in map(_letters, known):
+        elif _letters(given) not in map(_letters, known):
             rule += did_you_mean(given, known)
         raise typer.BadParameter(rule, param_hint=f"'{option}'")
     return given
+
+
+_MEANT = {"fp8": "float8_e4m3fn", **{name: device.target for name, device in DEVICES.items()}}
+"""What is called otherwise elsewhere. The name that is nearest to h100 is that of another chip."""
 
 
 def _letters(name: str) -> str:
