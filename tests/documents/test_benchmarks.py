@@ -32,7 +32,7 @@ import importlib, os, pathlib, sys
 folder = pathlib.Path({str(FOLDER)!r})
 sys.path.append(str(folder))
 def settings():
-    return {{name: value for name, value in os.environ.items() if name.startswith(("JAX", "XLA_FLAGS"))}}
+    return {{name: x for name, x in os.environ.items() if name.startswith(("JAX", "XLA_FLAGS"))}}
 before = settings()
 for path in sorted(folder.glob("*.py")):
     importlib.import_module(path.stem)
