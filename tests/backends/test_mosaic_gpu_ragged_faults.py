@@ -281,7 +281,7 @@ CASES = {
 
 
 def check(case, bug):
-    num_sms = {"cut": 24, "empty_piece": 20}.get(case, 3)
+    num_sms = {"cut": 12, "empty_piece": 20}.get(case, 3)
     attend = RaggedEntry("", Mutant(num_sms=num_sms, interpret=True, bug=bug), examples=0)
     case = CASES[case]()
     assert_close(case, *attend(case))
