@@ -62,13 +62,13 @@ def read_after_writes(problem, pools, platform):
     results = []
     for pool, to, _rows in pools:
         for i in range(to.shape[0]):
-            at = reading[-1][i : i + 1]
-            pool = xla_pools.scatter(problem, pool, to[i : i + 1], xla.gather(problem, pool, at))
+            rows = xla_pools.gather(problem, pool, reading[-1][i : i + 1])
+            pool = xla_pools.scatter(problem, pool, to[i : i + 1], rows)
         results.append(pool)
     return tuple(results)
 
 
-sound_placed, sound_gather, reading = xla.placed, xla.gather, []
+sound_placed, sound_gather, reading = xla.placed, xla_pools.gather, []
 
 
 def places_read(problem, operands):
@@ -88,7 +88,7 @@ FORWARD = {
     },
     "scales are left behind": {(xla, "placed"): all_but_the_scales},
     "the last slot of a page is missing": {
-        (xla, "gather"): lambda problem, pool, at: (
+        (xla_pools, "gather"): lambda problem, pool, at: (
             sound_gather(problem, pool, at)
             if problem.unit == "slot"
             else sound_gather(problem, pool, at).at[:, :, :, -1].set(0)

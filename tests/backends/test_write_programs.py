@@ -1,6 +1,7 @@
 """What `ejk.write_kv_cache` compiles to: in place, wherever its caches are donated."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,36 @@ def test_a_stack_of_layers_copies_no_pool(layout, kind, scan, num_seqs):
     text, pool_bytes = compiled.as_text(), NUM_PAGES * 8 * PAGE * 128 * 2
     assert made_of(text, NUM_PAGES) <= IN_PLACE
     assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 4
+
+
+@pytest.mark.parametrize("scales", ["none", "token"])
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_a_donated_pool_of_float8_is_written_in_place(num_tokens, scales):
+    """And rows are made once, not for every slot that may be written."""
+    rows, pool = row_shapes("latent", num_tokens)[0], pool_shapes("HND", "latent")[0]
+    pool = struct(*pool.shape, dtype=jnp.float8_e4m3fn)
+    of_tokens = struct(*pool.shape[:-1], dtype=jnp.float32) if scales == "token" else None
+
+    def layers(key, caches, scale, slots, query, lens, tables):
+        for _ in range(LAYERS):
+            given = {} if scale is None else {"key_scale": scale}
+            caches, _, *computed = ejk.write_kv_cache(
+                key + query[:, :8], None, caches, None, slots, **given
+            )
+            scale = computed[0] if computed else None
+            given = {} if scale is None else {"key_scale": scale}
+            query += ejk.page_attention(
+                query, caches, None, lens, tables, value_head_dim=128, **given
+            )
+        return query, caches, scale
+
+    integers = (struct(num_tokens, dtype=jnp.int32), struct(num_tokens, 8, dtype=jnp.int32))
+    arguments = (rows, pool, of_tokens, integers[0], struct(num_tokens, 16, 128), *integers)
+    compiled = jax.jit(layers, donate_argnums=(1, 2)).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < np.prod(pool.shape) / 4
+    makes_a_pool = re.compile(r"ROOT \S+ = f8e4m3fn\[1009,")
+    made = [x for x in compiled.as_text().split("\n\n") if makes_a_pool.search(x)]
+    assert made and not any("f32[" in x for x in made)
 
 
 def test_what_would_be_a_copy_is_seen():

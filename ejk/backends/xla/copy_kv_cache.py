@@ -17,10 +17,9 @@ from ejk.backends.copy_kv_cache import (
     valid_targets,
 )
 from ejk.backends.layouts import POOLS
-from ejk.backends.stored_rows import gather
 from ejk.backends.write_kv_cache import last_writes
 from ejk.backends.xla._backend import XlaBackend
-from ejk.backends.xla._pools import placed
+from ejk.backends.xla._pools import placed, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class XlaCopyKVCache(XlaBackend, CopyKVCacheBackend):
     ) -> tuple[jax.Array, ...]:
         at, to = places(problem, operands)
         pools = problem.pools_of(operands)
-        return placed(problem, ((x, to, gather(problem, x, at)) for x in pools), platform)
+        return placed(problem, ((x, to, read(problem, x, at, platform)) for x in pools), platform)
 
 
 def places(
