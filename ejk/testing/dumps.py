@@ -237,15 +237,16 @@ def _visible(operation: str, arrays: dict[str, np.ndarray], layout: str) -> dict
     else:
         names = [name for name in arrays if name in runs.INDICES]
         named = {name: (1 if name.endswith("pages") else size, np.True_) for name in names}
-    pages = {name: arrays[name] // slots for name, (slots, _) in named.items()}
+    # A narrow type may not hold the slots of a page. What int64 does not hold becomes negative.
+    pages = {name: arrays[name].astype(np.int64) // slots for name, (slots, _) in named.items()}
     kept = {n: (pages[n] >= 0) & (pages[n] < num_pages) & named[n][1] for n in named}
-    used = np.unique(np.concatenate([pages[n][kept[n]].astype(np.int64) for n in named]))
+    used = np.unique(np.concatenate([pages[n][kept[n]] for n in named]))
     cut = dict(arrays)
     for name, (slots, _) in named.items():
-        new = np.searchsorted(used, np.where(kept[name], pages[name], 0).astype(np.int64))
-        moved = new * slots + np.where(kept[name], arrays[name], 0).astype(np.int64) % slots
-        outside = np.iinfo(arrays[name].dtype).max if arrays[name].dtype.kind == "u" else -1
-        cut[name] = np.where(kept[name], moved, outside).astype(arrays[name].dtype)
+        new = np.searchsorted(used, np.where(kept[name], pages[name], 0))
+        moved = new * slots + arrays[name].astype(np.int64) % slots
+        # Others name nothing: -1, of an unsigned type its end.
+        cut[name] = np.where(kept[name], moved, -1).astype(arrays[name].dtype)
     for name in runs.POOLS:
         if name in arrays and arrays[name].ndim > 2:
             cut[name] = np.take(arrays[name], used, axis)

@@ -80,6 +80,19 @@ def test_a_dumped_call_agrees(operation, call, pages, tmp_path, capsys):
         assert given["key_cache"].shape[axis] < 9
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint64"])
+def test_slots_of_any_type_keep_the_pages_that_they_name(dtype, tmp_path):
+    """Also of one that does not hold the size of a page, and where its end is no page."""
+    rows, pool = np.ones((2, 1, 8), np.float32), np.ones((4, 1, 300, 8), np.float32)
+    slots = np.array([100, np.iinfo(dtype).max], dtype)
+    dump(tmp_path / "call.npz", "write_kv_cache", rows, rows, pool, pool, slots, pages="visible")
+    _, given = load(tmp_path / "call.npz")
+    assert given["key_cache"].shape[0] == 1
+    kept = -1 if dtype == "uint64" else int(np.iinfo(dtype).max)
+    assert given["slot_mapping"].astype(np.int64).tolist() == [100, kept]
+
+
 def test_a_planted_fault_is_told_of_a_dumped_call(tmp_path):
     operands, keywords = arguments("copy_kv_slots", {"sources": [3, 8], "targets": [16, 4]})
     line = dump(tmp_path / "call.npz", "copy_kv_slots", *operands, **keywords)
