@@ -142,6 +142,11 @@ def _check_arrays(
                 "np.ascontiguousarray of it, and the strides of that"
             )
     for name, array in changed.items():
+        if not array.flags.writeable:
+            raise ValueError(
+                f"{name} is changed in place, and is read-only, as what JAX hands over is: pass "
+                "np.array of it"
+            )
         for other in arrays.keys() - {name}:
             if np.may_share_memory(array, arrays[other]):
                 raise ValueError(f"{name} is changed in place, and shares memory with {other}")

@@ -108,6 +108,8 @@ def test_a_program_of_several_axes_is_named_by_its_position():
         interpret(place_kernel, out(19, dtype=np.int32), grid=(3, 4, 2))
 
 
+READ_ONLY = np.zeros(6, F32)
+READ_ONLY.flags.writeable = False
 WRONG = {
     "an argument is missing": (
         dict(arguments=(X, Y)), TypeError,
@@ -137,6 +139,10 @@ WRONG = {
         "in_place names 'z_ptr', which must be a NumPy array .* not ShapeDtypeStruct",
     ),
     "what is in place is unknown": (dict(in_place=["w"]), TypeError, "in_place names 'w'"),
+    "what is in place is read-only": (
+        dict(arguments=(X, READ_ONLY, out(6), 6, 1.0, None), in_place=["y_ptr"]),
+        ValueError, "y_ptr is changed in place, and is read-only, .*: pass np.array of it",
+    ),
     "arrays share memory": (
         dict(arguments=(X, X[:4], out(6), 6, 1.0, None), in_place=["y_ptr"]), ValueError,
         "y_ptr is changed in place, and shares memory with x_ptr",
