@@ -26,6 +26,14 @@ CACHES = QUANTISED | {"key_scale, value_scale per token", "latent_pools"}
 NOTHING, DIRECT, STAGED = -1, 0, 1
 """How a copy goes: not at all, from the pool, or by way of memory that nothing overwrites."""
 
+STAGES = {
+    "key": "key_cache",
+    "value": "value_cache",
+    "key_scale": "key_scale",
+    "value_scale": "value_scale",
+}
+"""What kernels call that memory, `key_stage` first, each with the pool that it is for."""
+
 Unit = Literal["slot", "page"]
 
 

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ejk.backends.copy_kv_cache import (
     NOTHING,
+    STAGES,
     CopyKVCacheOperands,
     CopyKVCacheProblem,
     routes,
@@ -23,13 +24,6 @@ from ejk.backends.stored_rows import gather, halves_axis
 from ejk.backends.write_kv_cache import by_slot
 
 MAX_BLOCK_COPIES = 64  # under way at a time; not measured
-KINDS = ("cache", "scale")
-NAMES = {
-    "key": "key_cache",
-    "value": "value_cache",
-    "key_scale": "key_scale",
-    "value_scale": "value_scale",
-}
 
 
 def copy_pages(
@@ -43,7 +37,7 @@ def copy_pages(
     sizes = CopySizes(problem, block, -(-problem.num_copies // block))
     pad = (0, sizes.num_blocks * block - problem.num_copies)
     route = routes(operands.sources, operands.targets, problem.num_units)
-    stages = {name: _stage(problem, getattr(operands, pool)) for name, pool in NAMES.items()}
+    stages = {name: _stage(problem, getattr(operands, pool)) for name, pool in STAGES.items()}
     results = call(
         copy_pages_kernel,
         scalars=dict(
@@ -53,7 +47,7 @@ def copy_pages(
         ),
         inputs={},
         outputs={f"{name}_stage_hbm_ref": stage for name, stage in stages.items()},
-        in_place={f"{pool}_hbm_ref": getattr(operands, pool) for pool in NAMES.values()},
+        in_place={f"{pool}_hbm_ref": getattr(operands, pool) for pool in STAGES.values()},
         scratch=dict(sem=pltpu.SemaphoreType.DMA),
         sizes=sizes,
         grid=(2, sizes.num_blocks),
@@ -119,7 +113,9 @@ def copy_slots(
             found = gather(problem, pool, at)
         return found.take(half, halves_axis(problem)) if problem.fused else found
 
-    of_values = [getattr(operands, f"{'key' if problem.fused else 'value'}_{x}") for x in KINDS]
-    key = rows(operands.key_cache, 0), rows(operands.key_scale, 0)
-    value = rows(of_values[0], 1), rows(of_values[1], 1)
+    cache, scale = operands.key_cache, operands.key_scale
+    key = rows(cache, 0), rows(scale, 0)
+    if not problem.fused:
+        cache, scale = operands.value_cache, operands.value_scale
+    value = rows(cache, 1), rows(scale, 1)
     return put(sizes, operands, slots, key, value, vmem_limit_bytes, interpret)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ejk.backends.copy_kv_cache import (
     CACHES,
+    STAGES,
     CopyKVCacheBackend,
     CopyKVCacheOperands,
     CopyKVCacheProblem,
@@ -26,12 +27,6 @@ from ejk.backends.triton.copy_kv_cache.sizes import (
 
 # Of the kernels' parameters. An absent one counts as an input, and if it is the last as an output.
 POOL_ORDER = ("value_scale", "key_scale", "key_cache", "value_cache")
-STAGED_POOLS = {
-    "key": "key_cache",
-    "value": "value_cache",
-    "key_scale": "key_scale",
-    "value_scale": "value_scale",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +96,7 @@ def _told(
     in_pools = {f"{name}_ptr": x for name, x in pools.items()}
     outputs = dict.fromkeys(
         ("wins_ptr", "staged_ptr"), jax.ShapeDtypeStruct(sources.shape, jnp.int32)
-    ) | {
-        f"{name}_stage_ptr": _stage_of(problem, pools[pool]) for name, pool in STAGED_POOLS.items()
-    }
+    ) | {f"{name}_stage_ptr": _stage_of(problem, pools[pool]) for name, pool in STAGES.items()}
     if is_marked(problem):
         lists = jax.ShapeDtypeStruct((sizes.marking_programs, sizes.ids), jnp.int32)
         table = jax.ShapeDtypeStruct((problem.num_units,), jnp.int32)
