@@ -10,11 +10,10 @@ import numpy as np
 
 from ejk import _jax
 from ejk._backend import Backend
-from ejk.backends.page_attention import CACHES
 from ejk.backends.pallas._chip import TOO_OLD, chip, chip_version
 
-TPU_CACHES = CACHES - {"key_cache.dtype=uint8 (int4)"}
-"""The features of caches that kernels read. Two values of int4 lie side by side in a lane."""
+INT4 = frozenset({"key_cache.dtype=uint8 (int4)"})
+"""The feature of caches that kernels lack: two values of int4 lie side by side in a lane."""
 
 
 class PallasBackend(Backend):
@@ -55,12 +54,11 @@ class PallasBackend(Backend):
             reasons.append(f"dtype=float16: {taken_by} takes float32 and bfloat16")
         return reasons
 
-    def vmem_refusals(
-        self, needing: str, vmem: dict[str, int], bound: str = "above vmem_limit_bytes="
-    ) -> list[str]:
+    def vmem_refusals(self, needing: str, vmem: dict[str, int]) -> list[str]:
         """Say what needs more memory next to the core than there is, and for which buffers."""
         if (total := sum(vmem.values())) <= self.vmem_limit:
             return []
+        bound = "above vmem_limit_bytes=" if "vmem_limit_bytes" in vars(self) else "of "
         parts = ", ".join(f"{name} {size}" for name, size in vmem.items() if size)
         return [f"{needing} {total} bytes of VMEM, {bound}{self.vmem_limit}: {parts}"]
 

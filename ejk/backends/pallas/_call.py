@@ -86,25 +86,25 @@ def in_hbm(x: Any) -> Blocked | None:
     return None if x is None else (x, pl.BlockSpec(memory_space=pltpu.HBM))
 
 
-class GivenScales(NamedTuple):
+class ScalePair(NamedTuple):
     """Scales of one kind, or None."""
 
     key: Any
     value: Any
 
 
-def given_scales(problem: AttentionProblem, operands: Any) -> tuple[GivenScales, GivenScales]:
+def scale_pairs(problem: AttentionProblem, operands: Any) -> tuple[ScalePair, ScalePair]:
     """Return the scales of query heads and those of tokens. Latent attention's values are keys."""
-    given, none = (operands.key_scale, operands.value_scale), GivenScales(None, None)
+    given, none = (operands.key_scale, operands.value_scale), ScalePair(None, None)
     if problem.scales == "token":
-        return none, GivenScales(*given)
+        return none, ScalePair(*given)
     if problem.scales == "none":
         return none, none
     key, value = (jnp.repeat(x, problem.group) for x in (given[0], given[problem.latent - 1]))
-    return GivenScales(key, value), none
+    return ScalePair(key, value), none
 
 
-def pools_in_hbm(operands: Any, of_tokens: GivenScales) -> dict[str, Blocked | None]:
+def pools_in_hbm(operands: Any, of_tokens: ScalePair) -> dict[str, Blocked | None]:
     """Return the pools that kernels fetch pages of, by the names that they have there."""
     return dict(
         key_cache_hbm_ref=in_hbm(operands.key_cache),

@@ -13,7 +13,7 @@ from ejk.backends.copy_kv_cache import (
     CopyKVCacheProblem,
 )
 from ejk.backends.layouts import POOLS
-from ejk.backends.pallas._backend import PallasBackend
+from ejk.backends.pallas._backend import INT4, PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES
 from ejk.backends.pallas.write_kv_cache.sizes import WriteSizes
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
@@ -24,14 +24,12 @@ class PallasCopyKVCache(PallasBackend, CopyKVCacheBackend):
     """Run `ejk.copy_kv_slots` and `ejk.copy_kv_pages` as Pallas kernels on a TPU.
 
     Attributes:
-        interpret: run the kernels on the CPU instead, in Pallas' interpreter of TPU kernels, in
-            which memory that was not written reads as NaN and a read out of bounds raises. May
-            be `pltpu.InterpretParams`, to detect races or choose when copies happen.
+        interpret: as of `ejk.PallasPageAttention`.
     """
 
     interpret: bool | Hashable = False
 
-    features = (POOLS | CACHES) - {"key_cache.dtype=uint8 (int4)"}
+    features = POOLS | CACHES - INT4
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)
@@ -46,9 +44,8 @@ class PallasCopyKVCache(PallasBackend, CopyKVCacheBackend):
             )
         if problem.unit == "slot":
             sizes = WriteSizes.of(as_write(problem), self.vmem_limit)
-            reasons += self.vmem_refusals(
-                f"one token's window of {sizes.window_slots} slots needs", sizes.vmem(), "of "
-            )
+            needing = f"one token's window of {sizes.window_slots} slots needs"
+            reasons += self.vmem_refusals(needing, sizes.vmem())
         return tuple(reasons)
 
     def launch(

@@ -1,6 +1,6 @@
 """Copies pages inside of pools on a TPU, in place: from memory to memory, past the core.
 
-Grid: twice all blocks of `BLOCK_COPIES` copies, one after the other. A copy whose source is some
+Grid: twice all blocks of `block_copies` copies, one after the other. A copy whose source is some
 copy's target is in conflict. The first time round the sources in conflict go to memory of their own
 (`stage`); the second time every target is written, from the pool or from there. The copies of a
 step are under way together, and have arrived before the next begins.

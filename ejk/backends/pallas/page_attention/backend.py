@@ -10,11 +10,12 @@ from ejk._backend import Tunable
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
+    CACHES,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
 )
-from ejk.backends.pallas._backend import TPU_CACHES, PallasBackend
+from ejk.backends.pallas._backend import INT4, PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
 from ejk.backends.pallas._sizes import seen_pages
 from ejk.backends.pallas._tiles import LANES, in_parts, round_up
@@ -54,7 +55,7 @@ class PallasPageAttention(PallasBackend, PageAttentionBackend):
         frozenset({"attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes"})
         | {"value_head_dim", "return_lse", "axis_name"}  # but not with slopes
         | POOLS
-        | TPU_CACHES
+        | CACHES - INT4
     )
     tunable: ClassVar[Tunable] = {
         "pages_per_compute_block": (4, 8, 16, 32, 64, 128),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ejk.backends.page_attention import PageAttentionOperands
-from ejk.backends.pallas._call import Blocked, call, cost_of_attention, given_scales, pools_in_hbm
+from ejk.backends.pallas._call import Blocked, call, cost_of_attention, pools_in_hbm, scale_pairs
 from ejk.backends.pallas._paging import paging_scratch
 from ejk.backends.pallas._products import state_scratch
 from ejk.backends.pallas.page_attention.kernel import page_attention_kernel
@@ -45,7 +45,7 @@ def attend(
     query, query_blocks = padded(operands.query), per_seq(*heads[2:], problem.head_dim)
     if (window := operands.sliding_window) is not None:
         window = padded(window) if problem.own_windows else window.reshape(1)
-    of_heads, of_tokens = given_scales(problem, operands)
+    of_heads, of_tokens = scale_pairs(problem, operands)
     results = call(
         page_attention_kernel,
         scalars=dict(

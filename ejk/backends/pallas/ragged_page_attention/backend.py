@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ejk._backend import Tunable
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.layouts import POOLS
-from ejk.backends.pallas._backend import TPU_CACHES, PallasBackend
+from ejk.backends.page_attention import CACHES
+from ejk.backends.pallas._backend import INT4, PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
 from ejk.backends.pallas._sizes import seen_pages
 from ejk.backends.pallas._tiles import LANES, in_parts, round_up
@@ -34,12 +35,12 @@ Results = tuple[jax.Array, ...]
 class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
     """Run `ejk.ragged_page_attention` as a Pallas kernel on a TPU.
 
-    New tokens are taken in blocks, each of one sequence. With a `max_q_len` of at most 8 a block
-    takes them all; else sequences of one new token have blocks of one, in a launch of their own.
+    New tokens are taken in blocks, each of one sequence. With a `max_q_len` of at most 8, and no
+    `block_q`, a block takes them all; else sequences of one new token have blocks of one, in a
+    launch of their own.
 
     Attributes:
-        block_q: new tokens of a block, where sequences may have more than 8. None: by sizes and
-            chip.
+        block_q: new tokens of a block of a sequence that has several. None: by sizes and chip.
         pages_per_block: pages of the context that are fetched and computed together. None: by
             sizes and chip.
         vmem_limit_bytes: memory next to the cores that the kernel may use. None: by chip.
@@ -57,7 +58,7 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         frozenset({"attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes"})
         | {"value_head_dim", "return_lse", "positions", "tree_mask", "causal=False"}
         | POOLS
-        | TPU_CACHES
+        | CACHES - INT4
     )
     tunable: ClassVar[Tunable] = {
         "block_q": (8, 16, 32, 64, 128),
@@ -90,8 +91,7 @@ class PallasRaggedPageAttention(PallasBackend, RaggedPageAttentionBackend):
         def fits(problem: RaggedPageAttentionProblem) -> bool:
             return not self.limits(problem, "tpu")
 
-        attend = self._launch
-        return attend_in_groups(problem, operands, attend, self.least_saved_bytes, fits)
+        return attend_in_groups(problem, operands, self._launch, self.least_saved_bytes, fits)
 
     def _launch(
         self, problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ejk import _jax
-from ejk.backends.pallas._call import Blocked, call, cost_of_attention, given_scales, pools_in_hbm
+from ejk.backends.pallas._call import Blocked, call, cost_of_attention, pools_in_hbm, scale_pairs
 from ejk.backends.pallas._paging import paging_scratch
 from ejk.backends.pallas._products import state_scratch
 from ejk.backends.pallas._tiles import LANES, SUBLANES, round_up
@@ -150,7 +150,7 @@ def inputs(
 ) -> dict[str, Blocked | None]:
     """Return what items read, of whose tokens `token` and `position` are `[items, block_q]`."""
     problem, heads = sizes.problem, sizes.heads
-    of_heads, of_tokens = given_scales(problem, operands)
+    of_heads, of_tokens = scale_pairs(problem, operands)
     query = operands.query[token].reshape(-1, heads[1], heads[0], heads[2], problem.head_dim)
     query = query.swapaxes(1, 2).reshape(-1, heads[0], sizes.head_rows, problem.head_dim)
 

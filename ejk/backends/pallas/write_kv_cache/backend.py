@@ -7,7 +7,7 @@ import jax
 
 from ejk.backends._fields import check_interpret
 from ejk.backends.layouts import POOLS
-from ejk.backends.pallas._backend import PallasBackend
+from ejk.backends.pallas._backend import INT4, PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES
 from ejk.backends.pallas.write_kv_cache.sizes import WriteSizes
 from ejk.backends.write_kv_cache import (
@@ -17,22 +17,18 @@ from ejk.backends.write_kv_cache import (
     WriteKVCacheProblem,
 )
 
-TPU_WRITES = CACHES - {"key_cache.dtype=uint8 (int4)"}
-
 
 @dataclasses.dataclass(frozen=True)
 class PallasWriteKVCache(PallasBackend, WriteKVCacheBackend):
     """Run `ejk.write_kv_cache` as a Pallas kernel on a TPU.
 
     Attributes:
-        interpret: run the kernel on the CPU instead, in Pallas' interpreter of TPU kernels, in
-            which memory that was not written reads as NaN and a read out of bounds raises. May
-            be `pltpu.InterpretParams`, to detect races or choose when copies happen.
+        interpret: as of `ejk.PallasPageAttention`.
     """
 
     interpret: bool | Hashable = False
 
-    features = POOLS | TPU_WRITES | {"latent_pools"}
+    features = POOLS | CACHES - INT4 | {"latent_pools"}
 
     def __post_init__(self):
         check_interpret(self, of_pallas=True)
@@ -45,9 +41,8 @@ class PallasWriteKVCache(PallasBackend, WriteKVCacheBackend):
                 "bytes of scalar memory"
             )
         sizes = WriteSizes.of(problem, self.vmem_limit)
-        reasons += self.vmem_refusals(
-            f"one token's window of {sizes.window_slots} slots needs", sizes.vmem(), bound="of "
-        )
+        needing = f"one token's window of {sizes.window_slots} slots needs"
+        reasons += self.vmem_refusals(needing, sizes.vmem())
         return tuple(reasons)
 
     def launch(

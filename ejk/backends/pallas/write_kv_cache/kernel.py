@@ -1,6 +1,6 @@
 """Writes new tokens to their slots on a TPU: windows of a page are read, changed and written back.
 
-Grid: blocks of `BLOCK_TOKENS` tokens, sorted by slot, one after the other.
+Grid: blocks of `block_tokens` tokens, sorted by slot, one after the other.
 
 A copy moves whole tiles, and a tile holds several slots of a head: 16 of 16 bits, 8 of 32. So a
 token's window, the tile's worth of slots around its own, is read to VMEM with all its heads, the
@@ -69,13 +69,13 @@ def write_kv_cache_kernel(
             scales.append(ScaleHalf(value_scale_ref, value_scale_pool, value_scale_buf, 1, sizes))
         groups.append((page_leader_ref, problem.page_size, scales))
 
-    def find_leaders(leader_ref, window_slots):
+    def find_leaders(leaders, window_slots):
         def find_leader(i, state):
             last_window, leader = state
             slot = slot_mapping_ref[first + i]
             window = jnp.where(slot >= 0, lax.div(slot, window_slots), last_window)
             leader = jnp.where(window != last_window, i, leader)
-            leader_ref[i] = jnp.where(slot >= 0, leader, NOBODY)
+            leaders[i] = jnp.where(slot >= 0, leader, NOBODY)
             return window, leader
 
         lax.fori_loop(0, sizes.block_tokens, find_leader, (jnp.int32(NOBODY), jnp.int32(NOBODY)))
