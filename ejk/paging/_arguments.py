@@ -18,7 +18,7 @@ def integers(name: str, value: Any) -> Int64s:
     if x.ndim > 1:
         raise TypeError(f"{name} has {x.ndim} axes, and must be an integer or a flat list of them")
     if x.dtype.kind not in "iu" and x.size:
-        raise TypeError(f"{name}={value!r:.80} must be integers")
+        raise TypeError(f"{name}={value!r:.80} must be integers in [0, {MOST}]")
     x = x.reshape(-1)
     wrong = np.flatnonzero((x < 0) | (x > MOST))
     if wrong.size:

@@ -12,8 +12,8 @@ import ejk
 from ejk.testing.oracle import Array
 
 ATTENTIONS = ("page_attention", "ragged_page_attention")
-CACHES = ("write_kv_cache", "copy_kv_slots", "copy_kv_pages")
-OPERATIONS = (*ATTENTIONS, *CACHES)
+WRITERS = ("write_kv_cache", "copy_kv_slots", "copy_kv_pages")
+OPERATIONS = (*ATTENTIONS, *WRITERS)
 SCALES = ("key_scale", "value_scale")
 # What a program depends on; all else is traced.
 STATIC = (

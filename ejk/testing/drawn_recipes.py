@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import ejk
-from ejk.testing import case
+from ejk.testing.case import WRITERS
 from ejk.testing.configurations import (
     CACHES,
     DTYPES,
@@ -64,7 +64,7 @@ def recipes(draw: Any, operation: str, backend: ejk.Backend, names: Any) -> Any:
     composition = draw(st.sampled_from(list(names)))  # first: what is plain is shrunk best
     fields = draw(st.sampled_from(({}, *FIELDS.get(f"{operation} {backend.name}", ()))))
     fields = fields | ({"interpret": True} if getattr(backend, "interpret", False) else {})
-    drawn = _slots(operation) if operation in case.CACHES else _attention(operation, backend)
+    drawn = _slots(operation) if operation in WRITERS else _attention(operation, backend)
     program, values, size = draw(drawn)
     each = [draw(values)]
     while len(each) < min(MOST_CALLS, MOST_INTEGERS // size) and draw(GO_ON):

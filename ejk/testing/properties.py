@@ -11,7 +11,7 @@ import numpy as np
 
 from ejk.testing import bounds
 from ejk.testing.bits import bits, bits_equal
-from ejk.testing.case import ATTENTIONS, CACHES, OPERATIONS
+from ejk.testing.case import ATTENTIONS, OPERATIONS, WRITERS
 from ejk.testing.spoilt import beside_a_nan, spoilt
 from ejk.testing.subject import Subject
 
@@ -65,7 +65,7 @@ def jit_changes_no_bit(subject: Subject, case: Any) -> None:
     assert_same(subject, case, subject(case), subject(case, jit=True))
 
 
-@promised_by(*CACHES)
+@promised_by(*WRITERS)
 def jit_equals_eager_and_leaves_its_arguments_alone(subject: Subject, case: Any) -> None:
     before = [None if x is None else x.copy() for x in case.operands()]
     case.check(subject(case, jit=True))

@@ -146,8 +146,10 @@ def _scales(
     problem: PagedProblem, scale: jax.Array | None, pages: jax.Array, half: int, seen: jax.Array
 ) -> jax.Array | None:
     """Read scales, `[1, num_kv_heads, 1]` or `[batch, num_kv_heads, keys]`."""
-    if scale is None or problem.scales == "head":
-        return None if scale is None else scale[None, :, None]
+    if scale is None:
+        return None
+    if problem.scales == "head":
+        return scale[None, :, None]
     return _gather(problem, scale, pages, half, seen)
 
 

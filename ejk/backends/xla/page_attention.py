@@ -44,16 +44,8 @@ class XlaPageAttention(XlaBackend, PageAttentionBackend):
     block_kv: int | None = None
 
     features = (
-        frozenset(
-            {
-                "attn_logits_soft_cap",
-                "sliding_window",
-                "sinks",
-                "alibi_slopes",
-                "value_head_dim",
-                "return_lse",
-            }
-        )
+        frozenset({"attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes"})
+        | {"value_head_dim", "return_lse"}
         | POOLS
         | AXIS
         | CACHES

@@ -62,11 +62,11 @@ class XlaRaggedPageAttention(XlaBackend, RaggedPageAttentionBackend):
     ) -> tuple[jax.Array, ...]:
         block_bytes = BLOCK_BYTES.get(platform, BLOCK_BYTES_ELSEWHERE)
 
-        def attend(problem: Any, operands: Any) -> tuple[jax.Array, ...]:
+        def attend_alone(problem: Any, operands: Any) -> tuple[jax.Array, ...]:
             sizes = Sizes.of(problem, block_bytes, self.block_q, self.block_kv)
             return _attend(problem, operands, sizes)[: len(problem.results)]
 
-        return attend_in_groups(problem, operands, attend, self.least_saved_bytes)
+        return attend_in_groups(problem, operands, attend_alone, self.least_saved_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
