@@ -60,14 +60,14 @@ def calls(
         seed: which they are.
 
     Raises:
-        ValueError: there is no such operation, or no configuration suits.
+        ValueError: there is no such operation, no configuration suits, or `programs` is below 1.
 
     Examples:
         >>> import ejk.testing
         >>> ejk.testing.calls("write_kv_cache", suits=lambda c: c.cache_layout == "NHD")
         calls('write_kv_cache', suits=...)
     """
-    _chosen(operation, configurations, suits)
+    _chosen(operation, configurations, suits, programs)
     given = {"configurations": configurations, "suits": suits, "programs": programs}
     given = {name: x for name, x in given.items() if x is not None}
     return _named(operation, **given, **({"seed": seed} if seed else {}))
@@ -93,12 +93,17 @@ _named = st.composite(_drawn)
 
 
 def _chosen(
-    operation: str, configurations: Collection[Any] | None, suits: Callable[[Any], bool] | None
+    operation: str,
+    configurations: Collection[Any] | None,
+    suits: Callable[[Any], bool] | None,
+    programs: int | None = None,
 ) -> list[Any]:
     """Return the configurations that are drawn from."""
     if operation not in STRATEGIES:
         hint = did_you_mean(operation, STRATEGIES)
         raise ValueError(f"{operation=} must be one of {', '.join(STRATEGIES)}{hint}")
+    if programs is not None and programs < 1:
+        raise ValueError(f"{programs=} must be at least 1, or None for all configurations")
     _, own = STRATEGIES[operation]
     among = own if configurations is None else configurations
     chosen = [c for c in among if suits is None or suits(c)]
@@ -149,7 +154,7 @@ def assert_backend_agrees(
         UserWarning: the backend agrees, but no configuration that suits has one of the features
             that it declares.
     """
-    chosen = _chosen(operation, configurations, suits)
+    chosen = _chosen(operation, configurations, suits, programs)
     subject = Subject(backend, may_refuse, batch_invariant, equal_bits)
     for name in PROPERTIES[operation]:
         concerned = [c for c in chosen if concerns(name, c)]

@@ -158,6 +158,8 @@ def test_what_cannot_be_drawn_is_an_error():
         ejk.testing.calls("page_atention")
     with pytest.raises(ValueError, match="suits= must let one of the configurations"):
         ejk.testing.calls("write_kv_cache", suits=lambda call: False)
+    with pytest.raises(ValueError, match="programs=0 must be at least 1, or None for all"):
+        ejk.testing.calls("write_kv_cache", programs=0)
 
 
 def test_a_property_is_given_calls_that_it_concerns(monkeypatch):
