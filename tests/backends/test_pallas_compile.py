@@ -87,6 +87,9 @@ MORE_CALLS = {
         (64, 8, 128, 64): "alibi cap",
         (10, 2, 24, 5): "window lse",
     }.items()
+} | {
+    f"fused heads first {sizes}": dict(sizes=sizes, fused=True, layout="KV_HEADS_FIRST")
+    for sizes in ((32, 32, 128, 3), (16, 16, 256, 5))
 }
 
 

@@ -1,4 +1,4 @@
-"""Caches of 8 bits: the scales of a block's tokens, and codes that the matrix unit misreads."""
+"""The scales of a block's tokens, and codes of 8 bits that the matrix unit misreads."""
 
 import functools
 from collections.abc import Iterable
