@@ -17,12 +17,6 @@ from ejk._indices import Size
 from ejk.backends.page_attention import PageAttentionOperands, PagedProblem
 from ejk.backends.ragged_page_attention import RaggedPageAttentionOperands
 
-# A CPU wants a block to stay in its caches: 8 sequences of 4,096 tokens (32/8/128, float32, pages
-# of 16, two cores) took 70 ms with blocks of 2 MiB, 175 to 224 ms with 16 to 32 MiB. On the other
-# platforms a step of the loop costs tens of microseconds, so blocks are large.
-BLOCK_BYTES = {"cpu": 2 * 2**20}
-BLOCK_BYTES_ELSEWHERE = 32 * 2**20
-
 # So many float32 products of a logit are added up at most before their sum is added to others. A
 # CPU adds one after the other: a call with 576 was off by 1.6 times the error bound, in chains of
 # 288 by 1.3, of 192 by 0.45 and of 128 by 0.23 times; one with 256 by 0.77. Chains of 128 take 5 %
@@ -30,6 +24,16 @@ BLOCK_BYTES_ELSEWHERE = 32 * 2**20
 LONGEST_CHAIN = 128
 
 Operands = PageAttentionOperands | RaggedPageAttentionOperands
+
+
+def bytes_of_block(platform: str) -> int:
+    """Return how large a block's keys may be in float32, and its values.
+
+    A CPU wants a block to stay in its caches: 8 sequences of 4,096 tokens (32/8/128, float32, pages
+    of 16, two cores) took 70 ms with blocks of 2 MiB, 175 to 224 ms with 16 to 32 MiB. On the other
+    platforms a step of the loop costs tens of microseconds, so blocks are large.
+    """
+    return 2 * 2**20 if platform == "cpu" else 32 * 2**20
 
 
 class Block(NamedTuple):

@@ -2,17 +2,18 @@
 
 An online softmax over blocks of tokens, from the first block that any sequence sees to the last.
 Temporary memory is two blocks, of keys and of values, and the logits of a block: at most
-`BLOCK_BYTES` each of keys and values in float32, or one page a sequence where that is more. It does
+`bytes_of_block` each of keys and values, or one page a sequence where that is more. It does
 not grow with the width of the table.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ejk._backend import Tunable
 from ejk._indices import is_static, least
 from ejk._rounding import rounded
 from ejk.backends._fields import at_least
@@ -25,8 +26,8 @@ from ejk.backends.page_attention import (
     PageAttentionProblem,
     PagedProblem,
 )
-from ejk.backends.xla._backend import DECODE_BLOCKS, XlaBackend
-from ejk.backends.xla._softmax import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE, Block, attend
+from ejk.backends.xla._backend import XlaBackend
+from ejk.backends.xla._softmax import Block, attend, bytes_of_block
 
 # What blocks are sized for where only those who run an export know the batch. Not measured.
 SYMBOLIC_SEQS = 64
@@ -50,7 +51,7 @@ class XlaPageAttention(XlaBackend, PageAttentionBackend):
         | AXIS
         | CACHES
     )
-    tunable = DECODE_BLOCKS
+    tunable: ClassVar[Tunable] = {"block_kv": (64, 128, 256, 512, 1024, 2048)}
 
     def __post_init__(self):
         at_least(self, block_kv=1)
@@ -58,8 +59,8 @@ class XlaPageAttention(XlaBackend, PageAttentionBackend):
     def run(
         self, problem: PageAttentionProblem, operands: PageAttentionOperands, platform: str
     ) -> tuple[jax.Array, ...]:
-        block_bytes = BLOCK_BYTES.get(platform, BLOCK_BYTES_ELSEWHERE)
-        out, lse = _attend(problem, operands, Sizes.of(problem, block_bytes, self.block_kv))
+        sizes = Sizes.of(problem, bytes_of_block(platform), self.block_kv)
+        out, lse = _attend(problem, operands, sizes)
         return (out, lse) if problem.return_lse else (out,)
 
 

@@ -9,12 +9,13 @@ table nor the number of tokens.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ejk._backend import Tunable
 from ejk._indices import least
 from ejk._rounding import rounded
 from ejk.backends._fields import at_least
@@ -26,8 +27,8 @@ from ejk.backends.ragged_page_attention import (
     sane_bounds,
 )
 from ejk.backends.ragged_prefixes import attend_in_groups
-from ejk.backends.xla._backend import RAGGED_BLOCKS, XlaBackend
-from ejk.backends.xla._softmax import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE, Block, attend
+from ejk.backends.xla._backend import XlaBackend
+from ejk.backends.xla._softmax import Block, attend, bytes_of_block
 from ejk.backends.xla.page_attention import XlaPageAttention
 
 MAX_BLOCK_Q = 64  # not measured
@@ -49,7 +50,7 @@ class XlaRaggedPageAttention(XlaBackend, RaggedPageAttentionBackend):
     least_saved_bytes: int | None = None
 
     features = XlaPageAttention.features | {"positions", "tree_mask", "causal=False"}
-    tunable = RAGGED_BLOCKS
+    tunable: ClassVar[Tunable] = {"block_q": (16, 32, 64, 128), "block_kv": (128, 256, 512, 1024)}
 
     def __post_init__(self):
         at_least(self, block_q=1, block_kv=1, least_saved_bytes=0)
@@ -60,10 +61,8 @@ class XlaRaggedPageAttention(XlaBackend, RaggedPageAttentionBackend):
         operands: RaggedPageAttentionOperands,
         platform: str,
     ) -> tuple[jax.Array, ...]:
-        block_bytes = BLOCK_BYTES.get(platform, BLOCK_BYTES_ELSEWHERE)
-
         def attend_alone(problem: Any, operands: Any) -> tuple[jax.Array, ...]:
-            sizes = Sizes.of(problem, block_bytes, self.block_q, self.block_kv)
+            sizes = Sizes.of(problem, bytes_of_block(platform), self.block_q, self.block_kv)
             return _attend(problem, operands, sizes)[: len(problem.results)]
 
         return attend_in_groups(problem, operands, attend_alone, self.least_saved_bytes)
