@@ -94,12 +94,14 @@ CALLS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.fast(10)
 @pytest.mark.parametrize("lens, bounds", CALLS.values(), ids=CALLS)
 def test_lengths(lens, bounds):
     check(lens=lens, bounds=bounds, total=62)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.fast(6)
 @pytest.mark.parametrize(
     "layout, fused", [*itertools.product(LAYOUTS, (False, True)), ("INTERLEAVED", False)]
@@ -124,6 +126,7 @@ def test_pages_that_are_hidden(page_size):
     assert ((ids < 0) | (ids >= shape.num_pages)).any() and (ids < shape.num_pages).any()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("group", [1, 3, 7, 8, 64])
 def test_groups(group):
     """New tokens of a tile and heads of a group are its rows; of 7, two rows are nobody's."""
@@ -135,6 +138,7 @@ def test_groups(group):
     check(Configuration(shape, BF16, "HND"), lens, bounds, total=bounds[-1] + 1)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.fast(4)
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 256])
