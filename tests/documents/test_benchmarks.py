@@ -73,6 +73,15 @@ def test_the_kernel_of_hopper_is_checked_and_timed(tmp_path):
     assert line["device_us"] > 0 and line["error"] < 1e-2
 
 
+def test_gradients_are_checked_and_timed(tmp_path):
+    path = tmp_path / "gradients.jsonl"
+    run("gradients.py", "--output", str(path))
+    lines = {line["contender"]: line for line in lines_of(path)}
+    assert [*lines] == ["ejk", "XLA dense"]
+    for line in lines.values():
+        assert line["device_us"] > 0 and line["forward_us"] > 0 and line["error"] < 1e-2
+
+
 def test_writes_are_checked_and_timed(tmp_path):
     path = tmp_path / "write.jsonl"
     run("write.py", "--output", str(path))
