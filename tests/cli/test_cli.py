@@ -173,7 +173,8 @@ def test_explain_of_a_cpu_and_of_a_gpu_that_has_to_be_asked_for():
 def test_libtpu_does_not_warn_that_no_tpu_is_here():
     pytest.importorskip("libtpu")
     line = [sys.executable, "-m", "ejk", "explain", "tpu-v6e", "--json"]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["chosen"] == "pallas"
     assert "TPU_ACCELERATOR_TYPE" not in done.stderr
 
