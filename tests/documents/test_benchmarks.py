@@ -29,14 +29,16 @@ def test_importing_the_scripts_changes_no_setting_of_jax():
     """Tests import some of them, and what those tests start inherits the environment."""
     code = f"""
 import importlib, os, pathlib, sys
+import jax
 folder = pathlib.Path({str(FOLDER)!r})
 sys.path.append(str(folder))
 def settings():
-    return {{name: x for name, x in os.environ.items() if name.startswith(("JAX", "XLA_FLAGS"))}}
+    found = {{name: x for name, x in os.environ.items() if name.startswith(("JAX", "XLA_FLAGS"))}}
+    return found | jax.config.values
 before = settings()
 for path in sorted(folder.glob("*.py")):
     importlib.import_module(path.stem)
-assert settings() == before, settings()
+assert settings() == before, set(settings().items()) ^ set(before.items())
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -353,7 +353,9 @@ def test_a_huge_scale_of_tiny_products(entry, scale):
     assert_close(case, *entry(case))
 
 
-@pytest.mark.parametrize("scale", [1e39, -np.inf, np.float64(1e300), 10**400, np.nan])
+@pytest.mark.parametrize(
+    "scale", [1e39, -np.inf, np.float64(1e300), np.array(1e39), 10**400, np.nan, np.array(np.nan)]
+)
 def test_a_scale_that_float32_cannot_hold_is_refused(scale):
     case = build(config(), LENGTHS)
     with pytest.raises(ValueError, match=r"^attn_scale=.* must be a finite float32"):
