@@ -141,7 +141,7 @@ MISTAKES = {
     "all of an `ejk.KVCache`, `*cache`": lambda: ejk.page_attention(
         zeros(2, 4, 64), *ejk.KVCache(POOL, POOL), LENS, TABLES
     ),
-    "the same of one that has scales": lambda: ejk.page_attention(
+    "the same of one that has scales of tokens": lambda: ejk.page_attention(
         zeros(2, 4, 64), *ejk.KVCache(POOL, POOL, *[zeros(8, 2, 16)] * 2), LENS, TABLES
     ),
     "the inputs of a batch": lambda: ejk.ragged_page_attention(
