@@ -157,8 +157,8 @@ class PagedSizes[P: (PageAttentionProblem, RaggedPageAttentionProblem)](abc.ABC)
         problem = self.problem
         layout, whole_tiles = problem.layout, problem.page_size % SUBLANES == 0
         widest = max(problem.head_dim, problem.value_head_dim)
-        # Less the halves; of fused "KV_HEADS_FIRST" less the heads, which come one by one there:
-        # found by compiling, what is used does not grow with them.
+        # The first axis of fused pools is left out: the halves, or the heads of "KV_HEADS_FIRST",
+        # which come one by one. Found by compiling: what is used does not grow with those.
         *lead, last = self.page_shape(widest)[layout.num_axes - 4 :]
         page = tiled((*lead[:-1], round_up(lead[-1], SUBLANES), last), jnp.dtype(jnp.float32))
         copies = self.reordered_copies
