@@ -35,6 +35,11 @@ def write(given, **options):
     return ejk.write_kv_cache(rows, rows, *pools, np.arange(3), **options)
 
 
+def copy(given, **options):
+    pools, slots = (given["key_cache"], given["value_cache"]), np.arange(3)
+    return ejk.copy_kv_slots(*pools, slots, slots + 3, **options)
+
+
 CALLS = {"decode": decode, "ragged": ragged, "write": write}
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
@@ -183,10 +188,10 @@ def test_an_axis_of_one_device_splits_nothing(call, kind):
         np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
 
 
-@each_call
+@pytest.mark.parametrize("call", [*CALLS.values(), copy], ids=[*CALLS, "copy"])
 @each_kind
 def test_pools_of_replicas_are_split_on_explicit_axes_alone(call, kind):
-    """Elsewhere writes are refused, and XLA gathers them for attention: see `docs/scaling.md`."""
+    """Elsewhere writes and copies raise, and XLA gathers for attention: see `docs/scaling.md`."""
     mesh = meshes.mesh(kind, replicas=8)
     given = given_arrays()
     of_replicas = {name: np.stack([given[name]] * 8) for name in ("key_cache", "value_cache")}
@@ -199,7 +204,7 @@ def test_pools_of_replicas_are_split_on_explicit_axes_alone(call, kind):
         return jax.vmap(lambda pools: call(rest | pools, backend="xla"))(pools)
 
     is_explicit = kind == AxisType.Explicit
-    if call is write and not is_explicit:
+    if call in (write, copy) and not is_explicit:
         with pytest.raises(jax.errors.JaxRuntimeError, match="must split only its KV heads"):
             meshes.run(each, arrays)
         return
