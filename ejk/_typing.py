@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Num
 
-from ejk._describe import describe, mend
+from ejk._describe import WHOLE_CACHE, describe, is_scale, mend
 from ejk._foreign_names import unexpected_keyword
 
 Array = jax.Array | np.ndarray
@@ -158,8 +158,10 @@ def _misplaced(
         return "\n".join(said[:fit] + more)
     if len(args) > len(positional):
         rest = ", ".join(name for name in arguments if name not in positional)
+        after_values = dict(zip(["", *positional], args)).get("value_cache", 0)
         return (
             f"{function}() takes {', '.join(positional)} by position, not {len(args)} arguments"
+            + f"; {WHOLE_CACHE}" * is_scale(after_values)
             + f"; by keyword: {rest}" * bool(rest)
         )
     twice = [name for name in positional[: len(args)] if name in kwargs]

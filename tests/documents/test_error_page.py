@@ -144,6 +144,9 @@ MISTAKES = {
     "the same of one that has scales of tokens": lambda: ejk.page_attention(
         zeros(2, 4, 64), *ejk.KVCache(POOL, POOL, *[zeros(8, 2, 16)] * 2), LENS, TABLES
     ),
+    "either, of what takes no more by position": lambda: ejk.write_kv_cache(
+        zeros(2, 2, 64), zeros(2, 2, 64), *ejk.KVCache(POOL, POOL), LENS
+    ),
     "the inputs of a batch": lambda: ejk.ragged_page_attention(
         zeros(2, 4, 64), POOL, POOL, BatchInputs(*[LENS] * 6)
     ),
