@@ -20,10 +20,10 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ceiling
+import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,11 +197,7 @@ def results(tiny: bool) -> Iterator[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="few copies, interpreted on a CPU")
-    parser.add_argument("--output", type=Path, help="instead of results/<device>.jsonl")
-    args = parser.parse_args()
-    if args.tiny and args.output is None:
-        parser.error("--tiny needs --output: it measures nothing that is to be kept")
+    args = command_line.parsed(parser, "few copies, interpreted on a CPU")
     append(args.output, results(args.tiny), "copy_kv.py")
 
 

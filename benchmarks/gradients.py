@@ -15,9 +15,9 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,9 +129,10 @@ class Timed(NamedTuple):
     gradients: Callable[[], Any]
 
 
-def prepare(batch: Batch, attend: Attend, exact: Tokens) -> Timed:
+def prepare(
+    batch: Batch, attend: Attend, given: Tokens, weights: jax.Array, exact: Tokens
+) -> Timed:
     """Check a contender's gradients; return what is timed."""
-    given, weights = draw(batch)
     gradients = gradients_of(batch, attend)
     forward = jax.jit(functools.partial(attend, batch))
     error = 0.0
@@ -143,9 +144,8 @@ def prepare(batch: Batch, attend: Attend, exact: Tokens) -> Timed:
     return Timed(error, lambda: forward(given), lambda: gradients(given, weights))
 
 
-def exact_gradients(batch: Batch) -> Tokens:
+def exact_gradients(batch: Batch, given: Tokens, weights: jax.Array) -> Tokens:
     """Return the gradients in float32."""
-    given, weights = draw(batch)
     given = Tokens(*(x.astype(jnp.float32) for x in given))
     with jax.default_matmul_precision("highest"):
         return gradients_of(batch, functools.partial(dense, "xla"))(given, weights)
@@ -154,9 +154,10 @@ def exact_gradients(batch: Batch) -> Tokens:
 def results(tiny: bool) -> Iterator[dict]:
     """Yield a line for each batch and contender."""
     for batch in TINY if tiny else BATCHES:
-        exact = exact_gradients(batch)
+        given, weights = draw(batch)
+        exact = exact_gradients(batch, given, weights)
         found = {
-            name: attempt(prepare, batch, attend, exact)
+            name: attempt(prepare, batch, attend, given, weights, exact)
             for name, attend in contenders(tiny).items()
         }
         ready = {name: own for name, own in found.items() if isinstance(own, Timed)}
@@ -182,11 +183,7 @@ def results(tiny: bool) -> Iterator[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="few tokens, on a CPU")
-    parser.add_argument("--output", type=Path, help="instead of results/<device>.jsonl")
-    args = parser.parse_args()
-    if args.tiny and args.output is None:
-        parser.error("--tiny needs --output: it measures nothing that is to be kept")
+    args = command_line.parsed(parser, "few tokens, on a CPU")
     append(args.output, results(args.tiny), "gradients.py")
 
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import command_line
 import numpy as np
 
 from ejk.paging import PageManager
@@ -181,11 +182,7 @@ def results(tiny: bool) -> Iterator[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="small, for the tests")
-    parser.add_argument("--output", type=Path, help="instead of results/paging_<processor>.jsonl")
-    args = parser.parse_args()
-    if args.tiny and args.output is None:
-        parser.error("--tiny needs --output: it measures nothing that is to be kept")
+    args = command_line.parsed(parser, "small, for the tests", "results/paging_<processor>.jsonl")
     device = processor()
     path = args.output or RESULTS / f"paging_{re.sub(r'[^0-9A-Za-z-]+', '_', device)}.jsonl"
     facts = {

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import ceiling
+import command_line
 import decode
 import jax
 import jax.numpy as jnp
@@ -224,11 +225,7 @@ def main():
     parser.add_argument("--suite", nargs="+", choices=ragged_batches.SUITES, help="instead of all")
     parser.add_argument("--batch", nargs="+", help="names, instead of all of a suite")
     parser.add_argument("--contender", nargs="+", help="names, instead of all")
-    parser.add_argument("--tiny", action="store_true", help="small ones, interpreted on a CPU")
-    parser.add_argument("--output", type=Path, help="instead of results/<device>.jsonl")
-    args = parser.parse_args()
-    if args.tiny and args.output is None:
-        parser.error("--tiny needs --output: it measures nothing that is to be kept")
+    args = command_line.parsed(parser, "small ones, interpreted on a CPU")
     suites = ragged_batches.TINY if args.tiny else ragged_batches.SUITES
     if args.suite:
         suites = {name: suites[name] for name in args.suite}

@@ -17,9 +17,9 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import command_line
 import decode
 import jax
 import jax.numpy as jnp
@@ -263,11 +263,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--devices", type=int, help="how many; all by default")
     parser.add_argument("--split", nargs="+", default=["heads", "sequences", "pages"])
-    parser.add_argument("--tiny", action="store_true", help="small, on simulated devices")
-    parser.add_argument("--output", type=Path, help="instead of results/<device>_x<count>.jsonl")
-    args = parser.parse_args()
-    if args.tiny and args.output is None:
-        parser.error("--tiny needs --output: it measures nothing that is to be kept")
+    args = command_line.parsed(
+        parser, "small, on simulated devices", "results/<device>_x<count>.jsonl"
+    )
     if args.tiny:
         jax.config.update("jax_platforms", "cpu")
         of = args.devices or 2

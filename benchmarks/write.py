@@ -18,10 +18,10 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ceiling
+import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,11 +183,7 @@ def race(num_tokens: int, layout: str, caches: Sequence[Cache], tiny: bool) -> I
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--suite", nargs="+", choices=("named", "quantised"), help="instead of all")
-    parser.add_argument("--tiny", action="store_true", help="few tokens, interpreted on a CPU")
-    parser.add_argument("--output", type=Path, help="instead of results/<device>.jsonl")
-    args = parser.parse_args()
-    if args.tiny and args.output is None:
-        parser.error("--tiny needs --output: it measures nothing that is to be kept")
+    args = command_line.parsed(parser, "few tokens, interpreted on a CPU")
     append(args.output, results(args.suite or ("named", "quantised"), args.tiny), "write.py")
 
 
