@@ -86,8 +86,8 @@ def _static(name: str, value: Any) -> str:
 def _array_mend(name: str, value: Any, ranks: Collection[int]) -> str:
     if name == "prefix_groups":
         return "pass (groups, num_pages), two integer arrays"
-    if name == "context_lens" and is_scale(value):
-        return WHOLE_CACHE
+    if name == "context_lens" and (how := whole_cache_mend(value)):
+        return how
     if isinstance(value, list | tuple):
         if name.endswith("_cache"):
             return _pools_mend(value)
@@ -137,13 +137,14 @@ def _holds_arrays(values: Any) -> bool:
     return any(isinstance(value, jax.Array | np.ndarray) for value in values)
 
 
-def is_scale(value: Any) -> bool:
-    """Say whether an argument is rather a scale of tokens, or a KVCache's that has none."""
-    return value is None or getattr(value, "ndim", 0) > 2
+def whole_cache_mend(after_pools: Any) -> str:
+    """Say what to pass of a KVCache if, behind the pools, stand its scales: of tokens, or None."""
+    if after_pools is None or getattr(after_pools, "ndim", 0) > 2:
+        return "of an ejk.KVCache pass its first two fields, *cache[:2], and scales by keyword"
+    return ""
 
 
 _INTEGERS = ("context_lens", "block_tables", "cu_q_lens", "slot_mapping", "positions")
-WHOLE_CACHE = "of an ejk.KVCache pass its first two fields, *cache[:2], and scales by keyword"
 ALL_LAYERS = (
     "of a pool of all layers pass one layer's, {0}[layer], or the pool reshaped to [layers * "
     "num_pages, ...] and ejk.layer_block_tables(block_tables, layer, num_pages=num_pages)"

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Num
 
-from ejk._describe import WHOLE_CACHE, describe, is_scale, mend
+from ejk._describe import describe, mend, whole_cache_mend
 from ejk._foreign_names import unexpected_keyword
 
 Array = jax.Array | np.ndarray
@@ -157,13 +157,12 @@ def _misplaced(
         more = [f"and {len(said) - fit} more"] if fit < len(said) else []
         return "\n".join(said[:fit] + more)
     if len(args) > len(positional):
-        rest = ", ".join(name for name in arguments if name not in positional)
-        after_values = dict(zip(["", *positional], args)).get("value_cache", 0)
-        return (
-            f"{function}() takes {', '.join(positional)} by position, not {len(args)} arguments"
-            + f"; {WHOLE_CACHE}" * is_scale(after_values)
-            + f"; by keyword: {rest}" * bool(rest)
-        )
+        said = [f"takes {', '.join(positional)} by position, not {len(args)} arguments"]
+        if "value_cache" in positional:
+            said.append(whole_cache_mend(args[positional.index("value_cache") + 1]))
+        if rest := ", ".join(name for name in arguments if name not in positional):
+            said.append(f"by keyword: {rest}")
+        return f"{function}() {'; '.join(filter(None, said))}"
     twice = [name for name in positional[: len(args)] if name in kwargs]
     return f"{function}() was given {', '.join(twice)} twice, by position and by keyword"
 
