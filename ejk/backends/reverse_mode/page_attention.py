@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
 from ejk.backends.reverse_mode.attention import (
-    BLOCK_BYTES,
     Rows,
     as_given,
     float_zeros,
@@ -26,11 +25,12 @@ from ejk.backends.xla.page_attention import (
 
 def _pull_back(
     problem: PageAttentionProblem,
+    sizes: Sizes,
     kept: tuple[PageAttentionOperands, jax.Array],
     cotangents: tuple[jax.Array, ...],
 ) -> Any:
     operands, lse = kept
-    context, sizes = Context.of(problem, operands), Sizes.of(problem, BLOCK_BYTES)
+    context = Context.of(problem, operands)
     h = cotangents[1] if problem.return_lse else jnp.zeros_like(lse)
     given = (operands.query, cotangents[0], h, lse)
     rows = Rows(*(group_heads(problem, x) for x in given), sinks=sinks_of_rows(problem, operands))
@@ -43,4 +43,4 @@ def _pull_back(
     return as_given(grads._replace(query=d_rows.reshape(operands.query.shape)), operands)
 
 
-differentiable = reverse_mode(_pull_back)
+differentiable = reverse_mode(Sizes.of, _pull_back)

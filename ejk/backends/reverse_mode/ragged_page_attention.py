@@ -16,7 +16,6 @@ from ejk.backends.ragged_page_attention import (
     sane_bounds,
 )
 from ejk.backends.reverse_mode.attention import (
-    BLOCK_BYTES,
     Rows,
     as_given,
     float_zeros,
@@ -35,12 +34,13 @@ from ejk.backends.xla.ragged_page_attention import (
 
 def _pull_back(
     problem: RaggedPageAttentionProblem,
+    sizes: Sizes,
     kept: tuple[RaggedPageAttentionOperands, jax.Array],
     cotangents: tuple[jax.Array, ...],
 ) -> Any:
     operands, lse = kept
     h = cotangents[1] if problem.return_lse else jnp.zeros_like(lse)
-    sizes, bounds = Sizes.of(problem, BLOCK_BYTES), sane_bounds(problem, operands.cu_q_lens)
+    bounds = sane_bounds(problem, operands.cu_q_lens)
 
     def step(queries: Queries, grads: Any) -> Any:
         given = (operands.query, cotangents[0], h, lse)
@@ -61,4 +61,4 @@ def _pull_back(
     return as_given(grads, operands)
 
 
-differentiable = reverse_mode(_pull_back)
+differentiable = reverse_mode(Sizes.of, _pull_back)
