@@ -1,5 +1,6 @@
-"""Integers are counted by comparisons or by a sort, which say the same."""
+"""Integers are counted by comparisons, a search or a sort, which say the same."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,3 +21,12 @@ def test_numbers_up_to_each_limit(numbers, limits, most, monkeypatch):
     counts = _indices.count_up_to(*map(jnp.asarray, given))
     assert counts.dtype == jnp.int32
     np.testing.assert_array_equal(counts, np.searchsorted(*given, side="right"))
+
+
+def test_sizes_that_are_symbolic():
+    sizes = jax.export.symbolic_shape("numbers, limits")
+    exported = jax.export.export(jax.jit(_indices.count_up_to))(
+        *(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes)
+    )
+    given = np.array([-5, 0, 0, 7], np.int32), np.array([-6, 0, 6, 7, 8], np.int32)
+    np.testing.assert_array_equal(exported.call(*given), [0, 3, 3, 4, 4])
