@@ -132,6 +132,35 @@ def drafts(own: workloads.Workload) -> Batch:
     return Batch(f"{own.name}: verification of 4", (4,) * own.num_seqs, own.context_lens, *shape)
 
 
+def _latent() -> list[Batch]:
+    """Drafts of few heads, which share a program's rows, and chunks of prompts."""
+
+    def batch(name: str, heads: int, *parts: tuple[int, int, int]) -> Batch:
+        return _named(
+            f"latent, {heads} heads: {name}", parts, 64, num_heads=heads, num_kv_heads=1,
+            head_dim=576, value_head_dim=512,
+        )  # fmt: skip
+
+    rng = np.random.default_rng(0)
+    unequal = [(1, 8, int(n)) for n in rng.integers(200, 16_000, 40)]
+    return [
+        *(
+            batch(f"verification of {n} on 4,096", heads, (64, n, 4096))
+            for heads, n in ((16, 3), (16, 5), (16, 8), (32, 2), (32, 3), (8, 16))
+        ),
+        batch("verification of 8, 40 unequal contexts", 16, *unequal),
+        *(
+            batch(f"chunks of {n} on 4,096", heads, (8, n, 4096))
+            for heads, n in ((16, 512), (16, 1024), (16, 2048), (64, 256), (64, 512))
+        ),
+        *(
+            batch(f"{count} prompts of {n}", heads, (count, n, n))
+            for heads, count, n in ((16, 64, 64), (16, 16, 512), (16, 8, 1024), (64, 16, 256))
+        ),
+        batch("4 chunks of 256 and 60 decodes on 4,096", 16, (4, 256, 4096), (60, 1, 4096)),
+    ]
+
+
 def _verifications() -> list[Batch]:
     """Drafts of other lengths and heads, on as many tokens, about which of two kernels is ahead."""
     on = "on 8,192"
@@ -222,7 +251,7 @@ def _suites() -> dict[str, list[Batch]]:
         _named("prefill 1 x 256", [(1, 256, 256)], 16),
         _named("4 chunks of 64 on 1,024", [(4, 64, 1024)], 16),
     ]
-    found["latent"] = [drafts(workload) for workload in workloads.LATENT]
+    found["latent"] = [*(drafts(workload) for workload in workloads.LATENT), *_latent()]
     found["quantised"] = _of_caches(plain, caches.FEW_CACHES)
     found["prefix"] = _prefixes()
     found["layers"] = [plain, found["mixed"][0], *found["small"]]

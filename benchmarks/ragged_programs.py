@@ -13,7 +13,6 @@ import ragged_batches
 from ragged_batches import Arrays, Batch
 
 import ejk
-from ejk.backends.mosaic_gpu.page_attention.backend import FEWEST_HEADS
 
 DENSE = "cuDNN dense, contiguous"
 IN_GROUPS = "ejk triton, prefix_groups"
@@ -25,11 +24,11 @@ def contenders(batch: Batch, interpret: bool) -> dict[str, Step]:
     """What can run a batch, by name."""
     if interpret:
         return _interpreted(batch)
-    found: dict[str, Step] = {"ejk triton": functools.partial(attend, "triton")}
+    found: dict[str, Step] = {
+        f"ejk {name}": functools.partial(attend, name) for name in ("mosaic_gpu", "triton")
+    }
     if batch.sharing is not None:
         found[IN_GROUPS] = functools.partial(attend, "triton", in_groups=True)
-    if batch.value_head_dim is None or batch.num_heads >= FEWEST_HEADS:
-        found = {"ejk mosaic_gpu": functools.partial(attend, "mosaic_gpu"), **found}
     if batch.total_tokens == len(batch.q_lens):
         found["ejk page_attention"] = functools.partial(_decode, "triton")
     if is_dense(batch):

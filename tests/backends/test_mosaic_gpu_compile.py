@@ -72,3 +72,17 @@ def test_products_overlap_and_hardly_a_register_spills(heads, page_size, jax_tri
     assert "cp.async.bulk.tensor" in program.ptx
     assert 223_232 < program.shared_memory <= 227 * 1024
     assert len(program.loops) == 4  # whole blocks and others, of each half of the values
+
+
+@pytest.mark.skipif(bool(mosaic_offline.missing()), reason=str(mosaic_offline.missing()))
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_tokens_of_few_heads_that_share_a_program_cost_no_more(heads, jax_triton):
+    query, *cache, lens, tables = shapes(heads, 64)
+    bounds = jax.ShapeDtypeStruct((9,), jnp.int32)
+    program = mosaic_offline.compile_call(
+        "ragged_page_attention", query, *cache, lens, tables, bounds, value_head_dim=512,
+        backend=ejk.MosaicGpuRaggedPageAttention(**HOPPER),
+    )  # fmt: skip
+    assert not program.serialised
+    assert program.spilled <= 512
+    assert len(program.loops) == 4

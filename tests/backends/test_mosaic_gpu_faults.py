@@ -17,6 +17,7 @@ from ejk.backends.mosaic_gpu.page_attention import call
 from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import Configuration
 from ejk.testing.page_attention import build
+from ejk.testing.ragged_page_attention import build_ragged
 
 pytestmark = gpu_interpreter.marks
 FOLDER = "ejk.backends.mosaic_gpu.page_attention"
@@ -46,9 +47,7 @@ FAULTS = {
         "piece", "position >= piece.low", "position > piece.low",
     ),
     "hidden pages are taken for whole blocks": ("piece", "whole &= exists(", "exists("),
-    "the last block is taken for a whole one": (
-        "piece", "last + BLOCK_KV <= piece.high", "last < piece.high",
-    ),
+    "the last block is taken for a whole one": ("piece", "last + BLOCK_KV <= high", "last < high"),
     "what came before is not scaled": (
         "kernel", "state.l * alpha + p.sum(axis=1)", "state.l + p.sum(axis=1)",
     ),
@@ -69,11 +68,40 @@ FAULTS = {
 }  # fmt: skip
 
 
+# Of programs whose rows are those of several tokens.
+FAULTS_OF_TOKENS = {
+    "a token sees the one after it": (
+        "piece", "position < piece.common +", "position <= piece.common +",
+    ),
+    "all tokens see as far": ("kernel", "if self.inputs.ends is not None:", "if False:"),
+    "rows are tokens": ("piece", "jnp.full_like(row, sizes.heads)", "jnp.full_like(row, 1)"),
+    "blocks that the last token sees are whole": (
+        "piece", "jnp.minimum(piece.high, piece.common)", "piece.high",
+    ),
+    "rows before the first are read": (
+        "piece", "jnp.maximum(inputs.ends[seq] - sizes.tokens, 0)",
+        "inputs.ends[seq] - sizes.tokens",
+    ),
+    "a short block counts from its own end": (
+        "piece", "inputs.ends[seq] - 1 - token", "sizes.tokens - 1",
+    ),
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Mutant(ejk.MosaicGpuPageAttention):
     """A backend of its own to JAX: no compiled program of the sound one is reused."""
 
     bug: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedMutant(ejk.MosaicGpuRaggedPageAttention):
+    bug: str = ""
+
+    @property
+    def _decode(self):
+        return Mutant(self.compute_capability, self.num_sms, self.interpret, self.bug)
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +129,18 @@ def check(bug):
         assert_close(each, *gpu_interpreter.run(each, backend))
 
 
+def check_tokens(bug):
+    """Up to eight tokens a program, among which blocks of keys end, and fewer at the beginning."""
+    shape = dataclasses.replace(SHAPE, num_heads=8)
+    config = Configuration(shape, BF16, "HND")
+    case = build_ragged(config, np.array([196, 128]), np.array([0, 5, 16]))
+    backend = RaggedMutant(num_sms=1, interpret=True, bug=bug)
+    out, lse = ejk.ragged_page_attention(
+        *case.operands(), **case.semantics(), return_lse=True, backend=backend
+    )
+    assert_close(case, np.asarray(out), np.asarray(lse))
+
+
 def mutated(file, old, new):
     """Execute a module, one place of it changed; then those that use it, down to the kernel."""
     made = {}
@@ -122,15 +162,16 @@ def mutated(file, old, new):
 
 def test_the_sound_kernel_is_not_accused():
     check("")
+    check_tokens("")
 
 
 @pytest.mark.fault("page_attention", "mosaic_gpu")
 @pytest.mark.fast(5)
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("bug", FAULTS)
+@pytest.mark.parametrize("bug", FAULTS | FAULTS_OF_TOKENS)
 def test_a_fault_is_caught(bug, monkeypatch):
-    made = mutated(*FAULTS[bug])
+    made = mutated(*(FAULTS | FAULTS_OF_TOKENS)[bug])
     monkeypatch.setattr(call, "latent_attention_kernel", made["kernel"].latent_attention_kernel)
     monkeypatch.setattr(call, "shared_types", made["memory"].shared_types)
     with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
-        check(bug)
+        (check_tokens if bug in FAULTS_OF_TOKENS else check)(bug)

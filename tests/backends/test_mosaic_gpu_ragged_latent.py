@@ -1,4 +1,5 @@
-"""Latent attention of ragged batches by the decode kernel for Hopper, each new token a sequence.
+"""Latent attention of ragged batches by the decode kernel for Hopper, blocks of new tokens as its
+sequences.
 
 Interpreted, or on the GPU with `--gpu`. Slots that no row sees are poisoned.
 """
@@ -53,6 +54,26 @@ def test_batches(lens, bounds):
     check(Configuration(SHAPE, BF16, "HND"), lens, bounds, invalid=0.1)
 
 
+@pytest.mark.parametrize("heads", [8, 16])
+@pytest.mark.parametrize("lens, bounds", BATCHES.values(), ids=BATCHES)
+def test_tokens_of_few_heads_share_a_program(lens, bounds, heads):
+    shape = dataclasses.replace(SHAPE, num_heads=heads)
+    check(Configuration(shape, BF16, "NHD"), lens, bounds, invalid=0.1, seed=heads)
+
+
+def test_a_batch_of_fewer_tokens_than_share_a_program():
+    shape = dataclasses.replace(SHAPE, num_heads=8)
+    check(Configuration(shape, BF16, "HND"), (130, 65), (0, 1, 4), total=5)
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("last", range(61, 70))
+def test_tokens_that_share_a_program_see_up_to_themselves(last):
+    """Wherever the end of a block of keys falls among them, and where contexts are in parts."""
+    shape = dataclasses.replace(SHAPE, num_heads=8)
+    check(Configuration(shape, BF16, "HND"), (last, last + 128), (0, 8, 16))
+
+
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("window", [1, 70])
 def test_windows(window):
@@ -68,49 +89,81 @@ def test_heads_that_fill_no_program_in_float16():
 
 SMALL = Shape("latent", 3, 1, 24, page_size=4, max_blocks=6, value_head_dim=16, latent=True)
 FAULTS = {
-    "tokens see the one after them": ("bounds[seq + 1] - 1 - row", "bounds[seq + 1] - 2 - row"),
-    "rows of no sequence see tokens": ("jnp.where(is_new, lens", "jnp.where(True, lens"),
-    "bounds fall": ("sane_bounds(problem, operands.cu_q_lens)", "operands.cu_q_lens"),
-    "tokens read the first table": ("block_tables[seq]", "block_tables[seq * 0]"),
-    "lengths are not clipped": (
-        "jnp.clip(operands.context_lens, 0, problem.capacity)", "operands.context_lens",
+    "tokens see the one after them": (
+        "- (bounds[seq + 1] - 1 - row)", "- (bounds[seq + 1] - 2 - row)",
     ),
+    "rows of no sequence see tokens": ("jnp.where(is_new, lens", "jnp.where(True, lens"),
+    "bounds fall": ("sane_bounds(self.problem, operands.cu_q_lens)", "operands.cu_q_lens"),
+    "blocks read the first table": ("block_tables[blocks.seq]", "block_tables[blocks.seq * 0]"),
+    "lengths are not clipped": (
+        "jnp.clip(operands.context_lens, 0, self.problem.capacity)", "operands.context_lens",
+    ),
+    "blocks see the token after them": ("lens[seq] - later", "lens[seq] - later + 1"),
+    "all blocks of a sequence are its last": ("bounds[seq + 1] - later", "bounds[seq + 1]"),
+    "blocks that are not full are not counted": (
+        "-(-(bounds[1:] - bounds[:-1]) // self.tokens)",
+        "(bounds[1:] - bounds[:-1]) // self.tokens",
+    ),
+    "blocks that are not full have no room": ("+ partial) // self.tokens", ") // self.tokens"),
+    "blocks take tokens of the sequence before": (
+        "jnp.maximum(bounds[blocks.seq], blocks.end - self.tokens)", "blocks.end - self.tokens",
+    ),
+    "blocks take tokens of the sequence after": ("& (row < blocks.end[:, None])", ""),
+    "tokens of a block change places": (
+        "jnp.arange(row.size, dtype=jnp.int32)", "jnp.arange(row.size, dtype=jnp.int32)[::-1]",
+    ),
+    "rows of no sequence have a result": ("jnp.where(is_new, x.at", "jnp.where(True, x.at"),
 }  # fmt: skip
 
 
-def check_tokens(module, lens, bounds):
-    """Hold the call whose sequences are the tokens, as XLA runs it, to the definition."""
+def check_blocks(module, lens, bounds, num_heads):
+    """Hold the call whose sequences are blocks, each token of which XLA runs, to the definition."""
+    shape = dataclasses.replace(SMALL, num_heads=num_heads)
     case = build_ragged(
-        Configuration(SMALL, BF16, "HND"), np.array(lens, np.int32), np.array(bounds, np.int32),
+        Configuration(shape, BF16, "HND"), np.array(lens, np.int32), np.array(bounds, np.int32),
         invalid=0.1,
     )  # fmt: skip
     query, keys, _, *integers = case.operands()
     problem = dataclasses.replace(
         MIXED, num_seqs=len(lens), total_tokens=len(query), page_size=SMALL.page_size,
-        max_blocks=SMALL.max_blocks,
+        max_blocks=SMALL.max_blocks, num_heads=num_heads, head_dim=SMALL.head_dim,
     )  # fmt: skip
     query, keys, *integers = map(jnp.asarray, (query, keys, *integers))
     given = RaggedPageAttentionOperands(query, keys, None, *integers, *[None] * 6)
-    found = module.operands_of_tokens(problem, given)
-    out, lse = ejk.page_attention(
-        found.query, found.key_cache, None, found.context_lens, found.block_tables,
-        value_head_dim=SMALL.width, return_lse=True, backend="xla",
-    )  # fmt: skip
+    as_decode = module.AsDecode.of(problem)
+    blocks, tokens = as_decode.num_blocks, as_decode.tokens
+
+    def run(given, ends):
+        """Attend to each token of each block: those after its end see as much as the last one."""
+        ends = jnp.arange(1, blocks + 1) if ends is None else ends
+        rows = jnp.maximum(ends - tokens, 0)[:, None] + jnp.arange(tokens)[None]
+        lens = given.context_lens[:, None] - jnp.maximum(ends[:, None] - 1 - rows, 0)
+        results = ejk.page_attention(
+            given.query[rows.reshape(-1)], given.key_cache, None, lens.reshape(-1),
+            jnp.repeat(given.block_tables, tokens, axis=0),
+            value_head_dim=SMALL.width, return_lse=True, backend="xla",
+        )  # fmt: skip
+        return tuple(x.reshape(blocks, tokens * num_heads, *x.shape[2:]) for x in results)
+
+    out, lse = as_decode.run(given, run)
     assert_close(case, np.asarray(out), np.asarray(lse))
 
 
 SEQUENCES = {
     "verification": ((24, 7, 15), (0, 4, 8, 12)),
     "rows of no sequence": ((5, 0, 21), (1, 2, 2, 9)),
+    "short ones": ((20, 3), (0, 1, 3)),
+    "one": ((24,), (0, 12)),
     "falling bounds": ((24, 20, 9), (2, 9, 6, 12)),
     "more new tokens than tokens": ((2, 9, 1), (0, 5, 6, 12)),
     "hostile": ((-(2**31), 2**31 - 1, 7), (-3, 3, 2, 2**31 - 1)),
 }
 
 
+@pytest.mark.parametrize("num_heads", [33, 32, 8])
 @pytest.mark.parametrize("lens, bounds", SEQUENCES.values(), ids=SEQUENCES)
-def test_tokens_are_sequences(lens, bounds):
-    check_tokens(tokens, lens, bounds)
+def test_blocks_are_sequences(lens, bounds, num_heads):
+    check_blocks(tokens, lens, bounds, num_heads)
 
 
 @pytest.mark.fault("ragged_page_attention", "mosaic_gpu")
@@ -119,4 +172,5 @@ def test_a_fault_is_caught(bug, tmp_path):
     faulty = mutants.load(tokens, *FAULTS[bug], tmp_path)
     with pytest.raises(AssertionError):
         for lens, bounds in SEQUENCES.values():
-            check_tokens(faulty, lens, bounds)
+            for num_heads in (33, 8):
+                check_blocks(faulty, lens, bounds, num_heads)

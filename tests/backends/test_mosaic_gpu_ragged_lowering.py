@@ -186,9 +186,45 @@ def test_latent_attention_is_the_decode_kernels(heads):
     assert report(*latent(heads, 1), value_head_dim=512).chosen == "mosaic_gpu"
 
 
+@pytest.mark.parametrize(
+    ("heads", "tokens", "max_q_len", "chosen"),
+    [
+        (16, 20, None, "mosaic_gpu"),
+        (16, 16, None, "triton"),  # of four sequences: 64 rows each
+        (16, 512, 4, "triton"),
+        (16, 512, 5, "mosaic_gpu"),
+        (32, 12, None, "mosaic_gpu"),
+        (8, 36, None, "mosaic_gpu"),
+    ],
+)
+def test_tokens_of_few_heads_share_programs_where_that_is_faster(heads, tokens, max_q_len, chosen):
+    args, options = latent(heads, tokens), {"max_q_len": max_q_len, "value_head_dim": 512}
+    assert report(*args, **options).chosen == chosen
+    assert report(*args, **options, max_context_len=512).chosen == "triton"
+    assert (MOSAIC in targets(lower(args, **options))) == (chosen == "mosaic_gpu")
+
+
 LATENT_REFUSALS = {
-    "few heads": (latent(32), {}, "num_heads=32 must be at least 33"),
-    "many tokens": (latent(total_tokens=1025), {}, "total_tokens=1025 must be at most 1024"),
+    "few heads and a window": (
+        latent(32), {"sliding_window": 70},
+        "num_heads=32 must be at least 33, or one of (8, 16, 32) without a sliding_window",
+    ),
+    "few heads that do not divide": (
+        latent(24), {},
+        "num_heads=24 must be at least 33, or one of (8, 16, 32) without a sliding_window",
+    ),
+    "many tokens": (
+        latent(total_tokens=8193), {},
+        "8193 blocks of up to 1 of total_tokens=8193 must be at most 8192",
+    ),
+    "many tokens of few heads": (
+        latent(16, 32_768), {},
+        "8195 blocks of up to 4 of total_tokens=32768 must be at most 8192",
+    ),
+    "wide tables": (
+        latent(total_tokens=512, max_blocks=2**15 + 1), {},
+        "512 blocks of up to 1 of total_tokens=512 times max_blocks=32769 must be at most 16777216",
+    ),
     "cap": (
         latent(), {"attn_logits_soft_cap": 30.0},
         "does not support attn_logits_soft_cap with value_head_dim",

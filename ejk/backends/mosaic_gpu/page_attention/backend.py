@@ -68,7 +68,7 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
     def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:
         if reasons := unfit_target(target):
             return reasons
-        grid = LatentSizes.of(problem, target, self.interpret).grid
+        grid = LatentSizes.of(problem, target, self.interpret, problem.num_heads).grid
         reasons = [f"its grid of {grid} programs exceeds {MAX_GRID}"] * (grid > MAX_GRID)
         return [*reasons, *size_refusals(problem)]
 
@@ -78,13 +78,19 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
         problem: PageAttentionProblem,
         operands: PageAttentionOperands,
         call: Call,
+        ends: jax.Array | None = None,
     ) -> tuple[Any, ...]:
+        """Run the kernel.
+
+        With `ends`, int32 [num_seqs], the rows of `operands.query` are tokens, and the problem's
+        heads are those of as many tokens as fit, which a sequence has up to its end.
+        """
         from ejk.backends.mosaic_gpu.page_attention.call import attend
 
-        sizes = LatentSizes.of(problem, target, self.interpret)
+        sizes = LatentSizes.of(problem, target, self.interpret, operands.query.shape[1])
         work = work_of(sizes.cut.plan, operands, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
-            written = attend(sizes, operands, work)
+            written = attend(sizes, operands, ends, work)
         out, lse = written.out, written.lse
         if written.part_out is not None:
             out, lse = combine(

@@ -15,13 +15,17 @@ from ejk.backends.page_attention import PageAttentionOperands
 WARPGROUPS = 3
 
 
-def attend(sizes: LatentSizes, operands: PageAttentionOperands, work: Any) -> Outputs:
+def attend(
+    sizes: LatentSizes, operands: PageAttentionOperands, ends: jax.Array | None, work: Any
+) -> Outputs:
     """Launch the kernel once; returns what it wrote, for `sizes.problem`'s heads."""
     problem = sizes.problem
     query, window = operands.query, operands.sliding_window
-    pad = problem.num_heads - query.shape[1]
+    pad = 0 if ends is not None else problem.num_heads - sizes.heads
+    query = jnp.pad(query, ((0, 0), (0, pad), (0, 0))) if pad else query
     inputs = Inputs(
-        query=jnp.pad(query, ((0, 0), (0, pad), (0, 0))) if pad else query,
+        query=query.reshape(-1, problem.head_dim),
+        ends=ends,
         # With one KV head all layouts are the same.
         pool=operands.key_cache.reshape(problem.num_pages, problem.page_size, problem.head_dim),
         context_lens=operands.context_lens,

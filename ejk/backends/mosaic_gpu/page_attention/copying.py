@@ -35,10 +35,10 @@ class Copying:
 
     def _copy(self) -> None:
         shared, sizes = self.shared, self.sizes
-        heads = self.inputs.query.at[self.piece.seq, pl.ds(self.piece.head, ROWS)]
+        rows = self.inputs.query.at[pl.ds(self.piece.row, ROWS)]
         thirds = (shared.query.at[0], shared.query.at[1], shared.query_rest)
         for third, into in enumerate(thirds):
-            plgpu.copy_gmem_to_smem(heads.at[:, sizes.third(third)], into, shared.query_there)
+            plgpu.copy_gmem_to_smem(rows.at[:, sizes.third(third)], into, shared.query_there)
 
         def copy_block(j: Any, pages: tuple[Any, ...]) -> tuple[Any, ...]:
             ahead = pages_of(j + 1, self.piece, self.inputs, sizes)
@@ -53,7 +53,7 @@ class Copying:
     def _copy_block(self, j: Any, slot: Any, pages: tuple[Any, ...]) -> None:
         """Copy a block, a third after the other, as soon as there is room."""
         shared, sizes = self.shared, self.sizes
-        rows = sizes.copied_rows
+        copied = sizes.copied_rows
         first = lax.rem((self.piece.first_block + j) * BLOCK_KV, sizes.problem.page_size)
         exist = [exists(page, sizes) for page in pages]
         for third in range(3):
@@ -66,7 +66,7 @@ class Copying:
             for i, page in enumerate(pages):
                 page = jnp.where(exist[i], page, 0)
                 plgpu.copy_gmem_to_smem(
-                    self.inputs.pool.at[page, pl.ds(first, rows), sizes.third(third)],
-                    into.at[pl.ds(i * rows, rows)],
+                    self.inputs.pool.at[page, pl.ds(first, copied), sizes.third(third)],
+                    into.at[pl.ds(i * copied, copied)],
                     shared.third_there.at[3 * slot + third],
                 )

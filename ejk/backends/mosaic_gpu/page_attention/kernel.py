@@ -41,6 +41,7 @@ from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, Share
 from ejk.backends.mosaic_gpu.page_attention.piece import (
     Piece,
     are_whole,
+    is_before,
     is_partial,
     my_piece,
     visible,
@@ -84,7 +85,7 @@ class Attending:
     sizes: LatentSizes
     piece: Piece
     scale: Any  # of logits in log2 units
-    masked: bool = True  # something of the blocks may be invisible
+    masked: bool = True  # something of the blocks may be invisible to some row
 
     def run(self, half: int) -> None:
         """Attend to the piece: logits of every second block, and one half of all values."""
@@ -207,7 +208,11 @@ class Attending:
         shared = self.shared
         s = s * self.scale
         if self.masked:
-            s = jnp.where(self._visible(j, slot, s.shape, 1), s, -jnp.inf)
+            seen = self._visible(j, slot, s.shape, 1)
+            if self.inputs.ends is not None:
+                row, token = (_places(s.shape, axis) for axis in range(2))
+                seen &= is_before(row, token, j, self.piece, self.sizes)
+            s = jnp.where(seen, s, -jnp.inf)
         top = s.max(axis=1)
         m = jnp.where(top > state.m + SLACK, top, state.m)
         finite = jnp.where(m == -jnp.inf, 0.0, m)
@@ -244,7 +249,7 @@ class Attending:
 
     def _visible(self, j: Any, slot: Any, shape: tuple[int, ...], axis: int) -> Any:
         """Say which of a block's tokens are visible, along `axis` of a tile."""
-        token = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+        token = _places(shape, axis)
         return visible(token, j, self.shared.exist[slot], self.piece, self.sizes)
 
     def _release(self, slot: Any, half: int) -> None:
@@ -282,3 +287,8 @@ class Attending:
         def _() -> None:
             nearest = rounded(out, outputs.out.dtype)
             write(outputs.out, outputs.lse, piece.seq, nearest, lse * LN2)
+
+
+def _places(shape: tuple[int, ...], axis: int) -> Any:
+    """Return the place of each element of a tile along an axis."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)

@@ -11,7 +11,8 @@ from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, SWIZZLE
 class Inputs(NamedTuple):
     """Arrays in global memory."""
 
-    query: Any  # [num_seqs, heads, head_dim]
+    query: Any  # [rows, head_dim]: heads of sequence after sequence, or token after token
+    ends: Any  # int32 [num_seqs]: the token after a sequence's last; None: it has one
     pool: Any  # [num_pages, page_size, head_dim]
     context_lens: Any  # int32 [num_seqs]
     block_tables: Any  # int32 [num_seqs, max_blocks]

@@ -16,8 +16,10 @@ class Piece(NamedTuple):
 
     seq: Any
     head: Any  # the first
+    row: Any  # the first of the queries
     low: Any  # positions in [low, high) are visible
     high: Any
+    common: Any  # those before it also to the first of several tokens
     part: Any  # the part that is written, or -1: the result itself
     first_block: Any
     blocks: Any  # at least one, of which nothing may be visible
@@ -55,7 +57,11 @@ def my_piece(inputs: Inputs, sizes: LatentSizes) -> tuple[Any, Piece]:
     low, high = jnp.maximum(begin, first), jnp.minimum(reach, length)
     first_block = lax.div(low, BLOCK_KV)
     blocks = jnp.maximum(blocks_of(high) - first_block, 1)
-    return is_mine, Piece(seq, head, low, high, part, first_block, blocks)
+    row, common = seq * problem.num_heads + head, high
+    if inputs.ends is not None:
+        token = jnp.maximum(inputs.ends[seq] - sizes.tokens, 0)
+        row, common = token * sizes.heads, length - (inputs.ends[seq] - 1 - token)
+    return is_mine, Piece(seq, head, row, low, high, common, part, first_block, blocks)
 
 
 def blocks_of(tokens: Any) -> Any:
@@ -78,7 +84,8 @@ def are_whole(blocks: tuple[Any, ...], piece: Piece, inputs: Inputs, sizes: Late
     """Say whether everything in consecutive blocks is visible."""
     first, last = ((piece.first_block + j) * BLOCK_KV for j in (blocks[0], blocks[-1]))
     pages = (page for j in blocks for page in pages_of(j, piece, inputs, sizes))
-    whole = (first >= piece.low) & (last + BLOCK_KV <= piece.high)
+    high = jnp.minimum(piece.high, piece.common)
+    whole = (first >= piece.low) & (last + BLOCK_KV <= high)
     for page in pages:
         whole &= exists(page, sizes)
     return whole
@@ -92,7 +99,13 @@ def is_partial(j: Any, exist: Any, piece: Piece, sizes: LatentSizes) -> Any:
 
 
 def visible(token: Any, j: Any, exist: Any, piece: Piece, sizes: LatentSizes) -> Any:
-    """Say which tokens of a block are visible, counted from its first."""
+    """Say which tokens of a block are visible to some row, counted from its first."""
     position = token + (piece.first_block + j) * BLOCK_KV
     there = in_pages(token, exist, sizes.copied_rows)
     return (position >= piece.low) & (position < piece.high) & there
+
+
+def is_before(row: Any, token: Any, j: Any, piece: Piece, sizes: LatentSizes) -> Any:
+    """Say which tokens of a block are not after a row's own."""
+    position = token + (piece.first_block + j) * BLOCK_KV
+    return position < piece.common + lax.div(row, jnp.full_like(row, sizes.heads))

@@ -16,20 +16,33 @@ SHARED_MEMORY = 2 * (ROWS + 2 * BLOCK_KV) * HEAD_DIM + 2048  # bytes; the last o
 
 @dataclasses.dataclass(frozen=True)
 class LatentSizes:
-    """How one problem is cut and run: the pieces and parts are those of Triton's kernels."""
+    """How one problem is cut and run: the pieces and parts are those of Triton's kernels.
+
+    A sequence's query rows may be those of several tokens: the last ones of its context, each row
+    seeing up to its own.
+    """
 
     problem: PageAttentionProblem
     cut: Sizes
     interpret: bool
+    heads: int  # of a token
 
     @classmethod
-    def of(cls, problem: PageAttentionProblem, target: Target, interpret: bool) -> "LatentSizes":
-        heads = -(-problem.num_heads // ROWS) * ROWS
-        problem = dataclasses.replace(problem, num_heads=heads)
+    def of(
+        cls, problem: PageAttentionProblem, target: Target, interpret: bool, heads: int
+    ) -> "LatentSizes":
+        padded = -(-problem.num_heads // ROWS) * ROWS
+        problem = dataclasses.replace(problem, num_heads=padded)
         blocks = DecodeBlocks(
             ROWS, BLOCK_KV, num_warps=12, num_stages=2, shared_memory=SHARED_MEMORY
         )
-        return cls(problem, Sizes.of(problem, Tuning(), target, blocks=blocks), interpret)
+        cut = Sizes.of(problem, Tuning(), target, blocks=blocks)
+        return cls(problem, cut, interpret, heads)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a program's rows are of, where `MosaicGpuPageAttention.run_on` has ends."""
+        return ROWS // self.heads
 
     @property
     def grid(self) -> int:

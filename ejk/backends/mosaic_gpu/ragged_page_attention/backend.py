@@ -11,16 +11,17 @@ from ejk._indices import exceeds
 from ejk.backends.gpu import Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.mosaic_gpu._backend import MosaicGpuBackend, unfit_cache, unfit_target
-from ejk.backends.mosaic_gpu.page_attention.backend import MosaicGpuPageAttention
+from ejk.backends.mosaic_gpu.page_attention.backend import FEWEST_HEADS, MosaicGpuPageAttention
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
     BLOCK_KV,
     ROWS,
     PrefillSizes,
 )
 from ejk.backends.mosaic_gpu.ragged_page_attention.tokens import (
-    MOST_TOKENS,
-    operands_of_tokens,
-    problem_of_tokens,
+    MOST_BLOCKS,
+    MOST_IDS,
+    SHARED_HEADS,
+    AsDecode,
 )
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
@@ -50,6 +51,10 @@ FEW_ROWS = 16
 # this one's: on 32 x 8,192 tokens 32 rows 0.749, 64 0.756, 128 1.78; on 4 x 32,768 32 rows 0.737;
 # on 128 x 1,024 1.093. Larger pages, slopes and soft caps were not measured.
 FEW_ROWS_OF_64 = 64
+# In latent attention results of tokens that share a program are put in their places after it. On an
+# H200 that takes 0.7 ns a token and head, which the kernel gains on 350 tokens; prompts see half of
+# theirs. Computed from the parts of longer calls.
+SHORT_TOKENS = 512
 # Where sequences have at most this many rows on average, memory bounds a call, and it pays to read
 # a shared prefix once, as only Triton's kernels do. Computed from an H100's bytes and products a
 # second, not measured.
@@ -61,7 +66,8 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
     """Run `ejk.ragged_page_attention` as a Pallas Mosaic GPU kernel, on Hopper.
 
     One launch takes long and short sequences alike. Triton's kernels deal out the work and merge
-    the parts of contexts. In latent attention new tokens are sequences of the kernel for decode.
+    the parts of contexts. In latent attention blocks of new tokens are sequences of the kernel for
+    decode.
 
     Attributes:
         compute_capability: compile for it, 90 for sm_90; the device's own if None.
@@ -83,7 +89,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
     def unfit(self, problem: RaggedPageAttentionProblem) -> list[str]:
         if problem.latent:
-            return self._unfit_tokens(problem)
+            return self._unfit_decode(problem)
         head_dim, value_head_dim = problem.head_dim, problem.value_head_dim
         reasons: list[str] = []
         if head_dim not in BLOCK_KV:
@@ -96,13 +102,25 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
             reasons.append("query.dtype=float16 has no room for weights times scales per token")
         return reasons + unfit_cache(problem, BLOCK_KV.get(head_dim, max(BLOCK_KV.values())))
 
-    def _unfit_tokens(self, problem: RaggedPageAttentionProblem) -> list[str]:
-        decode, tokens = self._decode, problem_of_tokens(problem)
-        missing = sorted(tokens.features - decode.features)
+    def _unfit_decode(self, problem: RaggedPageAttentionProblem) -> list[str]:
+        decode, as_decode = self._decode, AsDecode.of(problem)
+        missing = sorted(as_decode.decode.features - decode.features)
         reasons = [f"does not support {feature} with value_head_dim" for feature in missing]
-        if exceeds(problem.total_tokens, MOST_TOKENS):
-            reasons.append(f"total_tokens={problem.total_tokens} must be at most {MOST_TOKENS}")
-        return reasons + decode.unfit(tokens)
+        blocks, max_blocks = as_decode.num_blocks, problem.max_blocks
+        named = (
+            f"{blocks} blocks of up to {as_decode.tokens} of total_tokens={problem.total_tokens}"
+        )
+        if exceeds(blocks, MOST_BLOCKS):
+            reasons.append(f"{named} must be at most {MOST_BLOCKS}")
+        if exceeds(blocks * max_blocks, MOST_IDS):
+            reasons.append(f"{named} times max_blocks={max_blocks} must be at most {MOST_IDS}")
+        if as_decode.tokens == 1 and problem.num_heads < FEWEST_HEADS:
+            reasons.append(
+                f"num_heads={problem.num_heads} must be at least {FEWEST_HEADS}, or one of "
+                f"{SHARED_HEADS} without a sliding_window"
+            )
+            return reasons
+        return reasons + decode.unfit(as_decode.decode)
 
     @property
     def _decode(self) -> MosaicGpuPageAttention:
@@ -114,6 +132,15 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         rows, each = problem.q_len_bound * problem.group, problem.total_tokens * problem.group
         if self.interpret:
             return None
+        is_shared = problem.latent and AsDecode.of(problem).tokens > 1
+        is_short = problem.visible_bound <= SHORT_TOKENS
+        if is_shared and (is_short or rows <= ROWS or each <= ROWS * problem.num_seqs):
+            return "triton", (
+                f"for total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs}, "
+                f"max_q_len={problem.q_len_bound} and {problem.group} query heads, up to {ROWS} "
+                f"rows each, or contexts of up to {SHORT_TOKENS} tokens, triton is as fast or "
+                "faster, and compiled sooner"
+            )
         if rows <= (few := _few_rows(problem)):
             return "triton", (
                 f"for max_q_len={problem.q_len_bound} and {problem.group} query heads a KV head, "
@@ -135,7 +162,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
         if problem.latent:
-            return self._decode.limits_on(target, problem_of_tokens(problem))
+            return self._decode.limits_on(target, AsDecode.of(problem).decode)
         reasons = unfit_target(target) + ragged_size_refusals(problem)
         if problem.cache_type.is_quantised and exceeds(copied_bytes(problem), MOST_COPIED):
             reasons.append(
@@ -156,8 +183,13 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         from ejk.backends.mosaic_gpu.ragged_page_attention.scaling import ordered_scales
 
         if problem.latent:
-            tokens = operands_of_tokens(problem, operands)
-            return self._decode.run_on(target, problem_of_tokens(problem), tokens, call)
+            as_decode = AsDecode.of(problem)
+            return as_decode.run(
+                operands,
+                lambda given, ends: self._decode.run_on(
+                    target, as_decode.decode, given, call, ends
+                ),
+            )
         if problem.scales == "token":
             operands = ordered_scales(problem, operands, BLOCK_KV[problem.head_dim])
         if problem.cache_type.is_quantised:

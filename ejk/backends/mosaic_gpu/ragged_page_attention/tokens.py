@@ -1,22 +1,32 @@
-"""Latent attention of a ragged batch as decode: each new token is a sequence of its own.
+"""Latent attention of a ragged batch as decode: a sequence of it is a few new tokens of one.
 
-The query heads of a token, more than 32, fill a program of the decode kernel, which another token
-would not share. So what each sees is a context, a token shorter than the next one's, in the same
-pages. Tokens of a sequence follow one another, and find in the L2 cache what others have read.
+A program of the decode kernel has 64 query rows. More than 32 query heads of a token fill them,
+which another token would not share; 8, 16 and 32 leave room for eight, four and two new tokens. The
+last of them sees a context in the pages of their sequence, each one before it a token less:
+`piece.is_before` says so to the kernel. Programs of a sequence follow one another, and find in the
+L2 cache what others have read.
 
-On an H200, pages of 64, Triton's kernel and decode called so by a user, with 25 to 30 us of small
-kernels that find each token's sequence, of which here are two; us:
-    64 contexts of 4,096, 4 new tokens    33 heads 334.7 and 333.9    64: 409.3 and 321.5
-                                          128: 801.1 and 567.3
-    of 200 to 32,000, 4 new, 64 heads     498.5 and 385.2
-    8 of 4,096, 128 new, 64 heads         1,573 and 1,063
+On an H200, pages of 64, Triton's kernel and this one, with the small kernels that cut the blocks
+and put results in their places: 19 us of 64 x 5 tokens, half of them once for all layers. In us:
+    new tokens on contexts         16 heads           64                 128
+    64 x 4 on 4,096                                   405.1 and 296.7    799.8 and 544.1
+    64 x 5 on 4,096                205.7 and 173.5
+    40 x 8 on 200 to 16,000        281.5 and 225.5
+    8 x 256 on 4,096                                  3,055 and 1,980
+    8 x 512 on 4,096               1,473 and 1,080    5,837 and 3,722
+    8 x 2,048 on 4,096             4,650 and 3,477
+    4 x 256, 60 x 1 on 4,096       517.4 and 389.4
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from ejk._indices import Size, count_up_to, least
+from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS
 from ejk.backends.page_attention import (
     PageAttentionOperands,
     PageAttentionProblem,
@@ -29,36 +39,126 @@ from ejk.backends.ragged_page_attention import (
     sequences_of_rows,
 )
 
-# Each has a row of a table, and the plan compares them all. More were not measured.
-MOST_TOKENS = 1024
+# Heads of tokens that share a program: a copy of its rows begins with a multiple of 8.
+SHARED_HEADS = (8, 16, 32)
+# The plan compares all blocks: 4,102, the most that were measured, took it 36 of 3,700 us. Each has
+# a copy of its sequence's row of the table: all together at most 64 MiB.
+MOST_BLOCKS, MOST_IDS = 8192, 2**24
 
 
-def problem_of_tokens(problem: RaggedPageAttentionProblem) -> PageAttentionProblem:
-    """Return the decode call whose sequences are the new tokens."""
-    names = (field.name for field in dataclasses.fields(PagedProblem))
-    facts: dict[str, Any] = {name: getattr(problem, name) for name in names}
-    facts["num_seqs"], facts["num_prefix_groups"] = problem.total_tokens, 0
-    visible_bound = problem.visible_bound
-    return PageAttentionProblem(**facts, num_splits=0, plan=None, visible_bound=visible_bound)
+class Blocks(NamedTuple):
+    """Blocks of new tokens, each of one sequence."""
+
+    seq: jax.Array  # int32 [blocks]
+    end: jax.Array  # int32 [blocks]: the row of `query` after the last token's
+    length: jax.Array  # int32 [blocks]: what the last token sees; 0 of a block that is none
 
 
-def operands_of_tokens(
-    problem: RaggedPageAttentionProblem, operands: RaggedPageAttentionOperands
-) -> PageAttentionOperands:
-    """Return its operands. A row of no sequence sees nothing."""
-    bounds = sane_bounds(problem, operands.cu_q_lens)
-    is_new, seq = sequences_of_rows(problem.num_seqs, problem.total_tokens, bounds)
-    row = jnp.arange(problem.total_tokens, dtype=jnp.int32)
-    lens = jnp.clip(operands.context_lens, 0, problem.capacity)[seq]
-    return PageAttentionOperands(
-        query=operands.query,
-        key_cache=operands.key_cache,
-        value_cache=None,
-        context_lens=jnp.where(is_new, lens - (bounds[seq + 1] - 1 - row), 0),
-        block_tables=operands.block_tables[seq],
-        attn_scale=operands.attn_scale,
-        sliding_window=operands.sliding_window,
-        sinks=None,
-        alibi_slopes=None,
-        plan=None,
-    )
+@dataclasses.dataclass(frozen=True)
+class AsDecode:
+    """A ragged problem as one of decode, whose sequences are blocks of so many new tokens."""
+
+    problem: RaggedPageAttentionProblem
+    tokens: int  # of a block
+
+    @classmethod
+    def of(cls, problem: RaggedPageAttentionProblem) -> "AsDecode":
+        # Tokens before the last one see farther back through a window: then a block has one.
+        is_shared = problem.num_heads in SHARED_HEADS and not problem.has_window
+        return cls(problem, ROWS // problem.num_heads if is_shared else 1)
+
+    @property
+    def num_blocks(self) -> Size:
+        """At most: each sequence may have one that is not full."""
+        total_tokens = self.problem.total_tokens
+        if self.tokens == 1:
+            return total_tokens  # rows of no sequence have a block, too
+        partial = least(self.problem.num_seqs, total_tokens) * (self.tokens - 1)
+        return (total_tokens + partial) // self.tokens
+
+    @property
+    def decode(self) -> PageAttentionProblem:
+        names = (field.name for field in dataclasses.fields(PagedProblem))
+        facts: dict[str, Any] = {name: getattr(self.problem, name) for name in names}
+        facts["num_seqs"], facts["num_prefix_groups"] = self.num_blocks, 0
+        facts["num_heads"] *= self.tokens
+        visible_bound = self.problem.visible_bound
+        return PageAttentionProblem(**facts, num_splits=0, plan=None, visible_bound=visible_bound)
+
+    def run(
+        self,
+        operands: RaggedPageAttentionOperands,
+        run: Callable[[PageAttentionOperands, jax.Array | None], tuple[jax.Array, ...]],
+    ) -> tuple[jax.Array, ...]:
+        """Return each row's results of `run`, the call of decode: see `MosaicGpuPageAttention`."""
+        if self.tokens == 1:
+            return run(self._operands(operands, self._rows(operands)), None)
+        blocks, query = self._blocks(operands), operands.query
+        if (missing := self.tokens - self.problem.total_tokens) > 0:  # a program reads as many
+            query = jnp.pad(query, ((0, missing), (0, 0), (0, 0)))
+        given = self._operands(operands._replace(query=query), blocks)
+        return self._by_row(operands, blocks, run(given, blocks.end))
+
+    def _operands(
+        self, operands: RaggedPageAttentionOperands, blocks: Blocks
+    ) -> PageAttentionOperands:
+        return PageAttentionOperands(
+            query=operands.query,
+            key_cache=operands.key_cache,
+            value_cache=None,
+            context_lens=blocks.length,
+            block_tables=operands.block_tables[blocks.seq],
+            attn_scale=operands.attn_scale,
+            sliding_window=operands.sliding_window,
+            sinks=None,
+            alibi_slopes=None,
+            plan=None,
+        )
+
+    def _rows(self, operands: RaggedPageAttentionOperands) -> Blocks:
+        """Return a block for each row; of no sequence, it sees nothing."""
+        problem, bounds, lens = self.problem, self._bounds(operands), self._lens(operands)
+        row = jnp.arange(problem.total_tokens, dtype=jnp.int32)
+        is_new, seq = sequences_of_rows(problem.num_seqs, problem.total_tokens, bounds)
+        length = jnp.where(is_new, lens[seq] - (bounds[seq + 1] - 1 - row), 0)
+        return Blocks(seq, row + 1, length)
+
+    def _blocks(self, operands: RaggedPageAttentionOperands) -> Blocks:
+        """Return the blocks of each sequence: the last one ends with it, the first may be short."""
+        problem, bounds, lens = self.problem, self._bounds(operands), self._lens(operands)
+        number = jnp.arange(self.num_blocks, dtype=jnp.int32)
+        ends = jnp.cumsum(-(-(bounds[1:] - bounds[:-1]) // self.tokens), dtype=jnp.int32)
+        seq = count_up_to(ends, number)
+        exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
+        later = (ends[seq] - 1 - number) * self.tokens  # tokens of the sequence after the block
+        end = jnp.where(exists, bounds[seq + 1] - later, 0)
+        return Blocks(seq, end, jnp.where(exists, lens[seq] - later, 0))
+
+    def _by_row(
+        self,
+        operands: RaggedPageAttentionOperands,
+        blocks: Blocks,
+        found: tuple[jax.Array, ...],
+    ) -> tuple[jax.Array, ...]:
+        """Return each row's of the results of blocks; nothing of a row of no sequence."""
+        total_tokens, bounds = self.problem.total_tokens, self._bounds(operands)
+        begin = jnp.maximum(bounds[blocks.seq], blocks.end - self.tokens)
+        # A program takes the last rows up to the end, or the batch's first where there are fewer.
+        row = jnp.maximum(blocks.end - self.tokens, 0)[:, None] + jnp.arange(self.tokens)[None]
+        is_own = (row >= begin[:, None]) & (row < blocks.end[:, None])
+        row = jnp.where(is_own, row, total_tokens)
+        place = jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
+        place = jnp.full(total_tokens, -1, jnp.int32).at[row].set(place, mode="drop")
+
+        def by_row(x: jax.Array, nothing: float) -> jax.Array:
+            x = x.reshape(-1, self.problem.num_heads, *x.shape[2:])
+            is_new = (place >= 0).reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.where(is_new, x.at[place].get(mode="clip"), nothing)
+
+        return tuple(by_row(x, nothing) for x, nothing in zip(found, (0.0, -jnp.inf)))
+
+    def _bounds(self, operands: RaggedPageAttentionOperands) -> jax.Array:
+        return sane_bounds(self.problem, operands.cu_q_lens)
+
+    def _lens(self, operands: RaggedPageAttentionOperands) -> jax.Array:
+        return jnp.clip(operands.context_lens, 0, self.problem.capacity)
