@@ -165,9 +165,9 @@ def against_parts_table(lines: Lines) -> str:
 
 
 def drafts_table(lines: Lines) -> str:
-    """Write how long each of our backends takes for drafts."""
+    """Write how long each of our backends takes for drafts, and in latent attention for chunks."""
     rows = []
-    for b in timed(lines, ("drafts",)):
+    for b in timed(lines, ("drafts", "latent")):
         times = [figure(lines, b.name, contender) for contender in OURS]
         if max(b.q_lens) == 1 or None in times:
             continue
@@ -178,8 +178,9 @@ def drafts_table(lines: Lines) -> str:
     if not rows:
         return ""
     return (
-        "\nDrafts: new tokens of each sequence on its context. `rows` counts new tokens times the "
-        "heads of a group, `ratio` is the time of `triton` over that of `mosaic_gpu`:\n"
+        "\nDrafts: new tokens of each sequence on its context; and in latent attention chunks of "
+        "prompts, too. `rows` counts the most new tokens of a sequence times the heads of a group, "
+        "`ratio` is the time of `triton` over that of `mosaic_gpu`:\n"
     ) + table("heads/KV heads/dim, rows, `mosaic_gpu` us, `triton` us, ratio", rows)
 
 

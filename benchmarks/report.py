@@ -70,6 +70,7 @@ def page(device: str, lines: dict) -> str:
         "Decode over the map": map_report.section(device, lines),
         "Latent attention": latent_table(lines),
         "Prefills, chunks, mixed batches and drafts": ragged_report.section(lines),
+        "Gradients": gradients_table(lines),
         "Writes": write_table(lines),
         "Copies": copy_table(lines),
         "Shared prefixes": prefix_report.section(lines),
@@ -188,6 +189,24 @@ def loop_table(lines) -> str:
     for way in ways:
         cells = (f"{lines[name, way]['wall_us_per_layer']:.1f}" for name in batches)
         text += f"| {way} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def gradients_table(lines) -> str:
+    """Write what gradients through pages take, beside those of dense attention."""
+    found = {key: line for key, line in lines.items() if key[0].startswith("gradients ")}
+    if not found:
+        return ""
+    text = (
+        "\nGradients through pages, 32/8/128, bfloat16, all tokens new, beside those of dense "
+        "causal attention. Each holds a forward pass; `wall` is by the clock, with what launches "
+        "take:\n\n"
+        "| | | gradients, us | wall, us | forward pass alone, us | of cuDNN's gradients |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    for (name, contender), line in found.items():
+        text += f"| {name.removeprefix('gradients ')} | {contender} | {line['device_us']:,.0f} |"
+        text += f" {line['wall_us']:,.0f} | {line['forward_us']:,.0f} | {line['of_cudnn']:.2f} |\n"
     return text
 
 
