@@ -113,7 +113,12 @@ def figures() -> str:
 
 def trainer() -> str:
     """Write how far the log-probabilities of a prefill and of a decode are apart."""
-    found = json.loads((RESULTS / "trainer_sampler.json").read_text())
+    paths = sorted(RESULTS.glob("trainer_sampler*.json"), key=lambda path: len(path.name))
+    return "\n".join(map(_of_machine, paths))
+
+
+def _of_machine(path: Path) -> str:
+    found = json.loads(path.read_text())
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     seqs, tokens = found["tokens"]
     text = (

@@ -1,6 +1,7 @@
 """How far apart log-probabilities are that a prefill and a decode give the same tokens.
 
-    python benchmarks/trainer_sampler.py          writes results/trainer_sampler.json
+    python benchmarks/trainer_sampler.py     writes results/trainer_sampler.json, or of a GPU
+                                             results/trainer_sampler_<device>.json
 
 A trainer reads whole sequences at once; a sampler has drawn them token by token. Were their
 log-probabilities equal, the ratio of the two policies would start at exactly 1. They are not, as
@@ -40,7 +41,7 @@ import ejk
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from decoder import Config, Params, forward, random_params
 
-RESULTS = decode.RESULTS / "trainer_sampler.json"
+NAME = "trainer_sampler"  # of the file of results, to which a GPU adds its own
 CONFIG = Config(num_layers=4, num_heads=8, num_kv_heads=2, head_dim=64, vocabulary=512)
 SEQS, TOKENS, PAGE_SIZE = 4, 96, 16
 BOUNDS = {"float32": 2e-5, "bfloat16": 0.06, "float16": 0.02}
@@ -181,13 +182,16 @@ def measure(
 
 
 def main() -> None:
+    on_cpu = jax.default_backend() == "cpu"
+    machine = paging.processor() if on_cpu else jax.devices()[0].device_kind
+    name = NAME if on_cpu else f"{NAME}_{machine.replace(' ', '_')}"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=decode.RESULTS / f"{name}.json")
     args = parser.parse_args()
     facts = {
         "date": datetime.date.today().isoformat(),
         "versions": decode.versions(),
-        "machine": paging.processor(),
+        "machine": machine,
         "command": "python benchmarks/trainer_sampler.py",
         "tokens": [SEQS, TOKENS],
         "model": CONFIG._asdict(),

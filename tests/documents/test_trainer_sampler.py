@@ -11,6 +11,7 @@ from decoder import Config
 import ejk
 
 CONFIG = Config(num_layers=1, num_heads=2, num_kv_heads=1, vocabulary=32)
+RESULTS = sorted(trainer_sampler.decode.RESULTS.glob(f"{trainer_sampler.NAME}*.json"))
 KINDS = (("float32", "same"), ("bfloat16", "float8_e4m3fn"), ("float16", "int8"))
 
 
@@ -39,8 +40,9 @@ def test_a_decode_that_forgets_its_token_is_not(monkeypatch):
 
 
 @pytest.mark.fast
-def test_what_is_committed_is_within_the_bounds():
-    committed = json.loads(trainer_sampler.RESULTS.read_text())
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_what_is_committed_is_within_the_bounds(path):
+    committed = json.loads(path.read_text())
     kinds = [(line["dtype"], line["cache"]) for line in committed["differences"]]
     assert kinds == [*itertools.product(trainer_sampler.BOUNDS, trainer_sampler.OF_CODES)]
     for line in committed["differences"]:
