@@ -11,7 +11,7 @@ import inspect
 import itertools
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -180,10 +180,30 @@ def ragged(
     pool, scales = array((*rows, head_dim), dtype), {}
     if cache is not None:
         pool, scales = quantised(cache, rows, head_dim, 8)
-    integers = (array(shape, jnp.int32) for shape in ((8,), (8, 128), (9,)))
-    jaxpr = jax.make_jaxpr(ejk.ragged_page_attention)(
-        array((4096, 32, head_dim), dtype), pool, pool, *integers, **scales
+    return traced(ejk.ragged_page_attention, array((4096, 32, head_dim), dtype), pool, pool, scales)
+
+
+def ragged_latent(heads: int) -> _backend.Problem:
+    """Make the problem of a call on 2,048 new tokens of 8 sequences, on a latent cache."""
+    query, pool = (
+        jax.ShapeDtypeStruct(shape, "bfloat16")
+        for shape in ((2048, heads, 576), (1024, 1, 16, 576))
     )
+    return traced(
+        functools.partial(ejk.ragged_page_attention, value_head_dim=512), query, pool, None, {}
+    )
+
+
+def traced(
+    call: Callable[..., jax.Array],
+    query: jax.ShapeDtypeStruct,
+    keys: jax.ShapeDtypeStruct,
+    values: jax.ShapeDtypeStruct | None,
+    scales: dict[str, jax.ShapeDtypeStruct],
+) -> _backend.Problem:
+    """Return the problem of a ragged call on 8 sequences of up to 128 pages."""
+    integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8,), (8, 128), (9,)))
+    jaxpr = jax.make_jaxpr(call)(query, keys, values, *integers, **scales)
     ((found, _),) = _dispatch.calls(jaxpr.jaxpr)
     return found
 
@@ -325,7 +345,7 @@ def add_sizes(page: Page) -> None:
         page.reasons()
     page.add(
         "### Query heads of a latent cache\n\n"
-        "bfloat16, one KV head, head_dim 576, values 512, pages of 16 tokens."
+        "`ejk.page_attention`, bfloat16, one KV head, head_dim 576, values 512, pages of 16 tokens."
     )
     page.probes("heads", {str(heads): latent(group=heads) for heads in (16, 32, 64, 128)}, HOPPER)
     page.add("float16, 64 query heads.")
@@ -335,7 +355,13 @@ def add_sizes(page: Page) -> None:
         HOPPER,
     )
     page.reasons()
-    page.add("### Ragged batches on Hopper\n\nbfloat16, pages of 16 tokens.")
+    page.add(
+        "### Ragged batches on Hopper\n\n"
+        "Latent: bfloat16, one KV head, head_dim 576, values 512, pages of 16 tokens."
+    )
+    heads = {str(heads): ragged_latent(heads) for heads in (8, 16, 24, 32, 33, 64, 128)}
+    page.probes("query heads", heads, RAGGED_HOPPER)
+    page.add("bfloat16, pages of 16 tokens.")
     page.probes("head_dim", {str(d): ragged(head_dim=d) for d in HEAD_DIMS}, RAGGED_HOPPER)
     page.add("float16, head_dim 128.")
     page.probes(

@@ -200,7 +200,7 @@ def test_latent_attention_is_the_decode_kernels(heads):
 def test_tokens_of_few_heads_share_programs_where_that_is_faster(heads, tokens, max_q_len, chosen):
     args, options = latent(heads, tokens), {"max_q_len": max_q_len, "value_head_dim": 512}
     assert report(*args, **options).chosen == chosen
-    assert report(*args, **options, max_context_len=512).chosen == "triton"
+    assert report(*args, **options, max_context_len=768).chosen == "triton"
     assert (MOSAIC in targets(lower(args, **options))) == (chosen == "mosaic_gpu")
 
 
@@ -215,15 +215,15 @@ LATENT_REFUSALS = {
     ),
     "many tokens": (
         latent(total_tokens=8193), {},
-        "8193 blocks of up to 1 of total_tokens=8193 must be at most 8192",
+        "total_tokens=8193 must be at most 8192",
     ),
     "many tokens of few heads": (
         latent(16, 32_768), {},
-        "8195 blocks of up to 4 of total_tokens=32768 must be at most 8192",
+        "total_tokens=32768 of num_seqs=4, 8195 blocks of up to 4, must be at most 8192",
     ),
     "wide tables": (
         latent(total_tokens=512, max_blocks=2**15 + 1), {},
-        "512 blocks of up to 1 of total_tokens=512 times max_blocks=32769 must be at most 16777216",
+        "total_tokens=512 times max_blocks=32769 must be at most 16777216",
     ),
     "cap": (
         latent(), {"attn_logits_soft_cap": 30.0},
@@ -241,6 +241,16 @@ LATENT_REFUSALS = {
 def test_what_is_refused_of_latent_attention_is_refused_by_name(args, options, reason):
     found = report(*args, value_head_dim=512, **options)
     assert (found.chosen, found.refusals["mosaic_gpu"]) == ("triton", (reason,))
+
+
+@pytest.mark.parametrize("heads, tokens", [(64, 8192), (128, 4096), (512, 1024)])
+def test_parts_that_take_much_memory_are_refused_by_name(heads, tokens):
+    found = report(*latent(heads, tokens), value_head_dim=512)
+    [reason] = found.refusals["mosaic_gpu"]
+    assert found.chosen == "triton"
+    named = f"total_tokens={tokens} and num_heads={heads}: parts of contexts take "
+    assert re.fullmatch(named + r"\d+ bytes, and may take 1073741824", reason)
+    assert report(*latent(heads, tokens // 4), value_head_dim=512).chosen == "mosaic_gpu"
 
 
 def test_another_generation_is_refused():
@@ -277,6 +287,8 @@ def test_every_option_lowers(head_dim, layout, fused):
 def test_in_64_bits():
     with jax.enable_x64(True):
         assert MOSAIC in targets(lower(arguments(), backend=BACKEND))
+        for heads in (16, 64):
+            assert MOSAIC in targets(lower(latent(heads), value_head_dim=512, backend=BACKEND))
 
 
 def test_layers_share_what_they_have_in_common():

@@ -68,9 +68,14 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
     def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:
         if reasons := unfit_target(target):
             return reasons
-        grid = LatentSizes.of(problem, target, self.interpret, problem.num_heads).grid
+        grid = LatentSizes.of(problem, target, self.interpret).grid
         reasons = [f"its grid of {grid} programs exceeds {MAX_GRID}"] * (grid > MAX_GRID)
         return [*reasons, *size_refusals(problem)]
+
+    def part_bytes(self, target: Target, problem: PageAttentionProblem) -> int:
+        """Return how much memory parts of contexts take until they are merged."""
+        sizes = LatentSizes.of(problem, target, self.interpret)
+        return 4 * sizes.num_parts * sizes.problem.num_heads * problem.value_head_dim
 
     def run_on(
         self,
@@ -82,12 +87,13 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
     ) -> tuple[Any, ...]:
         """Run the kernel.
 
-        With `ends`, int32 [num_seqs], the rows of `operands.query` are tokens, and the problem's
-        heads are those of as many tokens as fit, which a sequence has up to its end.
+        With `ends`, int32 [num_seqs], the rows of `operands.query` are tokens. A sequence then has
+        the last tokens up to its end, and the problem's heads are those of all of them.
         """
         from ejk.backends.mosaic_gpu.page_attention.call import attend
 
-        sizes = LatentSizes.of(problem, target, self.interpret, operands.query.shape[1])
+        heads = operands.query.shape[1]
+        sizes = LatentSizes.of(problem, target, self.interpret, heads)
         work = work_of(sizes.cut.plan, operands, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
             written = attend(sizes, operands, ends, work)

@@ -29,8 +29,13 @@ class LatentSizes:
 
     @classmethod
     def of(
-        cls, problem: PageAttentionProblem, target: Target, interpret: bool, heads: int
+        cls,
+        problem: PageAttentionProblem,
+        target: Target,
+        interpret: bool,
+        heads: int | None = None,
     ) -> "LatentSizes":
+        heads = problem.num_heads if heads is None else heads
         padded = -(-problem.num_heads // ROWS) * ROWS
         problem = dataclasses.replace(problem, num_heads=padded)
         blocks = DecodeBlocks(

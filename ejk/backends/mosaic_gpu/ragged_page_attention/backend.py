@@ -20,6 +20,7 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
 from ejk.backends.mosaic_gpu.ragged_page_attention.tokens import (
     MOST_BLOCKS,
     MOST_IDS,
+    MOST_PART_BYTES,
     SHARED_HEADS,
     AsDecode,
 )
@@ -52,9 +53,9 @@ FEW_ROWS = 16
 # on 128 x 1,024 1.093. Larger pages, slopes and soft caps were not measured.
 FEW_ROWS_OF_64 = 64
 # In latent attention results of tokens that share a program are put in their places after it. On an
-# H200 that takes 0.7 ns a token and head, which the kernel gains on 350 tokens; prompts see half of
-# theirs. Computed from the parts of longer calls.
-SHORT_TOKENS = 512
+# H200 that takes 0.7 ns a token and head, which the kernel gains where they see 400 tokens; prompts
+# see half of theirs. Computed from the parts of longer calls, not measured.
+SHORT_TOKENS = 768
 # Where sequences have at most this many rows on average, memory bounds a call, and it pays to read
 # a shared prefix once, as only Triton's kernels do. Computed from an H100's bytes and products a
 # second, not measured.
@@ -107,20 +108,23 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         missing = sorted(as_decode.decode.features - decode.features)
         reasons = [f"does not support {feature} with value_head_dim" for feature in missing]
         blocks, max_blocks = as_decode.num_blocks, problem.max_blocks
-        named = (
-            f"{blocks} blocks of up to {as_decode.tokens} of total_tokens={problem.total_tokens}"
-        )
+        named = f"total_tokens={problem.total_tokens}"
+        if as_decode.tokens > 1:
+            named += (
+                f" of num_seqs={problem.num_seqs}, {blocks} blocks of up to {as_decode.tokens},"
+            )
         if exceeds(blocks, MOST_BLOCKS):
             reasons.append(f"{named} must be at most {MOST_BLOCKS}")
         if exceeds(blocks * max_blocks, MOST_IDS):
             reasons.append(f"{named} times max_blocks={max_blocks} must be at most {MOST_IDS}")
+        call = as_decode.decode
         if as_decode.tokens == 1 and problem.num_heads < FEWEST_HEADS:
             reasons.append(
                 f"num_heads={problem.num_heads} must be at least {FEWEST_HEADS}, or one of "
                 f"{SHARED_HEADS} without a sliding_window"
             )
-            return reasons
-        return reasons + decode.unfit(as_decode.decode)
+            call = dataclasses.replace(call, num_heads=FEWEST_HEADS)  # for what else there is
+        return reasons + decode.unfit(call)
 
     @property
     def _decode(self) -> MosaicGpuPageAttention:
@@ -133,13 +137,16 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         if self.interpret:
             return None
         is_shared = problem.latent and AsDecode.of(problem).tokens > 1
-        is_short = problem.visible_bound <= SHORT_TOKENS
-        if is_shared and (is_short or rows <= ROWS or each <= ROWS * problem.num_seqs):
+        if is_shared and (rows <= ROWS or each <= ROWS * problem.num_seqs):
             return "triton", (
                 f"for total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs}, "
                 f"max_q_len={problem.q_len_bound} and {problem.group} query heads, up to {ROWS} "
-                f"rows each, or contexts of up to {SHORT_TOKENS} tokens, triton is as fast or "
-                "faster, and compiled sooner"
+                "rows each, triton is as fast or faster, and compiled sooner"
+            )
+        if is_shared and problem.visible_bound <= SHORT_TOKENS:
+            return "triton", (
+                f"for max_context_len={problem.visible_bound} and {problem.group} query heads, up "
+                f"to {SHORT_TOKENS} tokens, triton is as fast or faster, and compiled sooner"
             )
         if rows <= (few := _few_rows(problem)):
             return "triton", (
@@ -162,7 +169,14 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
         if problem.latent:
-            return self._decode.limits_on(target, AsDecode.of(problem).decode)
+            decode, call = self._decode, AsDecode.of(problem).decode
+            reasons, held = decode.limits_on(target, call), decode.part_bytes(target, call)
+            if held > MOST_PART_BYTES:
+                reasons.append(
+                    f"total_tokens={problem.total_tokens} and num_heads={problem.num_heads}: parts "
+                    f"of contexts take {held} bytes, and may take {MOST_PART_BYTES}"
+                )
+            return reasons
         reasons = unfit_target(target) + ragged_size_refusals(problem)
         if problem.cache_type.is_quantised and exceeds(copied_bytes(problem), MOST_COPIED):
             reasons.append(

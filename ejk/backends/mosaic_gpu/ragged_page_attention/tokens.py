@@ -42,8 +42,8 @@ from ejk.backends.ragged_page_attention import (
 # Heads of tokens that share a program: a copy of its rows begins with a multiple of 8.
 SHARED_HEADS = (8, 16, 32)
 # The plan compares all blocks: 4,102, the most that were measured, took it 36 of 3,700 us. Each has
-# a copy of its sequence's row of the table: all together at most 64 MiB.
-MOST_BLOCKS, MOST_IDS = 8192, 2**24
+# a copy of its sequence's row of the table, and where contexts are cut memory for a part.
+MOST_BLOCKS, MOST_IDS, MOST_PART_BYTES = 8192, 2**24, 2**30
 
 
 class Blocks(NamedTuple):
@@ -92,22 +92,22 @@ class AsDecode:
     ) -> tuple[jax.Array, ...]:
         """Return each row's results of `run`, the call of decode: see `MosaicGpuPageAttention`."""
         if self.tokens == 1:
-            return run(self._operands(operands, self._rows(operands)), None)
+            return run(self._operands(operands, *self._rows(operands)), None)
         blocks, query = self._blocks(operands), operands.query
         if (missing := self.tokens - self.problem.total_tokens) > 0:  # a program reads as many
             query = jnp.pad(query, ((0, missing), (0, 0), (0, 0)))
-        given = self._operands(operands._replace(query=query), blocks)
+        given = self._operands(operands._replace(query=query), blocks.seq, blocks.length)
         return self._by_row(operands, blocks, run(given, blocks.end))
 
     def _operands(
-        self, operands: RaggedPageAttentionOperands, blocks: Blocks
+        self, operands: RaggedPageAttentionOperands, seq: jax.Array, length: jax.Array
     ) -> PageAttentionOperands:
         return PageAttentionOperands(
             query=operands.query,
             key_cache=operands.key_cache,
             value_cache=None,
-            context_lens=blocks.length,
-            block_tables=operands.block_tables[blocks.seq],
+            context_lens=length,
+            block_tables=operands.block_tables[seq],
             attn_scale=operands.attn_scale,
             sliding_window=operands.sliding_window,
             sinks=None,
@@ -115,13 +115,12 @@ class AsDecode:
             plan=None,
         )
 
-    def _rows(self, operands: RaggedPageAttentionOperands) -> Blocks:
-        """Return a block for each row; of no sequence, it sees nothing."""
+    def _rows(self, operands: RaggedPageAttentionOperands) -> tuple[jax.Array, jax.Array]:
+        """Return the sequence of each row and what it sees: nothing where it is of none."""
         problem, bounds, lens = self.problem, self._bounds(operands), self._lens(operands)
         row = jnp.arange(problem.total_tokens, dtype=jnp.int32)
         is_new, seq = sequences_of_rows(problem.num_seqs, problem.total_tokens, bounds)
-        length = jnp.where(is_new, lens[seq] - (bounds[seq + 1] - 1 - row), 0)
-        return Blocks(seq, row + 1, length)
+        return seq, jnp.where(is_new, lens[seq] - (bounds[seq + 1] - 1 - row), 0)
 
     def _blocks(self, operands: RaggedPageAttentionOperands) -> Blocks:
         """Return the blocks of each sequence: the last one ends with it, the first may be short."""
@@ -144,7 +143,8 @@ class AsDecode:
         total_tokens, bounds = self.problem.total_tokens, self._bounds(operands)
         begin = jnp.maximum(bounds[blocks.seq], blocks.end - self.tokens)
         # A program takes the last rows up to the end, or the batch's first where there are fewer.
-        row = jnp.maximum(blocks.end - self.tokens, 0)[:, None] + jnp.arange(self.tokens)[None]
+        row = jnp.maximum(blocks.end - self.tokens, 0)[:, None]
+        row = row + jnp.arange(self.tokens, dtype=jnp.int32)[None]
         is_own = (row >= begin[:, None]) & (row < blocks.end[:, None])
         row = jnp.where(is_own, row, total_tokens)
         place = jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
