@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 else:
     Size = Any  # or a symbolic dimension of `jax.export`
 
-# Up to so many pairs all are compared: on a GPU in one fusion, which those of its users do not
-# repeat. On two cores of a CPU, numbers x limits, us compared, searched and sorted: 1 x 256 5, 5
-# and 18; 64 x 256 9, 5 and 10; 64 x 2,048 25, 13 and 25; 1,024 x 256 60, 8 and 22; 256 x 8,192 330,
-# 83 and 108; 1,024 x 8,192 11,078, 111 and 116; 8 x 16,384 11, 27 and 211.
+# Up to so many pairs all are compared, for which XLA makes one kernel on a GPU. On two cores of a
+# CPU, numbers x limits, us compared, searched and sorted: 1 x 256 5, 5 and 18; 64 x 256 9, 5, 10;
+# 64 x 2,048 25, 13 and 25; 1,024 x 256 60, 8 and 22; 256 x 8,192 330, 83 and 108; 1,024 x 8,192
+# 11,078, 111 and 116; 8 x 16,384 11, 27 and 211.
 MOST_COMPARED = 2**16
 
 
