@@ -194,19 +194,24 @@ def loop_table(lines) -> str:
 
 def gradients_table(lines) -> str:
     """Write what gradients through pages take, beside those of dense attention."""
-    found = {key: line for key, line in lines.items() if key[0].startswith("gradients ")}
+    found = {
+        key: line
+        for key, line in lines.items()
+        if key[0].startswith("gradients ") and "failed" not in line
+    }
     if not found:
         return ""
     text = (
         "\nGradients through pages, 32/8/128, bfloat16, all tokens new, beside those of dense "
         "causal attention. Each holds a forward pass; `wall` is by the clock, with what launches "
         "take:\n\n"
-        "| | | gradients, us | wall, us | forward pass alone, us | of cuDNN's gradients |\n"
+        "| | | gradients, us | wall, us | forward pass alone, us | of cuDNN's speed |\n"
         "|---|---|---|---|---|---|\n"
     )
     for (name, contender), line in found.items():
-        text += f"| {name.removeprefix('gradients ')} | {contender} | {line['device_us']:,.0f} |"
-        text += f" {line['wall_us']:,.0f} | {line['forward_us']:,.0f} | {line['of_cudnn']:.2f} |\n"
+        cells = [f"{line[what]:,.0f}" for what in ("device_us", "wall_us", "forward_us")]
+        cells.append(f"{line['of_cudnn']:.1%}" if "of_cudnn" in line else "-")
+        text += f"| {name.removeprefix('gradients ')} | {contender} | {' | '.join(cells)} |\n"
     return text
 
 

@@ -355,6 +355,20 @@ def test_tables_of_small_and_latent_batches(report):
     assert "| 17 x 8,192 | 120.0 | 2,500 | 80.0% |" in report.own_table(lines, "waves", "Waves")
 
 
+def test_a_table_of_gradients(report):
+    assert report.gradients_table({}) == ""
+    own = {"device_us": 4821.0, "wall_us": 6088.0, "forward_us": 310.0}
+    lines = {
+        ("gradients 64 x 256", "ejk"): own | {"of_cudnn": 0.22},
+        ("gradients 64 x 256", "XLA dense"): own,
+        ("gradients 64 x 256", "cuDNN dense"): {"failed": "it is not here"},
+    }
+    table = report.gradients_table(lines)
+    assert "| 64 x 256 | ejk | 4,821 | 6,088 | 310 | 22.0% |" in table
+    assert "| 64 x 256 | XLA dense | 4,821 | 6,088 | 310 | - |" in table
+    assert "cuDNN dense" not in table
+
+
 def test_tables_of_prefills():
     import ragged_report
 

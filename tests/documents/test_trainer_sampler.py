@@ -11,7 +11,10 @@ from decoder import Config
 import ejk
 
 CONFIG = Config(num_layers=1, num_heads=2, num_kv_heads=1, vocabulary=32)
-RESULTS = sorted(trainer_sampler.decode.RESULTS.glob(f"{trainer_sampler.NAME}*.json"))
+RESULTS = [
+    trainer_sampler.decode.RESULTS / f"{trainer_sampler.NAME}{of}.json"
+    for of in ("", "_NVIDIA_H200")
+]
 KINDS = (("float32", "same"), ("bfloat16", "float8_e4m3fn"), ("float16", "int8"))
 
 

@@ -1,6 +1,7 @@
 """Gradients of `ejk.page_attention`, on every backend, against a dense definition in float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from edges import LENGTHS, config
 from entries import each_case, edge
 
 import ejk
+from ejk.backends.reverse_mode import attention
 from ejk.testing import oracle
 from ejk.testing.configurations import CONFIGURATIONS
 from ejk.testing.page_attention import PageAttentionCase, build, cases
@@ -267,3 +269,39 @@ def test_forward_mode_is_refused(entry):
     ):
         with pytest.raises(NotImplementedError, match=r"derivatives in reverse mode alone"):
             forward()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("operation", ["page_attention", "ragged_page_attention"])
+def test_blocks_of_the_backward_pass_are_small_on_a_cpu_alone(operation, monkeypatch):
+    """As small as they can be here: a page. The gradients are the same."""
+    jax.clear_caches()
+    sequences, rng = 3, np.random.default_rng(0)
+    query, pool = rng.normal(size=(sequences, 4, 64)), rng.normal(size=(8, 2, 16, 64))
+    pool, tables = jnp.float32(pool), jnp.array([[5, 0, 2, 7], [1, 3, 4, 4], [6, 2, 1, 0]])
+    bounds = [jnp.arange(4)] * (operation == "ragged_page_attention")
+    integers = (jnp.array([50, 1, 64]), tables, *bounds)
+
+    def gradients(query):
+        def loss(query):
+            out = getattr(ejk, operation)(query, pool, pool, *integers, backend="xla")
+            return (out**2).sum()
+
+        return jax.grad(loss)(query)
+
+    def blocks(platform):
+        """Return the pages of blocks that a lowered program loads, of a sequence or a few."""
+        traced = jax.jit(lambda query: gradients(query)).trace(jnp.float32(query))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return set(re.findall(r"-> tensor<(\d+x\d+)x2x16x64xf32>", text))
+
+    of_all = gradients(jnp.float32(query))
+    assert {size.split("x")[1] for size in blocks("cpu")} == {"4"}
+    jax.clear_caches()
+    monkeypatch.setattr(attention, "CPU_BLOCK_BYTES", 1)
+    found = {platform: blocks(platform) for platform in ("cpu", "cuda", "tpu")}
+    assert {size.split("x")[1] for size in found["cpu"]} == {"1", "4"}, "4 of the forward pass"
+    for platform in ("cuda", "tpu"):
+        assert {size.split("x")[1] for size in found[platform]} == {"4"}
+    np.testing.assert_allclose(gradients(jnp.float32(query)), of_all, rtol=1e-5, atol=1e-6)
+    jax.clear_caches()
