@@ -147,8 +147,8 @@ class AsDecode:
         row = row + jnp.arange(self.tokens, dtype=jnp.int32)[None]
         is_own = (row >= begin[:, None]) & (row < blocks.end[:, None])
         row = jnp.where(is_own, row, total_tokens)
-        place = jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
-        place = jnp.full(total_tokens, -1, jnp.int32).at[row].set(place, mode="drop")
+        places = jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
+        place = jnp.full(total_tokens, -1, jnp.int32).at[row].set(places, mode="drop")
 
         def by_row(x: jax.Array, nothing: float) -> jax.Array:
             x = x.reshape(-1, self.problem.num_heads, *x.shape[2:])
