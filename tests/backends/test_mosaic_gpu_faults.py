@@ -73,6 +73,7 @@ FAULTS_OF_TOKENS = {
     "a token sees the one after it": (
         "piece", "position < piece.common +", "position <= piece.common +",
     ),
+    "the first table for all": ("piece", "inputs.tables[seq]", "0 * inputs.tables[seq]"),
     "all tokens see as far": ("kernel", "if self.inputs.ends is not None:", "if False:"),
     "rows are tokens": ("piece", "jnp.full_like(row, sizes.heads)", "jnp.full_like(row, 1)"),
     "blocks that the last token sees are whole": (

@@ -15,6 +15,7 @@ from test_mosaic_gpu import SHAPE
 from test_ragged_triton_compile import MIXED
 
 import ejk
+from ejk.backends.mosaic_gpu.ragged_page_attention import backend as module
 from ejk.backends.mosaic_gpu.ragged_page_attention import tokens
 from ejk.backends.ragged_page_attention import RaggedPageAttentionOperands
 from ejk.testing.bounds import assert_close
@@ -33,10 +34,10 @@ def _fresh_interpreter():
     gpu_interpreter.reset()
 
 
-def check(config, lens, bounds, **options):
+def check(config, lens, bounds, backend=BACKEND, **options):
     case = build_ragged(config, np.array(lens), np.array(bounds), **options)
     out, lse = ejk.ragged_page_attention(
-        *case.operands(), **case.semantics(), return_lse=True, backend=BACKEND
+        *case.operands(), **case.semantics(), return_lse=True, backend=backend
     )
     assert_close(case, np.asarray(out), np.asarray(lse))
 
@@ -59,6 +60,15 @@ def test_batches(lens, bounds):
 def test_tokens_of_few_heads_share_a_program(lens, bounds, heads):
     shape = dataclasses.replace(SHAPE, num_heads=heads)
     check(Configuration(shape, BF16, "NHD"), lens, bounds, invalid=0.1, seed=heads)
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+def test_contexts_that_are_not_cut(heads, monkeypatch):
+    """As those of very many blocks are; the program is none that another test has compiled."""
+    monkeypatch.setattr(module, "MOST_PLANNED", 2)
+    shape = dataclasses.replace(SHAPE, num_heads=heads)
+    batch = BATCHES["unequal ones, and rows of no sequence"]
+    check(Configuration(shape, BF16, "NHD"), *batch, dataclasses.replace(BACKEND, num_sms=6))
 
 
 def test_a_batch_of_fewer_tokens_than_share_a_program():
@@ -94,7 +104,8 @@ FAULTS = {
     ),
     "rows of no sequence see tokens": ("jnp.where(is_new, lens", "jnp.where(True, lens"),
     "bounds fall": ("sane_bounds(self.problem, operands.cu_q_lens)", "operands.cu_q_lens"),
-    "blocks read the first table": ("block_tables[blocks.seq]", "block_tables[blocks.seq * 0]"),
+    "blocks read the first table": ("Tokens(blocks.seq,", "Tokens(blocks.seq * 0,"),
+    "rows read the first table": ("Tokens(seq)", "Tokens(seq * 0)"),
     "lengths are not clipped": (
         "jnp.clip(operands.context_lens, 0, self.problem.capacity)", "operands.context_lens",
     ),
@@ -133,14 +144,14 @@ def check_blocks(module, lens, bounds, num_heads):
     as_decode = module.AsDecode.of(problem)
     blocks, tokens = as_decode.num_blocks, as_decode.tokens
 
-    def run(given, ends):
+    def run(given, of):
         """Attend to each token of each block: those after its end see as much as the last one."""
-        ends = jnp.arange(1, blocks + 1) if ends is None else ends
+        ends = jnp.arange(1, blocks + 1) if of.ends is None else of.ends
         rows = jnp.maximum(ends - tokens, 0)[:, None] + jnp.arange(tokens)[None]
         lens = given.context_lens[:, None] - jnp.maximum(ends[:, None] - 1 - rows, 0)
         results = ejk.page_attention(
             given.query[rows.reshape(-1)], given.key_cache, None, lens.reshape(-1),
-            jnp.repeat(given.block_tables, tokens, axis=0),
+            jnp.repeat(given.block_tables[of.tables], tokens, axis=0),
             value_head_dim=SMALL.width, return_lse=True, backend="xla",
         )  # fmt: skip
         return tuple(x.reshape(blocks, tokens * num_heads, *x.shape[2:]) for x in results)

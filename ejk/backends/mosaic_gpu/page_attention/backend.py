@@ -15,6 +15,7 @@ from ejk.backends.mosaic_gpu.page_attention.sizes import (
     VALUE_HEAD_DIM,
     LatentSizes,
 )
+from ejk.backends.mosaic_gpu.page_attention.tokens import OWN, Tokens
 from ejk.backends.page_attention import (
     PageAttentionBackend,
     PageAttentionOperands,
@@ -83,20 +84,15 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
         problem: PageAttentionProblem,
         operands: PageAttentionOperands,
         call: Call,
-        ends: jax.Array | None = None,
+        tokens: Tokens = OWN,
     ) -> tuple[Any, ...]:
-        """Run the kernel.
-
-        With `ends`, int32 [num_seqs], the rows of `operands.query` are tokens. A sequence then has
-        the last tokens up to its end, and the problem's heads are those of all of them.
-        """
         from ejk.backends.mosaic_gpu.page_attention.call import attend
 
         heads = operands.query.shape[1]
         sizes = LatentSizes.of(problem, target, self.interpret, heads)
         work = work_of(sizes.cut.plan, operands, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
-            written = attend(sizes, operands, ends, work)
+            written = attend(sizes, operands, tokens, work)
         out, lse = written.out, written.lse
         if written.part_out is not None:
             out, lse = combine(

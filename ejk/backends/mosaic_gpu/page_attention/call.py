@@ -10,22 +10,24 @@ from ejk.backends.mosaic_gpu._call import Memory, launch
 from ejk.backends.mosaic_gpu.page_attention.kernel import latent_attention_kernel
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, shared_types
 from ejk.backends.mosaic_gpu.page_attention.sizes import LatentSizes
+from ejk.backends.mosaic_gpu.page_attention.tokens import Tokens
 from ejk.backends.page_attention import PageAttentionOperands
 
 WARPGROUPS = 3
 
 
 def attend(
-    sizes: LatentSizes, operands: PageAttentionOperands, ends: jax.Array | None, work: Any
+    sizes: LatentSizes, operands: PageAttentionOperands, tokens: Tokens, work: Any
 ) -> Outputs:
     """Launch the kernel once; returns what it wrote, for `sizes.problem`'s heads."""
     problem = sizes.problem
     query, window = operands.query, operands.sliding_window
-    pad = 0 if ends is not None else problem.num_heads - sizes.heads
+    pad = problem.num_heads - sizes.heads if tokens.ends is None else 0
     query = jnp.pad(query, ((0, 0), (0, pad), (0, 0))) if pad else query
     inputs = Inputs(
         query=query.reshape(-1, problem.head_dim),
-        ends=ends,
+        tables=tokens.tables,
+        ends=tokens.ends,
         # With one KV head all layouts are the same.
         pool=operands.key_cache.reshape(problem.num_pages, problem.page_size, problem.head_dim),
         context_lens=operands.context_lens,

@@ -12,10 +12,11 @@ class Inputs(NamedTuple):
     """Arrays in global memory."""
 
     query: Any  # [rows, head_dim]: heads of sequence after sequence, or token after token
+    tables: Any  # int32 [num_seqs]: the table of each; None: its own
     ends: Any  # int32 [num_seqs]: the token after a sequence's last; None: it has one
     pool: Any  # [num_pages, page_size, head_dim]
     context_lens: Any  # int32 [num_seqs]
-    block_tables: Any  # int32 [num_seqs, max_blocks]
+    block_tables: Any  # int32 [tables, max_blocks]
     attn_scale: Any  # float32 [1]
     sliding_window: Any  # int32 [1] or [num_seqs], or None
     work: Any  # int32 [1 + pieces + splits, 4], or None: see `PlanProblem`

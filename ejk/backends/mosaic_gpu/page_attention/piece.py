@@ -17,6 +17,7 @@ class Piece(NamedTuple):
     seq: Any
     head: Any  # the first
     row: Any  # the first of the queries
+    table: Any  # which of the tables
     low: Any  # positions in [low, high) are visible
     high: Any
     common: Any  # those before it also to the first of several tokens
@@ -57,11 +58,12 @@ def my_piece(inputs: Inputs, sizes: LatentSizes) -> tuple[Any, Piece]:
     low, high = jnp.maximum(begin, first), jnp.minimum(reach, length)
     first_block = lax.div(low, BLOCK_KV)
     blocks = jnp.maximum(blocks_of(high) - first_block, 1)
+    table = seq if inputs.tables is None else inputs.tables[seq]
     row, common = seq * problem.num_heads + head, high
     if inputs.ends is not None:
         token = jnp.maximum(inputs.ends[seq] - sizes.tokens, 0)
         row, common = token * sizes.heads, length - (inputs.ends[seq] - 1 - token)
-    return is_mine, Piece(seq, head, row, low, high, common, part, first_block, blocks)
+    return is_mine, Piece(seq, head, row, table, low, high, common, part, first_block, blocks)
 
 
 def blocks_of(tokens: Any) -> Any:
@@ -72,7 +74,7 @@ def pages_of(j: Any, piece: Piece, inputs: Inputs, sizes: LatentSizes) -> tuple[
     """Return the ids of a block's pages, or the last of the table where it ends."""
     first = lax.div((piece.first_block + j) * BLOCK_KV, sizes.problem.page_size)
     places = (jnp.minimum(first + i, sizes.problem.max_blocks - 1) for i in range(sizes.copies))
-    return tuple(inputs.block_tables[piece.seq, place] for place in places)
+    return tuple(inputs.block_tables[piece.table, place] for place in places)
 
 
 def exists(page: Any, sizes: LatentSizes) -> Any:

@@ -18,12 +18,12 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
     PrefillSizes,
 )
 from ejk.backends.mosaic_gpu.ragged_page_attention.tokens import (
-    MOST_BLOCKS,
-    MOST_IDS,
     MOST_PART_BYTES,
+    MOST_PLANNED,
     SHARED_HEADS,
     AsDecode,
 )
+from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,
@@ -107,16 +107,6 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         decode, as_decode = self._decode, AsDecode.of(problem)
         missing = sorted(as_decode.decode.features - decode.features)
         reasons = [f"does not support {feature} with value_head_dim" for feature in missing]
-        blocks, max_blocks = as_decode.num_blocks, problem.max_blocks
-        named = f"total_tokens={problem.total_tokens}"
-        if as_decode.tokens > 1:
-            named += (
-                f" of num_seqs={problem.num_seqs}, {blocks} blocks of up to {as_decode.tokens},"
-            )
-        if exceeds(blocks, MOST_BLOCKS):
-            reasons.append(f"{named} must be at most {MOST_BLOCKS}")
-        if exceeds(blocks * max_blocks, MOST_IDS):
-            reasons.append(f"{named} times max_blocks={max_blocks} must be at most {MOST_IDS}")
         call = as_decode.decode
         if as_decode.tokens == 1 and problem.num_heads < FEWEST_HEADS:
             reasons.append(
@@ -129,6 +119,13 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
     @property
     def _decode(self) -> MosaicGpuPageAttention:
         return MosaicGpuPageAttention(self.compute_capability, self.num_sms, self.interpret)
+
+    def _call(self, target: Target, as_decode: AsDecode) -> PageAttentionProblem:
+        """Return the call of decode: of very many blocks none is cut."""
+        call = as_decode.decode
+        held = self._decode.part_bytes(target, call)
+        is_large = as_decode.num_blocks > MOST_PLANNED or held > MOST_PART_BYTES
+        return dataclasses.replace(call, num_splits=1) if is_large else call
 
     def passed_over(
         self, problem: RaggedPageAttentionProblem, platform: str
@@ -169,14 +166,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
         if problem.latent:
-            decode, call = self._decode, AsDecode.of(problem).decode
-            reasons, held = decode.limits_on(target, call), decode.part_bytes(target, call)
-            if held > MOST_PART_BYTES:
-                reasons.append(
-                    f"total_tokens={problem.total_tokens} and num_heads={problem.num_heads}: parts "
-                    f"of contexts take {held} bytes, and may take {MOST_PART_BYTES}"
-                )
-            return reasons
+            return self._decode.limits_on(target, self._call(target, AsDecode.of(problem)))
         reasons = unfit_target(target) + ragged_size_refusals(problem)
         if problem.cache_type.is_quantised and exceeds(copied_bytes(problem), MOST_COPIED):
             reasons.append(
@@ -198,11 +188,10 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
         if problem.latent:
             as_decode = AsDecode.of(problem)
+            decode = self._call(target, as_decode)
             return as_decode.run(
                 operands,
-                lambda given, ends: self._decode.run_on(
-                    target, as_decode.decode, given, call, ends
-                ),
+                lambda given, tokens: self._decode.run_on(target, decode, given, call, tokens),
             )
         if problem.scales == "token":
             operands = ordered_scales(problem, operands, BLOCK_KV[problem.head_dim])

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from ejk._indices import Size, count_up_to, least
 from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS
+from ejk.backends.mosaic_gpu.page_attention.tokens import Tokens
 from ejk.backends.page_attention import (
     PageAttentionOperands,
     PageAttentionProblem,
@@ -41,9 +42,10 @@ from ejk.backends.ragged_page_attention import (
 
 # Heads of tokens that share a program: a copy of its rows begins with a multiple of 8.
 SHARED_HEADS = (8, 16, 32)
-# The plan compares all blocks: 4,102, the most that were measured, took it 36 of 3,700 us. Each has
-# a copy of its sequence's row of the table, and where contexts are cut memory for a part.
-MOST_BLOCKS, MOST_IDS, MOST_PART_BYTES = 8192, 2**24, 2**30
+# Where blocks are more than so many, or parts of their contexts would take more memory, no context
+# is cut, and there is no plan: it compares all blocks, and each has memory for a part. They fill
+# many waves of programs then. 4,102 blocks took the plan 36 of 3,500 us.
+MOST_PLANNED, MOST_PART_BYTES = 8192, 2**30
 
 
 class Blocks(NamedTuple):
@@ -88,26 +90,27 @@ class AsDecode:
     def run(
         self,
         operands: RaggedPageAttentionOperands,
-        run: Callable[[PageAttentionOperands, jax.Array | None], tuple[jax.Array, ...]],
+        run: Callable[[PageAttentionOperands, Tokens], tuple[jax.Array, ...]],
     ) -> tuple[jax.Array, ...]:
-        """Return each row's results of `run`, the call of decode: see `MosaicGpuPageAttention`."""
+        """Return each row's results of `run`, which runs `decode` on what it is given."""
         if self.tokens == 1:
-            return run(self._operands(operands, *self._rows(operands)), None)
+            seq, length = self._rows(operands)
+            return run(self._operands(operands, length), Tokens(seq))
         blocks, query = self._blocks(operands), operands.query
         if (missing := self.tokens - self.problem.total_tokens) > 0:  # a program reads as many
             query = jnp.pad(query, ((0, missing), (0, 0), (0, 0)))
-        given = self._operands(operands._replace(query=query), blocks.seq, blocks.length)
-        return self._by_row(operands, blocks, run(given, blocks.end))
+        given = self._operands(operands._replace(query=query), blocks.length)
+        return self._by_row(operands, blocks, run(given, Tokens(blocks.seq, blocks.end)))
 
     def _operands(
-        self, operands: RaggedPageAttentionOperands, seq: jax.Array, length: jax.Array
+        self, operands: RaggedPageAttentionOperands, length: jax.Array
     ) -> PageAttentionOperands:
         return PageAttentionOperands(
             query=operands.query,
             key_cache=operands.key_cache,
             value_cache=None,
             context_lens=length,
-            block_tables=operands.block_tables[seq],
+            block_tables=operands.block_tables,
             attn_scale=operands.attn_scale,
             sliding_window=operands.sliding_window,
             sinks=None,
