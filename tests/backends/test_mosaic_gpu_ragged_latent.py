@@ -102,24 +102,26 @@ FAULTS = {
     "tokens see the one after them": (
         "- (bounds[seq + 1] - 1 - row)", "- (bounds[seq + 1] - 2 - row)",
     ),
-    "rows of no sequence see tokens": ("jnp.where(is_new, lens", "jnp.where(True, lens"),
+    "rows of no sequence see tokens": ("jnp.where(is_new, length", "jnp.where(True, length"),
     "bounds fall": ("sane_bounds(self.problem, operands.cu_q_lens)", "operands.cu_q_lens"),
     "blocks read the first table": ("Tokens(blocks.seq,", "Tokens(blocks.seq * 0,"),
     "rows read the first table": ("Tokens(seq)", "Tokens(seq * 0)"),
     "lengths are not clipped": (
-        "jnp.clip(operands.context_lens, 0, self.problem.capacity)", "operands.context_lens",
+        "jnp.clip(operands.context_lens, 0, problem.capacity)", "operands.context_lens",
     ),
-    "blocks see the token after them": ("lens[seq] - later", "lens[seq] - later + 1"),
-    "all blocks of a sequence are its last": ("bounds[seq + 1] - later", "bounds[seq + 1]"),
+    "blocks see the token after them": (
+        "blocks.begin + blocks.num_tokens", "blocks.begin + blocks.num_tokens + 1",
+    ),
+    "all blocks are full": ("blocks.row + blocks.num_tokens", "blocks.row + self.tokens"),
     "blocks that are not full are not counted": (
         "-(-(bounds[1:] - bounds[:-1]) // self.tokens)",
         "(bounds[1:] - bounds[:-1]) // self.tokens",
     ),
     "blocks that are not full have no room": ("+ partial) // self.tokens", ") // self.tokens"),
     "blocks take tokens of the sequence before": (
-        "jnp.maximum(bounds[blocks.seq], blocks.end - self.tokens)", "blocks.end - self.tokens",
+        "(row >= begin[:, None]) & (row < end[:, None])", "row < end[:, None]",
     ),
-    "blocks take tokens of the sequence after": ("& (row < blocks.end[:, None])", ""),
+    "blocks take tokens of the sequence after": ("& (row < end[:, None])", ""),
     "tokens of a block change places": (
         "jnp.arange(row.size, dtype=jnp.int32)", "jnp.arange(row.size, dtype=jnp.int32)[::-1]",
     ),

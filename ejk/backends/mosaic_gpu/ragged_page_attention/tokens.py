@@ -20,12 +20,12 @@ and put results in their places: 19 us of 64 x 5 tokens, half of them once for a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ejk._indices import Size, count_up_to, least
+from ejk._indices import Size, least
 from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS
 from ejk.backends.mosaic_gpu.page_attention.tokens import Tokens
 from ejk.backends.page_attention import (
@@ -34,8 +34,10 @@ from ejk.backends.page_attention import (
     PagedProblem,
 )
 from ejk.backends.ragged_page_attention import (
+    Items,
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,
+    number_items,
     sane_bounds,
     sequences_of_rows,
 )
@@ -46,14 +48,6 @@ SHARED_HEADS = (8, 16, 32)
 # is cut, and there is no plan: it compares all blocks, and each has memory for a part. They fill
 # many waves of programs then. 4,102 blocks took the plan 36 of 3,500 us.
 MOST_PLANNED, MOST_PART_BYTES = 8192, 2**30
-
-
-class Blocks(NamedTuple):
-    """Blocks of new tokens, each of one sequence."""
-
-    seq: jax.Array  # int32 [blocks]
-    end: jax.Array  # int32 [blocks]: the row of `query` after the last token's
-    length: jax.Array  # int32 [blocks]: what the last token sees; 0 of a block that is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +87,18 @@ class AsDecode:
         run: Callable[[PageAttentionOperands, Tokens], tuple[jax.Array, ...]],
     ) -> tuple[jax.Array, ...]:
         """Return each row's results of `run`, which runs `decode` on what it is given."""
+        bounds = sane_bounds(self.problem, operands.cu_q_lens)
         if self.tokens == 1:
-            seq, length = self._rows(operands)
+            seq, length = self._rows(operands, bounds)
             return run(self._operands(operands, length), Tokens(seq))
-        blocks, query = self._blocks(operands), operands.query
+        blocks, query = self._blocks(operands, bounds), operands.query
         if (missing := self.tokens - self.problem.total_tokens) > 0:  # a program reads as many
             query = jnp.pad(query, ((0, missing), (0, 0), (0, 0)))
-        given = self._operands(operands._replace(query=query), blocks.length)
-        return self._by_row(operands, blocks, run(given, Tokens(blocks.seq, blocks.end)))
+        exists, end = blocks.num_tokens > 0, blocks.row + blocks.num_tokens
+        end = jnp.where(exists, end, 0)
+        length = jnp.where(exists, blocks.context + blocks.begin + blocks.num_tokens, 0)
+        given = self._operands(operands._replace(query=query), length)
+        return self._by_row(blocks.row, end, run(given, Tokens(blocks.seq, end)))
 
     def _operands(
         self, operands: RaggedPageAttentionOperands, length: jax.Array
@@ -118,37 +116,34 @@ class AsDecode:
             plan=None,
         )
 
-    def _rows(self, operands: RaggedPageAttentionOperands) -> tuple[jax.Array, jax.Array]:
+    def _rows(
+        self, operands: RaggedPageAttentionOperands, bounds: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Return the sequence of each row and what it sees: nothing where it is of none."""
-        problem, bounds, lens = self.problem, self._bounds(operands), self._lens(operands)
+        problem = self.problem
         row = jnp.arange(problem.total_tokens, dtype=jnp.int32)
         is_new, seq = sequences_of_rows(problem.num_seqs, problem.total_tokens, bounds)
-        return seq, jnp.where(is_new, lens[seq] - (bounds[seq + 1] - 1 - row), 0)
+        length = jnp.clip(operands.context_lens, 0, problem.capacity)[seq]
+        return seq, jnp.where(is_new, length - (bounds[seq + 1] - 1 - row), 0)
 
-    def _blocks(self, operands: RaggedPageAttentionOperands) -> Blocks:
-        """Return the blocks of each sequence: the last one ends with it, the first may be short."""
-        problem, bounds, lens = self.problem, self._bounds(operands), self._lens(operands)
+    def _blocks(self, operands: RaggedPageAttentionOperands, bounds: jax.Array) -> Items:
+        counts = -(-(bounds[1:] - bounds[:-1]) // self.tokens)
         number = jnp.arange(self.num_blocks, dtype=jnp.int32)
-        ends = jnp.cumsum(-(-(bounds[1:] - bounds[:-1]) // self.tokens), dtype=jnp.int32)
-        seq = count_up_to(ends, number)
-        exists, seq = seq < problem.num_seqs, jnp.minimum(seq, problem.num_seqs - 1)
-        later = (ends[seq] - 1 - number) * self.tokens  # tokens of the sequence after the block
-        end = jnp.where(exists, bounds[seq + 1] - later, 0)
-        return Blocks(seq, end, jnp.where(exists, lens[seq] - later, 0))
+        lens = operands.context_lens
+        return number_items(self.problem, lens, bounds, counts, self.tokens, number)
 
     def _by_row(
-        self,
-        operands: RaggedPageAttentionOperands,
-        blocks: Blocks,
-        found: tuple[jax.Array, ...],
+        self, begin: jax.Array, end: jax.Array, found: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        """Return each row's of the results of blocks; nothing of a row of no sequence."""
-        total_tokens, bounds = self.problem.total_tokens, self._bounds(operands)
-        begin = jnp.maximum(bounds[blocks.seq], blocks.end - self.tokens)
-        # A program takes the last rows up to the end, or the batch's first where there are fewer.
-        row = jnp.maximum(blocks.end - self.tokens, 0)[:, None]
+        """Return each row's of the results of blocks; nothing of a row of no sequence.
+
+        Rows `[begin, end)` are a block's own. A program takes the last ones up to the end, or the
+        batch's first where there are fewer.
+        """
+        total_tokens = self.problem.total_tokens
+        row = jnp.maximum(end - self.tokens, 0)[:, None]
         row = row + jnp.arange(self.tokens, dtype=jnp.int32)[None]
-        is_own = (row >= begin[:, None]) & (row < blocks.end[:, None])
+        is_own = (row >= begin[:, None]) & (row < end[:, None])
         row = jnp.where(is_own, row, total_tokens)
         places = jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
         place = jnp.full(total_tokens, -1, jnp.int32).at[row].set(places, mode="drop")
@@ -159,9 +154,3 @@ class AsDecode:
             return jnp.where(is_new, x.at[place].get(mode="clip"), nothing)
 
         return tuple(by_row(x, nothing) for x, nothing in zip(found, (0.0, -jnp.inf)))
-
-    def _bounds(self, operands: RaggedPageAttentionOperands) -> jax.Array:
-        return sane_bounds(self.problem, operands.cu_q_lens)
-
-    def _lens(self, operands: RaggedPageAttentionOperands) -> jax.Array:
-        return jnp.clip(operands.context_lens, 0, self.problem.capacity)
