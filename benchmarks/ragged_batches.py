@@ -143,6 +143,9 @@ def _latent() -> list[Batch]:
 
     rng = np.random.default_rng(0)
     unequal = [(1, 8, int(n)) for n in rng.integers(200, 16_000, 40)]
+    short = (16, 64, 16), (32, 8, 64), (16, 64, 64)
+    prompts = (16, 16, 512), (16, 8, 1024), (64, 16, 256)
+    uncut = (16, 4, 10_000), (64, 2, 8192)  # more parts than are cut
     return [
         *(
             batch(f"verification of {n} on 4,096", heads, (64, n, 4096))
@@ -155,7 +158,7 @@ def _latent() -> list[Batch]:
         ),
         *(
             batch(f"{count} prompts of {n}", heads, (count, n, n))
-            for heads, count, n in ((16, 64, 64), (16, 16, 512), (16, 8, 1024), (64, 16, 256))
+            for heads, count, n in (*short, *prompts, *uncut)
         ),
         batch("4 chunks of 256 and 60 decodes on 4,096", 16, (4, 256, 4096), (60, 1, 4096)),
     ]

@@ -8,12 +8,14 @@ import inspect
 import types
 
 import gpu_interpreter
+import mutants
 import numpy as np
 import pytest
 from test_mosaic_gpu import BF16, SHAPE, WINDOW
 
 import ejk
 from ejk.backends.mosaic_gpu.page_attention import call
+from ejk.backends.triton.page_attention import combine_kernel
 from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import Configuration
 from ejk.testing.page_attention import build
@@ -21,6 +23,7 @@ from ejk.testing.ragged_page_attention import build_ragged
 
 pytestmark = gpu_interpreter.marks
 FOLDER = "ejk.backends.mosaic_gpu.page_attention"
+MERGED = (570, 60, 500), (0, 3, 8, 11)  # the long contexts are in parts
 
 FAULTS = {
     "no wait for the keys": (
@@ -59,7 +62,7 @@ FAULTS = {
         "return State(state.acc, state.m, state.l * alpha), alpha",
     ),
     "the halves change places": (
-        "kernel", "pl.ds(half * sizes.half,", "pl.ds((1 - half) * sizes.half,",
+        "writing", "pl.ds(self.half * self.sizes.half,", "pl.ds((1 - self.half) * self.sizes.half,",
     ),
     "the next heads": ("piece", "lax.rem(program, groups) * ROWS", "0 * ROWS"),
     "a piece begins at its end": (
@@ -74,19 +77,32 @@ FAULTS_OF_TOKENS = {
         "piece", "position < piece.common +", "position <= piece.common +",
     ),
     "the first table for all": ("piece", "inputs.tables[seq]", "0 * inputs.tables[seq]"),
-    "all tokens see as far": ("kernel", "if self.inputs.ends is not None:", "if False:"),
+    "all tokens see as far": (
+        "kernel", "if self.inputs.spans is not None:\n                row",
+        "if False:\n                row",
+    ),
     "rows are tokens": ("piece", "jnp.full_like(row, sizes.heads)", "jnp.full_like(row, 1)"),
     "blocks that the last token sees are whole": (
         "piece", "jnp.minimum(piece.high, piece.common)", "piece.high",
     ),
     "rows before the first are read": (
-        "piece", "jnp.maximum(inputs.ends[seq] - sizes.tokens, 0)",
-        "inputs.ends[seq] - sizes.tokens",
+        "piece", "jnp.maximum(end - sizes.tokens, 0)", "end - sizes.tokens",
     ),
     "a short block counts from its own end": (
-        "piece", "inputs.ends[seq] - 1 - token", "sizes.tokens - 1",
+        "piece", "length - (end - 1 - token)", "length - (sizes.tokens - 1)",
+    ),
+    "tokens before the first are written": (
+        "writing", "(self.piece.token + token >= begin) & ", "",
     ),
 }  # fmt: skip
+
+# Of the kernel that merges the parts of such programs.
+FAULTS_OF_MERGED_TOKENS = {
+    "tokens before the first are merged": ("(row >= begin * HEADS) & ", ""),
+    "tokens after the last are merged": (" & (row < end * HEADS)", ""),
+    "a sequence's tokens begin a row": ("tl.maximum(end - TOKENS, 0) * HEADS", "begin * HEADS"),
+    "sequences are rows": ("tl.maximum(end - TOKENS, 0) * HEADS", "seq * HEADS"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +146,12 @@ def check(bug):
         assert_close(each, *gpu_interpreter.run(each, backend))
 
 
-def check_tokens(bug):
+def check_tokens(bug, lens=(196, 60, 128), bounds=(0, 5, 8, 16)):
     """Up to eight tokens a program, among which blocks of keys end, and fewer at the beginning."""
-    shape = dataclasses.replace(SHAPE, num_heads=8)
+    shape = dataclasses.replace(SHAPE, num_heads=8, page_size=64, max_blocks=9)
     config = Configuration(shape, BF16, "HND")
-    case = build_ragged(config, np.array([196, 128]), np.array([0, 5, 16]))
-    backend = RaggedMutant(num_sms=1, interpret=True, bug=bug)
+    case = build_ragged(config, np.array(lens), np.array(bounds))
+    backend = RaggedMutant(num_sms=6, interpret=True, bug=bug)
     out, lse = ejk.ragged_page_attention(
         *case.operands(), **case.semantics(), return_lse=True, backend=backend
     )
@@ -145,7 +161,7 @@ def check_tokens(bug):
 def mutated(file, old, new):
     """Execute a module, one place of it changed; then those that use it, down to the kernel."""
     made = {}
-    for name in ("memory", "piece", "copying", "kernel"):
+    for name in ("memory", "piece", "copying", "writing", "kernel"):
         module = importlib.import_module(f"{FOLDER}.{name}")
         source = inspect.getsource(module)
         if name == file:
@@ -164,6 +180,7 @@ def mutated(file, old, new):
 def test_the_sound_kernel_is_not_accused():
     check("")
     check_tokens("")
+    check_tokens("", *MERGED)
 
 
 @pytest.mark.fault("page_attention", "mosaic_gpu")
@@ -176,3 +193,14 @@ def test_a_fault_is_caught(bug, monkeypatch):
     monkeypatch.setattr(call, "shared_types", made["memory"].shared_types)
     with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
         (check_tokens if bug in FAULTS_OF_TOKENS else check)(bug)
+
+
+@pytest.mark.fault("ragged_page_attention", "mosaic_gpu")
+@pytest.mark.fast(2)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("bug", FAULTS_OF_MERGED_TOKENS)
+def test_a_fault_of_what_merges_tokens_is_caught(bug, monkeypatch, tmp_path):
+    made = mutants.load(combine_kernel, *FAULTS_OF_MERGED_TOKENS[bug], tmp_path)
+    monkeypatch.setattr(combine_kernel, "combine_parts_kernel", made.combine_parts_kernel)
+    with pytest.raises((AssertionError, IndexError)):
+        check_tokens(bug, *MERGED)

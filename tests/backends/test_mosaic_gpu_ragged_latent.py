@@ -15,6 +15,7 @@ from test_mosaic_gpu import SHAPE
 from test_ragged_triton_compile import MIXED
 
 import ejk
+from ejk.backends.mosaic_gpu.page_attention import backend as decode
 from ejk.backends.mosaic_gpu.ragged_page_attention import backend as module
 from ejk.backends.mosaic_gpu.ragged_page_attention import tokens
 from ejk.backends.ragged_page_attention import RaggedPageAttentionOperands
@@ -62,13 +63,33 @@ def test_tokens_of_few_heads_share_a_program(lens, bounds, heads):
     check(Configuration(shape, BF16, "NHD"), lens, bounds, invalid=0.1, seed=heads)
 
 
+# So long that they are cut: as planned for six multiprocessors, in equal parts for twelve.
+LONG = dataclasses.replace(SHAPE, page_size=64, max_blocks=9)
+CUT = ((570, 60, 500), (0, 3, 8, 11))
+
+
+@pytest.fixture
+def merges(monkeypatch):
+    """Return a list that each merging of parts is added to."""
+    found, combine = [], decode.combine
+    monkeypatch.setattr(decode, "combine", lambda *args: found.append(args) or combine(*args))
+    return found
+
+
+@pytest.mark.parametrize("heads, num_sms", [(8, 6), (8, 12), (64, 6)])
+def test_contexts_in_parts(heads, num_sms, merges):
+    config = Configuration(dataclasses.replace(LONG, num_heads=heads), BF16, "HND")
+    check(config, *CUT, dataclasses.replace(BACKEND, num_sms=num_sms))
+    assert merges
+
+
 @pytest.mark.parametrize("heads", [16, 64])
-def test_contexts_that_are_not_cut(heads, monkeypatch):
+def test_contexts_that_are_not_cut(heads, monkeypatch, merges):
     """As those of very many blocks are; the program is none that another test has compiled."""
     monkeypatch.setattr(module, "MOST_PLANNED", 2)
-    shape = dataclasses.replace(SHAPE, num_heads=heads)
-    batch = BATCHES["unequal ones, and rows of no sequence"]
-    check(Configuration(shape, BF16, "NHD"), *batch, dataclasses.replace(BACKEND, num_sms=6))
+    config = Configuration(dataclasses.replace(LONG, num_heads=heads), BF16, "HND")
+    check(config, *CUT, dataclasses.replace(BACKEND, num_sms=7))
+    assert not merges
 
 
 def test_a_batch_of_fewer_tokens_than_share_a_program():
@@ -79,7 +100,7 @@ def test_a_batch_of_fewer_tokens_than_share_a_program():
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("last", range(61, 70))
 def test_tokens_that_share_a_program_see_up_to_themselves(last):
-    """Wherever the end of a block of keys falls among them, and where contexts are in parts."""
+    """Wherever the end of a block of keys falls among them."""
     shape = dataclasses.replace(SHAPE, num_heads=8)
     check(Configuration(shape, BF16, "HND"), (last, last + 128), (0, 8, 16))
 
@@ -99,33 +120,33 @@ def test_heads_that_fill_no_program_in_float16():
 
 SMALL = Shape("latent", 3, 1, 24, page_size=4, max_blocks=6, value_head_dim=16, latent=True)
 FAULTS = {
-    "tokens see the one after them": (
-        "- (bounds[seq + 1] - 1 - row)", "- (bounds[seq + 1] - 2 - row)",
+    "rows of no sequence see tokens": (
+        "jnp.pad(operands.context_lens, 1)", 'jnp.pad(operands.context_lens, 1, "edge")',
     ),
-    "rows of no sequence see tokens": ("jnp.where(is_new, length", "jnp.where(True, length"),
-    "bounds fall": ("sane_bounds(self.problem, operands.cu_q_lens)", "operands.cu_q_lens"),
-    "blocks read the first table": ("Tokens(blocks.seq,", "Tokens(blocks.seq * 0,"),
-    "rows read the first table": ("Tokens(seq)", "Tokens(seq * 0)"),
-    "lengths are not clipped": (
-        "jnp.clip(operands.context_lens, 0, problem.capacity)", "operands.context_lens",
+    "rows of no sequence before the first one are left out": (
+        "for row in (0, problem.total_tokens)", "for row in (1, problem.total_tokens)",
     ),
+    "rows of no sequence after the last one are left out": (
+        "for row in (0, problem.total_tokens)", "for row in (0, problem.total_tokens - 1)",
+    ),
+    "bounds fall": ("sane_bounds(problem, operands.cu_q_lens)", "operands.cu_q_lens"),
+    "the first table for all": ("jnp.clip(blocks.seq - 1, 0", "jnp.clip(0 * blocks.seq, 0"),
+    "the next table": ("jnp.clip(blocks.seq - 1, 0", "jnp.clip(blocks.seq, 0"),
     "blocks see the token after them": (
         "blocks.begin + blocks.num_tokens", "blocks.begin + blocks.num_tokens + 1",
     ),
     "all blocks are full": ("blocks.row + blocks.num_tokens", "blocks.row + self.tokens"),
     "blocks that are not full are not counted": (
-        "-(-(bounds[1:] - bounds[:-1]) // self.tokens)",
-        "(bounds[1:] - bounds[:-1]) // self.tokens",
+        "-(-(bounds[1:] - bounds[:-1]) // tokens)", "(bounds[1:] - bounds[:-1]) // tokens",
     ),
     "blocks that are not full have no room": ("+ partial) // self.tokens", ") // self.tokens"),
     "blocks take tokens of the sequence before": (
         "(row >= begin[:, None]) & (row < end[:, None])", "row < end[:, None]",
     ),
-    "blocks take tokens of the sequence after": ("& (row < end[:, None])", ""),
-    "tokens of a block change places": (
-        "jnp.arange(row.size, dtype=jnp.int32)", "jnp.arange(row.size, dtype=jnp.int32)[::-1]",
+    "tokens of a block change places": ("set(lse,", "set(lse[:, ::-1],"),
+    "blocks write tokens before their first": (
+        "jnp.stack([blocks.row, end]", "jnp.stack([0 * blocks.row, end]",
     ),
-    "rows of no sequence have a result": ("jnp.where(is_new, x.at", "jnp.where(True, x.at"),
 }  # fmt: skip
 
 
@@ -147,16 +168,25 @@ def check_blocks(module, lens, bounds, num_heads):
     blocks, tokens = as_decode.num_blocks, as_decode.tokens
 
     def run(given, of):
-        """Attend to each token of each block: those after its end see as much as the last one."""
-        ends = jnp.arange(1, blocks + 1) if of.ends is None else of.ends
+        """Attend to each token of each block, and write its own ones among poison."""
+        begins, ends = jnp.arange(blocks), jnp.arange(1, blocks + 1)
+        if of.spans is not None:
+            begins, ends = of.spans.T
         rows = jnp.maximum(ends - tokens, 0)[:, None] + jnp.arange(tokens)[None]
         lens = given.context_lens[:, None] - jnp.maximum(ends[:, None] - 1 - rows, 0)
-        results = ejk.page_attention(
+        out, lse = ejk.page_attention(
             given.query[rows.reshape(-1)], given.key_cache, None, lens.reshape(-1),
             jnp.repeat(given.block_tables[of.tables], tokens, axis=0),
             value_head_dim=SMALL.width, return_lse=True, backend="xla",
         )  # fmt: skip
-        return tuple(x.reshape(blocks, tokens * num_heads, *x.shape[2:]) for x in results)
+        is_own = (rows >= begins[:, None]) & (rows < ends[:, None])
+        place = jnp.where(is_own, rows, len(given.query)).reshape(-1)
+        out = (
+            jnp.full((len(given.query), *out.shape[1:]), jnp.nan, out.dtype)
+            .at[place]
+            .set(out, mode="drop")
+        )
+        return out, lse.reshape(blocks, tokens * num_heads)
 
     out, lse = as_decode.run(given, run)
     assert_close(case, np.asarray(out), np.asarray(lse))

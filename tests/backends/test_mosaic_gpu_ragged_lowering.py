@@ -200,8 +200,16 @@ def test_latent_attention_is_the_decode_kernels(heads):
 def test_tokens_of_few_heads_share_programs_where_that_is_faster(heads, tokens, max_q_len, chosen):
     args, options = latent(heads, tokens), {"max_q_len": max_q_len, "value_head_dim": 512}
     assert report(*args, **options).chosen == chosen
-    assert report(*args, **options, max_context_len=768).chosen == "triton"
     assert (MOSAIC in targets(lower(args, **options))) == (chosen == "mosaic_gpu")
+
+
+@pytest.mark.parametrize("tokens, chosen", [(1024, "triton"), (4096, "mosaic_gpu")])
+def test_short_prompts_are_left_to_triton(tokens, chosen):
+    """Of 256 and of 1,024 tokens each, as far as tables of one page let them see."""
+    args = latent(16, tokens, max_blocks=1)
+    found = report(*args, value_head_dim=512)
+    assert found.chosen == chosen
+    assert ("up to 2097152 logits" in str(found.refusals["mosaic_gpu"])) == (chosen == "triton")
 
 
 LATENT_REFUSALS = {

@@ -376,8 +376,9 @@ def test_finding_packs_does_not_spill(kernel, num_seqs):
     assert program.spill_store_bytes == 0 and program.registers <= 64
 
 
+@pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize("options", [{}, {"num_splits": 1024}], ids=["planned", "splits"])
-def test_combining_does_not_spill_and_is_no_more_code_for_many_splits(options):
+def test_combining_does_not_spill_and_is_no_more_code_for_many_splits(options, tokens):
     def compile_combination(options):
         problem = dataclasses.replace(LLAMA, **options)
         sizes = Sizes.of(problem, TritonPageAttention(), gpu_of("sm_90"))
@@ -388,10 +389,11 @@ def test_combining_does_not_spill_and_is_no_more_code_for_many_splits(options):
                 "part_lse_ptr": "float32",
                 "sinks_ptr": "float32",
                 "work_ptr": "int32",
+                "spans_ptr": "int32",
                 "out_ptr": "bfloat16",
                 "lse_ptr": "float32",
             },
-            sizes.combine_constants(problem),
+            sizes.combine_constants(problem, tokens),
             "sm_90",
             num_warps=sizes.combine_warps,
             num_stages=1,

@@ -88,8 +88,8 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
     ) -> tuple[Any, ...]:
         from ejk.backends.mosaic_gpu.page_attention.call import attend
 
-        heads = operands.query.shape[1]
-        sizes = LatentSizes.of(problem, target, self.interpret, heads)
+        count = problem.num_heads // operands.query.shape[1]
+        sizes = LatentSizes.of(problem, target, self.interpret, count)
         work = work_of(sizes.cut.plan, operands, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
             written = attend(sizes, operands, tokens, work)
@@ -105,6 +105,7 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
                 out,
                 lse,
                 call,
+                tokens.spans,
             )
         results = (out, lse) if problem.return_lse else (out,)
         return tuple(x[:, : problem.num_heads] for x in results)

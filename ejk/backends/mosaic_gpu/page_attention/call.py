@@ -22,12 +22,12 @@ def attend(
     """Launch the kernel once; returns what it wrote, for `sizes.problem`'s heads."""
     problem = sizes.problem
     query, window = operands.query, operands.sliding_window
-    pad = problem.num_heads - sizes.heads if tokens.ends is None else 0
+    pad = sizes.heads - query.shape[1]
     query = jnp.pad(query, ((0, 0), (0, pad), (0, 0))) if pad else query
     inputs = Inputs(
         query=query.reshape(-1, problem.head_dim),
         tables=tokens.tables,
-        ends=tokens.ends,
+        spans=tokens.spans,
         # With one KV head all layouts are the same.
         pool=operands.key_cache.reshape(problem.num_pages, problem.page_size, problem.head_dim),
         context_lens=operands.context_lens,
@@ -37,12 +37,11 @@ def attend(
         work=work,
     )
     parts = sizes.cut.part_types(problem)
-    rows = (problem.num_seqs, problem.num_heads)
     outputs = Outputs(
         part_out=parts["part_out_ptr"],
         part_lse=parts["part_lse_ptr"],
-        out=jax.ShapeDtypeStruct((*rows, problem.value_head_dim), problem.out_dtype),
-        lse=jax.ShapeDtypeStruct(rows, jnp.float32),
+        out=jax.ShapeDtypeStruct((*query.shape[:2], problem.value_head_dim), problem.out_dtype),
+        lse=jax.ShapeDtypeStruct((problem.num_seqs, problem.num_heads), jnp.float32),
     )
     return launch(
         functools.partial(latent_attention_kernel, sizes=sizes),

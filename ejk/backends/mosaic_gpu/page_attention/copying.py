@@ -35,7 +35,8 @@ class Copying:
 
     def _copy(self) -> None:
         shared, sizes = self.shared, self.sizes
-        rows = self.inputs.query.at[pl.ds(self.piece.row, ROWS)]
+        first = self.piece.token * sizes.heads + self.piece.head
+        rows = self.inputs.query.at[pl.ds(first, ROWS)]
         thirds = (shared.query.at[0], shared.query.at[1], shared.query_rest)
         for third, into in enumerate(thirds):
             plgpu.copy_gmem_to_smem(rows.at[:, sizes.third(third)], into, shared.query_there)

@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ejk.backends.mosaic_gpu._arithmetic import LN2, LOG2E, SLACK, accumulator, rounded, spread
+from ejk.backends.mosaic_gpu._arithmetic import LOG2E, SLACK, accumulator, spread
 from ejk.backends.mosaic_gpu._private import ROW, TILE
 from ejk.backends.mosaic_gpu._private_softmax import rescaled
 from ejk.backends.mosaic_gpu.page_attention.copying import Copying
@@ -47,6 +47,7 @@ from ejk.backends.mosaic_gpu.page_attention.piece import (
     visible,
 )
 from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, SWIZZLED, LatentSizes
+from ejk.backends.mosaic_gpu.page_attention.writing import Writing
 
 COPY = 2  # the warpgroup that does not compute
 REGISTERS = 240  # of a thread; with `copying.REGISTERS` all there are
@@ -209,7 +210,7 @@ class Attending:
         s = s * self.scale
         if self.masked:
             seen = self._visible(j, slot, s.shape, 1)
-            if self.inputs.ends is not None:
+            if self.inputs.spans is not None:
                 row, token = (_places(s.shape, axis) for axis in range(2))
                 seen &= is_before(row, token, j, self.piece, self.sizes)
             s = jnp.where(seen, s, -jnp.inf)
@@ -256,37 +257,16 @@ class Attending:
         plgpu.barrier_arrive(self.shared.half_free.at[2 * slot + half])
 
     def _write(self, half: int, state: State) -> None:
-        """Write one half of the output, and the LSE."""
-        shared, outputs, piece, sizes = self.shared, self.outputs, self.piece, self.sizes
+        """Write one half of the output, and the LSE: both know their sums of weights then."""
+        shared, sizes = self.shared, self.sizes
         shared.sums.at[half][...] = state.l
         plgpu.barrier_arrive(shared.sums_there)
         plgpu.barrier_wait(shared.sums_there)
         l = state.l + plgpu.load(shared.sums.at[1 - half], layout=ROW)
         out = state.acc * spread(1 / jnp.where(l == 0, 1.0, l), sizes.half)
         lse = jnp.where(l == 0, -jnp.inf, state.m + jnp.log2(l))
-        heads, entries = pl.ds(piece.head, ROWS), pl.ds(half * sizes.half, sizes.half)
-
-        def write(out_ref: Any, lse_ref: Any, row: Any, out: Any, lse: Any) -> None:
-            place = out_ref.at[row, heads, entries]
-            if out.dtype == jnp.float32:
-                place[...] = out
-            else:  # by TMA: a store of 16 bits from these registers fills no sector of 32 bytes
-                shared.keys.at[0, half][...] = out
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(shared.keys.at[0, half], place)
-                plgpu.wait_smem_to_gmem(0)
-            if half == 0:
-                lse_ref.at[row, heads][...] = lse
-
-        if sizes.num_parts:
-            pl.when(piece.part >= 0)(
-                lambda: write(outputs.part_out, outputs.part_lse, piece.part, out, lse)
-            )
-
-        @pl.when(piece.part < 0)
-        def _() -> None:
-            nearest = rounded(out, outputs.out.dtype)
-            write(outputs.out, outputs.lse, piece.seq, nearest, lse * LN2)
+        writing = Writing(self.inputs, self.outputs, shared, sizes, self.piece, half)
+        writing.write(out, lse)
 
 
 def _places(shape: tuple[int, ...], axis: int) -> Any:

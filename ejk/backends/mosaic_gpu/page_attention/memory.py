@@ -13,7 +13,7 @@ class Inputs(NamedTuple):
 
     query: Any  # [rows, head_dim]: heads of sequence after sequence, or token after token
     tables: Any  # int32 [num_seqs]: the table of each; None: its own
-    ends: Any  # int32 [num_seqs]: the token after a sequence's last; None: it has one
+    spans: Any  # int32 [num_seqs, 2]: which tokens are a sequence's; None: it has one
     pool: Any  # [num_pages, page_size, head_dim]
     context_lens: Any  # int32 [num_seqs]
     block_tables: Any  # int32 [tables, max_blocks]
@@ -23,11 +23,14 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Arrays in global memory: a piece that is all of its sequence writes the last two."""
+    """Arrays in global memory: a piece that is all of its sequence writes the last two.
+
+    `heads` are those of all tokens of a sequence, but of the output those of one.
+    """
 
     part_out: Any  # float32 [parts, heads, value_head_dim], or None
     part_lse: Any  # float32, log2 [parts, heads], or None
-    out: Any  # [num_seqs, heads, value_head_dim]
+    out: Any  # [tokens, heads, value_head_dim]
     lse: Any  # float32 [num_seqs, heads]
 
 

@@ -16,7 +16,7 @@ class Piece(NamedTuple):
 
     seq: Any
     head: Any  # the first
-    row: Any  # the first of the queries
+    token: Any  # the first: a row of query and output
     table: Any  # which of the tables
     low: Any  # positions in [low, high) are visible
     high: Any
@@ -59,11 +59,12 @@ def my_piece(inputs: Inputs, sizes: LatentSizes) -> tuple[Any, Piece]:
     first_block = lax.div(low, BLOCK_KV)
     blocks = jnp.maximum(blocks_of(high) - first_block, 1)
     table = seq if inputs.tables is None else inputs.tables[seq]
-    row, common = seq * problem.num_heads + head, high
-    if inputs.ends is not None:
-        token = jnp.maximum(inputs.ends[seq] - sizes.tokens, 0)
-        row, common = token * sizes.heads, length - (inputs.ends[seq] - 1 - token)
-    return is_mine, Piece(seq, head, row, table, low, high, common, part, first_block, blocks)
+    token, common = seq, high
+    if inputs.spans is not None:
+        end = inputs.spans[seq, 1]
+        token = jnp.maximum(end - sizes.tokens, 0)
+        common = length - (end - 1 - token)
+    return is_mine, Piece(seq, head, token, table, low, high, common, part, first_block, blocks)
 
 
 def blocks_of(tokens: Any) -> Any:

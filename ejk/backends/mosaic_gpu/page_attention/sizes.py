@@ -25,7 +25,7 @@ class LatentSizes:
     problem: PageAttentionProblem
     cut: Sizes
     interpret: bool
-    heads: int  # of a token
+    tokens: int  # of a sequence
 
     @classmethod
     def of(
@@ -33,21 +33,20 @@ class LatentSizes:
         problem: PageAttentionProblem,
         target: Target,
         interpret: bool,
-        heads: int | None = None,
+        tokens: int = 1,
     ) -> "LatentSizes":
-        heads = problem.num_heads if heads is None else heads
         padded = -(-problem.num_heads // ROWS) * ROWS
         problem = dataclasses.replace(problem, num_heads=padded)
         blocks = DecodeBlocks(
             ROWS, BLOCK_KV, num_warps=12, num_stages=2, shared_memory=SHARED_MEMORY
         )
         cut = Sizes.of(problem, Tuning(), target, blocks=blocks)
-        return cls(problem, cut, interpret, heads)
+        return cls(problem, cut, interpret, tokens)
 
     @property
-    def tokens(self) -> int:
-        """Tokens that a program's rows are of, where `MosaicGpuPageAttention.run_on` has ends."""
-        return ROWS // self.heads
+    def heads(self) -> int:
+        """Query heads of a token; those of one token fill programs."""
+        return self.problem.num_heads // self.tokens
 
     @property
     def grid(self) -> int:

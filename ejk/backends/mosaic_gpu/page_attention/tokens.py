@@ -6,12 +6,13 @@ import jax
 
 
 class Tokens(NamedTuple):
-    """Which table each sequence reads, and which rows of the queries it has."""
+    """Which table each sequence reads, and which rows of the query and the output it has."""
 
     tables: jax.Array | None = None  # int32 [num_seqs]: rows of `block_tables`; None: its own
-    # int32 [num_seqs]: rows of the query are tokens, a sequence has the last ones before its end,
-    # and the problem's heads are those of all of them. None: a row is a sequence.
-    ends: jax.Array | None = None
+    # int32 [num_seqs, 2]: the tokens `[begin, end)`, rows of query and output, that are a
+    # sequence's. It reads the last ones before the end, as many as the problem has heads for, and
+    # writes its own. None: a row is a sequence.
+    spans: jax.Array | None = None
 
 
 OWN = Tokens()  # each sequence has a token and a table of its own

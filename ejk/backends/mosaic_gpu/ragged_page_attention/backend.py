@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk._cache_types import QUANTISED, SCALES
-from ejk._indices import exceeds
+from ejk._indices import exceeds, is_static
 from ejk.backends.gpu import Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.mosaic_gpu._backend import MosaicGpuBackend, unfit_cache, unfit_target
@@ -52,10 +52,10 @@ FEW_ROWS = 16
 # this one's: on 32 x 8,192 tokens 32 rows 0.749, 64 0.756, 128 1.78; on 4 x 32,768 32 rows 0.737;
 # on 128 x 1,024 1.093. Larger pages, slopes and soft caps were not measured.
 FEW_ROWS_OF_64 = 64
-# In latent attention results of tokens that share a program are put in their places after it. On an
-# H200 that takes 0.7 ns a token and head, which the kernel gains where they see 400 tokens; prompts
-# see half of theirs. Computed from the parts of longer calls, not measured.
-SHORT_TOKENS = 768
+# In latent attention of at most so many logits launches count, of which Triton has fewer. Its time
+# over this one's on an H200, pages of 64: 64 prompts of 16 tokens, 16 heads (2**20 logits as far as
+# is known) 0.625, 8 of 64, 32 heads (2**20) 0.956; 64 of 64, 16 heads (2**22) 1.225.
+FEW_LOGITS = 2**21
 # Where sequences have at most this many rows on average, memory bounds a call, and it pays to read
 # a shared prefix once, as only Triton's kernels do. Computed from an H100's bytes and products a
 # second, not measured.
@@ -140,10 +140,12 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
                 f"max_q_len={problem.q_len_bound} and {problem.group} query heads, up to {ROWS} "
                 "rows each, triton is as fast or faster, and compiled sooner"
             )
-        if is_shared and problem.visible_bound <= SHORT_TOKENS:
+        logits = each * problem.visible_bound
+        if is_shared and is_static(logits) and logits <= FEW_LOGITS:
             return "triton", (
-                f"for max_context_len={problem.visible_bound} and {problem.group} query heads, up "
-                f"to {SHORT_TOKENS} tokens, triton is as fast or faster, and compiled sooner"
+                f"for total_tokens={problem.total_tokens}, max_context_len={problem.visible_bound} "
+                f"and {problem.group} query heads, up to {FEW_LOGITS} logits, triton is as fast or "
+                "faster, and compiled sooner"
             )
         if rows <= (few := _few_rows(problem)):
             return "triton", (

@@ -3,19 +3,22 @@
 A program of the decode kernel has 64 query rows. More than 32 query heads of a token fill them,
 which another token would not share; 8, 16 and 32 leave room for eight, four and two new tokens. The
 last of them sees a context in the pages of their sequence, each one before it a token less:
-`piece.is_before` says so to the kernel. Programs of a sequence follow one another, and find in the
-L2 cache what others have read.
+`piece.is_before` says so to the kernel. Queries and output are where the caller has them: a program
+reads 64 rows, and writes those of its own tokens. Programs of a sequence follow one another, and
+find in the L2 cache what others have read.
 
 On an H200, pages of 64, Triton's kernel and this one, with the small kernels that cut the blocks
-and put results in their places: 19 us of 64 x 5 tokens, half of them once for all layers. In us:
-    new tokens on contexts         16 heads           64                 128
-    64 x 4 on 4,096                                   405.1 and 296.7    799.8 and 544.1
-    64 x 5 on 4,096                205.7 and 173.5
-    40 x 8 on 200 to 16,000        281.5 and 225.5
-    8 x 256 on 4,096                                  3,055 and 1,980
-    8 x 512 on 4,096               1,473 and 1,080    5,837 and 3,722
-    8 x 2,048 on 4,096             4,650 and 3,477
-    4 x 256, 60 x 1 on 4,096       517.4 and 389.4
+and merge parts: 16 us of 64 x 8 tokens, half of them once for all layers. In us:
+    new tokens on contexts         16 heads            64                 128
+    64 x 4 on 4,096                                    408.6 and 299.4    799.8 and 544.1
+    64 x 8 on 4,096                209.4 and 176.2
+    40 x 8 on 200 to 16,000        285.4 and 223.4
+    8 x 256 on 4,096                                   3,083 and 2,043
+    8 x 512 on 4,096               1,485 and 1,042     5,837 and 3,722
+    8 x 2,048 on 4,096             4,730 and 3,443
+    4 x 256, 60 x 1 on 4,096       522.4 and 386.8
+    8 x 1,024, prompts             543.5 and 425.0
+    4 x 10,000, prompts            18,167 and 11,247
 """
 
 import dataclasses
@@ -39,7 +42,6 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem,
     number_items,
     sane_bounds,
-    sequences_of_rows,
 )
 
 # Heads of tokens that share a program: a copy of its rows begins with a multiple of 8.
@@ -67,9 +69,7 @@ class AsDecode:
     def num_blocks(self) -> Size:
         """At most: each sequence may have one that is not full."""
         total_tokens = self.problem.total_tokens
-        if self.tokens == 1:
-            return total_tokens  # rows of no sequence have a block, too
-        partial = least(self.problem.num_seqs, total_tokens) * (self.tokens - 1)
+        partial = least(self.problem.num_seqs + 2, total_tokens) * (self.tokens - 1)
         return (total_tokens + partial) // self.tokens
 
     @property
@@ -87,18 +87,19 @@ class AsDecode:
         run: Callable[[PageAttentionOperands, Tokens], tuple[jax.Array, ...]],
     ) -> tuple[jax.Array, ...]:
         """Return each row's results of `run`, which runs `decode` on what it is given."""
-        bounds = sane_bounds(self.problem, operands.cu_q_lens)
-        if self.tokens == 1:
-            seq, length = self._rows(operands, bounds)
-            return run(self._operands(operands, length), Tokens(seq))
-        blocks, query = self._blocks(operands, bounds), operands.query
+        blocks, query = self._blocks(operands), operands.query
         if (missing := self.tokens - self.problem.total_tokens) > 0:  # a program reads as many
             query = jnp.pad(query, ((0, missing), (0, 0), (0, 0)))
         exists, end = blocks.num_tokens > 0, blocks.row + blocks.num_tokens
         end = jnp.where(exists, end, 0)
         length = jnp.where(exists, blocks.context + blocks.begin + blocks.num_tokens, 0)
+        tables = jnp.clip(blocks.seq - 1, 0, self.problem.num_seqs - 1)
+        spans = jnp.stack([blocks.row, end], axis=1) if self.tokens > 1 else None
         given = self._operands(operands._replace(query=query), length)
-        return self._by_row(blocks.row, end, run(given, Tokens(blocks.seq, end)))
+        out, *lse = run(given, Tokens(tables, spans))
+        if self.tokens > 1:
+            lse = [self._by_row(blocks.row, end, x) for x in lse]
+        return out[: self.problem.total_tokens], *lse
 
     def _operands(
         self, operands: RaggedPageAttentionOperands, length: jax.Array
@@ -116,41 +117,26 @@ class AsDecode:
             plan=None,
         )
 
-    def _rows(
-        self, operands: RaggedPageAttentionOperands, bounds: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return the sequence of each row and what it sees: nothing where it is of none."""
-        problem = self.problem
-        row = jnp.arange(problem.total_tokens, dtype=jnp.int32)
-        is_new, seq = sequences_of_rows(problem.num_seqs, problem.total_tokens, bounds)
-        length = jnp.clip(operands.context_lens, 0, problem.capacity)[seq]
-        return seq, jnp.where(is_new, length - (bounds[seq + 1] - 1 - row), 0)
+    def _blocks(self, operands: RaggedPageAttentionOperands) -> Items:
+        """Return blocks in order, those of rows of no sequence too: of two more, which are empty.
 
-    def _blocks(self, operands: RaggedPageAttentionOperands, bounds: jax.Array) -> Items:
-        counts = -(-(bounds[1:] - bounds[:-1]) // self.tokens)
-        number = jnp.arange(self.num_blocks, dtype=jnp.int32)
-        lens = operands.context_lens
-        return number_items(self.problem, lens, bounds, counts, self.tokens, number)
-
-    def _by_row(
-        self, begin: jax.Array, end: jax.Array, found: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
-        """Return each row's of the results of blocks; nothing of a row of no sequence.
-
-        Rows `[begin, end)` are a block's own. A program takes the last ones up to the end, or the
-        batch's first where there are fewer.
+        One is before the batch's sequences, one after them.
         """
+        problem, tokens = self.problem, self.tokens
+        first, last = (jnp.full(1, row, jnp.int32) for row in (0, problem.total_tokens))
+        bounds = jnp.concatenate([first, sane_bounds(problem, operands.cu_q_lens), last])
+        problem = dataclasses.replace(problem, num_seqs=problem.num_seqs + 2)
+        counts = -(-(bounds[1:] - bounds[:-1]) // tokens)
+        number = jnp.arange(self.num_blocks, dtype=jnp.int32)
+        lens = jnp.pad(operands.context_lens, 1)
+        return number_items(problem, lens, bounds, counts, tokens, number)
+
+    def _by_row(self, begin: jax.Array, end: jax.Array, lse: jax.Array) -> jax.Array:
+        """Return each row's of what blocks have found for the last tokens before their end."""
         total_tokens = self.problem.total_tokens
         row = jnp.maximum(end - self.tokens, 0)[:, None]
         row = row + jnp.arange(self.tokens, dtype=jnp.int32)[None]
         is_own = (row >= begin[:, None]) & (row < end[:, None])
         row = jnp.where(is_own, row, total_tokens)
-        places = jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
-        place = jnp.full(total_tokens, -1, jnp.int32).at[row].set(places, mode="drop")
-
-        def by_row(x: jax.Array, nothing: float) -> jax.Array:
-            x = x.reshape(-1, self.problem.num_heads, *x.shape[2:])
-            is_new = (place >= 0).reshape(-1, *[1] * (x.ndim - 1))
-            return jnp.where(is_new, x.at[place].get(mode="clip"), nothing)
-
-        return tuple(by_row(x, nothing) for x, nothing in zip(found, (0.0, -jnp.inf)))
+        lse = lse.reshape(*row.shape, -1)
+        return jnp.zeros((total_tokens, lse.shape[2]), lse.dtype).at[row].set(lse, mode="drop")

@@ -133,8 +133,12 @@ def combine(
     out: Any,
     lse: Any,
     call: Call,
+    spans: Any = None,
 ) -> tuple[Any, ...]:
-    """Launch the kernel that merges the parts of contexts; returns the output and the LSE."""
+    """Launch the kernel that merges the parts of contexts; returns the output and the LSE.
+
+    `spans` say which rows of the output are a sequence's own, where it has several tokens.
+    """
     from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
 
     # With a plan, contexts in one piece are written already: the rest goes between them.
@@ -147,9 +151,10 @@ def combine(
             "part_lse_ptr": part_lse,
             "sinks_ptr": sinks,
             "work_ptr": work,
+            "spans_ptr": spans,
         },
         {} if sizes.plan else {"out_ptr": out_type, "lse_ptr": lse_type},
-        sizes.combine_constants(problem),
+        sizes.combine_constants(problem, problem.num_heads // out.shape[1]),
         in_place=in_place,
         grid=sizes.combine_grid(problem),
         num_warps=sizes.combine_warps,

@@ -25,12 +25,14 @@ def combine_parts_kernel(
     part_lse_ptr,  # float32, log2 [parts, num_heads], and where pieces of packs stopped
     sinks_ptr,  # float32 [num_heads]
     work_ptr,  # int32 [1 + pieces + splits, 4]: the plan
+    spans_ptr,  # int32 [num_seqs, 2]: where the tokens of a sequence begin and end, if it has some
     # inputs and outputs: rows of contexts in one piece are there already
-    out_ptr,  # [num_seqs, num_heads, value_head_dim]
+    out_ptr,  # [num_seqs, num_heads, value_head_dim]; of tokens, [tokens, heads, value_head_dim]
     lse_ptr,  # float32 [num_seqs, num_heads]
     # sizes
     NUM_SEQS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,  # of all tokens of a sequence
+    TOKENS: tl.constexpr,  # of a sequence
     VALUE_HEAD_DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,  # parts of each sequence; 0: as planned
     NUM_PARTS: tl.constexpr,
@@ -117,5 +119,11 @@ def combine_parts_kernel(
     if block_dv == 0:
         lse = tl.where(saw_nothing, sink, (m + tl.log2(l)) * LN2)
         tl.store(lse_ptr + row, lse)
+    if TOKENS > 1:  # the last ones before the end, of which the first may be others'
+        HEADS: tl.constexpr = NUM_HEADS // TOKENS
+        begin = tl.load(spans_ptr + seq * 2).to(tl.int64)
+        end = tl.load(spans_ptr + seq * 2 + 1).to(tl.int64)
+        row = tl.maximum(end - TOKENS, 0) * HEADS + head
+        mask_dv &= (row >= begin * HEADS) & (row < end * HEADS)
     out = rounded(acc / tl.where(l == 0, 1.0, l), out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * VALUE_HEAD_DIM + offs_dv, out, mask_dv)

@@ -188,10 +188,11 @@ class Sizes:
             "SUMS": 0 if packed else sums_of(problem, blocks),
         }
 
-    def combine_constants(self, problem: PageAttentionProblem) -> dict[str, Any]:
+    def combine_constants(self, problem: PageAttentionProblem, tokens: int = 1) -> dict[str, Any]:
         return {
             "NUM_SEQS": problem.num_seqs,
             "NUM_HEADS": problem.num_heads,
+            "TOKENS": tokens,
             "NUM_SPLITS": self.num_splits,
             "NUM_PARTS": self.num_parts(problem),
             "FIRST_SPLIT": 1 + self.plan.max_pieces if self.plan else 0,
