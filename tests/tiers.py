@@ -15,9 +15,9 @@ To lower kernels for Pallas' interpreter takes half of the time of all tests.
 ON_A_GPU = (
     "cli_gpu", "copy_kv_cache", "determinism", "edges", "every_layout", "first_tokens",
     "fused_pools", "gpu", "gpu_packs", "gradients", "hostile_integers", "long_products",
-    "mosaic_gpu", "mosaic_gpu_ragged", "not_finite", "page_attention", "prefix_groups", "processes",
-    "ragged_gradients", "ragged_page_attention", "stale_plans", "vmap", "write_kv_cache",
-    "write_transformations",
+    "mosaic_gpu", "mosaic_gpu_ragged", "mosaic_gpu_ragged_latent", "not_finite", "page_attention",
+    "prefix_groups", "processes", "ragged_gradients", "ragged_page_attention", "stale_plans",
+    "vmap", "write_kv_cache", "write_transformations",
 )  # fmt: skip
 """The files whose tests run the real kernels where there is a GPU; all others are a CPU's."""
 

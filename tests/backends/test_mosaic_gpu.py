@@ -61,7 +61,7 @@ def test_pages_that_are_hidden(page_size):
     assert ((ids < 0) | (ids >= shape.num_pages)).any() and (ids < shape.num_pages).any()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("num_splits", [0, 1, 3])
 @pytest.mark.parametrize("window", [1, 70, 128, 1000])
 def test_windows(window, num_splits):

@@ -60,6 +60,7 @@ def test_a_call_is_exported(x64, jax_triton):
 
 
 @pytest.mark.skipif(bool(mosaic_offline.missing()), reason=str(mosaic_offline.missing()))
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("heads, page_size", [(64, 64), (128, 16), (128, 256)])
 def test_products_overlap_and_hardly_a_register_spills(heads, page_size, jax_triton):
     program = mosaic_offline.compile_call(
