@@ -14,7 +14,7 @@ import pytest
 from test_mosaic_gpu import BF16, SHAPE, WINDOW
 
 import ejk
-from ejk.backends.mosaic_gpu.page_attention import call
+from ejk.backends.mosaic_gpu.page_attention import call, memory, piece
 from ejk.backends.triton.page_attention import combine_kernel
 from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import Configuration
@@ -49,8 +49,11 @@ FAULTS = {
     "the window is one too short": (
         "piece", "position >= piece.low", "position > piece.low",
     ),
-    "hidden pages are taken for whole blocks": ("piece", "whole &= exists(", "exists("),
-    "the last block is taken for a whole one": ("piece", "last + BLOCK_KV <= high", "last < high"),
+    "hidden pages are taken for whole blocks": (
+        "piece", "return some | (exist != (1 << sizes.copies) - 1)", "return some",
+    ),
+    "the last block is taken for a whole one": ("piece", "(first + BLOCK_KV > jnp", "(first > jnp"),
+    "the window's first block is taken for a whole one": ("piece", "(first < piece.low) | ", ""),
     "what came before is not scaled": (
         "kernel", "state.l * alpha + p.sum(axis=1)", "state.l + p.sum(axis=1)",
     ),
@@ -78,12 +81,12 @@ FAULTS_OF_TOKENS = {
     ),
     "the first table for all": ("piece", "inputs.tables[seq]", "0 * inputs.tables[seq]"),
     "all tokens see as far": (
-        "kernel", "if self.inputs.spans is not None:\n                row",
-        "if False:\n                row",
+        "kernel", "if self.inputs.spans is not None:\n            row",
+        "if False:\n            row",
     ),
     "rows are tokens": ("piece", "jnp.full_like(row, sizes.heads)", "jnp.full_like(row, 1)"),
     "blocks that the last token sees are whole": (
-        "piece", "jnp.minimum(piece.high, piece.common)", "piece.high",
+        "piece", "> jnp.minimum(piece.high, piece.common)", "> piece.high",
     ),
     "rows before the first are read": (
         "piece", "jnp.maximum(end - sizes.tokens, 0)", "end - sizes.tokens",
@@ -92,7 +95,7 @@ FAULTS_OF_TOKENS = {
         "piece", "length - (end - 1 - token)", "length - (sizes.tokens - 1)",
     ),
     "tokens before the first are written": (
-        "writing", "(self.piece.token + token >= begin) & ", "",
+        "piece", "(token >= begin) & ", "",
     ),
 }  # fmt: skip
 
@@ -134,8 +137,8 @@ def check(bug):
     case = build(windowed, np.array([210, 150]), window=np.int32(180), invalid=0.15, seed=2)
     ids = case.block_tables[case.needed]
     assert ((ids < 0) | (ids >= shape.num_pages)).any()
-    plain = Configuration(SHAPE, BF16, "HND", num_splits=1)
-    whole = build(plain, np.array([210, 224]))
+    plain = Configuration(SHAPE, BF16, "HND", WINDOW, num_splits=1)
+    whole = build(plain, np.array([210, 224]), window=np.int32(200))
     tables = whole.block_tables.copy()
     tables[1, 9] = SHAPE.num_pages  # in the third of four blocks
     # Logits so large that maxima rise by more than the slack.
@@ -193,6 +196,29 @@ def test_a_fault_is_caught(bug, monkeypatch):
     monkeypatch.setattr(call, "shared_types", made["memory"].shared_types)
     with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
         (check_tokens if bug in FAULTS_OF_TOKENS else check)(bug)
+
+
+def check_own(module):
+    """Others' tokens are before and after those that are a program's own."""
+    inputs = memory.Inputs(*[None] * len(memory.Inputs._fields))
+    mine = piece.Piece(*[1] * len(piece.Piece._fields))
+    for begin, end in ((0, 5), (5, 8), (8, 16)):
+        given = inputs._replace(spans=np.array([[0, 0], [begin, end]]))
+        own = [token for token in range(20) if module.is_own(token, mine, given)]
+        assert own == [*range(begin, end)]
+
+
+def test_a_program_writes_the_tokens_that_are_its_own():
+    check_own(piece)
+
+
+# In the interpreter programs run in turn: who writes the rows of others may be the first.
+@pytest.mark.fault("ragged_page_attention", "mosaic_gpu")
+@pytest.mark.parametrize("old", ["(token >= begin) & ", " & (token < end)"])
+def test_a_fault_of_what_is_written_is_caught(old, tmp_path):
+    faulty = mutants.load(piece, old, "", tmp_path)
+    with pytest.raises(AssertionError):
+        check_own(faulty)
 
 
 @pytest.mark.fault("ragged_page_attention", "mosaic_gpu")

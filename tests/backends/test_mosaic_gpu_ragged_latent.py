@@ -7,6 +7,7 @@ Interpreted, or on the GPU with `--gpu`. Slots that no row sees are poisoned.
 import dataclasses
 
 import gpu_interpreter
+import jax
 import jax.numpy as jnp
 import mutants
 import numpy as np
@@ -70,7 +71,8 @@ CUT = ((570, 60, 500), (0, 3, 8, 11))
 
 @pytest.fixture
 def merges(monkeypatch):
-    """Return a list that each merging of parts is added to."""
+    """Return a list that each merging of parts is added to, as it is traced."""
+    jax.clear_caches()
     found, combine = [], decode.combine
     monkeypatch.setattr(decode, "combine", lambda *args: found.append(args) or combine(*args))
     return found
@@ -140,9 +142,14 @@ FAULTS = {
         "-(-(bounds[1:] - bounds[:-1]) // tokens)", "(bounds[1:] - bounds[:-1]) // tokens",
     ),
     "blocks that are not full have no room": ("+ partial) // self.tokens", ") // self.tokens"),
-    "blocks take tokens of the sequence before": (
-        "(row >= begin[:, None]) & (row < end[:, None])", "row < end[:, None]",
+    "blocks take tokens of the sequence before": ("(row >= begin) & (row < end)", "row < end"),
+    "blocks take tokens of the sequence after": ("(row >= begin) & (row < end)", "row >= begin"),
+    "rows of no sequence have no room": ("self.problem.num_seqs + 2", "self.problem.num_seqs + 1"),
+    "blocks that do not exist have tokens": ("end = jnp.where(exists, end, 0)", "end += 0"),
+    "blocks that do not exist have contexts": (
+        "length = jnp.where(exists,", "length = jnp.where(True,",
     ),
+    "queries are fewer than a program reads": ("> 0:  # a program", "> 9:  # a program"),
     "tokens of a block change places": ("set(lse,", "set(lse[:, ::-1],"),
     "blocks write tokens before their first": (
         "jnp.stack([blocks.row, end]", "jnp.stack([0 * blocks.row, end]",
@@ -150,12 +157,12 @@ FAULTS = {
 }  # fmt: skip
 
 
-def check_blocks(module, lens, bounds, num_heads):
+def check_blocks(module, num_heads, lens, bounds, total=13):
     """Hold the call whose sequences are blocks, each token of which XLA runs, to the definition."""
     shape = dataclasses.replace(SMALL, num_heads=num_heads)
     case = build_ragged(
         Configuration(shape, BF16, "HND"), np.array(lens, np.int32), np.array(bounds, np.int32),
-        invalid=0.1,
+        total=total, invalid=0.1,
     )  # fmt: skip
     query, keys, _, *integers = case.operands()
     problem = dataclasses.replace(
@@ -172,6 +179,10 @@ def check_blocks(module, lens, bounds, num_heads):
         begins, ends = jnp.arange(blocks), jnp.arange(1, blocks + 1)
         if of.spans is not None:
             begins, ends = of.spans.T
+            own = np.asarray(as_decode.own_rows(of.spans))
+            np.testing.assert_array_equal(np.sort(own[own < total]), np.arange(total))
+        assert len(given.query) >= tokens and ends.max() <= total
+        assert (given.context_lens[ends == 0] <= 0).all()
         rows = jnp.maximum(ends - tokens, 0)[:, None] + jnp.arange(tokens)[None]
         lens = given.context_lens[:, None] - jnp.maximum(ends[:, None] - 1 - rows, 0)
         out, lse = ejk.page_attention(
@@ -200,13 +211,15 @@ SEQUENCES = {
     "falling bounds": ((24, 20, 9), (2, 9, 6, 12)),
     "more new tokens than tokens": ((2, 9, 1), (0, 5, 6, 12)),
     "hostile": ((-(2**31), 2**31 - 1, 7), (-3, 3, 2, 2**31 - 1)),
+    "a token between two of no sequence": ((20,), (1, 2), 3),
+    "fewer than share a program": ((20, 9), (0, 1, 3), 5),
 }
 
 
 @pytest.mark.parametrize("num_heads", [33, 32, 8])
-@pytest.mark.parametrize("lens, bounds", SEQUENCES.values(), ids=SEQUENCES)
-def test_blocks_are_sequences(lens, bounds, num_heads):
-    check_blocks(tokens, lens, bounds, num_heads)
+@pytest.mark.parametrize("batch", SEQUENCES.values(), ids=SEQUENCES)
+def test_blocks_are_sequences(batch, num_heads):
+    check_blocks(tokens, num_heads, *batch)
 
 
 @pytest.mark.fault("ragged_page_attention", "mosaic_gpu")
@@ -214,6 +227,6 @@ def test_blocks_are_sequences(lens, bounds, num_heads):
 def test_a_fault_is_caught(bug, tmp_path):
     faulty = mutants.load(tokens, *FAULTS[bug], tmp_path)
     with pytest.raises(AssertionError):
-        for lens, bounds in SEQUENCES.values():
+        for batch in SEQUENCES.values():
             for num_heads in (33, 8):
-                check_blocks(faulty, lens, bounds, num_heads)
+                check_blocks(faulty, num_heads, *batch)

@@ -26,15 +26,23 @@ from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.page_attention.backend import TritonPageAttention, combine
 from ejk.backends.triton.page_attention.plan import TritonPlan, work_of
 
-FEWEST_HEADS = ROWS // 2 + 1  # fewer are faster on Triton's kernel
+# Fewer are mostly faster on Triton's kernel, whose programs have 16 rows then. Its time over this
+# one's on an H200, pages of 64, on sequences of so many tokens:
+#     heads   64 x 4,096   200 x 2,000   1 x 32,768   8 x 8,192   64 x 512   8 x 2,048   200 x 300
+#     16      1.025        0.954         1.038        0.827       0.720
+#     32      1.115                                                          1.366       1.355
+FEWEST_HEADS = ROWS // 4 + 1
+# With up to 32 heads launches count in batches of up to so many tokens: with 16, 8 x 1,024 had
+# 0.511 by the same count, 1 x 1,024 0.595.
+FEW_TOKENS = 2**13
 
 
 @dataclasses.dataclass(frozen=True)
 class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
     """Run `ejk.page_attention` of latent caches as a Pallas Mosaic GPU kernel, on Hopper.
 
-    For many query heads, keys of 576 entries and values that are their first 512. Triton's kernels
-    deal out the work and merge the parts of contexts.
+    For more than 16 query heads, keys of 576 entries and values that are their first 512. Triton's
+    kernels deal out the work and merge the parts of contexts.
 
     Attributes:
         compute_capability: compile for it, 90 for sm_90; the device's own if None.
@@ -66,6 +74,16 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
             reasons.append(f"num_heads={problem.num_heads} must be at least {FEWEST_HEADS}")
         return reasons + unfit_cache(problem, BLOCK_KV)
 
+    def passed_over(self, problem: PageAttentionProblem, platform: str) -> tuple[str, str] | None:
+        is_small = problem.num_seqs * problem.visible_bound <= FEW_TOKENS
+        if self.interpret or problem.num_heads > ROWS // 2 or not is_small:
+            return None
+        return "triton", (
+            f"for num_seqs={problem.num_seqs}, max_context_len={problem.visible_bound} and "
+            f"{problem.num_heads} query heads, up to {FEW_TOKENS} tokens, triton is as fast or "
+            "faster, and compiled sooner"
+        )
+
     def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:
         if reasons := unfit_target(target):
             return reasons
@@ -88,7 +106,7 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
     ) -> tuple[Any, ...]:
         from ejk.backends.mosaic_gpu.page_attention.call import attend
 
-        count = problem.num_heads // operands.query.shape[1]
+        count = problem.num_heads // operands.query.shape[1]  # of tokens
         sizes = LatentSizes.of(problem, target, self.interpret, count)
         work = work_of(sizes.cut.plan, operands, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have

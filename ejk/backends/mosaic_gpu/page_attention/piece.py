@@ -83,21 +83,10 @@ def exists(page: Any, sizes: LatentSizes) -> Any:
     return (page >= 0) & (page < sizes.problem.num_pages)
 
 
-def are_whole(blocks: tuple[Any, ...], piece: Piece, inputs: Inputs, sizes: LatentSizes) -> Any:
-    """Say whether everything in consecutive blocks is visible."""
-    first, last = ((piece.first_block + j) * BLOCK_KV for j in (blocks[0], blocks[-1]))
-    pages = (page for j in blocks for page in pages_of(j, piece, inputs, sizes))
-    high = jnp.minimum(piece.high, piece.common)
-    whole = (first >= piece.low) & (last + BLOCK_KV <= high)
-    for page in pages:
-        whole &= exists(page, sizes)
-    return whole
-
-
 def is_partial(j: Any, exist: Any, piece: Piece, sizes: LatentSizes) -> Any:
-    """Say whether not all of a block is visible; `exist` has a bit for each of its pages."""
+    """Say whether some row does not see all of a block; `exist` has a bit for each of its pages."""
     first = (piece.first_block + j) * BLOCK_KV
-    some = (first < piece.low) | (first + BLOCK_KV > piece.high)
+    some = (first < piece.low) | (first + BLOCK_KV > jnp.minimum(piece.high, piece.common))
     return some | (exist != (1 << sizes.copies) - 1)
 
 
@@ -112,3 +101,11 @@ def is_before(row: Any, token: Any, j: Any, piece: Piece, sizes: LatentSizes) ->
     """Say which tokens of a block are not after a row's own."""
     position = token + (piece.first_block + j) * BLOCK_KV
     return position < piece.common + lax.div(row, jnp.full_like(row, sizes.heads))
+
+
+def is_own(token: Any, piece: Piece, inputs: Inputs) -> Any:
+    """Say whether a token that is read is the sequence's: others' may come before and after."""
+    if inputs.spans is None:
+        return jnp.bool(True)
+    begin, end = (inputs.spans[piece.seq, i] for i in range(2))
+    return (token >= begin) & (token < end)

@@ -45,7 +45,7 @@ class LatentSizes:
 
     @property
     def heads(self) -> int:
-        """Query heads of a token; those of one token fill programs."""
+        """Query heads of a token; where a sequence has one, padded to whole programs."""
         return self.problem.num_heads // self.tokens
 
     @property

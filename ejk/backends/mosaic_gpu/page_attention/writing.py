@@ -1,15 +1,15 @@
 """How results leave: parts from registers, the output through shared memory."""
 
 import dataclasses
+import functools
 from typing import Any
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.mosaic_gpu._arithmetic import LN2, rounded
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, Shared
-from ejk.backends.mosaic_gpu.page_attention.piece import Piece
+from ejk.backends.mosaic_gpu.page_attention.piece import Piece, is_own
 from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS, LatentSizes
 
 
@@ -39,8 +39,9 @@ class Writing:
             # By TMA: a store of 16 bits from these registers fills no sector of 32 bytes.
             self.shared.keys.at[0, self.half][...] = rounded(out, outputs.out.dtype)
             plgpu.commit_smem()
-            for token in range(self.sizes.tokens):
-                pl.when(self._is_own(token))(lambda token=token: self._copy(token))
+            for i in range(self.sizes.tokens):
+                own = is_own(piece.token + i, piece, self.inputs)
+                pl.when(own)(functools.partial(self._copy, i))
             plgpu.wait_smem_to_gmem(0)
             self._write_lse(outputs.lse, piece.seq, lse * LN2)
 
@@ -52,20 +53,12 @@ class Writing:
     def _entries(self) -> Any:
         return pl.ds(self.half * self.sizes.half, self.sizes.half)
 
-    def _is_own(self, token: int) -> Any:
-        """Say whether a token of the program's is the sequence's: the first ones may be others'."""
-        if self.inputs.spans is None:
-            return jnp.bool(True)
-        begin, end = (self.inputs.spans[self.piece.seq, i] for i in range(2))
-        return (self.piece.token + token >= begin) & (self.piece.token + token < end)
-
-    def _copy(self, token: int) -> None:
+    def _copy(self, i: int) -> None:
+        """Start to copy a token's rows."""
         rows = ROWS // self.sizes.tokens
         plgpu.copy_smem_to_gmem(
-            self.shared.keys.at[0, self.half, pl.ds(token * rows, rows)],
-            self.outputs.out.at[
-                self.piece.token + token, pl.ds(self.piece.head, rows), self._entries
-            ],
+            self.shared.keys.at[0, self.half, pl.ds(i * rows, rows)],
+            self.outputs.out.at[self.piece.token + i, pl.ds(self.piece.head, rows), self._entries],
         )
 
     def _write_lse(self, ref: Any, row: Any, lse: Any) -> None:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from ejk._cache_types import QUANTISED, SCALES
-from ejk._indices import exceeds, is_static
+from ejk._indices import exceeds
 from ejk.backends.gpu import Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.mosaic_gpu._backend import MosaicGpuBackend, unfit_cache, unfit_target
-from ejk.backends.mosaic_gpu.page_attention.backend import FEWEST_HEADS, MosaicGpuPageAttention
+from ejk.backends.mosaic_gpu.page_attention.backend import MosaicGpuPageAttention
+from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS as DECODE_ROWS
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
     BLOCK_KV,
     ROWS,
@@ -52,9 +53,14 @@ FEW_ROWS = 16
 # this one's: on 32 x 8,192 tokens 32 rows 0.749, 64 0.756, 128 1.78; on 4 x 32,768 32 rows 0.737;
 # on 128 x 1,024 1.093. Larger pages, slopes and soft caps were not measured.
 FEW_ROWS_OF_64 = 64
-# In latent attention of at most so many logits launches count, of which Triton has fewer. Its time
-# over this one's on an H200, pages of 64: 64 prompts of 16 tokens, 16 heads (2**20 logits as far as
-# is known) 0.625, 8 of 64, 32 heads (2**20) 0.956; 64 of 64, 16 heads (2**22) 1.225.
+# In latent attention a token that has a program for itself fills more than half of its rows.
+FEWEST_HEADS = DECODE_ROWS // 2 + 1
+# Those that share one fill more than half of its rows, on average, too. With 64 rows of each of 64
+# sequences on 4,096 tokens Triton takes 1.046 (16 heads) and 1.119 (32) times as long on an H200.
+FEW_SHARED_ROWS = DECODE_ROWS // 2
+# There, launches count where new tokens, heads and the tokens that they may see multiply to at most
+# so many logits: Triton has fewer. Its time over this one's, pages of 64: 64 prompts of 16 tokens,
+# 16 heads (2**20) 0.644, 8 of 64, 32 heads (2**20) 1.018; 64 of 64, 16 heads (2**22) 1.245.
 FEW_LOGITS = 2**21
 # Where sequences have at most this many rows on average, memory bounds a call, and it pays to read
 # a shared prefix once, as only Triton's kernels do. Computed from an H100's bytes and products a
@@ -134,14 +140,13 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         if self.interpret:
             return None
         is_shared = problem.latent and AsDecode.of(problem).tokens > 1
-        if is_shared and (rows <= ROWS or each <= ROWS * problem.num_seqs):
+        if is_shared and min(rows * problem.num_seqs, each) <= FEW_SHARED_ROWS * problem.num_seqs:
             return "triton", (
                 f"for total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs}, "
-                f"max_q_len={problem.q_len_bound} and {problem.group} query heads, up to {ROWS} "
-                "rows each, triton is as fast or faster, and compiled sooner"
+                f"max_q_len={problem.q_len_bound} and {problem.group} query heads, up to "
+                f"{FEW_SHARED_ROWS} rows each, triton is as fast or faster, and compiled sooner"
             )
-        logits = each * problem.visible_bound
-        if is_shared and is_static(logits) and logits <= FEW_LOGITS:
+        if is_shared and each * problem.visible_bound <= FEW_LOGITS:
             return "triton", (
                 f"for total_tokens={problem.total_tokens}, max_context_len={problem.visible_bound} "
                 f"and {problem.group} query heads, up to {FEW_LOGITS} logits, triton is as fast or "

@@ -3,22 +3,20 @@
 A program of the decode kernel has 64 query rows. More than 32 query heads of a token fill them,
 which another token would not share; 8, 16 and 32 leave room for eight, four and two new tokens. The
 last of them sees a context in the pages of their sequence, each one before it a token less:
-`piece.is_before` says so to the kernel. Queries and output are where the caller has them: a program
-reads 64 rows, and writes those of its own tokens. Programs of a sequence follow one another, and
-find in the L2 cache what others have read.
+`piece.is_before` says so to the kernel. A program reads 64 rows of the queries where they lie, and
+writes those of its own tokens. Programs of a sequence follow one another, and find in the L2 cache
+what others have read.
 
 On an H200, pages of 64, Triton's kernel and this one, with the small kernels that cut the blocks
 and merge parts: 16 us of 64 x 8 tokens, half of them once for all layers. In us:
     new tokens on contexts         16 heads            64                 128
-    64 x 4 on 4,096                                    408.6 and 299.4    799.8 and 544.1
-    64 x 8 on 4,096                209.4 and 176.2
-    40 x 8 on 200 to 16,000        285.4 and 223.4
-    8 x 256 on 4,096                                   3,083 and 2,043
-    8 x 512 on 4,096               1,485 and 1,042     5,837 and 3,722
-    8 x 2,048 on 4,096             4,730 and 3,443
-    4 x 256, 60 x 1 on 4,096       522.4 and 386.8
-    8 x 1,024, prompts             543.5 and 425.0
-    4 x 10,000, prompts            18,167 and 11,247
+    64 x 4 on 4,096                120.4 and 115.1     416.7 and 257.0    818.5 and 453.1
+    64 x 8 on 4,096                210.1 and 149.6
+    8 x 256 on 4,096                                   3,146 and 1,662
+    8 x 512 on 4,096               1,492 and 821.8     5,989 and 3,128
+    4 x 256, 60 x 1 on 4,096       542.4 and 331.2
+    8 x 1,024, prompts             546.4 and 334.8
+    4 x 10,000, prompts            18,207 and 9,740
 """
 
 import dataclasses
@@ -67,7 +65,7 @@ class AsDecode:
 
     @property
     def num_blocks(self) -> Size:
-        """At most: each sequence may have one that is not full."""
+        """At most: each sequence may have one that is not full; `_blocks` has two more of them."""
         total_tokens = self.problem.total_tokens
         partial = least(self.problem.num_seqs + 2, total_tokens) * (self.tokens - 1)
         return (total_tokens + partial) // self.tokens
@@ -97,8 +95,8 @@ class AsDecode:
         spans = jnp.stack([blocks.row, end], axis=1) if self.tokens > 1 else None
         given = self._operands(operands._replace(query=query), length)
         out, *lse = run(given, Tokens(tables, spans))
-        if self.tokens > 1:
-            lse = [self._by_row(blocks.row, end, x) for x in lse]
+        if spans is not None:
+            lse = [self._by_row(spans, x) for x in lse]
         return out[: self.problem.total_tokens], *lse
 
     def _operands(
@@ -118,9 +116,10 @@ class AsDecode:
         )
 
     def _blocks(self, operands: RaggedPageAttentionOperands) -> Items:
-        """Return blocks in order, those of rows of no sequence too: of two more, which are empty.
+        """Return blocks in the order of their rows, of which each is one block's.
 
-        One is before the batch's sequences, one after them.
+        Rows of no sequence are those of two more, one before all others and one after them, whose
+        contexts are empty.
         """
         problem, tokens = self.problem, self.tokens
         first, last = (jnp.full(1, row, jnp.int32) for row in (0, problem.total_tokens))
@@ -131,12 +130,15 @@ class AsDecode:
         lens = jnp.pad(operands.context_lens, 1)
         return number_items(problem, lens, bounds, counts, tokens, number)
 
-    def _by_row(self, begin: jax.Array, end: jax.Array, lse: jax.Array) -> jax.Array:
-        """Return each row's of what blocks have found for the last tokens before their end."""
-        total_tokens = self.problem.total_tokens
-        row = jnp.maximum(end - self.tokens, 0)[:, None]
-        row = row + jnp.arange(self.tokens, dtype=jnp.int32)[None]
-        is_own = (row >= begin[:, None]) & (row < end[:, None])
-        row = jnp.where(is_own, row, total_tokens)
+    def own_rows(self, spans: jax.Array) -> jax.Array:
+        """Return the row of each token of a block; `total_tokens` where it is another block's."""
+        begin, end = spans[:, :1], spans[:, 1:]
+        row = jnp.maximum(end - self.tokens, 0) + jnp.arange(self.tokens, dtype=jnp.int32)[None]
+        return jnp.where((row >= begin) & (row < end), row, self.problem.total_tokens)
+
+    def _by_row(self, spans: jax.Array, lse: jax.Array) -> jax.Array:
+        """Return the LSE of each row, of those that blocks have found for all of their tokens."""
+        row = self.own_rows(spans)
         lse = lse.reshape(*row.shape, -1)
-        return jnp.zeros((total_tokens, lse.shape[2]), lse.dtype).at[row].set(lse, mode="drop")
+        by_row = jnp.zeros((self.problem.total_tokens, lse.shape[2]), lse.dtype)
+        return by_row.at[row].set(lse, mode="drop")

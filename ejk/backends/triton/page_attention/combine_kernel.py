@@ -25,14 +25,14 @@ def combine_parts_kernel(
     part_lse_ptr,  # float32, log2 [parts, num_heads], and where pieces of packs stopped
     sinks_ptr,  # float32 [num_heads]
     work_ptr,  # int32 [1 + pieces + splits, 4]: the plan
-    spans_ptr,  # int32 [num_seqs, 2]: where the tokens of a sequence begin and end, if it has some
+    spans_ptr,  # int32 [num_seqs, 2]: where a sequence's tokens begin and end, if TOKENS > 1
     # inputs and outputs: rows of contexts in one piece are there already
     out_ptr,  # [num_seqs, num_heads, value_head_dim]; of tokens, [tokens, heads, value_head_dim]
     lse_ptr,  # float32 [num_seqs, num_heads]
     # sizes
     NUM_SEQS: tl.constexpr,
     NUM_HEADS: tl.constexpr,  # of all tokens of a sequence
-    TOKENS: tl.constexpr,  # of a sequence
+    TOKENS: tl.constexpr,  # of a sequence, at most
     VALUE_HEAD_DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,  # parts of each sequence; 0: as planned
     NUM_PARTS: tl.constexpr,
