@@ -108,7 +108,7 @@ def compiled(fields, features) -> mosaic_offline.Program:
     )  # fmt: skip
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.fast(20)
 @pytest.mark.parametrize("fields, features", VARIANTS.values(), ids=VARIANTS)
 def test_products_overlap_and_no_register_spills_in_a_loop(fields, features, jax_triton):

@@ -57,6 +57,7 @@ def test_batches(lens, bounds):
     check(Configuration(SHAPE, BF16, "HND"), lens, bounds, invalid=0.1)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("heads", [8, 16])
 @pytest.mark.parametrize("lens, bounds", BATCHES.values(), ids=BATCHES)
 def test_tokens_of_few_heads_share_a_program(lens, bounds, heads):

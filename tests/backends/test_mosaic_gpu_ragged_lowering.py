@@ -186,6 +186,7 @@ def test_latent_attention_is_the_decode_kernels(heads):
     assert report(*latent(heads, 1), value_head_dim=512).chosen == "mosaic_gpu"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("heads", "tokens", "max_q_len", "chosen"),
     [
@@ -240,6 +241,7 @@ def test_what_is_refused_of_latent_attention_is_refused_by_name(args, options, r
     assert (found.chosen, found.refusals["mosaic_gpu"]) == ("triton", (reason,))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("heads, tokens", [(64, 8192), (128, 4096), (512, 1024), (16, 40_000)])
 def test_contexts_of_very_many_blocks_are_not_cut(heads, tokens):
     """Neither planned: memory for parts would exceed 1 GiB, or blocks are more than 8,192."""

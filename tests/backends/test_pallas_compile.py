@@ -205,7 +205,7 @@ def check(generation, monkeypatch, **options):
     return used, predicted
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_in_the_memory_that_was_predicted(name, generation, monkeypatch):
