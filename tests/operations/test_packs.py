@@ -423,7 +423,7 @@ def test_the_kernels_find_the_packs_of_the_definition():
     kept = []
 
     @hypothesis.seed(0)
-    @hypothesis.settings(max_examples=60)
+    @hypothesis.settings(max_examples=30)
     @hypothesis.given(
         num_seqs=st.sampled_from((2, 5, 17, 40, 130)), num_groups=st.integers(1, 6),
         blocks=st.sampled_from((1, 9, 33)), sms=st.sampled_from((1, 4, 132)),
