@@ -63,3 +63,8 @@ def unfit_cache(problem: PagedProblem, block_kv: int) -> list[str]:
             "8 tokens or more, and a block ends with a page"
         )
     return reasons
+
+
+def left_to_triton(what: str) -> tuple[str, str]:
+    """Say why automatic choice passes over a call that this backend could run."""
+    return "triton", f"for {what}, triton is as fast or faster, and compiled sooner"

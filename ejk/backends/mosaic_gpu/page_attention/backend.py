@@ -7,7 +7,12 @@ import jax
 
 from ejk.backends.gpu import MAX_GRID, Target
 from ejk.backends.layouts import POOLS
-from ejk.backends.mosaic_gpu._backend import MosaicGpuBackend, unfit_cache, unfit_target
+from ejk.backends.mosaic_gpu._backend import (
+    MosaicGpuBackend,
+    left_to_triton,
+    unfit_cache,
+    unfit_target,
+)
 from ejk.backends.mosaic_gpu.page_attention.sizes import (
     BLOCK_KV,
     HEAD_DIM,
@@ -78,10 +83,9 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
         is_small = problem.num_seqs * problem.visible_bound <= FEW_TOKENS
         if self.interpret or problem.num_heads > ROWS // 2 or not is_small:
             return None
-        return "triton", (
-            f"for num_seqs={problem.num_seqs}, max_context_len={problem.visible_bound} and "
-            f"{problem.num_heads} query heads, up to {FEW_TOKENS} tokens, triton is as fast or "
-            "faster, and compiled sooner"
+        return left_to_triton(
+            f"num_seqs={problem.num_seqs}, max_context_len={problem.visible_bound} and "
+            f"{problem.num_heads} query heads, up to {FEW_TOKENS} tokens"
         )
 
     def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:

@@ -10,7 +10,12 @@ from ejk._cache_types import QUANTISED, SCALES
 from ejk._indices import exceeds
 from ejk.backends.gpu import Target
 from ejk.backends.layouts import POOLS
-from ejk.backends.mosaic_gpu._backend import MosaicGpuBackend, unfit_cache, unfit_target
+from ejk.backends.mosaic_gpu._backend import (
+    MosaicGpuBackend,
+    left_to_triton,
+    unfit_cache,
+    unfit_target,
+)
 from ejk.backends.mosaic_gpu.page_attention.backend import MosaicGpuPageAttention
 from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS as DECODE_ROWS
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
@@ -54,7 +59,7 @@ FEW_ROWS = 16
 # on 128 x 1,024 1.093. Larger pages, slopes and soft caps were not measured.
 FEW_ROWS_OF_64 = 64
 # In latent attention a token that has a program for itself fills more than half of its rows.
-FEWEST_HEADS = DECODE_ROWS // 2 + 1
+FEWEST_HEADS_ALONE = DECODE_ROWS // 2 + 1
 # Those that share one fill more than half of its rows, on average, too. With 64 rows of each of 64
 # sequences on 4,096 tokens Triton takes 1.046 (16 heads) and 1.119 (32) times as long on an H200.
 FEW_SHARED_ROWS = DECODE_ROWS // 2
@@ -114,12 +119,12 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         missing = sorted(as_decode.decode.features - decode.features)
         reasons = [f"does not support {feature} with value_head_dim" for feature in missing]
         call = as_decode.decode
-        if as_decode.tokens == 1 and problem.num_heads < FEWEST_HEADS:
+        if as_decode.tokens == 1 and problem.num_heads < FEWEST_HEADS_ALONE:
             reasons.append(
-                f"num_heads={problem.num_heads} must be at least {FEWEST_HEADS}, or one of "
+                f"num_heads={problem.num_heads} must be at least {FEWEST_HEADS_ALONE}, or one of "
                 f"{SHARED_HEADS} without a sliding_window"
             )
-            call = dataclasses.replace(call, num_heads=FEWEST_HEADS)  # for what else there is
+            call = dataclasses.replace(call, num_heads=FEWEST_HEADS_ALONE)  # for what else there is
         return reasons + decode.unfit(call)
 
     @property
@@ -141,21 +146,20 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
             return None
         is_shared = problem.latent and AsDecode.of(problem).tokens > 1
         if is_shared and min(rows * problem.num_seqs, each) <= FEW_SHARED_ROWS * problem.num_seqs:
-            return "triton", (
-                f"for total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs}, "
+            return left_to_triton(
+                f"total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs}, "
                 f"max_q_len={problem.q_len_bound} and {problem.group} query heads, up to "
-                f"{FEW_SHARED_ROWS} rows each, triton is as fast or faster, and compiled sooner"
+                f"{FEW_SHARED_ROWS} rows each"
             )
         if is_shared and each * problem.visible_bound <= FEW_LOGITS:
-            return "triton", (
-                f"for total_tokens={problem.total_tokens}, max_context_len={problem.visible_bound} "
-                f"and {problem.group} query heads, up to {FEW_LOGITS} logits, triton is as fast or "
-                "faster, and compiled sooner"
+            return left_to_triton(
+                f"total_tokens={problem.total_tokens}, max_context_len={problem.visible_bound} "
+                f"and {problem.group} query heads, up to {FEW_LOGITS} logits"
             )
         if rows <= (few := _few_rows(problem)):
-            return "triton", (
-                f"for max_q_len={problem.q_len_bound} and {problem.group} query heads a KV head, "
-                f"up to {few} rows, triton is as fast or faster, and compiled sooner"
+            return left_to_triton(
+                f"max_q_len={problem.q_len_bound} and {problem.group} query heads a KV head, "
+                f"up to {few} rows"
             )
         if problem.num_prefix_groups and each <= MEMORY_BOUND_ROWS * problem.num_seqs:
             return "triton", (
