@@ -440,7 +440,7 @@ BUGS = {
             "at = at * NUM_KV_HEADS + (kv_head + 1) % NUM_KV_HEADS",
         ),
         "the last part is dropped": (
-            "mask = (parts < num_parts)", "mask = (parts < num_parts - 1)",
+            "(start + i < num_parts)", "(start + i < num_parts - 1)",
         ),
         "another block's rows": ("rows = block * PART_ROWS", "rows = (block + 1) * PART_ROWS"),
     },

@@ -66,23 +66,26 @@ def ragged_combine_kernel(
         l = tl.zeros([BLOCK_ROWS], tl.float32)
         acc = tl.zeros([BLOCK_ROWS, BLOCK_DV], tl.float32)
 
-        # Loop over the parts.
+        # Loop over the parts: all loads of `BLOCK_PARTS` are under way before the first is used.
         for start in range(0, num_parts, BLOCK_PARTS):
-            parts = start + tl.arange(0, BLOCK_PARTS)
-            mask = (parts < num_parts)[:, None] & mask_rows[None, :]  # [BLOCK_PARTS, BLOCK_ROWS]
-            at = (first_part + parts)[:, None].to(tl.int64) * PART_ROWS + offs_row[None, :]
-            at = at * NUM_KV_HEADS + kv_head
-            lse = tl.load(part_lse_ptr + at, mask=mask, other=float("-inf"))
-            out_ptrs = part_out_ptr + at[:, :, None] * VALUE_HEAD_DIM + offs_dv[None, None, :]
-            out_mask = mask[:, :, None] & (offs_dv < VALUE_HEAD_DIM)[None, None, :]
-            out = tl.load(out_ptrs, mask=out_mask, other=0.0)
-            m_new = tl.maximum(m, tl.max(lse, 0))
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weight = tl.exp2(lse - m_safe[None, :])
-            alpha = tl.exp2(m - m_safe)
-            m = m_new
-            l = l * alpha + tl.sum(weight, 0)
-            acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * out, 0)
+            lses = ()
+            outs = ()
+            for i in tl.static_range(BLOCK_PARTS):
+                mask = mask_rows & (start + i < num_parts)
+                at = (first_part + start + i).to(tl.int64) * PART_ROWS + offs_row
+                at = at * NUM_KV_HEADS + kv_head
+                lses += (tl.load(part_lse_ptr + at, mask=mask, other=float("-inf")),)
+                out_ptrs = part_out_ptr + at[:, None] * VALUE_HEAD_DIM + offs_dv
+                out_mask = mask[:, None] & (offs_dv < VALUE_HEAD_DIM)
+                outs += (tl.load(out_ptrs, mask=out_mask, other=0.0),)
+            for i in tl.static_range(BLOCK_PARTS):
+                m_new = tl.maximum(m, lses[i])
+                m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                weight = tl.exp2(lses[i] - m_safe)
+                alpha = tl.exp2(m - m_safe)
+                m = m_new
+                l = l * alpha + weight
+                acc = tl.fma(outs[i], weight[:, None], acc * alpha[:, None])
 
         # Write.
         heads = kv_head * GROUP + rows % GROUP
