@@ -36,7 +36,7 @@ import workloads
 import ejk
 from ejk.backends.gpu import SHARED_MEMORY, Target
 from ejk.backends.page_attention import PageAttentionProblem
-from ejk.backends.triton._sizes import block_group
+from ejk.backends.triton._sizes import MATRIX_ROWS, block_group
 from ejk.backends.triton.page_attention import tuned as page_attention_tuned
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning
 from ejk.backends.triton.page_attention.sizes import Sizes
@@ -58,6 +58,11 @@ class Trial:
     head_dim: int
     group: int
     large: bool
+
+    @property
+    def rows(self) -> int:
+        least_rows = 1 if self.dtype == "float32" else MATRIX_ROWS
+        return block_group(self.group, self.head_dim, None, least_rows)
 
     @property
     def batches(self) -> list[workloads.Workload]:
@@ -109,17 +114,22 @@ class Trial:
     def candidates(self) -> list[Pipeline]:
         """What is timed."""
         itemsize = jnp.dtype(self.dtype).itemsize
-        blocks = (32, 64, 128, 256)[: 4 if self.large else 3] if itemsize == 2 else (16, 32, 64)
-        blocks = blocks if itemsize == 2 or self.head_dim > 64 else (*blocks, 128)
-        stages = (2, 3, 4, 5)[: 4 if self.large else 3] if itemsize == 2 else (2, 3)
+        if itemsize == 2:
+            blocks, warps = (32, 64, 128, 256)[: 4 if self.large else 3], (4, 8)
+            stages = (2, 3, 4, 5)[: 4 if self.large else 3]
+        else:
+            blocks, stages = (16, 32, 64, 128), (2, 3)
+            warps = (1, 2, 4) if self.rows < MATRIX_ROWS else (2, 4, 8)
         found = []
         for block_kv in blocks:
             for num_stages in stages:
                 one = 2 * block_kv * self.head_dim * itemsize
                 in_flight = (num_stages - 1) * one
-                # Less than 32 KiB in flight cannot fill the GPU's memory pipes; the rest must fit.
-                if (2**15 if self.large else 2**13) <= in_flight <= 220 * 2**10:
-                    found += [Pipeline(block_kv, warps, num_stages) for warps in (4, 8)]
+                # Less than 32 KiB in flight cannot fill the GPU's memory pipes, if a program is
+                # alone; the rest must fit.
+                is_alone = self.large and itemsize == 2
+                if (2**15 if is_alone else 2**13) <= in_flight <= 220 * 2**10:
+                    found += [Pipeline(block_kv, number, num_stages) for number in warps]
         return found
 
 
@@ -128,11 +138,11 @@ def trials() -> list[Trial]:
     for large in (True, False):
         for head_dim in (128, 64, 80, 96, 192, 256, 512):
             for group in (4, 32, 64):
-                rows = block_group(group, head_dim, None)
-                if group <= 16 or rows == group:
-                    found.append(Trial("bfloat16", head_dim, group, large))
+                trial = Trial("bfloat16", head_dim, group, large)
+                if group <= 16 or trial.rows == group:
+                    found.append(trial)
         for head_dim in (128, 64, 256):
-            found.append(Trial("float32", head_dim, 4, large))
+            found += [Trial("float32", head_dim, group, large) for group in (1, 2, 4, 8, 16)]
     return found
 
 
@@ -242,8 +252,7 @@ def run_all(output: Path | None, processes: int, chosen: list[Trial]) -> None:
 
 def choose(lines: list[dict]) -> tuple[Pipeline, Pipeline, float]:
     """Return the heuristic's blocks, those that lose least on every device, and what they gain."""
-    fields = (field.name for field in dataclasses.fields(Trial))
-    blocks = Trial(*(lines[0][field] for field in fields)).ruled(lines[0]["capability"])
+    blocks = _trial_of(lines[0]).ruled(lines[0]["capability"])
     ruled = Pipeline(blocks.block_kv, blocks.num_warps, blocks.num_stages)
     gains: dict[str, float] = {}
     for candidate in lines[0]["device_us"]:
@@ -258,14 +267,18 @@ def choose(lines: list[dict]) -> tuple[Pipeline, Pipeline, float]:
     return ruled, Pipeline(*map(int, best.split("/"))), gains[best]
 
 
+def _trial_of(line: dict) -> Trial:
+    return Trial(*(line[field.name] for field in dataclasses.fields(Trial)))
+
+
 def table() -> str:
     """Write the table: of the results, what beats the heuristic by more than `PAYS`."""
     cells: dict[Cell, dict[str, dict]] = {}
     for path in sorted(RESULTS.glob("tune_*.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
-            rows = block_group(line["group"], line["head_dim"], None)
-            itemsize = jnp.dtype(line["dtype"]).itemsize
-            cell = Cell(line["capability"], itemsize, line["head_dim"], rows, line["large"])
+            trial = _trial_of(line)
+            itemsize = jnp.dtype(trial.dtype).itemsize
+            cell = Cell(line["capability"], itemsize, trial.head_dim, trial.rows, trial.large)
             cells.setdefault(cell, {})[line["device"]] = line
     text = ""
     for cell in sorted(cells):

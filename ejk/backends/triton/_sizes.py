@@ -20,6 +20,8 @@ LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after th
 # The most rows of a program on a quantised cache. With more, products would be those of warpgroups,
 # which read keys and values from shared memory, where codes are not yet numbers.
 QUANTISED_ROWS = 32
+# The least rows of a tensor core's product. Those of float32, on ordinary cores, may have fewer.
+MATRIX_ROWS = 16
 GRANULE = 128  # tokens; planned pieces are whole multiples
 # The next three say how ragged batches are cut. They were measured for decode on an H100.
 # Pieces a multiprocessor, enough that the last pieces to start are short. Time is flat from 1 to 4
@@ -97,7 +99,9 @@ def rows_of_one_tile(is_same_tile: bool, target: Target) -> int | None:
     return 64 if target.compute_capability in (90, None) else 32  # None: interpreted
 
 
-def block_group(group: int, value_head_dim: int, most_rows: int | None) -> int:
+def block_group(
+    group: int, value_head_dim: int, most_rows: int | None, least_rows: int = MATRIX_ROWS
+) -> int:
     """Return how many of a group's query heads one program takes.
 
     A row of the product costs registers for its weighted values: 16 rows of 512 floats are 64
@@ -105,7 +109,7 @@ def block_group(group: int, value_head_dim: int, most_rows: int | None) -> int:
     """
     if most_rows is None:
         most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(two_parts(value_head_dim)))))
-    return min(max(16, power_of_two(group)), most_rows)
+    return min(max(least_rows, power_of_two(group)), most_rows)
 
 
 def programs_per_sm(
@@ -121,7 +125,13 @@ def programs_per_sm(
     head, 165.9 and 124.0; 20 of 4,000, 64 heads of dimension 128 on each of 8 KV heads, 128.9 and
     137.2; 64 latent contexts of 4,096 tokens, 32 heads, 127.9 and 119.5, with 16 heads 114.0 and
     121.9; 2 of 32,000, 47.5 and 55.4, as twice as many pieces have twice as many parts.
+
+    Those whose products have fewer than `MATRIX_ROWS` are small, and wait for ordinary cores. On an
+    H200 with 1, 3 and 6: 64 contexts of 4,096 tokens, 8 KV heads of 128, 1,198, 837 and 895 us; 32
+    of 1,024, 8 of 256, 215.3, 215.3 and 177.6.
     """
+    if rows < MATRIX_ROWS:
+        return 3 if value_head_dim <= 128 else 6
     if is_latent:
         is_hopper = target is None or target.compute_capability in (90, None)
         is_long = is_static(tokens) and tokens >= LONG

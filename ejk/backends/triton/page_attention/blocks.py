@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.triton._sizes import (
+    MATRIX_ROWS,
     QUANTISED_ROWS,
     block_group,
     power_of_two,
@@ -92,7 +93,9 @@ def in_thirds(problem: PagedProblem, target: Target) -> bool:
 def rows_of(problem: PagedProblem, group: int, target: Target) -> int:
     """Return how many of a KV head's `group` query rows a program takes."""
     most_rows = rows_of_one_tile(same_tile(problem), target)
-    rows = block_group(group, problem.value_head_dim, most_rows)
+    is_float32 = product_dtype(problem) == jnp.float32 and value_bytes(problem) == 4
+    least = 1 if is_float32 and not target.is_amd else MATRIX_ROWS
+    rows = block_group(group, problem.value_head_dim, most_rows, least)
     return min(rows, QUANTISED_ROWS) if problem.cache_type.is_quantised else rows
 
 
@@ -124,14 +127,7 @@ def choose_blocks(
         programs * -(-longest // 128) <= 2 * target.num_sms
         or (longest <= 512 and programs < 4 * target.num_sms)
     )
-    itemsize = value_bytes(problem)
-    cell = Cell(target.compute_capability, itemsize, problem.head_dim, rows, is_large)
-    # Where elements are converted, it is not their size alone that counts.
-    is_as_it_is = problem.query_dtype == problem.cache_dtype
-    if is_as_it_is and problem.head_dim == problem.value_head_dim and cell in tuned:
-        pipeline = tuned[cell]
-    else:
-        pipeline = _heuristic(problem, rows, target, is_large, tokens)
+    pipeline = _pipeline_of(problem, rows, target, tuned, is_large, tokens)
     # Where programs are short and many, several at once are better than each with many buffers. On
     # an H100, with 3 stages and with 2: 1,024 contexts of 128 tokens 255.9 and 190.3 us, of 256
     # 412.6 and 367.4, of 512 743.7 and 717.0; 256 of 1,024 tokens 363.8 and 358.5; but 16 of them,
@@ -158,14 +154,31 @@ def choose_pack_blocks(
 
     The caller's tuning does not count here: it is for products of other rows.
     """
-    own = Tuning()
-    _, *pipeline, _, _ = choose_blocks(problem, problem.group, None, own, target, tuned)
-    pipeline = Pipeline(*pipeline)
+    own_rows = max(MATRIX_ROWS, rows_of(problem, problem.group, target))
+    pipeline = _pipeline_of(problem, own_rows, target, tuned, is_large=True)
     memory = functools.partial(_shared_memory, thirds=in_thirds(problem, target))
     if rows in PACKED:
         pipeline, memory = PACKED[rows], _packed_memory
-    pipeline, shared = _that_fits(problem, rows, pipeline, own, target, memory)
+    pipeline, shared = _that_fits(problem, rows, pipeline, Tuning(), target, memory)
     return DecodeBlocks(rows, *pipeline, shared)
+
+
+def _pipeline_of(
+    problem: PagedProblem,
+    rows: int,
+    target: Target,
+    tuned: dict[Cell, Pipeline],
+    is_large: bool,
+    tokens: int = 0,
+) -> Pipeline:
+    """Return what was measured for such a problem, or else what the rules say."""
+    itemsize = value_bytes(problem)
+    cell = Cell(target.compute_capability, itemsize, problem.head_dim, rows, is_large)
+    # Where elements are converted, it is not their size alone that counts.
+    is_as_it_is = problem.query_dtype == problem.cache_dtype
+    if is_as_it_is and problem.head_dim == problem.value_head_dim and cell in tuned:
+        return tuned[cell]
+    return _heuristic(problem, rows, target, is_large, tokens)
 
 
 def _that_fits(
@@ -192,6 +205,8 @@ def _heuristic(
 ) -> Pipeline:
     """Return what was best nearly everywhere. `_that_fits` may shrink it."""
     _, wide = widths(problem)
+    if rows < MATRIX_ROWS and wide <= 256:
+        return _of_few_rows(wide, rows)
     # Taken on the ordinary cores, from registers.
     is_float32 = product_dtype(problem) == jnp.float32
     if problem.cache_type.is_quantised or (is_float32 and value_bytes(problem) < 4):
@@ -215,6 +230,20 @@ def _heuristic(
             if 2 * _streamed(problem, pipeline, num_stages - 1) > target.shared_memory:
                 return pipeline
     return Pipeline(128, num_warps, 3)
+
+
+def _of_few_rows(wide: int, rows: int) -> Pipeline:
+    """Return the pipeline for products of float32 with fewer rows than tensor cores take.
+
+    What was best of large batches on an H200 (`python benchmarks/tune.py --dtype float32`), or
+    within 28 % of it where heads have 64 entries. 64 contexts of 4,096 tokens, 32 heads and 8 KV
+    heads of 128 entries took 837 us, and 1,927 with products padded to 16 rows; 32 of 1,024 tokens
+    with 32 KV heads 374 with two warps, and 964.
+    """
+    is_narrow = wide <= 64
+    block_kv = 64 if is_narrow or (rows > 4 and wide <= 128) else 32
+    num_warps = 1 if rows <= 2 and not is_narrow else 2
+    return Pipeline(block_kv, num_warps, 3 if is_narrow or (rows <= 4 and wide <= 128) else 2)
 
 
 def _is_like_one_context(problem: PagedProblem, rows: int) -> bool:

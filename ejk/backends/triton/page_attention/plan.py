@@ -20,6 +20,7 @@ from ejk.backends.page_attention_plan import (
 from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton._sizes import (
     GRANULE,
+    MATRIX_ROWS,
     QUANTISED_ROWS,
     block_group,
     power_of_two,
@@ -75,7 +76,8 @@ class TritonPlan(TritonBackend, PlanBackend):
         # Values of another width are mostly those of latent attention, in 16 bits.
         is_latent = value_head_dim < facts.head_dim
         most_rows = rows_of_one_tile(is_latent, target) if target else None
-        rows = block_group(group, value_head_dim, most_rows)
+        least_rows = 1 if is_float32 and not (target and target.is_amd) else MATRIX_ROWS
+        rows = block_group(group, value_head_dim, most_rows, least_rows)
         rows = min(rows, QUANTISED_ROWS) if is_quantised else rows
         window, capacity = facts.sliding_window, facts.capacity
         longest = least(capacity, window) if isinstance(window, int) else capacity

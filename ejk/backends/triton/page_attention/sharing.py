@@ -18,6 +18,9 @@ PACK_ROWS, FEW_ROWS = 64, 16
 # took 37.4 us for 2 sequences in 16 rows and 46.5 for 16 in 64 rows; 131,072 tokens in 64 rows took
 # 76.6 for 64.
 ROW_COSTS = {16: 9, 32: 10, 64: 12}
+# And of float32, whose products on ordinary cores cost what they have rows: see `MATRIX_ROWS`. 16
+# rows took 630 us for the 296 of 4 (`python benchmarks/tune.py`, an H200).
+FLOAT32_COST = 17
 # With as many bytes of shared memory, PACK_ROWS queries and their weights fit beside the blocks.
 LARGE_MEMORY = 200 * 1024
 # Entries of the members' tables that are compared at a time: 16 to 32 registers of a thread.
@@ -73,7 +76,8 @@ class Sharing:
         # Groups have two sequences or more, and so have the packs of each.
         groups = min(num_groups, num_seqs // 2)
         max_packs = min(num_seqs // 2, (num_seqs - 2 * groups) // members + groups)
-        return cls(max_packs, members, facts.page_size, ROW_COSTS[rows], rows < 64, saved)
+        cost = FLOAT32_COST if is_float32 else ROW_COSTS[rows]
+        return cls(max_packs, members, facts.page_size, cost, rows < 64, saved)
 
     def pays_to_combine(self, cost: int) -> bool:
         """Whether a batch that costs so much may be combined only because it may have packs."""

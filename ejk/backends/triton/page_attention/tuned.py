@@ -33,8 +33,30 @@ TUNED: dict[Cell, Pipeline] = {
     Cell(90, 2, 256, 16, False): Pipeline(64, 8, 2),
     # NVIDIA H100 80GB HBM3: 204.1 for 206.9 us; NVIDIA H200: 157.9 for 166.2 us
     Cell(90, 2, 512, 16, True): Pipeline(32, 4, 3),
-    # NVIDIA H100 80GB HBM3: 602.8 for 918.3 us; NVIDIA H200: 605.0 for 922.4 us
-    Cell(90, 4, 128, 16, True): Pipeline(64, 4, 3),
-    # NVIDIA H100 80GB HBM3: 27.8 for 29.1 us; NVIDIA H200: 27.8 for 28.5 us
-    Cell(90, 4, 256, 16, False): Pipeline(16, 4, 3),
+    # NVIDIA H200: 4.9 for 5.0 us
+    Cell(90, 4, 64, 2, False): Pipeline(64, 2, 2),
+    # NVIDIA H200: 5.5 for 5.6 us
+    Cell(90, 4, 64, 4, False): Pipeline(64, 2, 2),
+    # NVIDIA H200: 241.0 for 309.1 us
+    Cell(90, 4, 64, 4, True): Pipeline(128, 2, 2),
+    # NVIDIA H200: 6.1 for 7.0 us
+    Cell(90, 4, 128, 1, False): Pipeline(64, 2, 2),
+    # NVIDIA H200: 6.8 for 7.6 us
+    Cell(90, 4, 128, 2, False): Pipeline(64, 2, 3),
+    # NVIDIA H200: 7.6 for 8.0 us
+    Cell(90, 4, 128, 4, False): Pipeline(64, 4, 3),
+    # NVIDIA H200: 12.6 for 12.7 us
+    Cell(90, 4, 128, 16, False): Pipeline(32, 2, 2),
+    # NVIDIA H200: 629.9 for 927.7 us
+    Cell(90, 4, 128, 16, True): Pipeline(128, 8, 2),
+    # NVIDIA H200: 9.1 for 9.6 us
+    Cell(90, 4, 256, 1, False): Pipeline(64, 2, 2),
+    # NVIDIA H200: 9.8 for 10.1 us
+    Cell(90, 4, 256, 2, False): Pipeline(64, 2, 2),
+    # NVIDIA H200: 12.0 for 12.2 us
+    Cell(90, 4, 256, 4, False): Pipeline(32, 2, 3),
+    # NVIDIA H200: 17.0 for 17.4 us
+    Cell(90, 4, 256, 8, False): Pipeline(32, 1, 2),
+    # NVIDIA H200: 23.7 for 27.3 us
+    Cell(90, 4, 256, 16, False): Pipeline(32, 2, 2),
 }
