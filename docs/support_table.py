@@ -347,7 +347,7 @@ def add_sizes(page: Page) -> None:
         "### Query heads of a latent cache\n\n"
         "`ejk.page_attention`, bfloat16, one KV head, head_dim 576, values 512, pages of 16 tokens."
     )
-    page.probes("heads", {str(heads): latent(group=heads) for heads in (16, 32, 64, 128)}, HOPPER)
+    page.probes("heads", {str(heads): latent(group=heads) for heads in (1, 16, 64, 128)}, HOPPER)
     page.add("float16, 64 query heads.")
     page.probes(
         "page_size",

@@ -167,7 +167,7 @@ def _cache_features(dtype: Any, cache: Any, scales: Any) -> Any:
 
 @st.composite
 def _shapes(draw: Any, num_seqs: int, rows: int, hopper: bool, may_be_latent: bool) -> Any:
-    """Draw sizes; for `hopper` such as its kernels take: of latent caches, many heads."""
+    """Draw sizes; for `hopper` such as its kernels take."""
     aligned = hopper or draw(st.booleans())
     latent = may_be_latent and (hopper or draw(st.booleans()))
     limits = OF_MATRIX_UNITS if aligned else {}
@@ -176,7 +176,7 @@ def _shapes(draw: Any, num_seqs: int, rows: int, hopper: bool, may_be_latent: bo
         widths = (576,) if aligned else (*widths, 576)
     head_dim = draw(st.sampled_from(widths))
     num_kv_heads = 1 if latent and aligned else draw(st.sampled_from((1, 2, 3)))
-    groups = (33, 64, 128) if hopper and latent else (1, 2, 3, 4, 5, 7, 8, 17)
+    groups = (5, 16, 33, 64, 128) if hopper and latent else (1, 2, 3, 4, 5, 7, 8, 17)
     num_heads = num_kv_heads * draw(st.sampled_from(groups))
     page_size = draw(st.sampled_from(limits.get("page_size", PAGE_SIZES)))
     most = MOST_LOGITS // (num_heads * rows * page_size)

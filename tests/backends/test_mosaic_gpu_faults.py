@@ -67,12 +67,21 @@ FAULTS = {
     "the halves change places": (
         "writing", "pl.ds(self.half * self.sizes.half,", "pl.ds((1 - self.half) * self.sizes.half,",
     ),
+    "the LSE is in other units": ("writing", "self._share_lse(lse * LN2)", "self._share_lse(lse)"),
     "the next heads": ("piece", "lax.rem(program, groups) * ROWS", "0 * ROWS"),
     "a piece begins at its end": (
         "piece", "low, high = jnp.maximum(begin, first)", "low, high = jnp.maximum(reach, first)",
     ),
 }  # fmt: skip
 
+
+# Of programs with fewer heads than rows.
+FAULTS_OF_FEW_HEADS = {
+    "the first heads for all": ("copying", "pl.ds(first + begin, count)", "pl.ds(first, count)"),
+    "both halves of a part are the first": (
+        "writing", "self.shared.parts.at[self.half, pl", "self.shared.parts.at[0, pl",
+    ),
+}  # fmt: skip
 
 # Of programs whose rows are those of several tokens.
 FAULTS_OF_TOKENS = {
@@ -149,6 +158,14 @@ def check(bug):
         assert_close(each, *gpu_interpreter.run(each, backend))
 
 
+def check_few_heads(bug):
+    """The last sequence is in parts."""
+    shape = dataclasses.replace(SHAPE, num_heads=24, page_size=64, max_blocks=9)
+    case = build(Configuration(shape, BF16, "HND"), np.array([60, 570]))
+    backend = Mutant(num_sms=5, interpret=True, bug=bug)
+    assert_close(case, *gpu_interpreter.run(case, backend))
+
+
 def check_tokens(bug, lens=(196, 60, 128), bounds=(0, 5, 8, 16)):
     """Up to eight tokens a program, among which blocks of keys end, and fewer at the beginning."""
     shape = dataclasses.replace(SHAPE, num_heads=8, page_size=64, max_blocks=9)
@@ -182,6 +199,7 @@ def mutated(file, old, new):
 
 def test_the_sound_kernel_is_not_accused():
     check("")
+    check_few_heads("")
     check_tokens("")
     check_tokens("", *MERGED)
 
@@ -189,13 +207,16 @@ def test_the_sound_kernel_is_not_accused():
 @pytest.mark.fault("page_attention", "mosaic_gpu")
 @pytest.mark.fast(5)
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("bug", FAULTS | FAULTS_OF_TOKENS)
+@pytest.mark.parametrize("bug", FAULTS | FAULTS_OF_FEW_HEADS | FAULTS_OF_TOKENS)
 def test_a_fault_is_caught(bug, monkeypatch):
-    made = mutated(*(FAULTS | FAULTS_OF_TOKENS)[bug])
+    made = mutated(*(FAULTS | FAULTS_OF_FEW_HEADS | FAULTS_OF_TOKENS)[bug])
     monkeypatch.setattr(call, "latent_attention_kernel", made["kernel"].latent_attention_kernel)
     monkeypatch.setattr(call, "shared_types", made["memory"].shared_types)
     with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
-        (check_tokens if bug in FAULTS_OF_TOKENS else check)(bug)
+        if bug in FAULTS_OF_FEW_HEADS:
+            check_few_heads(bug)
+        else:
+            (check_tokens if bug in FAULTS_OF_TOKENS else check)(bug)
 
 
 def check_own(module):

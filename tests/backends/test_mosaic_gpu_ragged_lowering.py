@@ -34,7 +34,7 @@ def _for_an_h100(restored_registry):
 
 def arguments(
     total_tokens=512, heads=32, kv_heads=8, head_dim=128, page_size=16, dtype=jnp.bfloat16,
-    cache=None, max_blocks=256,
+    cache=None, max_blocks=256, num_seqs=4,
 ):  # fmt: skip
     """Return the arguments of a call of 4 sequences."""
     pool = struct(1024, kv_heads, page_size, head_dim, dtype=cache or dtype)
@@ -42,9 +42,9 @@ def arguments(
         struct(total_tokens, heads, head_dim, dtype=dtype),
         pool,
         pool,
-        struct(4, dtype=jnp.int32),
-        struct(4, max_blocks, dtype=jnp.int32),
-        struct(5, dtype=jnp.int32),
+        struct(num_seqs, dtype=jnp.int32),
+        struct(num_seqs, max_blocks, dtype=jnp.int32),
+        struct(num_seqs + 1, dtype=jnp.int32),
     )
 
 
@@ -188,7 +188,7 @@ def test_latent_attention_is_the_decode_kernels(heads):
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
-    ("heads", "tokens", "max_q_len", "chosen"),
+    ("heads", "tokens", "max_q_len", "max_context_len", "chosen"),
     [
         (16, 20, None, "mosaic_gpu"),
         (16, 8, None, "triton"),  # of four sequences: 32 rows each
@@ -199,8 +199,11 @@ def test_latent_attention_is_the_decode_kernels(heads):
         (8, 36, None, "mosaic_gpu"),
     ],
 )
-def test_tokens_of_few_heads_share_programs_where_that_is_faster(heads, tokens, max_q_len, chosen):
-    args, options = latent(heads, tokens), {"max_q_len": max_q_len, "value_head_dim": 512}
+def test_tokens_of_few_heads_share_programs_where_that_is_faster(
+    heads, tokens, max_q_len, max_context_len, chosen
+):
+    args = latent(heads, tokens, num_seqs=32)
+    options = {"max_q_len": max_q_len, "max_context_len": max_context_len, "value_head_dim": 512}
     assert report(*args, **options).chosen == chosen
     assert (MOSAIC in targets(lower(args, **options))) == (chosen == "mosaic_gpu")
 
@@ -211,7 +214,7 @@ def test_short_prompts_are_left_to_triton(tokens, chosen):
     args = latent(16, tokens, max_blocks=1)
     found = report(*args, value_head_dim=512)
     assert found.chosen == chosen
-    assert ("up to 2097152 logits" in str(found.refusals["mosaic_gpu"])) == (chosen == "triton")
+    assert ("up to 1048576 logits" in str(found.refusals["mosaic_gpu"])) == (chosen == "triton")
 
 
 LATENT_REFUSALS = {

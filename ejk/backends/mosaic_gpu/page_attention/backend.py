@@ -31,23 +31,21 @@ from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.page_attention.backend import TritonPageAttention, combine
 from ejk.backends.triton.page_attention.plan import TritonPlan, work_of
 
-# Fewer are mostly faster on Triton's kernel, whose programs have 16 rows then. Its time over this
-# one's on an H200, pages of 64, on sequences of so many tokens:
-#     heads   64 x 4,096   200 x 2,000   1 x 32,768   8 x 8,192   64 x 512   8 x 2,048   200 x 300
-#     16      1.025        0.954         1.038        0.827       0.720
-#     32      1.115                                                          1.366       1.355
-FEWEST_HEADS = ROWS // 4 + 1
-# With up to 32 heads launches count in batches of up to so many tokens: with 16, 8 x 1,024 had
-# 0.511 by the same count, 1 x 1,024 0.595.
-FEW_TOKENS = 2**13
+# With up to so many heads, for which Triton's programs have 16 rows, launches count in batches of
+# up to so many tokens. Triton's time over this one's on an H200, pages of 64:
+#     heads   1 x 1,024   4 x 1,024   1 x 8,192   64 x 128   16 x 1,024   4 x 4,096   64 x 4,096
+#     8       0.839       0.858       0.841       0.983      1.025        1.058       1.211
+#     16      0.888       0.904       0.927       1.033      1.085        1.136       1.194
+#     32      1.106       1.208       1.636       1.412      1.985        1.759       1.227
+FEW_HEADS, FEW_TOKENS = ROWS // 4, 2**13
 
 
 @dataclasses.dataclass(frozen=True)
 class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
     """Run `ejk.page_attention` of latent caches as a Pallas Mosaic GPU kernel, on Hopper.
 
-    For more than 16 query heads, keys of 576 entries and values that are their first 512. Triton's
-    kernels deal out the work and merge the parts of contexts.
+    For keys of 576 entries and values that are their first 512. Triton's kernels deal out the work
+    and merge the parts of contexts.
 
     Attributes:
         compute_capability: compile for it, 90 for sm_90; the device's own if None.
@@ -75,13 +73,11 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
                 f"head_dim={problem.head_dim} and value_head_dim={problem.value_head_dim} must be "
                 f"{HEAD_DIM} and {VALUE_HEAD_DIM}"
             )
-        if problem.num_heads < FEWEST_HEADS:
-            reasons.append(f"num_heads={problem.num_heads} must be at least {FEWEST_HEADS}")
         return reasons + unfit_cache(problem, BLOCK_KV)
 
     def passed_over(self, problem: PageAttentionProblem, platform: str) -> tuple[str, str] | None:
         is_small = problem.num_seqs * problem.visible_bound <= FEW_TOKENS
-        if self.interpret or problem.num_heads > ROWS // 2 or not is_small:
+        if self.interpret or problem.num_heads > FEW_HEADS or not is_small:
             return None
         return left_to_triton(
             f"num_seqs={problem.num_seqs}, max_context_len={problem.visible_bound} and "

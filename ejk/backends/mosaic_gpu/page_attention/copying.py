@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ejk.backends.mosaic_gpu._pages import page_bits
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Shared
 from ejk.backends.mosaic_gpu.page_attention.piece import Piece, exists, pages_of
-from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, LatentSizes
+from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, LatentSizes
 
 REGISTERS = 24  # of a thread
 
@@ -36,10 +36,14 @@ class Copying:
     def _copy(self) -> None:
         shared, sizes = self.shared, self.sizes
         first = self.piece.token * sizes.heads + self.piece.head
-        rows = self.inputs.query.at[pl.ds(first, ROWS)]
         thirds = (shared.query.at[0], shared.query.at[1], shared.query_rest)
         for third, into in enumerate(thirds):
-            plgpu.copy_gmem_to_smem(rows.at[:, sizes.third(third)], into, shared.query_there)
+            for begin, row, count in sizes.query_copies:
+                plgpu.copy_gmem_to_smem(
+                    self.inputs.query.at[pl.ds(first + begin, count), sizes.third(third)],
+                    into.at[pl.ds(row, count)],
+                    shared.query_there,
+                )
 
         def copy_block(j: Any, pages: tuple[Any, ...]) -> tuple[Any, ...]:
             ahead = pages_of(j + 1, self.piece, self.inputs, sizes)

@@ -5,7 +5,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, SWIZZLED, LatentSizes
+from ejk.backends.mosaic_gpu.page_attention.sizes import (
+    BLOCK_KV,
+    ROWS,
+    SMALLEST,
+    SWIZZLED,
+    LatentSizes,
+)
 
 
 class Inputs(NamedTuple):
@@ -39,7 +45,7 @@ class Shared(NamedTuple):
 
     query: Any  # [2, ROWS, half]: halves of what multiplies the entries that are values, too
     query_rest: Any  # [ROWS, rest]
-    keys: Any  # [2, 2, BLOCK_KV, half]
+    keys_or_parts: Any  # see the properties
     rest: Any  # [2, BLOCK_KV, rest]; then the block's weights, [2, ROWS, BLOCK_KV]
     exist: Any  # int32 [2]: a bit for each page of a block that there is
     maxima: Any  # float32 [2, ROWS], log2: up to a block
@@ -51,13 +57,26 @@ class Shared(NamedTuple):
     weights_there: Any  # [2]
     sums_there: Any
 
+    @property
+    def keys(self) -> Any:
+        """`[2, 2, BLOCK_KV, half]`: the entries that are values, too."""
+        keys, _ = self.keys_or_parts
+        return keys
+
+    @property
+    def parts(self) -> Any:
+        """float32 `[2, ROWS, half]`: both halves of a part, where the keys were."""
+        _, parts = self.keys_or_parts
+        return parts
+
 
 def shared_types(sizes: LatentSizes, dtype: Any) -> Shared:
     """Return how much of what is shared."""
-    tiling = plgpu.TilingTransform((8, SWIZZLED))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 
-    def tile(*shape: int) -> Any:
+    def tile(*shape: int, dtype: Any = dtype) -> Any:
+        tiles = (SMALLEST, SWIZZLED * 2 // jnp.dtype(dtype).itemsize)
+        tiling = plgpu.TilingTransform(tiles)  # pyright: ignore[reportAbstractUsage]
+        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
         return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
     def barriers(*number: int, arrivals: int = 1) -> Any:
@@ -67,13 +86,15 @@ def shared_types(sizes: LatentSizes, dtype: Any) -> Shared:
     return Shared(
         query=tile(2, ROWS, sizes.half),
         query_rest=tile(ROWS, sizes.rest),
-        keys=tile(2, 2, BLOCK_KV, sizes.half),
+        keys_or_parts=plgpu.RefUnion(
+            tile(2, 2, BLOCK_KV, sizes.half), tile(2, ROWS, sizes.half, dtype=jnp.float32)
+        ),
         rest=tile(2, BLOCK_KV, sizes.rest),
         exist=plgpu.SMEM((2,), jnp.int32),
         maxima=rows,
         rescale=rows,
         sums=rows,
-        query_there=barriers(arrivals=3),
+        query_there=barriers(arrivals=3 * len(sizes.query_copies)),
         third_there=barriers(6, arrivals=sizes.copies),
         half_free=barriers(4),
         weights_there=barriers(2),

@@ -30,7 +30,7 @@ def my_piece(inputs: Inputs, sizes: LatentSizes) -> tuple[Any, Piece]:
     """Return which piece of which context is this program's, and whether there is one."""
     problem, cut = sizes.problem, sizes.cut
     # Programs of one piece follow each other: what one reads the next finds in the cache.
-    program, groups = lax.axis_index("program"), problem.num_heads // ROWS
+    program, groups = lax.axis_index("program"), problem.num_heads // sizes.rows
     piece, head = lax.div(program, groups), lax.rem(program, groups) * ROWS
     split, is_mine, part = jnp.int32(0), jnp.bool(True), jnp.int32(-1)
     begin, reach = jnp.int32(0), jnp.int32(0)

@@ -1,6 +1,7 @@
 """How one problem is cut for the latent kernel: pure functions of problem and target."""
 
 import dataclasses
+import math
 
 from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PageAttentionProblem
@@ -10,6 +11,7 @@ from ejk.backends.triton.page_attention.sizes import Sizes
 ROWS = 64  # query heads of a program: the rows of a product of the tensor cores
 BLOCK_KV = 64  # tokens: two blocks of 72 KB are what fits beside as many queries
 SWIZZLED = 64  # elements of 16 bits in a row of swizzled shared memory
+SMALLEST = 8  # rows of a copy to or from it, at least
 HEAD_DIM, VALUE_HEAD_DIM = 576, 512
 SHARED_MEMORY = 2 * (ROWS + 2 * BLOCK_KV) * HEAD_DIM + 2048  # bytes; the last of maxima and sums
 
@@ -35,7 +37,8 @@ class LatentSizes:
         interpret: bool,
         tokens: int = 1,
     ) -> "LatentSizes":
-        padded = -(-problem.num_heads // ROWS) * ROWS
+        multiple = ROWS if problem.num_heads > ROWS else SMALLEST
+        padded = -(-problem.num_heads // multiple) * multiple
         problem = dataclasses.replace(problem, num_heads=padded)
         blocks = DecodeBlocks(
             ROWS, BLOCK_KV, num_warps=12, num_stages=2, shared_memory=SHARED_MEMORY
@@ -45,8 +48,22 @@ class LatentSizes:
 
     @property
     def heads(self) -> int:
-        """Query heads of a token; where a sequence has one, padded to whole programs."""
+        """Query heads of a token; where a sequence has one, padded to what a program copies."""
         return self.problem.num_heads // self.tokens
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a program that are somebody's: up to `ROWS`."""
+        return min(ROWS, self.problem.num_heads)
+
+    @property
+    def query_copies(self) -> list[tuple[int, int, int]]:
+        """Return copies of queries: from which row, to which, and how many.
+
+        Rows that are nobody's are copies of others: their maxima rise when those of others do.
+        """
+        count = math.gcd(self.rows, ROWS)
+        return [(row % self.rows, row, count) for row in range(0, ROWS, count)]
 
     @property
     def grid(self) -> int:

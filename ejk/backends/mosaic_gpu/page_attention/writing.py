@@ -1,4 +1,4 @@
-"""How results leave: parts from registers, the output through shared memory."""
+"""How results leave: through shared memory, by TMA, which takes as many rows as there are."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ejk.backends.mosaic_gpu._arithmetic import LN2, rounded
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, Shared
 from ejk.backends.mosaic_gpu.page_attention.piece import Piece, is_own
-from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS, LatentSizes
+from ejk.backends.mosaic_gpu.page_attention.sizes import LatentSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +31,31 @@ class Writing:
 
             @pl.when(piece.part >= 0)
             def _() -> None:
-                outputs.part_out.at[piece.part, self._heads, self._entries][...] = out
-                self._write_lse(outputs.part_lse, piece.part, lse)
+                self.shared.parts.at[self.half][...] = out
+                self._share_lse(lse)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    self.shared.parts.at[self.half, pl.ds(0, self.sizes.rows)],
+                    outputs.part_out.at[piece.part, self._heads, self._entries],
+                )
+                self._copy_lse(outputs.part_lse, piece.part)
+                plgpu.wait_smem_to_gmem(0)
 
         @pl.when(piece.part < 0)
         def _() -> None:
-            # By TMA: a store of 16 bits from these registers fills no sector of 32 bytes.
+            # From registers, a store of 16 bits would fill no sector of 32 bytes.
             self.shared.keys.at[0, self.half][...] = rounded(out, outputs.out.dtype)
+            self._share_lse(lse * LN2)
             plgpu.commit_smem()
             for i in range(self.sizes.tokens):
                 own = is_own(piece.token + i, piece, self.inputs)
                 pl.when(own)(functools.partial(self._copy, i))
+            self._copy_lse(outputs.lse, piece.seq)
             plgpu.wait_smem_to_gmem(0)
-            self._write_lse(outputs.lse, piece.seq, lse * LN2)
 
     @property
     def _heads(self) -> Any:
-        return pl.ds(self.piece.head, ROWS)
+        return pl.ds(self.piece.head, self.sizes.rows)
 
     @property
     def _entries(self) -> Any:
@@ -55,12 +63,18 @@ class Writing:
 
     def _copy(self, i: int) -> None:
         """Start to copy a token's rows."""
-        rows = ROWS // self.sizes.tokens
+        rows = self.sizes.rows // self.sizes.tokens
         plgpu.copy_smem_to_gmem(
             self.shared.keys.at[0, self.half, pl.ds(i * rows, rows)],
             self.outputs.out.at[self.piece.token + i, pl.ds(self.piece.head, rows), self._entries],
         )
 
-    def _write_lse(self, ref: Any, row: Any, lse: Any) -> None:
+    def _share_lse(self, lse: Any) -> None:
         if self.half == 0:
-            ref.at[row, self._heads][...] = lse
+            self.shared.maxima.at[0][...] = lse
+
+    def _copy_lse(self, ref: Any, row: Any) -> None:
+        """Start to copy the LSE, which both warpgroups have found."""
+        if self.half == 0:
+            lse = self.shared.maxima.at[0, pl.ds(0, self.sizes.rows)]
+            plgpu.copy_smem_to_gmem(lse, ref.at[row, self._heads])

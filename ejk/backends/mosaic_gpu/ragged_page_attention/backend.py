@@ -60,13 +60,18 @@ FEW_ROWS = 16
 FEW_ROWS_OF_64 = 64
 # In latent attention a token that has a program for itself fills more than half of its rows.
 FEWEST_HEADS_ALONE = DECODE_ROWS // 2 + 1
-# Those that share one fill more than half of its rows, on average, too. With 64 rows of each of 64
-# sequences on 4,096 tokens Triton takes 1.046 (16 heads) and 1.119 (32) times as long on an H200.
-FEW_SHARED_ROWS = DECODE_ROWS // 2
-# There, launches count where new tokens, heads and the tokens that they may see multiply to at most
-# so many logits: Triton has fewer. Its time over this one's, pages of 64: 64 prompts of 16 tokens,
-# 16 heads (2**20) 0.644, 8 of 64, 32 heads (2**20) 1.018; 64 of 64, 16 heads (2**22) 1.245.
-FEW_LOGITS = 2**21
+# Where tokens share one, launches count on contexts of up to so many tokens, if sequences have at
+# most a program's rows on average: Triton has fewer. Its time over this one's on an H200, pages of
+# 64, by new tokens:
+#     heads   64 x 1,024   128 x 2,048   64 x 4,096                            8 x 8,192   8 x 4,096
+#     8                                  2: 1.307, 4: 1.680, 8: 1.056
+#     16      2: 0.925     2: 1.164      1: 1.322, 2: 1.671, 3: 1.072, 4: 1.077 2: 1.104   4: 1.144
+#     32      2: 0.799                   1: 1.683                              1: 1.342
+SHORT_TOKENS = 1024
+# And where new tokens, heads and the tokens that they may see multiply to at most so many logits:
+# 64 prompts of 16 tokens, 16 heads (2**20) 0.855, 8 of 64, 32 heads (2**20) 1.018; 64 of 32, 16
+# heads (2**21) 1.057.
+FEW_LOGITS = 2**20
 # Where sequences have at most this many rows on average, memory bounds a call, and it pays to read
 # a shared prefix once, as only Triton's kernels do. Computed from an H100's bytes and products a
 # second, not measured.
@@ -124,7 +129,6 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
                 f"num_heads={problem.num_heads} must be at least {FEWEST_HEADS_ALONE}, or one of "
                 f"{SHARED_HEADS} without a sliding_window"
             )
-            call = dataclasses.replace(call, num_heads=FEWEST_HEADS_ALONE)  # for what else there is
         return reasons + decode.unfit(call)
 
     @property
@@ -145,18 +149,20 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         if self.interpret:
             return None
         is_shared = problem.latent and AsDecode.of(problem).tokens > 1
-        if is_shared and min(rows * problem.num_seqs, each) <= FEW_SHARED_ROWS * problem.num_seqs:
+        is_few = min(rows * problem.num_seqs, each) <= DECODE_ROWS * problem.num_seqs
+        if is_shared and is_few and problem.visible_bound <= SHORT_TOKENS:
             return left_to_triton(
                 f"total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs}, "
-                f"max_q_len={problem.q_len_bound} and {problem.group} query heads, up to "
-                f"{FEW_SHARED_ROWS} rows each"
+                f"max_q_len={problem.q_len_bound}, {problem.group} query heads and "
+                f"max_context_len={problem.visible_bound}, up to {DECODE_ROWS} rows each that see "
+                f"{SHORT_TOKENS} tokens"
             )
         if is_shared and each * problem.visible_bound <= FEW_LOGITS:
             return left_to_triton(
                 f"total_tokens={problem.total_tokens}, max_context_len={problem.visible_bound} "
                 f"and {problem.group} query heads, up to {FEW_LOGITS} logits"
             )
-        if rows <= (few := _few_rows(problem)):
+        if not problem.latent and rows <= (few := _few_rows(problem)):
             return left_to_triton(
                 f"max_q_len={problem.q_len_bound} and {problem.group} query heads a KV head, "
                 f"up to {few} rows"
