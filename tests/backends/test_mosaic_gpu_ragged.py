@@ -101,6 +101,23 @@ def test_lengths(lens, bounds):
     check(lens=lens, bounds=bounds, total=62)
 
 
+NOT_CAUSAL = {
+    "of tiles and a draft": ((), LENS, BOUNDS, None),
+    "window": (("sliding_window",), LENS, BOUNDS, np.int32(60)),
+    "slopes": (("alibi_slopes",), LENS, BOUNDS, None),
+    # Rows without a position see all there is; those of an empty sequence nothing.
+    "caps": (("attn_logits_soft_cap",), (3, 20, 0, 129), (0, 35, 36, 37, 39), None),
+}
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("features, lens, bounds, window", NOT_CAUSAL.values(), ids=NOT_CAUSAL)
+def test_tokens_that_see_later_ones(features, lens, bounds, window):
+    config = Configuration(ONE_HEAD, BF16, "HND", frozenset({"causal=False", *features}))
+    given = {} if window is None else {"window": window}
+    check(config, lens, bounds, invalid=0.1, seed=3, **given)
+
+
 @pytest.mark.one_in(4)
 @pytest.mark.fast(6)
 @pytest.mark.parametrize(
@@ -216,7 +233,9 @@ def build_cut(q_len, features=()) -> RaggedPageAttentionCase:
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("q_len", [2, 20], ids=["narrow", "wide"])
-@pytest.mark.parametrize("features", [(), ("sinks", "sliding_window", "alibi_slopes")], ids=len)
+@pytest.mark.parametrize(
+    "features", [(), ("causal=False",), ("sinks", "sliding_window", "alibi_slopes")], ids=len
+)
 def test_contexts_that_are_cut(features, q_len):
     backend = dataclasses.replace(BACKEND, num_sms=12)
     case = build_cut(q_len, features)

@@ -192,6 +192,18 @@ FAULTS = {
     "pages that a window cuts are not copied": (
         "widening", "(first + page_size > begins)", "(first >= begins)", "scaled_heads",
     ),
+    "later tokens are hidden": (
+        "mask", "if sizes.problem.causal:\n        ends", "if True:\n        ends", "later",
+    ),
+    "later blocks are left out": (
+        "tiles", "if sizes.problem.causal else length", "if True else length", "later",
+    ),
+    "rows before the first position are cleared": (
+        "mask", "if sizes.problem.causal:\n        return", "if True:\n        return", "later",
+    ),
+    "later tokens are seen": (
+        "mask", "if sizes.problem.causal:\n        reach", "if False:\n        reach", "edge",
+    ),
     "rows of the next sequence are written": (
         "writing", "jnp.clip(tile.count - first, 0, self", "jnp.clip(tile.count, 0, self", "hidden",
     ),
@@ -232,6 +244,12 @@ def edge():
 def features():
     config = Configuration(SHAPE, BF16, "HND", frozenset(FEATURES))
     return build(config, **LONG, window=np.int32(320), junk=False)
+
+
+def later():
+    """Tokens that see later ones: of many new tokens, and of more than there are."""
+    config = Configuration(SHAPE, BF16, "HND", frozenset({"causal=False", "attn_logits_soft_cap"}))
+    return build(config, (140, 10, 0, 7), (0, 60, 77, 78, 79), total=79)
 
 
 def negative():
@@ -275,7 +293,8 @@ def empty_piece():
 CASES = {
     x.__name__: x
     for x in (
-        hidden, edge, features, negative, fused, scaled_heads, scaled_tokens, cut, empty_piece,
+        hidden, edge, features, later, negative, fused, scaled_heads, scaled_tokens, cut,
+        empty_piece,
     )
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ def arguments(
     total_tokens=512, heads=32, kv_heads=8, head_dim=128, page_size=16, dtype=jnp.bfloat16,
     cache=None, max_blocks=256, num_seqs=4,
 ):  # fmt: skip
-    """Return the arguments of a call of 4 sequences."""
+    """Return the arguments of a call."""
     pool = struct(1024, kv_heads, page_size, head_dim, dtype=cache or dtype)
     return (
         struct(total_tokens, heads, head_dim, dtype=dtype),
@@ -190,13 +190,14 @@ def test_latent_attention_is_the_decode_kernels(heads):
 @pytest.mark.parametrize(
     ("heads", "tokens", "max_q_len", "max_context_len", "chosen"),
     [
-        (16, 20, None, "mosaic_gpu"),
-        (16, 8, None, "triton"),  # of four sequences: 32 rows each
-        (16, 9, None, "mosaic_gpu"),
-        (16, 512, 2, "triton"),
-        (16, 512, 3, "mosaic_gpu"),
-        (32, 12, None, "mosaic_gpu"),
-        (8, 36, None, "mosaic_gpu"),
+        (16, 512, 1, None, "mosaic_gpu"),
+        (16, 512, 1, 1024, "triton"),
+        (16, 512, 4, 1024, "triton"),
+        (16, 512, 5, 1024, "mosaic_gpu"),
+        (16, 512, 4, 1025, "mosaic_gpu"),
+        (16, 128, None, 1024, "triton"),  # of 32 sequences: 64 rows each
+        (16, 129, None, 1024, "mosaic_gpu"),
+        (8, 300, None, None, "mosaic_gpu"),
     ],
 )
 def test_tokens_of_few_heads_share_programs_where_that_is_faster(
@@ -229,6 +230,9 @@ LATENT_REFUSALS = {
     "cap": (
         latent(), {"attn_logits_soft_cap": 30.0},
         "does not support attn_logits_soft_cap with value_head_dim",
+    ),
+    "later tokens": (
+        latent(), {"causal": False}, "does not support causal=False with value_head_dim",
     ),
     "e4m3": (
         latent(cache=jnp.float8_e4m3fn), {},

@@ -101,7 +101,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
     features = POOLS | QUANTISED | SCALES | {
         "attn_logits_soft_cap", "sliding_window", "sinks", "alibi_slopes", "value_head_dim",
-        "return_lse",
+        "return_lse", "causal=False",
     }  # fmt: skip
 
     def unfit(self, problem: RaggedPageAttentionProblem) -> list[str]:
@@ -122,6 +122,7 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
     def _unfit_decode(self, problem: RaggedPageAttentionProblem) -> list[str]:
         decode, as_decode = self._decode, AsDecode.of(problem)
         missing = sorted(as_decode.decode.features - decode.features)
+        missing += ["causal=False"] * (not problem.causal)
         reasons = [f"does not support {feature} with value_head_dim" for feature in missing]
         call = as_decode.decode
         if as_decode.tokens == 1 and problem.num_heads < FEWEST_HEADS_ALONE:

@@ -25,18 +25,26 @@ def positions(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
     return token + (tile.position + warpgroup * sizes.own_tokens)
 
 
+def _blind(tile: Tile, sizes: PrefillSizes) -> Any:
+    """Return how many first tokens of a tile see nothing; at most 0: none."""
+    if sizes.problem.causal:
+        return -tile.position
+    return jnp.where(tile.end > 0, 0, tile.count)
+
+
 def some_see_nothing(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
-    """Say whether some rows of a warpgroup have no token, or one before the first position."""
+    """Say whether some rows of a warpgroup have no token, or one that sees nothing."""
     if sizes.own_rows < ROWS:
         return True
-    return (tile.count < (warpgroup + 1) * sizes.own_tokens) | (tile.position < 0)
+    is_short = tile.count < (warpgroup + 1) * sizes.own_tokens
+    return is_short | (_blind(tile, sizes) > 0)
 
 
 def rows_that_see(tile: Tile, warpgroup: Any, shape: tuple[int, ...], sizes: PrefillSizes) -> Any:
-    """Say which rows of a warpgroup, along axis 0, have a token that has a position."""
+    """Say which rows of a warpgroup, along axis 0, have a token that sees anything."""
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
     token = lax.div(row, jnp.full_like(row, sizes.group)) + warpgroup * sizes.own_tokens
-    return (row < sizes.own_rows) & (token < tile.count) & (token >= -tile.position)
+    return (row < sizes.own_rows) & (token < tile.count) & (token >= _blind(tile, sizes))
 
 
 def unmasked(
@@ -49,7 +57,9 @@ def unmasked(
     """
     first, blocks = tile.first_block(sizes), tile.blocks(sizes)
     nearest = tile.position + warpgroup * sizes.own_tokens
-    reach = jnp.minimum(jnp.minimum(nearest + 1, tile.end), tile.whole)
+    reach = jnp.minimum(tile.end, tile.whole)
+    if sizes.problem.causal:
+        reach = jnp.minimum(nearest + 1, reach)
     stop = jnp.clip(lax.div(reach, sizes.block_kv) - first, 0, blocks)
     # A negative scale would make the largest product the smallest logit: see `softmax.weigh`.
     stop = jnp.where(scale >= 0, stop, 0)
@@ -94,7 +104,9 @@ def limits(
     """Return which tokens of block `j` the rows at `position` see, counted in it: `[ROWS]` each."""
     first = (tile.first_block(sizes) + j) * sizes.block_kv
     begins = plgpu.layout_cast(jnp.full_like(position, tile.begin), ROW)
-    ends = jnp.minimum(position + 1, tile.end)
+    ends = plgpu.layout_cast(jnp.full_like(position, tile.end), ROW)
+    if sizes.problem.causal:
+        ends = jnp.minimum(position + 1, tile.end)
     if inputs.sliding_window is not None:
         begins = jnp.maximum(position - (window_of(inputs) - 1), begins)
     return begins - first, ends - first

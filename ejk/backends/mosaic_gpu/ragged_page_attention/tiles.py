@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     kv_head: Any
     token: Any  # of the batch: the first of the tile
     count: Any  # tokens
-    position: Any  # of the first token; negative ones see nothing
+    position: Any  # of the first token; negative ones see nothing, if causal
     begin: Any  # positions in [begin, end) are visible to some row
     end: Any
     seen_begin: Any  # and those in [seen_begin, seen_end) to some row of the sequence
@@ -73,8 +73,9 @@ def my_tile(r: Any, inputs: Inputs, sizes: PrefillSizes) -> Tile:
     first = item.block * tokens
     count = jnp.minimum(tokens, item.q_len - first)
     position = item.length - item.q_len + first
-    begin, end = _visible(position, count, inputs)
-    seen_begin, seen_end = _visible(item.length - item.q_len, item.q_len, inputs)
+    begin, end = _visible(position, count, item.length, inputs, sizes)
+    context = item.length - item.q_len
+    seen_begin, seen_end = _visible(context, item.q_len, item.length, inputs, sizes)
     if sizes.has_parts:
         size = divide_up(divide_up(end - begin, granule), item.pieces) * granule
         begin = jnp.minimum(begin + item.piece * size, end)
@@ -188,9 +189,12 @@ def _place(r: Any, sizes: PrefillSizes) -> Any:
     return jnp.where(lax.rem(r, 2) == 0, program, sizes.num_programs - 1 - program)
 
 
-def _visible(position: Any, count: Any, inputs: Inputs) -> tuple[Any, Any]:
+def _visible(
+    position: Any, count: Any, length: Any, inputs: Inputs, sizes: PrefillSizes
+) -> tuple[Any, Any]:
     """Return which positions some of `count` rows from `position` on see."""
-    begin, end = jnp.int32(0), jnp.maximum(position + count, 0)
+    end = jnp.maximum(position + count, 0) if sizes.problem.causal else length
+    begin = jnp.int32(0)
     if inputs.sliding_window is not None:
         window = window_of(inputs)
         begin = jnp.minimum(jnp.maximum(jnp.maximum(position, 0) - (window - 1), 0), end)
