@@ -74,7 +74,7 @@ FAULTS = {
         "tiles", "(page >= 0) & (page < sizes.problem.num_pages)", "page == page", "hidden",
     ),
     "hidden pages are taken for whole blocks": (
-        "mask", "tile.end), tile.whole)", "tile.end), tile.end)", "hidden",
+        "mask", "jnp.minimum(tile.end, tile.whole)", "tile.end", "hidden",
     ),
     "values that are not visible stay": (
         "rows", "jnp.where(seen, values, jnp.zeros_like(values))", "values", "hidden",
