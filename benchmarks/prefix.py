@@ -1,5 +1,7 @@
 """Shared prefixes: the same batch with its groups named and without, in turns: `decode.py`.
 
+Large groups run a third way, too: what they share as a prefill, the rest as decode, then merged.
+
 Of each batch the plans are made before and timed apart, as a model makes them once for all layers.
 What counts is device time: `of_base` is that with groups over that without.
 """
@@ -22,6 +24,7 @@ OWN_TOKENS = 256
 PREFIXES = (0, 512, 2048, 8192, 32768)
 MEMBERS = (1, 2, 4, 16, 64, 256)
 MOST_BYTES = 3 * 2**34  # that a plain call reads
+LARGE_GROUP = 32  # sequences whose prefix is a prefill, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Shared(workloads.Workload):
     @property
     def groups(self) -> np.ndarray:
         return np.arange(self.num_seqs, dtype=np.int32) % self.num_groups
+
+    @property
+    def group_size(self) -> int:
+        return self.num_seqs // self.num_groups
+
+    @property
+    def is_in_calls(self) -> bool:
+        return self.prefix > 0 and self.group_size >= LARGE_GROUP
 
     @property
     def num_pages(self) -> int:
@@ -103,10 +114,13 @@ def measure(
     draw = jax.jit(functools.partial(drawn, batch, layers))
     given = jax.eval_shape(draw)
     table = jax.ShapeDtypeStruct((batch.num_seqs, batch.max_blocks), jnp.int32)
-    for is_grouped in (False, True):
-        plan = jax.eval_shape(functools.partial(make, is_grouped=is_grouped), given[3], table)
-        make.lower(given[3], table, is_grouped).compile()
-        call.lower(given, table, plan).compile()
+    apart, first_own = in_calls(batch, backend), batch.prefix // batch.page_size
+    own = jax.ShapeDtypeStruct((batch.num_seqs, batch.max_blocks - first_own), jnp.int32)
+    ways = [(call, table, False), (call, table, True)]
+    for way, planned, is_grouped in ways + [(apart, own, False)] * batch.is_in_calls:
+        plan = jax.eval_shape(functools.partial(make, is_grouped=is_grouped), given[3], planned)
+        make.lower(given[3], planned, is_grouped).compile()
+        way.lower(given, table, plan).compile()
 
     with timing.exclusive(lock):
         given = draw()
@@ -114,16 +128,20 @@ def measure(
         tables = [jnp.asarray(first + i * batch.num_pages) for i in range(layers)]
         plans = [make(given[3], tables[0], is_grouped) for is_grouped in (False, True)]
 
-        def run_with(plan):
+        def run_with(call, plan):
             return lambda: [call(given, table, plan) for table in tables]
 
-        plain, grouped = (jnp.float32(run_with(plan)()[0]) for plan in plans)
-        error = float(jnp.abs(grouped - plain).max() / jnp.abs(plain).max())
+        runs = [run_with(call, plan) for plan in plans]
+        if batch.is_in_calls:
+            plan = make(given[3] - batch.prefix, tables[0][:, first_own:], False)
+            runs.append(run_with(apart, plan))
+        plain, *others = (jnp.float32(run()[0]) for run in runs)
+        error = max(float(jnp.abs(x - plain).max() / jnp.abs(plain).max()) for x in others)
         if not error < programs.TOLERANCE:
             raise ArithmeticError(f"with groups the result is off by {error:.2g}")
-        base_us, device_us = (
+        base_us, device_us, *in_calls_us = (
             statistics.median(map(timing.busy_us, turns)) / layers
-            for turns in timing.interleaved([run_with(plan) for plan in plans])
+            for turns in timing.interleaved(runs)
         )
         plan_us = timing.busy_us(timing.device_kernels(lambda: make(given[3], tables[0], True)))
     line = {
@@ -134,7 +152,34 @@ def measure(
         "plan_us": round(plan_us / timing.REPEATS, 2),
         "error": error,
     }
+    if in_calls_us:
+        line["in_calls_us"] = round(in_calls_us[0], 2)
     return {batch.name: line}
+
+
+def in_calls(batch: Shared, backend: Any) -> Any:
+    """Attend to what groups share by a call of its own, in which they are the sequences."""
+    first, size = batch.prefix // batch.page_size, batch.group_size
+    order = np.argsort(batch.groups, kind="stable")
+    places = np.argsort(order)
+    bounds = np.arange(batch.num_groups + 1, dtype=np.int32) * size
+    lens = np.full(batch.num_groups, batch.prefix, np.int32)
+
+    @jax.jit
+    def call(given, table, plan):
+        query, keys, values, context_lens = given
+        shared = ejk.ragged_page_attention(
+            query[order], keys, values, lens, table[order[::size], :first], bounds,
+            causal=False, max_q_len=size, return_lse=True,
+        )  # fmt: skip
+        own = ejk.page_attention(
+            query, keys, values, context_lens - batch.prefix, table[:, first:], plan=plan,
+            return_lse=True, backend=backend,
+        )  # fmt: skip
+        outs, lses = (jnp.stack([x[places], y]) for x, y in zip(shared, own))
+        return ejk.merge_attention_states(outs, lses)[0].astype(query.dtype)
+
+    return call
 
 
 def drawn(batch: Shared, layers: int) -> tuple[jax.Array, ...]:

@@ -16,14 +16,17 @@ def decode_table(lines: Lines) -> str:
         line = lines.get((name, "ejk"), {})
         if "of_base" in line:
             times = f"{line['base_us']:,.1f}", f"{line['device_us']:,.1f}"
-            rows.append([name, *times, f"{1 / line['of_base']:.2f}", f"{line['plan_us']:.1f}"])
+            apart = f"{line['in_calls_us']:,.1f}" if "in_calls_us" in line else "-"
+            ratio = f"{1 / line['of_base']:.2f}"
+            rows.append([name, *times, ratio, f"{line['plan_us']:.1f}", apart])
     if not rows:
         return ""
     return (
         "\nDecode of sequences that share the tokens of their group and have "
         f"{prefix.OWN_TOKENS} of their own, 32/8/128, bfloat16, pages of 16. Each batch runs with "
-        "its groups named and without, in turns. The plan is made once a step, for all layers:\n"
-    ) + table("device us without groups, with groups, times as fast, plan us", rows)
+        "its groups named and without, in turns, and large groups in calls of their own. The plan "
+        "is made once a step, for all layers:\n"
+    ) + table("device us without groups, with groups, times as fast, plan us, in calls us", rows)
 
 
 def ragged_table(lines: Lines) -> str:

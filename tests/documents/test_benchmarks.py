@@ -144,10 +144,11 @@ def test_shared_prefixes_are_timed_beside_the_plain_call():
     import prefix
     import side_by_side
 
-    batch = prefix.Shared("tiny", 2, 1, 16, (520, 520), 16, 528, prefix=512)
+    batch = prefix.Shared("tiny", 2, 1, 16, (520,) * 32, 16, 528, prefix=512)
     [line] = side_by_side.measure(batch, True, None).values()
     assert 0 < line["error"] < 0.01, "packs change last bits"
     assert line["of_base"] == pytest.approx(line["device_us"] / line["base_us"], rel=1e-3)
+    assert line["in_calls_us"] > 0
 
 
 def test_prefills_over_quantised_caches_are_timed_beside_bfloat16(tmp_path):
