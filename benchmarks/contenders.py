@@ -54,9 +54,9 @@ def layer_tables(workload: Workload, arrays: Any, layer: int) -> jax.Array:
 def _plan(backend, workload, arrays):
     if workload.num_seqs == 1:
         return None
-    # Not of other caches: `compare.py` also times an `ejk` whose plans do not take it.
-    is_other = arrays.key_cache.dtype != arrays.query.dtype
-    cache = {"cache_dtype": arrays.key_cache.dtype} if is_other else {}
+    # Not of 16 bits: `compare.py` also times an `ejk` whose plans do not take it.
+    dtype = arrays.key_cache.dtype
+    cache = {"cache_dtype": dtype} if dtype not in (jnp.bfloat16, jnp.float16) else {}
     return ejk.plan_page_attention(
         arrays.context_lens,
         num_heads=workload.num_heads,

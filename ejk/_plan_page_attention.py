@@ -71,9 +71,9 @@ def plan_page_attention(
         max_blocks: the width of the calls' block tables.
         sliding_window: that of the calls.
         value_head_dim: of the values; `head_dim` if None.
-        cache_dtype: of the pools, such as `key_cache.dtype`: more programs fit a multiprocessor on
-            quantised ones, and fewer sequences of `prefix_groups` are read together on those or in
-            float32. 16-bit floats if None. As the lengths, it may be wrong: calls are slower.
+        cache_dtype: of the pools, such as `key_cache.dtype`: on quantised and float32 ones more
+            programs run on a multiprocessor, and fewer sequences of `prefix_groups` are read
+            together. 16-bit floats if None. As the lengths, it may be wrong: calls are slower.
         prefix_groups: those of the calls, as in `ejk.page_attention`, so that layers need not each
             find out which groups agree and pay. Must come with `block_tables`.
         block_tables: those of the calls, or of one of their layers. Looked at for `prefix_groups`

@@ -10,8 +10,7 @@ from ejk.testing.configurations import FEATURES, Configuration
 from ejk.testing.page_attention import build
 from ejk.testing.shapes import Shape
 
-# So many heads of a group that a multiprocessor runs one program at a time, of float32, too.
-MANY = Shape("many, odd pages", 16, 1, 64, page_size=48, max_blocks=48, num_pages=350, num_seqs=7)
+MANY = Shape("many, odd pages", 2, 1, 64, page_size=48, max_blocks=48, num_pages=350, num_seqs=7)
 LONGEST = MANY.capacity
 TRITON = Entry(
     "triton interpreted, planned", ejk.TritonPageAttention(interpret=True, num_sms=16), examples=24

@@ -56,6 +56,8 @@ FIELDS: dict[str, tuple[dict[str, Any], ...]] = {
     "ragged_page_attention mosaic_gpu": ({"num_sms": 2},),
 }  # fmt: skip
 """Fields of a backend with which short contexts are cut into several blocks, or groups pay."""
+# Of latent caches, for Hopper's kernels; of ragged batches where a window needs no more.
+LATENT_HEADS = {"page_attention": (5, 16, 33, 64, 128), "ragged_page_attention": (33, 64, 128)}
 
 
 @st.composite
@@ -79,19 +81,19 @@ def recipes(draw: Any, operation: str, backend: ejk.Backend, names: Any) -> Any:
 
 @st.composite
 def _attention(draw: Any, operation: str, backend: Any) -> Any:
-    is_ragged, hopper = operation == "ragged_page_attention", backend.name == "mosaic_gpu"
-    fits = draw(FITS)
+    is_ragged, fits = operation == "ragged_page_attention", draw(FITS)
+    hopper = fits and backend.name == "mosaic_gpu"
 
     def declares(*features: Any) -> bool:
         return not fits or backend.features.issuperset(features)
 
     num_seqs, total = draw(st.integers(1, 4)), draw(st.sampled_from((1, 4, 13)))
     rows = max(num_seqs, total * is_ragged)
-    shape = draw(_shapes(num_seqs, rows, fits and hopper, declares("value_head_dim")))
+    shape = draw(_shapes(num_seqs, rows, operation if hopper else "", declares("value_head_dim")))
     width = shape.get("value_head_dim", shape["head_dim"])
     same_width = width == shape["head_dim"] and not shape.get("latent")
     plain = draw(st.booleans())  # what every backend takes, if it takes the shape
-    caches = _caches(_PLAIN if plain else [*_PLAIN, *CACHES], declares, fits and hopper)
+    caches = _caches(_PLAIN if plain else [*_PLAIN, *CACHES], declares, hopper)
     dtype, cache, scales = draw(st.sampled_from(caches))
     if cache == INT4 and (shape["head_dim"] % 2 or width % 2):
         dtype, cache, scales = caches[0]
@@ -132,7 +134,8 @@ def _attention(draw: Any, operation: str, backend: Any) -> Any:
     }
     if is_ragged:
         program |= {"total": total, "extras": draw(_some(EXTRAS, declares, plain))}
-        causal = plain or "tree_mask" in program["extras"] or not declares("causal=False")
+        is_tree, is_latent = "tree_mask" in program["extras"], "latent" in shape
+        causal = plain or is_tree or (hopper and is_latent) or not declares("causal=False")
         program["causal"] = causal or draw(st.sampled_from((True, False)))
         program["cu_dtype"] = draw(st.sampled_from(_names(total)))
         values["cu_q_lens"] = _cuts(num_seqs, total, np.iinfo(program["cu_dtype"]))
@@ -166,17 +169,17 @@ def _cache_features(dtype: Any, cache: Any, scales: Any) -> Any:
 
 
 @st.composite
-def _shapes(draw: Any, num_seqs: int, rows: int, hopper: bool, may_be_latent: bool) -> Any:
-    """Draw sizes; for `hopper` such as its kernels take."""
-    aligned = hopper or draw(st.booleans())
-    latent = may_be_latent and (hopper or draw(st.booleans()))
+def _shapes(draw: Any, num_seqs: int, rows: int, hopper: str, may_be_latent: bool) -> Any:
+    """Draw sizes: such as Hopper's kernels of the operation `hopper` take, if it is not empty."""
+    aligned = bool(hopper) or draw(st.booleans())
+    latent = may_be_latent and (hopper == "page_attention" or draw(st.booleans()))
     limits = OF_MATRIX_UNITS if aligned else {}
     widths = limits.get("head_dim", WIDTHS)
     if latent:
         widths = (576,) if aligned else (*widths, 576)
     head_dim = draw(st.sampled_from(widths))
     num_kv_heads = 1 if latent and aligned else draw(st.sampled_from((1, 2, 3)))
-    groups = (5, 16, 33, 64, 128) if hopper and latent else (1, 2, 3, 4, 5, 7, 8, 17)
+    groups = LATENT_HEADS[hopper] if hopper and latent else (1, 2, 3, 4, 5, 7, 8, 17)
     num_heads = num_kv_heads * draw(st.sampled_from(groups))
     page_size = draw(st.sampled_from(limits.get("page_size", PAGE_SIZES)))
     most = MOST_LOGITS // (num_heads * rows * page_size)

@@ -103,7 +103,9 @@ def test_lengths(lens, bounds):
 
 NOT_CAUSAL = {
     "of tiles and a draft": ((), LENS, BOUNDS, None),
-    "window": (("sliding_window",), LENS, BOUNDS, np.int32(60)),
+    "window": (("sliding_window",), LENS, BOUNDS, 60),
+    # Of rows before the first position it would begin before all integers.
+    "window of all": (("sliding_window",), (3, 20, 0, 129), (0, 35, 36, 37, 39), INT32.max),
     "slopes": (("alibi_slopes",), LENS, BOUNDS, None),
     # Rows without a position see all there is; those of an empty sequence nothing.
     "caps": (("attn_logits_soft_cap",), (3, 20, 0, 129), (0, 35, 36, 37, 39), None),
@@ -114,7 +116,7 @@ NOT_CAUSAL = {
 @pytest.mark.parametrize("features, lens, bounds, window", NOT_CAUSAL.values(), ids=NOT_CAUSAL)
 def test_tokens_that_see_later_ones(features, lens, bounds, window):
     config = Configuration(ONE_HEAD, BF16, "HND", frozenset({"causal=False", *features}))
-    given = {} if window is None else {"window": window}
+    given = {} if window is None else {"window": np.int32(window)}
     check(config, lens, bounds, invalid=0.1, seed=3, **given)
 
 

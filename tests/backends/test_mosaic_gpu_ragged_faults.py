@@ -15,6 +15,7 @@ from entries import RaggedEntry
 from test_mosaic_gpu_ragged import (
     BF16,
     F16,
+    INT32,
     LONG,
     build,
     build_cut,
@@ -201,6 +202,10 @@ FAULTS = {
     "rows before the first position are cleared": (
         "mask", "if sizes.problem.causal:\n        return", "if True:\n        return", "later",
     ),
+    "a window begins before all integers": (
+        "mask", "position if sizes.problem.causal else jnp.maximum(position, 0)", "position",
+        "later",
+    ),
     "later tokens are seen": (
         "mask", "if sizes.problem.causal:\n        reach", "if False:\n        reach", "edge",
     ),
@@ -247,9 +252,11 @@ def features():
 
 
 def later():
-    """Tokens that see later ones: of many new tokens, and of more than there are."""
-    config = Configuration(SHAPE, BF16, "HND", frozenset({"causal=False", "attn_logits_soft_cap"}))
-    return build(config, (140, 10, 0, 7), (0, 60, 77, 78, 79), total=79)
+    """Tokens that see later ones, of many new tokens and of more than there are, and a window."""
+    features = {"causal=False", "attn_logits_soft_cap", "sliding_window"}
+    config = Configuration(SHAPE, BF16, "HND", frozenset(features))
+    lens, bounds = (140, 10, 0, 7), (0, 60, 77, 78, 79)
+    return build(config, lens, bounds, total=79, window=INT32.max)
 
 
 def negative():

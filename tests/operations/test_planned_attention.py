@@ -72,9 +72,9 @@ def test_pages_and_unread_memory_change_no_bit_of_planned_attention(entry, case)
 def test_long_contexts_among_short_ones_are_cut(seed):
     """Which the properties above rest on: some sequences are combined, others are not."""
     case = long_case(seed)
-    plan = case.plan(TRITON.backend)
+    plan = case.plan(TRITON.backend, cache_dtype=case.keys.dtype)
     num_pieces, num_splits = map(int, plan.work[0, :2])
-    assert num_splits == 2 and num_pieces > 7 + 2 * num_splits - 1
+    assert 2 <= num_splits <= 3 and num_pieces > 7 + 2 * num_splits - 1
     result = stored_once(lambda: TRITON(case))
     assert_close(case, *result)
     bits_equal(result, stored_once(lambda: TRITON(case, plan=plan)))

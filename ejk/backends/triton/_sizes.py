@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ejk._indices import Size, is_static
 from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PagedProblem
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
@@ -15,7 +14,6 @@ from ejk.backends.write_kv_cache import WriteKVCacheProblem
 KERNEL_TYPES = {"int8": "int8", "uint8": "int4", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 MAX_CAPACITY = 2**31 - 2**20
 SMALLEST_PAGE = 8  # tokens; whose id is loaded once for all of them
-LONG = 1536  # tokens a multiprocessor from which two programs save more than their parts cost
 LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after the other
 # The most rows of a program on a quantised cache. With more, products would be those of warpgroups,
 # which read keys and values from shared memory, where codes are not yet numbers.
@@ -110,46 +108,6 @@ def block_group(
     if most_rows is None:
         most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(two_parts(value_head_dim)))))
     return min(max(least_rows, power_of_two(group)), most_rows)
-
-
-def programs_per_sm(
-    is_latent: bool, rows: int, value_head_dim: int, tokens: Size, target: Target | None
-) -> int:
-    """Return how many programs of `rows` query heads a multiprocessor runs at a time.
-
-    `tokens` is its share of the batch, at most.
-
-    A program that waits for memory fills a multiprocessor alone, with the blocks that are under
-    way. Of two programs with 64 rows one exponentiates while the other multiplies. Times on an H100
-    with one and with two, in us: 33 contexts of 32,000 tokens, 71 heads of dimension 64 on a KV
-    head, 165.9 and 124.0; 20 of 4,000, 64 heads of dimension 128 on each of 8 KV heads, 128.9 and
-    137.2; 64 latent contexts of 4,096 tokens, 32 heads, 127.9 and 119.5, with 16 heads 114.0 and
-    121.9; 2 of 32,000, 47.5 and 55.4, as twice as many pieces have twice as many parts.
-
-    Those whose products have fewer than `MATRIX_ROWS` are small, and wait for ordinary cores. On an
-    H200 with 1, 3 and 6: 64 contexts of 4,096 tokens, 8 KV heads of 128, 1,198, 837 and 895 us; 32
-    of 1,024, 8 of 256, 215.3, 215.3 and 177.6.
-    """
-    if rows < MATRIX_ROWS:
-        return 3 if value_head_dim <= 128 else 6
-    if is_latent:
-        is_hopper = target is None or target.compute_capability in (90, None)
-        is_long = is_static(tokens) and tokens >= LONG
-        return 2 if rows == 32 and is_hopper and is_long else 1
-    return 2 if rows == 64 and value_head_dim <= 64 else 1
-
-
-def quantised_per_sm(is_latent: bool, programs: Size, num_sms: int) -> int:
-    """Return the same for programs on quantised caches, which are small, so that several fit.
-
-    Where values are not latent, a plan counts on four only if two rounds have room for all. On an
-    H200, e4m3 and a scale per head, with 1 and with 4: one context of 32,768 tokens 26.9 and 25.0
-    us, 32 of 2,048 with 32 KV heads 146.8 and 155.0; latent, 16 heads, with 1 and with 2: 122.5 and
-    71.6.
-    """
-    if is_latent:
-        return 2
-    return 4 if is_static(programs) and programs <= 2 * num_sms else 1
 
 
 def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:

@@ -108,7 +108,8 @@ def limits(
     if sizes.problem.causal:
         ends = jnp.minimum(position + 1, tile.end)
     if inputs.sliding_window is not None:
-        begins = jnp.maximum(position - (window_of(inputs) - 1), begins)
+        nearest = position if sizes.problem.causal else jnp.maximum(position, 0)
+        begins = jnp.maximum(nearest - (window_of(inputs) - 1), begins)
     return begins - first, ends - first
 
 

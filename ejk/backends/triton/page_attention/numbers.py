@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton._sizes import product_dtype, same_tile, type_constants
-from ejk.backends.triton.page_attention.blocks import DecodeBlocks, in_thirds
+from ejk.backends.triton.page_attention.blocks import DecodeBlocks
+from ejk.backends.triton.page_attention.pipelines import in_thirds
 
 # What the kernel calls codes of integers that it takes as subnormal float16.
 SUBNORMAL = {"int8": "int8 + 128", "int4": "int4 + 8"}

@@ -24,9 +24,12 @@ from ejk.backends.triton._sizes import (
     QUANTISED_ROWS,
     block_group,
     power_of_two,
+    rows_of_one_tile,
+)
+from ejk.backends.triton.page_attention.occupancy import (
     programs_per_sm,
     quantised_per_sm,
-    rows_of_one_tile,
+    takes_few_rows,
 )
 from ejk.backends.triton.page_attention.packing import find_packs
 from ejk.backends.triton.page_attention.sharing import Sharing
@@ -76,7 +79,8 @@ class TritonPlan(TritonBackend, PlanBackend):
         # Values of another width are mostly those of latent attention, in 16 bits.
         is_latent = value_head_dim < facts.head_dim
         most_rows = rows_of_one_tile(is_latent, target) if target else None
-        least_rows = 1 if is_float32 and not (target and target.is_amd) else MATRIX_ROWS
+        is_few = takes_few_rows(is_float32, is_latent, value_head_dim, target)
+        least_rows = 1 if is_few else MATRIX_ROWS
         rows = block_group(group, value_head_dim, most_rows, least_rows)
         rows = min(rows, QUANTISED_ROWS) if is_quantised else rows
         window, capacity = facts.sliding_window, facts.capacity
@@ -104,6 +108,7 @@ class TritonPlan(TritonBackend, PlanBackend):
                 is_alike=window is None and not is_latent,
                 is_quantised=is_quantised,
                 is_float32=is_float32,
+                own_rows=rows,
                 target=target,
                 least_saved_bytes=self.least_saved_bytes,
             ),

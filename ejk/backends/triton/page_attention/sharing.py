@@ -8,6 +8,7 @@ from ejk.backends.gpu import Target
 from ejk.backends.page_attention_packs import may_pay
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import GRANULE, QUANTISED_ROWS, power_of_two
+from ejk.backends.triton.page_attention.occupancy import few_rows_per_sm
 
 # The most query heads of a pack's members. 64 are one product of a warpgroup. With values wider
 # than 128, or float32, more than 16 run out of registers. 128 on eight warps, with blocks of 64
@@ -18,9 +19,9 @@ PACK_ROWS, FEW_ROWS = 64, 16
 # took 37.4 us for 2 sequences in 16 rows and 46.5 for 16 in 64 rows; 131,072 tokens in 64 rows took
 # 76.6 for 64.
 ROW_COSTS = {16: 9, 32: 10, 64: 12}
-# And of float32, whose products on ordinary cores cost what they have rows: see `MATRIX_ROWS`. 16
-# rows took 630 us for the 296 of 4 (`python benchmarks/tune.py`, an H200).
-FLOAT32_COST = 17
+# And in 16 rows by those of one sequence, where these are few: see `takes_few_rows`. 400 MB took a
+# H200 630 us in 16 rows, 203, 214, 296 and 341 in 1, 2, 4 and 8 (`python benchmarks/tune.py`).
+FEW_ROWS_COSTS = {1: 25, 2: 24, 4: 17, 8: 15}
 # With as many bytes of shared memory, PACK_ROWS queries and their weights fit beside the blocks.
 LARGE_MEMORY = 200 * 1024
 # Entries of the members' tables that are compared at a time: 16 to 32 registers of a thread.
@@ -38,6 +39,7 @@ class Sharing:
     members: int
     page_size: int
     row_cost: int  # of a block, in eighths of that of a sequence
+    per_sm: int  # programs of sequences that a multiprocessor runs for one of a pack
     memory_bound: bool
     least_saved: int | None  # granules; None: as the model of costs says
 
@@ -51,6 +53,7 @@ class Sharing:
         is_alike: bool,
         is_quantised: bool,
         is_float32: bool = False,
+        own_rows: int,
         target: Target | None,
         least_saved_bytes: int | None,
     ) -> "Sharing | None":
@@ -76,8 +79,10 @@ class Sharing:
         # Groups have two sequences or more, and so have the packs of each.
         groups = min(num_groups, num_seqs // 2)
         max_packs = min(num_seqs // 2, (num_seqs - 2 * groups) // members + groups)
-        cost = FLOAT32_COST if is_float32 else ROW_COSTS[rows]
-        return cls(max_packs, members, facts.page_size, cost, rows < 64, saved)
+        cost, per_sm = ROW_COSTS[rows], 1
+        if own_rows in FEW_ROWS_COSTS:
+            cost, per_sm = FEW_ROWS_COSTS[own_rows], few_rows_per_sm(value_head_dim)
+        return cls(max_packs, members, facts.page_size, cost, per_sm, rows < 64, saved)
 
     def pays_to_combine(self, cost: int) -> bool:
         """Whether a batch that costs so much may be combined only because it may have packs."""
@@ -90,11 +95,13 @@ class Sharing:
         """
         most = -(-problem.capacity // problem.granule)
         # As few programs as fill the machine once: each takes time even if there are no packs.
-        in_wave = problem.slots // problem.programs_per_piece
+        slots = problem.slots // self.per_sm
+        in_wave = slots // problem.programs_per_piece
         max_cuts = max(in_wave - self.max_packs, min(in_wave, self.max_packs))
         packs = dataclasses.replace(
             problem,
             num_seqs=self.max_packs,
+            slots=slots,
             max_cuts=min(max(1, max_cuts), self.max_packs * (most - 1)),
             is_packs=True,
             granule_cost=problem.granule_cost * self.row_cost // 8,

@@ -11,6 +11,7 @@ from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import (
     GRANULE,
+    MATRIX_ROWS,
     feature_constants,
     pages_of_block,
     power_of_two,
@@ -41,12 +42,10 @@ from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 STRIDED = -1  # part `p` of `n` equal ones takes blocks p, p + n, p + 2n, ...
 MAX_STRIDE = 1024  # blocks: positions past the last token are 32-bit, too
 
-# On an H100, in us: what 128 tokens of 512 bytes take a program that has memory to itself, and what
-# they take where all multiprocessors read; and what the launch of a combination takes. Of the
-# device that is 1.4, but of the host 3.2, which short kernels wait for.
+# On an H100, in us: 128 tokens of 512 bytes of a program with memory to itself, and of one where
+# all read; and the launch of a combination: 1.4 of the device, but 3.2 of the host.
 ALONE_US, SHARED_US, COMBINATION_US = 1.75, 2.8, 3.2
-# Where no part can have more tokens, contexts are cut evenly whatever their lengths are: a plan
-# would take longer than it saves.
+# Where no part has more, contexts are cut evenly whatever their lengths: a plan would cost more.
 SHORT_TOKENS = 512
 # A program of a combination takes at least COMBINE_DV entries of the values, and loads
 # COMBINE_PARTS parts at a time. It takes more entries where there are more than COMBINE_PER_SM
@@ -119,10 +118,9 @@ class Sizes:
         programs, blocks = problem.num_seqs * _each(problem, self.blocks.block_group), self.blocks
         is_16_bit = product_dtype(problem).itemsize == value_bytes(problem) == 2
         if is_16_bit and tuning.num_stages is None and programs >= 2 * target.num_sms:
-            # What is left of contexts is mostly short, and with 2 stages there is room for two
-            # programs. On an H200, with 3 and with 2: 128 sequences in 8 groups on 4,096 tokens
-            # 110.9 and 92.3 us, 256 on 2,048 151.9 and 123.5. In calls without packs on 1,024
-            # tokens two programs with 2 stages read as fast as one with 3.
+            # What is left of contexts is mostly short, and with 2 stages there is room for two. On
+            # an H200, with 3 and 2: 128 sequences in 8 groups on 4,096 tokens 110.9 and 92.3 us. In
+            # calls without packs on 1,024 tokens two with 2 stages read as fast as one with 3.
             blocks = blocks._replace(num_stages=min(2, blocks.num_stages))
         return dataclasses.replace(self, blocks=blocks, pack_blocks=packed)
 
@@ -251,6 +249,7 @@ def _sharing(problem: PageAttentionProblem, tuning: Tuning, target: Target) -> S
         is_alike=not (problem.has_window or problem.latent),
         is_quantised=problem.cache_type.is_quantised,
         is_float32=product_dtype(problem) == jnp.float32,
+        own_rows=rows_of(problem, problem.group, target),
         target=target,
         least_saved_bytes=tuning.least_saved_bytes,
     )
@@ -283,7 +282,8 @@ def _strided_parts(problem: PageAttentionProblem, blocks: DecodeBlocks, target: 
         in_all = -(-problem.visible_bound // blocks.block_kv)
         parts = max(1, min(resident * target.num_sms // programs, in_all, MAX_STRIDE))
         parts = -(-in_all // -(-in_all // parts))  # no more than make the longest one shorter
-    is_short = problem.visible_bound <= parts * SHORT_TOKENS
+    alone = parts if blocks.block_group >= MATRIX_ROWS else max(1, parts // blocks.per_sm)
+    is_short = problem.visible_bound <= alone * SHORT_TOKENS
     return parts if problem.num_seqs == 1 or is_short else 0
 
 

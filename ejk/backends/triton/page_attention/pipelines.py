@@ -1,0 +1,67 @@
+"""Tokens, warps and stages that were measured for float32, and for caches that are converted."""
+
+import jax.numpy as jnp
+
+from ejk.backends.gpu import Target
+from ejk.backends.page_attention import PagedProblem
+from ejk.backends.triton._sizes import power_of_two, product_dtype, same_tile, value_bytes
+from ejk.backends.triton.page_attention.tuned import Pipeline
+
+
+def in_thirds(problem: PagedProblem, target: Target) -> bool:
+    """Say whether decode takes products of float32 as three of bfloat16, which holds the cache.
+
+    Float32 has 24 bits, bfloat16 8. Tensor cores have no products of float32, and the ordinary ones
+    are slow: on an H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries,
+    queries in float32 on bfloat16 took 2,849 us and take 298, on int8 2,751 and 296.
+    """
+    is_mixed = product_dtype(problem) == jnp.float32 and problem.cache_dtype != jnp.float32
+    return is_mixed and problem.cache_dtype != jnp.float16 and not target.is_amd
+
+
+def of_few_rows(wide: int, rows: int) -> Pipeline:
+    """Return the pipeline for products of float32 with fewer rows than tensor cores take.
+
+    What was best of large batches on an H200 (`python benchmarks/tune.py --dtype float32`), or
+    within 28 % of it where heads have 64 entries. 64 contexts of 4,096 tokens, 32 heads and 8 KV
+    heads of 128 entries took 837 us, and 1,927 with products padded to 16 rows; 32 of 1,024 tokens
+    with 32 KV heads 374 with two warps, and 964.
+    """
+    is_narrow = wide <= 64
+    block_kv = 64 if is_narrow or (rows > 4 and wide <= 128) else 32
+    num_warps = 1 if rows <= 2 and not is_narrow else 2
+    return Pipeline(block_kv, num_warps, 3 if is_narrow or (rows <= 4 and wide <= 128) else 2)
+
+
+def of_converted(
+    problem: PagedProblem, wide: int, rows: int, target: Target, is_decode: bool
+) -> Pipeline:
+    """Return the pipeline for a cache whose elements are converted.
+
+    On an H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries, in us:
+        e4m3, scale per head    64, 2, 3: 127.5    64, 4, 3: 129.6    128, 4, 2: 160.4
+        e4m3, scale per token   64, 2, 3: 132.8    64, 2, 4: 136.9    128, 4, 3: 149.7
+        int8, scale per head    64, 2, 3: 126.8    64, 4, 3: 134.5    128, 4, 2: 127.7
+        int8, scale per token   64, 2, 3: 131.0    64, 4, 3: 211.9    128, 4, 3: 147.1
+        int4, scale per token   128, 2, 3: 103.2   128, 4, 3: 118.5   256, 4, 2: 113.5
+        float32 on bfloat16     64, 4, 3: 297.9    32, 4, 3: 307.2    64, 8, 3: 363.6
+        float32 on int8         64, 4, 3: 308.4    32, 4, 3: 295.7    32, 2, 3: 291.6
+    With 64 entries:
+        int4                    128, 2, 4: 68.3    128, 2, 3: 74.0    64, 1, 3: 75.2
+        int8, scale per token   128, 2, 3: 75.0    64, 2, 3: 84.0
+    With 256 entries, e4m3 32, 4, 3: 141.5 and 64, 4, 3: 182.1. Latent e4m3, 16 heads, 64, 8, 3:
+    70.3 and 64, 8, 2: 75.8.
+    """
+    wide = power_of_two(wide)  # as blocks and warps must be: 192 entries are in two parts
+    if product_dtype(problem) == jnp.float32:
+        thirds = is_decode and in_thirds(problem, target)
+        if wide == 128 and thirds and not problem.cache_type.is_quantised:
+            return Pipeline(64, 4, 3)
+        return Pipeline(max(16, min(64, 4096 // wide)), 4, 3)
+    if same_tile(problem) and wide == 512:
+        return Pipeline(64 if rows == 16 else 32, 8, 3)
+    if value_bytes(problem) < 1 and rows == 16 and wide <= 128:
+        if wide == 64 and is_decode:
+            return Pipeline(128, 2, 4)
+        return Pipeline(128, 2, 3) if wide == 128 else Pipeline(64, 1, 3)
+    return Pipeline(max(16, min(128, 8192 // wide)), max(2, wide // 64) * rows // 16, 3)
