@@ -94,7 +94,7 @@ def test_a_gpu_that_nobody_tuned_for_is_filled_and_not_flooded(
     )  # fmt: skip
     asked = dataclasses.replace(asked, num_kv_heads=num_kv_heads, num_heads=group * num_kv_heads)
     sizes = Sizes.of(asked, Tuning(), gpu)
-    assert sizes.blocks.shared_memory <= gpu.shared_memory
+    assert sizes.blocks.shared_memory <= gpu.shared_memory and sizes.blocks.block_kv >= 16
     each = num_kv_heads * -(-group // block_group(group, head_dim, None))
     assert sizes.grid(asked) >= num_seqs * each
     # No more parts than make the longest shorter: if that is four blocks or more, 4 in 5.

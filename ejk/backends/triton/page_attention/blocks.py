@@ -200,8 +200,9 @@ def _heuristic(
     _, wide = widths(problem)
     if rows < MATRIX_ROWS:
         pipeline = of_few_rows(wide, rows)
-        while 3 * _streamed(problem, pipeline, pipeline.num_stages - 1) > target.shared_memory:
-            pipeline = pipeline._replace(block_kv=pipeline.block_kv // 2)  # three are to fit
+        streamed = _streamed(problem, pipeline, pipeline.num_stages - 1)
+        while 3 * streamed > target.shared_memory and pipeline.block_kv > 16:  # three are to fit
+            pipeline, streamed = pipeline._replace(block_kv=pipeline.block_kv // 2), streamed // 2
         return pipeline
     # Taken on the ordinary cores, from registers.
     is_float32 = product_dtype(problem) == jnp.float32

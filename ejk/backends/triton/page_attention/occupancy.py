@@ -33,7 +33,6 @@ def programs_per_sm(
     head, 165.9 and 124.0; 20 of 4,000, 64 heads of dimension 128 on each of 8 KV heads, 128.9 and
     137.2; 64 latent contexts of 4,096 tokens, 32 heads, 127.9 and 119.5, with 16 heads 114.0 and
     121.9; 2 of 32,000, 47.5 and 55.4, as twice as many pieces have twice as many parts.
-
     """
     if rows < MATRIX_ROWS:
         return few_rows_per_sm(value_head_dim)
