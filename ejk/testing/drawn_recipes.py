@@ -82,14 +82,16 @@ def recipes(draw: Any, operation: str, backend: ejk.Backend, names: Any) -> Any:
 @st.composite
 def _attention(draw: Any, operation: str, backend: Any) -> Any:
     is_ragged, fits = operation == "ragged_page_attention", draw(FITS)
-    hopper = fits and backend.name == "mosaic_gpu"
+    hopper, features = fits and backend.name == "mosaic_gpu", backend.features
 
-    def declares(*features: Any) -> bool:
-        return not fits or backend.features.issuperset(features)
+    def declares(*names: Any) -> bool:
+        return not fits or features.issuperset(names)
 
     num_seqs, total = draw(st.integers(1, 4)), draw(st.sampled_from((1, 4, 13)))
     rows = max(num_seqs, total * is_ragged)
     shape = draw(_shapes(num_seqs, rows, operation if hopper else "", declares("value_head_dim")))
+    if hopper and "latent" in shape:  # decode's kernel runs it
+        features = features & ejk.MosaicGpuPageAttention.features
     width = shape.get("value_head_dim", shape["head_dim"])
     same_width = width == shape["head_dim"] and not shape.get("latent")
     plain = draw(st.booleans())  # what every backend takes, if it takes the shape
@@ -121,7 +123,6 @@ def _attention(draw: Any, operation: str, backend: Any) -> Any:
     limits = np.iinfo(program["lens_dtype"])
     odd = (0, capacity, capacity + 1, -1, 2**32 + 1, limits.min, limits.max)
     length = st.integers(0, min(capacity, limits.max)) | _within(limits, odd)
-    windows = (1, shape["page_size"] + 1, 2**31 - 1)  # each is a program
     values = {
         "lens": st.lists(length, min_size=num_seqs, max_size=num_seqs),
         "seed": SEEDS,
@@ -130,12 +131,11 @@ def _attention(draw: Any, operation: str, backend: Any) -> Any:
         "magnitudes": st.tuples(st.sampled_from((1.0, 0.1, 2.0)), st.sampled_from((1.0, 0.01, 99))),
         "window": st.integers(1, capacity + 3)
         if traced
-        else st.just(draw(st.sampled_from(windows))),
+        else st.just(draw(st.sampled_from((1, shape["page_size"] + 1, 2**31 - 1)))),  # a program
     }
     if is_ragged:
         program |= {"total": total, "extras": draw(_some(EXTRAS, declares, plain))}
-        is_tree, is_latent = "tree_mask" in program["extras"], "latent" in shape
-        causal = plain or is_tree or (hopper and is_latent) or not declares("causal=False")
+        causal = plain or "tree_mask" in program["extras"] or not declares("causal=False")
         program["causal"] = causal or draw(st.sampled_from((True, False)))
         program["cu_dtype"] = draw(st.sampled_from(_names(total)))
         values["cu_q_lens"] = _cuts(num_seqs, total, np.iinfo(program["cu_dtype"]))
