@@ -39,6 +39,10 @@ class Shared(workloads.Workload):
         return np.arange(self.num_seqs, dtype=np.int32) % self.num_groups
 
     @property
+    def prefix_pages(self) -> int:
+        return self.prefix // self.page_size
+
+    @property
     def group_size(self) -> int:
         return self.num_seqs // self.num_groups
 
@@ -48,8 +52,7 @@ class Shared(workloads.Workload):
 
     @property
     def num_pages(self) -> int:
-        shared = self.prefix // self.page_size
-        return super().num_pages - shared * (self.num_seqs - self.num_groups)
+        return super().num_pages - self.prefix_pages * (self.num_seqs - self.num_groups)
 
     @property
     def kv_bytes(self) -> int:
@@ -80,7 +83,7 @@ PREFIX = (
 def block_tables(batch: Shared) -> np.ndarray:
     """Lay the batch out on random pages, those of a group's prefix once."""
     pages = np.random.default_rng(0).permutation(batch.num_pages).astype(np.int32)
-    first = batch.prefix // batch.page_size
+    first = batch.prefix_pages
     prefixes, own = np.split(pages, [first * batch.num_groups])
     prefixes = prefixes.reshape(batch.num_groups, first)[batch.groups]
     return np.concatenate([prefixes, own.reshape(batch.num_seqs, -1)], axis=1)
@@ -96,7 +99,7 @@ def measure(
     if tiny:
         backend = ejk.TritonPageAttention(interpret=True, num_sms=4, least_saved_bytes=0)
     layers = 1 if tiny else max(2, min(16, -(-2 * programs.CACHED // batch.pool_bytes)))
-    groups = batch.groups, np.full(batch.num_groups, batch.prefix // batch.page_size, np.int32)
+    groups = batch.groups, np.full(batch.num_groups, batch.prefix_pages, np.int32)
 
     @functools.partial(jax.jit, static_argnums=2)
     def make(lens, table, is_grouped):
@@ -114,8 +117,8 @@ def measure(
     draw = jax.jit(functools.partial(drawn, batch, layers))
     given = jax.eval_shape(draw)
     table = jax.ShapeDtypeStruct((batch.num_seqs, batch.max_blocks), jnp.int32)
-    apart, first_own = in_calls(batch, backend), batch.prefix // batch.page_size
-    own = jax.ShapeDtypeStruct((batch.num_seqs, batch.max_blocks - first_own), jnp.int32)
+    apart = in_calls(batch, backend)
+    own = jax.ShapeDtypeStruct((batch.num_seqs, batch.max_blocks - batch.prefix_pages), jnp.int32)
     ways = [(call, table, False), (call, table, True)]
     for way, planned, is_grouped in ways + [(apart, own, False)] * batch.is_in_calls:
         plan = jax.eval_shape(functools.partial(make, is_grouped=is_grouped), given[3], planned)
@@ -133,7 +136,7 @@ def measure(
 
         runs = [run_with(call, plan) for plan in plans]
         if batch.is_in_calls:
-            plan = make(given[3] - batch.prefix, tables[0][:, first_own:], False)
+            plan = make(given[3] - batch.prefix, tables[0][:, batch.prefix_pages :], False)
             runs.append(run_with(apart, plan))
         plain, *others = (jnp.float32(run()[0]) for run in runs)
         error = max(float(jnp.abs(x - plain).max() / jnp.abs(plain).max()) for x in others)
@@ -159,7 +162,7 @@ def measure(
 
 def in_calls(batch: Shared, backend: Any) -> Any:
     """Attend to what groups share by a call of its own, in which they are the sequences."""
-    first, size = batch.prefix // batch.page_size, batch.group_size
+    first, size = batch.prefix_pages, batch.group_size
     order = np.argsort(batch.groups, kind="stable")
     places = np.argsort(order)
     bounds = np.arange(batch.num_groups + 1, dtype=np.int32) * size

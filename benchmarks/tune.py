@@ -39,6 +39,7 @@ from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton._sizes import MATRIX_ROWS, block_group
 from ejk.backends.triton.page_attention import tuned as page_attention_tuned
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning
+from ejk.backends.triton.page_attention.occupancy import least_rows
 from ejk.backends.triton.page_attention.sizes import Sizes
 from ejk.backends.triton.page_attention.tuned import Cell, Pipeline
 
@@ -61,8 +62,8 @@ class Trial:
 
     @property
     def rows(self) -> int:
-        least_rows = 1 if self.dtype == "float32" else MATRIX_ROWS
-        return block_group(self.group, self.head_dim, None, least_rows)
+        least = least_rows(self.dtype == "float32", False, self.head_dim, None)
+        return block_group(self.group, self.head_dim, None, least)
 
     @property
     def batches(self) -> list[workloads.Workload]:

@@ -207,16 +207,23 @@ def test_the_sound_kernel_is_not_accused():
 @pytest.mark.fault("page_attention", "mosaic_gpu")
 @pytest.mark.fast(5)
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("bug", FAULTS | FAULTS_OF_FEW_HEADS | FAULTS_OF_TOKENS)
-def test_a_fault_is_caught(bug, monkeypatch):
-    made = mutated(*(FAULTS | FAULTS_OF_FEW_HEADS | FAULTS_OF_TOKENS)[bug])
+@pytest.mark.parametrize(
+    "bug, fault, found_by",
+    [
+        pytest.param(bug, fault, found_by, id=bug)
+        for faults, found_by in (
+            (FAULTS, check), (FAULTS_OF_FEW_HEADS, check_few_heads),
+            (FAULTS_OF_TOKENS, check_tokens),
+        )
+        for bug, fault in faults.items()
+    ],
+)  # fmt: skip
+def test_a_fault_is_caught(bug, fault, found_by, monkeypatch):
+    made = mutated(*fault)
     monkeypatch.setattr(call, "latent_attention_kernel", made["kernel"].latent_attention_kernel)
     monkeypatch.setattr(call, "shared_types", made["memory"].shared_types)
     with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
-        if bug in FAULTS_OF_FEW_HEADS:
-            check_few_heads(bug)
-        else:
-            (check_tokens if bug in FAULTS_OF_TOKENS else check)(bug)
+        found_by(bug)
 
 
 def check_own(module):

@@ -20,9 +20,9 @@ from ejk.backends.triton._sizes import (
     widths,
 )
 from ejk.backends.triton.page_attention.occupancy import (
+    least_rows,
     programs_per_sm,
     quantised_per_sm,
-    takes_few_rows,
 )
 from ejk.backends.triton.page_attention.pipelines import in_thirds, of_converted, of_few_rows
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
@@ -86,8 +86,7 @@ def rows_of(problem: PagedProblem, group: int, target: Target) -> int:
     """Return how many of a KV head's `group` query rows a program takes."""
     most_rows = rows_of_one_tile(same_tile(problem), target)
     is_float32 = product_dtype(problem) == jnp.float32 and value_bytes(problem) == 4
-    is_few = takes_few_rows(is_float32, problem.latent, problem.value_head_dim, target)
-    least = 1 if is_few else MATRIX_ROWS
+    least = least_rows(is_float32, problem.latent, problem.value_head_dim, target)
     rows = block_group(group, problem.value_head_dim, most_rows, least)
     return min(rows, QUANTISED_ROWS) if problem.cache_type.is_quantised else rows
 

@@ -1,4 +1,4 @@
-"""How many programs a multiprocessor runs at a time, and where products have few rows."""
+"""How many programs a multiprocessor runs at a time, and the least rows of their products."""
 
 from ejk._indices import Size, is_static
 from ejk.backends.gpu import Target
@@ -9,15 +9,16 @@ LONG = 1536  # tokens a multiprocessor from which two programs save more than th
 FEW_ROWS_WIDTH = 256
 
 
-def takes_few_rows(
+def least_rows(
     is_float32: bool, is_latent: bool, value_head_dim: int, target: Target | None
-) -> bool:
-    """Say whether products have as many rows as a group has query heads, and no padding.
+) -> int:
+    """Return the least rows of a product: fewer query heads of a group are padded to them.
 
-    Those of float32 pools run on ordinary cores, where a row costs what it has products.
+    Products of float32 pools run on ordinary cores, where a row costs what it has products.
     """
     is_amd = target is not None and target.is_amd
-    return is_float32 and not is_latent and value_head_dim <= FEW_ROWS_WIDTH and not is_amd
+    is_few = is_float32 and not is_latent and value_head_dim <= FEW_ROWS_WIDTH and not is_amd
+    return 1 if is_few else MATRIX_ROWS
 
 
 def programs_per_sm(
@@ -44,7 +45,7 @@ def programs_per_sm(
 
 
 def few_rows_per_sm(value_head_dim: int) -> int:
-    """Return the same for programs whose products have few rows: see `takes_few_rows`.
+    """Return the same for programs whose products have few rows: see `least_rows`.
 
     They are small, and wait for ordinary cores. On an H200 with 1, 3 and 6: 64 contexts of 4,096
     tokens, 8 KV heads of 128, 1,198, 837 and 895 us; 32 of 1,024, 8 of 256, 215.3, 215.3 and 177.6.

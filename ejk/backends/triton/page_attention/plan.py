@@ -20,16 +20,15 @@ from ejk.backends.page_attention_plan import (
 from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton._sizes import (
     GRANULE,
-    MATRIX_ROWS,
     QUANTISED_ROWS,
     block_group,
     power_of_two,
     rows_of_one_tile,
 )
 from ejk.backends.triton.page_attention.occupancy import (
+    least_rows,
     programs_per_sm,
     quantised_per_sm,
-    takes_few_rows,
 )
 from ejk.backends.triton.page_attention.packing import find_packs
 from ejk.backends.triton.page_attention.sharing import Sharing
@@ -79,9 +78,8 @@ class TritonPlan(TritonBackend, PlanBackend):
         # Values of another width are mostly those of latent attention, in 16 bits.
         is_latent = value_head_dim < facts.head_dim
         most_rows = rows_of_one_tile(is_latent, target) if target else None
-        is_few = takes_few_rows(is_float32, is_latent, value_head_dim, target)
-        least_rows = 1 if is_few else MATRIX_ROWS
-        rows = block_group(group, value_head_dim, most_rows, least_rows)
+        fewest = least_rows(is_float32, is_latent, value_head_dim, target)
+        rows = block_group(group, value_head_dim, most_rows, fewest)
         rows = min(rows, QUANTISED_ROWS) if is_quantised else rows
         window, capacity = facts.sliding_window, facts.capacity
         longest = least(capacity, window) if isinstance(window, int) else capacity

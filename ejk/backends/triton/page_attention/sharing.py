@@ -19,7 +19,7 @@ PACK_ROWS, FEW_ROWS = 64, 16
 # took 37.4 us for 2 sequences in 16 rows and 46.5 for 16 in 64 rows; 131,072 tokens in 64 rows took
 # 76.6 for 64.
 ROW_COSTS = {16: 9, 32: 10, 64: 12}
-# And in 16 rows by those of one sequence, where these are few: see `takes_few_rows`. 400 MB took an
+# And in 16 rows by those of one sequence, where these are few: see `least_rows`. 400 MB took an
 # H200 630 us in 16 rows, 203, 214, 296 and 341 in 1, 2, 4 and 8 (`python benchmarks/tune.py`).
 FEW_ROWS_COSTS = {1: 25, 2: 24, 4: 17, 8: 15}
 # With as many bytes of shared memory, PACK_ROWS queries and their weights fit beside the blocks.
