@@ -18,7 +18,7 @@ from collections.abc import Sequence
 # As `plan_cost.py` fits them to its times, results/plan_cost_NVIDIA_H100_80GB_HBM3.jsonl: head
 # dimension 128 in bfloat16. They predict the times of contexts of 1,024 tokens or more to 1.0 % in
 # the median; the worst, 66 x 1,024, to 6.8 %.
-SPEED = 2.33  # of a program whose neighbours are idle
+SPEED = 2.33  # of a program whose neighbours are idle; on an H200 1.1 to 1.3
 START = 0.25  # to start a piece, and to write its part
 COMBINE = 0.5  # to combine parts, beyond a combination that finds nothing to do
 
@@ -58,17 +58,15 @@ def makespan(
 
 
 def cut_batch(
-    granules: Sequence[int],
-    pieces: Sequence[int],
+    cut: Sequence[Sequence[int]],
     programs: int,
     slots: int,
     start: float = START,
     speed: float | None = SPEED,
 ) -> float:
-    """Return how long a batch takes of which each context is cut in so many equal pieces."""
-    cut = [equal_pieces(*context) for context in zip(granules, pieces, strict=True)]
-    cut.sort(key=lambda sizes: -sizes[0])
-    return makespan([size for sizes in cut for size in sizes], programs, slots, start, speed)
+    """Return how long contexts take that are cut in pieces of such sizes, the longest first."""
+    sizes = sorted((size for context in cut for size in context), reverse=True)
+    return makespan(sizes, programs, slots, start, speed)
 
 
 def equal_pieces(granules: int, pieces: int) -> list[int]:

@@ -4,9 +4,9 @@
     python benchmarks/plan_cost.py --workload "17 x 8192" "4 x 8192"      some batches
     python benchmarks/plan_cost.py --fit     fit what is in results/plan_cost_<device>.jsonl alone
 
-A plan cuts each context in equal pieces, the longest first, as the planner's do. Each batch is
-timed whole and, where the call takes a plan, as `ejk.plan_page_attention` deals it out; those of
-`CUT` in equal parts and with their last contexts cut, too. What each plan returns is compared with
+Pieces start with the longest, as the planner's do. Each batch is timed whole and, where the call
+takes a plan, as `ejk.plan_page_attention` deals it out; those of `CUT` with each context in equal
+parts and with their last contexts cut, too. What each plan returns is compared with
 the first one's. Times are those of the attention kernel and of the combination apart, means over
 eight chained calls. What is fitted are contexts of 1,024 tokens or more: shorter ones have smaller
 blocks, several on a multiprocessor.
@@ -74,21 +74,28 @@ def plans(workload: workloads.Workload) -> Iterator[tuple[str, list[int]]]:
             yield f"last {tail} in pieces of {size}", cut
 
 
-def planned(workload: workloads.Workload, pieces: Sequence[int]) -> PageAttentionPlan:
-    """Write a plan down by hand, see `PlanProblem`."""
+def equal(workload: workloads.Workload, pieces: Sequence[int]) -> list[list[int]]:
+    """Cut each context in so many equal pieces."""
+    contexts = zip(granules_of(workload), pieces, strict=True)
+    return [makespan.equal_pieces(*context) for context in contexts]
+
+
+def planned(workload: workloads.Workload, cut: Sequence[Sequence[int]]) -> PageAttentionPlan:
+    """Write a plan of pieces of such sizes down by hand, see `PlanProblem`."""
     w = workload
     facts = PlanFacts(
         w.num_seqs, w.num_heads, w.num_kv_heads, w.head_dim, w.page_size, w.max_blocks, None
     )
-    cut = [makespan.equal_pieces(*context) for context in zip(granules_of(w), pieces, strict=True)]
     rows, splits = [], []
-    for seq in sorted(range(len(cut)), key=lambda seq: -cut[seq][0]):
-        begins = np.cumsum([0, *cut[seq][:-1]]) * GRANULE
+    for seq, sizes in enumerate(cut):
+        begins = np.cumsum([0, *sizes[:-1]]) * GRANULE
         ends = [*begins[1:], facts.capacity]
-        if len(cut[seq]) > 1:
-            splits.append((seq, len(rows), len(cut[seq]), 0))
+        if len(sizes) > 1:
+            splits.append((seq, len(rows), len(sizes), 0))
         for begin, end in zip(begins, ends, strict=True):
-            rows.append((seq, begin, end, len(rows) if len(cut[seq]) > 1 else -1))
+            rows.append((seq, begin, end, len(rows) if len(sizes) > 1 else -1))
+    sizes = [size for context in cut for size in context]
+    rows = [rows[i] for i in sorted(range(len(rows)), key=lambda i: (-sizes[i], i))]
     problem = PlanProblem(
         w.num_seqs, facts.capacity, False, max(len(rows) - w.num_seqs, len(splits)), GRANULE
     )
@@ -100,16 +107,20 @@ def planned(workload: workloads.Workload, pieces: Sequence[int]) -> PageAttentio
     return PageAttentionPlan(jnp.asarray(work), problem, facts)
 
 
-def own_plan(workload: workloads.Workload, lens: jax.Array) -> tuple[PageAttentionPlan, list[int]]:
-    """Return the planner's plan, and in how many pieces it cuts each context."""
+def own_plan(
+    workload: workloads.Workload, lens: jax.Array
+) -> tuple[PageAttentionPlan, list[list[int]]]:
+    """Return the planner's plan, and the sizes of each context's pieces."""
     w = workload
     plan = ejk.plan_page_attention(
         lens, num_heads=w.num_heads, num_kv_heads=w.num_kv_heads, head_dim=w.head_dim,
         page_size=w.page_size, max_blocks=w.max_blocks,
     )  # fmt: skip
     work = np.asarray(plan.work)
-    seqs = work[1 : 1 + work[0, 0], 0]
-    return plan, np.bincount(seqs, minlength=w.num_seqs).tolist()
+    cut: list[list[int]] = [[] for _ in w.context_lens]
+    for seq, begin, end, _ in sorted(work[1 : 1 + work[0, 0]].tolist()):
+        cut[seq].append(-(-(min(end, w.context_lens[seq]) - begin) // GRANULE))
+    return plan, cut
 
 
 def measure(workload: workloads.Workload) -> Iterator[dict]:
@@ -128,11 +139,12 @@ def measure(workload: workloads.Workload) -> Iterator[dict]:
             query = ejk.page_attention(query, *pools, arrays.context_lens, table, plan=plan)
         return query
 
-    each = [(name, planned(workload, pieces), pieces) for name, pieces in plans(workload)]
+    by_hand = [(name, equal(workload, pieces)) for name, pieces in plans(workload)]
+    each = [(name, planned(workload, cut), cut) for name, cut in by_hand]
     if max(workload.context_lens) > SHORT_TOKENS:  # or the call is whole, whatever its plan
         each.append(("planner's", *own_plan(workload, arrays.context_lens)))
     expected = None
-    for name, plan, pieces in each:
+    for name, plan, cut in each:
         given = arrays.query, (arrays.key_cache, arrays.value_cache), tables, plan
         out = np.asarray(run(*given), np.float32)
         expected = out if expected is None else expected
@@ -152,7 +164,8 @@ def measure(workload: workloads.Workload) -> Iterator[dict]:
             "combine_us": round(us["combine"], 2),
             "programs": workload.num_kv_heads,
             "granules": _shortened(granules_of(workload)),
-            "pieces": _shortened(pieces),
+            "pieces": _shortened([len(sizes) for sizes in cut]),
+            "sizes": _shortened([size for sizes in cut for size in sizes]),
             "error": float(f"{error:.1e}"),
         }
 
@@ -166,18 +179,26 @@ def _written_out(runs: Sequence[Sequence[int]]) -> list[int]:
     return [count for count, length in runs for _ in range(length)]
 
 
+def _cut(line: dict) -> list[list[int]]:
+    """Return the sizes of each context's pieces. Those of lines that do not say are equal."""
+    granules, pieces = (_written_out(line[key]) for key in ("granules", "pieces"))
+    if "sizes" not in line:
+        return [makespan.equal_pieces(*context) for context in zip(granules, pieces, strict=True)]
+    sizes = iter(_written_out(line["sizes"]))
+    return [list(itertools.islice(sizes, count)) for count in pieces]
+
+
 def fit(lines: Sequence[dict]) -> dict:
     """Return the constants of the model that best fit the kernel's times, and how well they do."""
     cases = []
     for line in lines:
-        granules, pieces = (_written_out(line[key]) for key in ("granules", "pieces"))
-        if max(granules) >= FITTED:
-            cases.append((granules, pieces, line["programs"], line["attention_us"]))
+        if max(_written_out(line["granules"])) >= FITTED:
+            cases.append((_cut(line), line["programs"], line["attention_us"]))
     measured = np.log([case[-1] for case in cases])
 
     def errors(constants):
         granule_us, launch_us, start, speed = constants
-        model = [makespan.cut_batch(*case[:3], SLOTS, start, speed) for case in cases]
+        model = [makespan.cut_batch(*case[:2], SLOTS, start, speed) for case in cases]
         return np.log(np.maximum(launch_us + granule_us * np.array(model), 0.1)) - measured
 
     def squares(constants):

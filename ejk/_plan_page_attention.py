@@ -51,11 +51,11 @@ def plan_page_attention(
 ) -> PageAttentionPlan:
     """Deal out the work of `ejk.page_attention` over a batch of contexts, on the device.
 
-    The Triton kernels cut contexts in pieces, and start the longest first, so that the last
-    multiprocessor ends soon after the average one: contexts that fill the machine together stay
-    whole, and what would be left at the end is cut. Which pieces there are follows from the
-    lengths: a call without a plan makes its own. A model calls once a layer with the same lengths:
-    make one plan a step, one for each distinct window, and hand it to every layer's call.
+    The Triton kernels cut contexts in pieces, so that all multiprocessors end at about the same
+    time: the contexts of the batch, one after the other, are cut in even shares, as many as run at
+    a time, and the longest pieces start first. Which pieces there are follows from the lengths: a
+    call without a plan makes its own. A model calls once a layer with the same lengths: make one
+    plan a step, one for each distinct window, and hand it to every layer's call.
 
     A plan is a hint. Other backends do without, as do calls with `num_splits >= 1`, with
     `split_tokens`, of one sequence, or of short contexts. A plan made for other lengths or tables,
@@ -99,9 +99,8 @@ def plan_page_attention(
         (2, 4, 64)
 
     Source:
-        Work lists made once a step: FlashInfer (Ye et al., 2025, arXiv:2501.01005). Longest first:
-        Graham (1969). Pieces that shrink with the work that is left: guided self-scheduling
-        (Polychronopoulos and Kuck, 1987).
+        Work lists made once a step: FlashInfer (Ye et al., 2025, arXiv:2501.01005). Even shares of
+        all work: Stream-K (Osama et al., 2023, arXiv:2301.03598). Longest first: Graham (1969).
     """
     facts = PlanFacts(
         num_seqs=context_lens.shape[0],

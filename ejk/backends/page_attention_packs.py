@@ -1,9 +1,11 @@
 """Which sequences of a batch make up packs, whose shared first tokens are read once: for plans.
 
-A pack is up to `members` sequences of one group of `prefix_groups`. Its costs are in the units of
-`ejk/backends/triton/page_attention/dealing.py`. With `c` the granules that a pack of `k` members
-shares, it saves `k` readings of them, and makes one that costs more, as its products have the rows
-of all members; and each member has parts to write and to combine. A pack pays if
+A pack is up to `members` sequences of one group of `prefix_groups`. A cost is a time on a machine
+whose slots are all busy, in eighths of what 128 tokens of head dimension 128 in 16 bits take (0.35
+us on an H100): that of a sequence is `cost` a granule and `PIECE_COST` to start. With `c` the
+granules that a pack of `k` members shares, it saves `k` readings of them, and makes one that costs
+more, as its products have the rows of all members; and each member has parts to write and to
+combine. A pack pays if
 
     k * c * cost > c * pack_cost + PIECE_COST * (k + 1)
 
@@ -17,9 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ejk.backends.page_attention_plan import PIECE_COST, PlanOperands, PlanProblem
+from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
 from ejk.backends.prefix_groups import SharedPrefixes
 
+PIECE_COST = 3
 # What the packs' launch takes beyond its blocks, and the combination of their parts. On an H200 it
 # was 60 to 85 of 0.25 us: 4 sequences on 8,192 tokens took 26.0 us for 32.4 and 16 on 2,048 28.0
 # for 33.0, but 4 on 2,048 19.0 for 15.0 and 16 on 512 25.6 for 14.9.

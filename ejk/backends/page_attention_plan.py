@@ -11,18 +11,7 @@ import numpy as np
 from ejk._backend import Backend, Problem
 from ejk._indices import Size
 
-# With these every backend deals out the same plan: `ejk/backends/triton/page_attention/dealing.py`
-# says how. Costs are in its units.
-PIECE_COST = 3  # to start a piece, and to write its part
-COMBINE_COST = 4  # to combine parts
-SLACK = 8  # of the cap, at least
-LATE = 2  # granules that pieces which all start at once may end after the cap
-LEAST = 24  # of a piece of the tail
-SIZES = 8  # that are tried for the last wave
-SMALL = 4  # a piece of up to a SMALL-th of the longest is small
-# Sequences that are dealt out with each other in mind. More make many waves, and only those are cut
-# that outlast the rest.
-MOST_SEQS = 1024
+ROUNDS = 4  # shares a slot, at most
 
 
 class PlanOperands(NamedTuple):
@@ -46,8 +35,9 @@ class PlanProblem(Problem):
       and its part, or -1 where the piece is all of its sequence;
     - `max_splits` rows, those of the sequences in several pieces: sequence, first part, parts.
 
-    What lies beyond the counts is not initialised. The longest pieces come first; a sequence's
-    pieces follow each other. A part has the number of its piece.
+    What lies beyond the counts is not initialised. The pieces are in the order of their start: the
+    longest first, equal ones by sequence and position. The part of one has its number in the order
+    of sequences and positions, so that the parts of a sequence follow each other.
 
     The pieces of a sequence share out all positions from 0 to the capacity, and a call takes of
     each what its own lengths and window show: a plan for others is slow, never wrong. With a
@@ -62,14 +52,13 @@ class PlanProblem(Problem):
       that is in no pack). The first piece of a member has `-1 - pack` as its begin: it begins where
       what its pack shares ends;
     - the above for the packs, in place of sequences. The last piece of a pack ends with what it
-      shares, and the last rows are one for each pack: the tokens that it shares, first piece,
-      pieces. Each piece has a part for every member;
+      shares, and the last rows are one for each pack: the tokens that it shares, first part,
+      parts. Every piece of a pack has a number of a part, under which each member has one;
     - `members` sequences for each pack, -1 where it has fewer, in rows of four.
 
-    How contexts are cut is said in `ejk/backends/triton/page_attention/dealing.py`. It follows from
-    the lengths and from what is known of the machine: `slots`, `programs_per_piece`,
-    `granule_cost` and `memory_bound`. With `max_cuts=0` no context is cut, and the plan is an
-    order.
+    How contexts are cut is said in `ejk/backends/triton/page_attention/plan_kernel.py`. It follows
+    from the lengths, and from `slots` and `programs_per_piece`, which say in how many shares. With
+    `max_cuts=0` no context is cut, and the plan is an order.
     """
 
     operation: ClassVar[str] = "plan_page_attention"
@@ -86,10 +75,8 @@ class PlanProblem(Problem):
     """Programs that the machine runs at a time."""
     programs_per_piece: int = 1
     granule_cost: int = 8
-    """What a granule takes, in eighths of 128 tokens of head dimension 128 in 16 bits."""
-    memory_bound: bool = True
-    """A program is faster when others are done. Products bound latent attention's: on an H100
-    programs took as long on 77 % of the multiprocessors as on all."""
+    """What a granule takes, in eighths of 128 tokens of head dimension 128 in 16 bits: of packs
+    alone, to find out whether they pay."""
     packs: "PlanProblem | None" = None
     """How packs are dealt out, in place of sequences; None where there are none."""
     is_packs: bool = False
@@ -100,6 +87,11 @@ class PlanProblem(Problem):
     """Slots of a page, which is what sequences share."""
     least_saved: int | None = None
     """Granules that a pack saves at least, in place of what the model of costs says."""
+
+    @property
+    def shares(self) -> int:
+        """Even shares in which the batch is cut, unless nothing is."""
+        return even_shares(self.slots, self.programs_per_piece)
 
     @property
     def max_pieces(self) -> Size:
@@ -132,6 +124,19 @@ class PlanProblem(Problem):
 
     def fold(self, size: int, operands: Any, axes: Any) -> None:
         return None  # plans of several batches are several plans
+
+
+def even_shares(slots: int, programs: int) -> int:
+    """Return in how many shares a batch is cut for so many slots, of `programs` programs a share.
+
+    They are as many as fill nine slots in ten, in one round or in a few. Of 8 programs 16 fill 128
+    of 132 slots; of 72 only one fits, but in three rounds 5 do, which fill 360 of 396.
+    """
+    counts = {rounds: rounds * slots // programs for rounds in range(1, ROUNDS + 1)}
+    for rounds, count in counts.items():
+        if 10 * count * programs >= 9 * rounds * slots:
+            return count
+    return max(1, counts[max(counts, key=lambda rounds: counts[rounds] / rounds)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
 from ejk.backends.triton.copy_kv_cache import sizes as copy_sizes
 from ejk.backends.triton.interpreter import call as interpreter
+from ejk.backends.triton.page_attention import plan as plan_sizes
 from ejk.backends.triton.page_attention.packing import find_packs
 from ejk.backends.triton.page_attention.plan import TritonPlan
 from ejk.backends.triton.ragged_page_attention import widen_kernel
@@ -93,8 +94,12 @@ def combine(bug):
 
 
 def plan(bug):
-    splits = test_plan.check("triton", [5000, 3, 900, 900, 0], capacity=6000, window=4000, slots=10)
-    assert splits
+    """In one tile, and in tiles of two sequences."""
+    for most in (plan_sizes.MOST_OTHERS, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan_sizes, "MOST_OTHERS", most)
+            for lens, window in (([5000, 3, 900, 900, 0], 4000), ([1920, 900, 0, 3456], None)):
+                assert test_plan.check("triton", lens, capacity=6000, window=window, slots=10)
 
 
 def packing(bug):
@@ -365,16 +370,28 @@ BUGS = {
     },
     "page_attention_plan_kernel": {
         "the shortest pieces come first": (
-            "is_ahead(size, seqs, other_size, others)",
-            "is_ahead(-size, seqs, -other_size, others)",
+            "(first[None, :] >= least).to(tl.int32)", "(first[None, :] <= least).to(tl.int32)",
         ),
         "a sequence comes before itself": (
-            "is_ahead(size, seqs, other_size, others)",
-            "is_ahead(size, seqs + 1, other_size, others)",
+            "(others[None, :] >= seqs[:, None])", "(others[None, :] > seqs[:, None])",
+        ),
+        "a context's last piece comes before its equals": (
+            "tl.where(last == share, cuts - 1, 0)", "0",
+        ),
+        "a context's second piece comes before its equals": (
+            "share_place = (first == share).to(tl.int32)", "share_place = seqs * 0",
         ),
         "parts begin one place on": (
-            "tl.store(row_ptrs + 1, place, mask=is_split)",
-            "tl.store(row_ptrs + 1, place + 1, mask=is_split)",
+            "tl.store(row_ptrs + 1, number, mask=is_split)",
+            "tl.store(row_ptrs + 1, number + 1, mask=is_split)",
+        ),
+        "a part has the number of its place": (
+            "tl.where(is_split, number + piece, -1)", "tl.where(is_split, place, -1)",
+        ),
+        "each context is cut by itself": ("share - before % share", "share - before % 1"),
+        "each tile is a row of its own": ("carry += tl.sum(other_granules, 0)", "carry += 0"),
+        "each tile is all there is": (
+            "total += tl.sum(other_granules, 0)", "total = tl.sum(other_granules, 0)",
         ),
     },
     "ragged_page_attention_kernel": {

@@ -81,16 +81,24 @@ def test_a_bug_is_caught(helper, bug, monkeypatch, tmp_path):
 
 
 PLANS = {
-    "the shortest come first": ("jnp.argsort(-size, stable=True)", "jnp.argsort(size)"),
-    "parts begin one place on": ("splits = jnp.stack([named[split], place[split],",
-        "splits = jnp.stack([named[split], place[split] + 1,"),
-    "every piece is the first": ("piece = slot - place[owner]", "piece = 0 * slot"),
+    "the shortest come first": ("num_pieces, -size, 1)", "num_pieces, size, 2**30)"),
+    "of equal ones the last come first": (
+        "jnp.argsort(jnp.where(slot < num_pieces, -size, 1), stable=True)",
+        "jnp.argsort(jnp.where(slot < num_pieces, -size, 1)[::-1], stable=True)",
+    ),
+    "parts begin one place on": ("splits = jnp.stack([named[split], number[split],",
+        "splits = jnp.stack([named[split], number[split] + 1,"),
+    "every piece is the first": ("piece = slot - number[owner]", "piece = 0 * slot"),
+    "each context is cut by itself": ("(until - granules) % share", "0 * until"),
+    "the last share is longer": (
+        "_ceil_div(until[-1], problem.shares)", "until[-1] // problem.shares",
+    ),
     "the window is one too short": (
         "jnp.maximum(operands.sliding_window, 0), 0)\n    granules",
         "jnp.maximum(operands.sliding_window, 0) + 1, 0)\n    granules",
     ),
-    "the last piece ends with its granules": (
-        "jnp.where(is_last, last_end, begin + size", "jnp.where(is_last, begin, begin + size",
+    "the last piece ends where it begins": (
+        "jnp.where(is_last, last_end, first", "jnp.where(is_last, begin, first",
     ),
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ PACKED = (  # groups, pages that each shares, own tokens
     ((0, 0, 0, 1, 1, -1), (20, 7), (60, 1, 0, 80, 30, 61)),
     ((1, 0, 1, 2, 0, 5), (0, 12, 3), (3, 200, 1, 40, 7, 0)),
     ((0,) * 6, (30,), (1, 2, 3, 16, 17, 90)),
+    ((0, 0, 0, 1, 1, 1), (37, 37), (40, 1, 0, 48, 30, 17)),  # pieces start in another order
 )
 OPTIONS = {
     "plain": {},
@@ -186,21 +187,25 @@ def check_plan(problem, case):
     )
     for planner in (triton_plan, xla_plan):
         found, rows, in_packs, pack_rows, members = lists(planner(problem, operands), problem)
-        for seq in range(problem.num_seqs):
-            pieces = [row for row in own if row[0] == seq]
-            first = next(i for i, row in enumerate(own) if row[0] == seq)
-            parts = len(pieces) if len(pieces) > 1 or places[seq] >= 0 else 0
-            assert rows[seq] == [places[seq], first, parts]
-            for i, (_, begin, end, _) in enumerate(pieces):
-                if i == 0 and places[seq] >= 0:
-                    begin = -1 - places[seq] // problem.members
-                assert found[first + i] == [seq, begin, end, first + i if parts else -1]
         assert len(found) == len(own) and len(in_packs) == len(shared)
+        number = 0  # of a part, in the order of sequences and positions
+        for seq in range(problem.num_seqs):
+            pieces = sorted((row[1:3], i) for i, row in enumerate(own) if row[0] == seq)
+            parts = len(pieces) if len(pieces) > 1 or places[seq] >= 0 else 0
+            assert rows[seq] == [places[seq], number, parts]
+            for (begin, end), i in pieces:
+                if begin == floors[seq] and places[seq] >= 0:
+                    begin = -1 - places[seq] // problem.members
+                assert found[i] == [seq, begin, end, number if parts else -1]
+                number += 1
+        number = 0
         for pack, length in enumerate(lengths):
-            pieces = [(i, row) for i, row in enumerate(shared) if row[0] == pack]
-            assert pack_rows[pack] == [length, pieces[0][0], len(pieces)]
-            for i, (_, begin, end, _) in pieces:
-                assert in_packs[i] == [pack, begin, length if end == capacity else end, i]
+            pieces = sorted((row[1:3], i) for i, row in enumerate(shared) if row[0] == pack)
+            assert pack_rows[pack] == [length, number, len(pieces)]
+            for (begin, end), i in pieces:
+                end = length if end == capacity else end
+                assert in_packs[i] == [pack, begin, end, number]
+                number += 1
         expected = np.full(members.size, -1)
         for seq, place in enumerate(places):
             if place >= 0:
@@ -252,11 +257,8 @@ def modelled(problem, lens, packs):
     slots, programs = problem.slots, problem.programs_per_piece
 
     def dealt(granules, one):
-        counts = plan_oracle.count_pieces(
-            granules, **{k: x for k, x in machine_of(one).items() if k != "granule"}
-        )
-        pieces = [makespan.equal_pieces(*each) for each in zip(granules, counts)]
-        return [size for sizes in sorted(pieces, key=lambda sizes: -sizes[0]) for size in sizes]
+        pieces = plan_oracle.cut(granules, one.shares if one.max_cuts else 1)
+        return sorted((size for sizes in pieces for size in sizes), reverse=True)
 
     floors = {seq: tokens for tokens, members in packs for seq in members}
     own = dealt([-(-(n - floors.get(s, 0)) // 128) for s, n in enumerate(lens)], problem)
@@ -264,7 +266,9 @@ def modelled(problem, lens, packs):
     if packs:
         shared = dealt([-(-tokens // 128) for tokens, _ in packs], problem.packs)
         cost = problem.packs.granule_cost / problem.granule_cost
-        speed = makespan.SPEED if problem.packs.memory_bound else None
+        # Products bound a multiprocessor's program of 64 rows: it is no faster alone.
+        is_large = sharing.pack_rows(problem.members, 4) == sharing.PACK_ROWS
+        speed = None if is_large else makespan.SPEED
         time += LAUNCH + cost * makespan.makespan(shared, programs, slots, speed=speed)
     parts = sum(len(members) for _, members in packs) * (1 + len(shared) / max(1, len(packs)))
     is_combined = bool(packs) or len(own) > len(lens)
@@ -341,7 +345,7 @@ BUGS = {
         KERNEL, "length, kv_head, seq,", "length, kv_head, NUM_SEQS - 1 - seq if PACKED else seq,"
     ),
     "members are one off": (
-        KERNEL, "piece * MEMBERS + offs_member)", "piece * MEMBERS + (offs_member + 1) % MEMBERS)"
+        KERNEL, "part * MEMBERS + offs_member)", "part * MEMBERS + (offs_member + 1) % MEMBERS)"
     ),
     "the prefix is counted twice": (KERNEL, "MAX_PACKS, begin, -1", "MAX_PACKS, 0, -1"),
     "a member shares what it has not": (KERNEL, "tl.minimum(end, tl.min(length, 0))", "end"),
@@ -355,6 +359,12 @@ BUGS = {
         KERNEL, "tl.minimum(shared, tl.min(stops, 0))", "shared"
     ),
     "parts past a page that differs count": (COMBINATION, "tl.minimum(pieces, until)", "pieces"),
+    "parts of packs are numbered as they start": (
+        KERNEL, "MAX_PIECES + part * MEMBERS", "MAX_PIECES + piece * MEMBERS"
+    ),
+    "stops of packs are noted as pieces start": (
+        KERNEL, "kv_head == 0, part, pack", "kv_head == 0, piece, pack"
+    ),
     "a pack's part is merged twice": (
         COMBINATION, "(pack_part + in_pack * MEMBERS)", "(pack_part + in_pack // 2 * MEMBERS)"
     ),
@@ -373,7 +383,7 @@ class Mutant(ejk.TritonPageAttention):
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_caught(bug, monkeypatch, tmp_path):
     replace(*BUGS[bug], monkeypatch, tmp_path)
-    backend = Mutant(interpret=True, num_sms=32, least_saved_bytes=0, bug=bug)
+    backend = Mutant(interpret=True, num_sms=16, least_saved_bytes=0, bug=bug)
     case = packed_case(2)
     plan = case.plan(backend)
     shorter = np.minimum(case.context_lens, 400 + 20 * np.arange(6)).astype(np.int32)
@@ -381,13 +391,16 @@ def test_a_bug_is_caught(bug, monkeypatch, tmp_path):
     tables = case.block_tables.copy()
     tables[1, 7] = tables[2, 3]  # the last entry of the first of several pieces
     other = dataclasses.replace(case, block_tables=tables)
-    with pytest.raises((AssertionError, RaceError, jax.errors.JaxRuntimeError)):
-        for one in (case, stale, other, packed_case(0)):
+    # What the interpreter raises inside `jit` comes as an error of JAX's, or as a plain ValueError.
+    caught = (AssertionError, RaceError, jax.errors.JaxRuntimeError, ValueError)
+    with pytest.raises(caught) as info:
+        for one in (case, stale, other, packed_case(0), packed_case(3)):
             is_planned = one is stale or one is other
             given = {"plan": plan} if is_planned else {"prefix_groups": one.prefix_groups}
             with memory_checked():
                 found = one.attend(backend, **given, **OPTIONS["every option"])
                 agree(one, found, **OPTIONS["every option"])
+    assert type(info.value) is not ValueError or "RaceError: " in str(info.value)
 
 
 @pytest.mark.fast

@@ -17,8 +17,9 @@ from test_triton_memory import ANY_INT32
 from tiers import THOROUGH
 
 import ejk
-from ejk.backends.page_attention_plan import PlanOperands
+from ejk.backends.page_attention_plan import PlanOperands, even_shares
 from ejk.backends.triton._sizes import GRANULE, MAX_CAPACITY
+from ejk.backends.triton.page_attention import plan as plan_sizes
 from ejk.backends.triton.page_attention.plan import own_plan, run_plan
 from ejk.backends.xla.page_attention_plan import XlaPlan
 from ejk.testing.memory import memory_checked
@@ -56,26 +57,21 @@ def machine_of(problem):
     return {
         "max_cuts": problem.max_cuts,
         "granule": problem.granule,
-        "slots": problem.slots,
-        "programs": problem.programs_per_piece,
-        "granule_cost": problem.granule_cost,
-        "memory_bound": problem.memory_bound,
+        "shares": problem.shares,
     }
 
 
 def check(
-    planner, lens, *, capacity, window, slots, programs=1, max_cuts=None, width=256,
-    memory_bound=True,
+    planner, lens, *, capacity, window, slots, programs=1, longest=None, whole=False
 ):  # fmt: skip
     """Compare a plan with the oracle's; check what holds of every plan. Return its splits."""
     own_windows = np.ndim(window) > 0
     problem = own_plan(
-        num_seqs=len(lens), capacity=capacity, longest=capacity, programs=programs, width=width,
-        slots=slots, memory_bound=memory_bound, has_window=window is not None,
-        own_windows=own_windows,
+        num_seqs=len(lens), capacity=capacity, longest=longest or capacity, programs=programs,
+        width=256, slots=slots, has_window=window is not None, own_windows=own_windows,
     )  # fmt: skip
-    if max_cuts is not None:
-        problem = dataclasses.replace(problem, max_cuts=max_cuts)
+    if whole:
+        problem = dataclasses.replace(problem, max_cuts=0)
     traced = None if window is None else np.array(window, np.int32)
     work = PLANNERS[planner](problem, PlanOperands(np.asarray(lens, np.int32), traced))
     assert (work.shape, work.dtype) == (problem.results[0].shape, np.int32)
@@ -86,33 +82,41 @@ def check(
     assert [tuple(row) for row in pieces] == expected[0]
     assert [tuple(row) for row in splits] == expected[1]
 
-    places, rounded = {}, {}
-    for i, (seq, begin, end, part) in enumerate(pieces):
-        places.setdefault(seq, []).append((i, begin, end, part))
-    assert sorted(places) == list(range(len(lens)))  # a row that sees nothing is written, too
-    for seq, own in places.items():
+    # In the order of sequences and positions; a first piece of a window has a negative begin.
+    row = sorted(pieces, key=lambda piece: (piece[0], piece[1] if piece[1] >= 0 else -1))
+    sizes, number = {}, 0
+    for seq in range(len(lens)):  # a row that sees nothing is written, too
+        own = [(begin, end, part) for s, begin, end, part in row if s == seq]
         n = min(max(int(lens[seq]), 0), capacity)
         of_seq = window[seq] if own_windows else window
         first = 0 if window is None else max(n - max(int(of_seq), 0), 0)
         # They follow each other, from the beginning to the capacity: a call may see any of it.
         begin = 0 if window is None else -1 - first
-        assert [b for _, b, _, _ in own] == [begin, *(e for _, _, e, _ in own[:-1])]
-        assert own[-1][2] == capacity
+        assert [b for b, _, _ in own] == [begin, *(e for _, e, _ in own[:-1])]
+        assert own[-1][1] == capacity
         # What this batch sees is in no piece too few.
-        begins = [first, *(b for _, b, _, _ in own[1:])]
+        begins = [first, *(b for b, _, _ in own[1:])]
         assert first == n or all(b < n for b in begins)
-        rounded[seq] = -(-(min(own[0][2], n) - first) // problem.granule)
-        assert [i for i, *_ in own] == list(range(own[0][0], own[0][0] + len(own)))
-        assert all((p == i) if len(own) > 1 else (p == -1) for i, _, _, p in own)
-    assert {(s, f, c) for s, f, c in splits} == {
-        (seq, own[0][0], len(own)) for seq, own in places.items() if len(own) > 1
-    }
-    largest = [rounded[seq] for seq in dict.fromkeys(seq for seq, *_ in pieces)]
-    assert largest == sorted(largest, reverse=True)
+        parts = range(number, number + len(own))
+        assert [p for _, _, p in own] == (list(parts) if len(own) > 1 else [-1])
+        assert ([seq, number, len(own)] in splits) == (len(own) > 1)
+        for part, begin, (_, end, _) in zip(parts, begins, own, strict=True):
+            sizes[part] = -(-(min(end, n) - begin) // problem.granule), seq, begin
+        number += len(own)
+    assert splits == sorted(splits) and number == len(pieces)
+
+    # The longest start first, and none has more than its share.
+    started = [(seq, begin if begin >= 0 else -1 - begin) for seq, begin, _, _ in pieces]
+    largest = sorted(sizes.values(), key=lambda x: (-x[0], *x[1:]))
+    assert started == [(seq, begin) for _, seq, begin in largest]
+    if problem.max_cuts:
+        total = sum(size for size, *_ in largest)
+        assert largest[0][0] <= max(1, -(-total // problem.shares))
+        assert number - len(lens) < max(2, problem.shares)
     return splits
 
 
-NUM_SEQS = (1, 2, 3, 17, 64, 65, 300)  # 65 and more are sorted
+NUM_SEQS = (1, 2, 3, 17, 64, 65, 300)
 
 
 @st.composite
@@ -131,9 +135,8 @@ def batches(draw):
         "window": draw(st.none() | ANY_INT32 | st.integers(1, capacity)),
         "slots": draw(st.sampled_from((132, 480, 80, 6, 1))),
         "programs": draw(st.sampled_from((1, 2, 8, 32))),
-        "memory_bound": draw(st.booleans()),
-        "max_cuts": draw(st.sampled_from((None, None, None, 0, 1, 10))),
-        "width": draw(st.sampled_from((32, 128, 256, 1088))),
+        "longest": draw(st.sampled_from((None, None, None, 129, 300))),  # contexts may be longer
+        "whole": draw(st.sampled_from((False, False, False, True))),
     }
 
 
@@ -168,32 +171,83 @@ def test_each_sequence_may_have_a_window_of_its_own(planner):
 @pytest.mark.parametrize("planner", PLANNERS)
 @pytest.mark.parametrize("num_seqs", [1, 64, 200, 1024, 1025])
 def test_the_longest_contexts_there_are(planner, num_seqs):
-    """Their costs stay in 32 bits: the more there may be, the coarser they are counted."""
+    """Sums of them stay in 32 bits: the more there may be, the coarser they are counted."""
     check(
         planner, [2**31 - 1] * num_seqs, capacity=MAX_CAPACITY, window=None, slots=480, programs=32
     )
 
 
-@pytest.mark.parametrize("num_seqs", [2**24, 2**27, 2**31])
-def test_more_sequences_than_costs_of_32_bits_can_be_counted_of_are_left_whole(num_seqs):
+@pytest.mark.parametrize("num_seqs", [1025, 2**14, 2**17, 2**18, 2**19, 2**24, 2**31])
+def test_more_sequences_than_can_be_counted_in_32_bits_are_left_whole(num_seqs):
     problem = own_plan(
         num_seqs=num_seqs, capacity=MAX_CAPACITY, longest=MAX_CAPACITY, programs=32, width=256,
         slots=132, has_window=False,
     )  # fmt: skip
-    assert (problem.max_cuts, problem.granule) == (0, GRANULE)
+    if num_seqs < 2**19:
+        assert problem.max_cuts and MAX_CAPACITY + problem.granule <= 2**31
+        assert num_seqs * -(-MAX_CAPACITY // problem.granule) + problem.shares < 2**30
+    else:
+        assert (problem.max_cuts, problem.granule) == (0, GRANULE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_of_more_sequences_than_fit_in_a_tile(planner):
+    """The kernel takes 1,024 at a time: the last of a tile are cut, and the first of the next."""
     rng = np.random.default_rng(0)
-    lens = rng.integers(0, 2**12, 1100)
-    assert not check(planner, lens, capacity=2**16, window=None, slots=132)
-    lens[[3, 500, 1050]] = 2**16
-    for slots in (132, 480):
-        assert len(check(planner, lens, capacity=2**16, window=None, slots=slots)) == 3
-    assert not check(planner, lens, capacity=2**16, window=None, slots=132, programs=8)
-    check(planner, lens, capacity=2**16, window=None, slots=480, max_cuts=1)
+    for num_seqs in (1025, 2100):
+        lens = rng.integers(0, 2**12, num_seqs)
+        lens[[3, 500, 1020, 1022, 1023, 1024]] = 2**16
+        for slots in (132, 480):
+            splits = check(planner, lens, capacity=2**16, window=None, slots=slots)
+            assert len(splits) > 6 and {1023, 1024} < {seq for seq, *_ in splits}
+        check(planner, lens, capacity=2**16, window=None, slots=132, programs=8)
+    windows = rng.integers(1, 2**12, num_seqs)
+    assert check(planner, lens, capacity=2**16, window=windows, slots=132)
+    assert not check(planner, np.zeros(1100, int), capacity=2**16, window=None, slots=132)
+    check(planner, lens, capacity=2**16, window=None, slots=132, whole=True)
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_a_row_of_granules_is_cut_in_even_shares(planner):
+    """10 granules in 4 shares of 3, of which the last has one: by hand."""
+    lens = [300, 0, 500, 128, 256]  # 3, 0, 4, 1 and 2 granules
+    problem = own_plan(
+        num_seqs=5, capacity=512, longest=512, programs=1, width=256, slots=4, has_window=False
+    )
+    assert (problem.shares, problem.max_cuts) == (4, 3)
+    work = PLANNERS[planner](problem, PlanOperands(np.array(lens, np.int32), None))
+    pieces, splits = rows(work, problem)
+    assert pieces == [
+        [0, 0, 512, -1], [2, 0, 384, 2],  # 3 granules each
+        [2, 384, 512, 3], [3, 0, 512, -1], [4, 0, 128, 5], [4, 128, 512, 6],  # one
+        [1, 0, 512, -1],
+    ]  # fmt: skip
+    assert splits == [[2, 2, 2], [4, 5, 2]]
+
+
+@pytest.mark.parametrize("slots", [1, 7, 132, 480])
+def test_shares_fill_the_machine(slots):
+    """At least nine slots in ten, of a round or a few: else as many as any of these rounds do."""
+    for programs in (1, 2, 3, 5, 8, 16, 33, 72, 200, 1000):
+        filled = {
+            rounds: rounds * slots // programs * programs / (rounds * slots)
+            for rounds in (1, 2, 3, 4)
+        }
+        enough = [rounds for rounds, share in filled.items() if share >= 0.9]
+        rounds = enough[0] if enough else max(filled, key=filled.get)
+        assert even_shares(slots, programs) == max(1, rounds * slots // programs)
+    assert even_shares(132, 8) == 16 and even_shares(132, 72) == 5 and even_shares(132, 500) == 1
+
+
+@pytest.mark.parametrize("window", [None, 3000])
+def test_tiles_are_one_row(monkeypatch, window):
+    """What lies in tiles before is carried on, whatever their size."""
+    lens = np.random.default_rng(0).integers(0, 2**13, 50)
+    for most in (2, 16, 32):
+        monkeypatch.setattr(plan_sizes, "MOST_OTHERS", most)
+        for slots in (20, 132):
+            assert check("triton", lens, capacity=2**13, window=window, slots=slots)
 
 
 SIZE = dict(num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, max_blocks=80)

@@ -143,12 +143,13 @@ def page_attention_kernel(
         pack = tl.load(row_ptr)
         begin = tl.load(row_ptr + 1)
         reach = tl.load(row_ptr + 2)
+        part = tl.load(row_ptr + 3)
         if (piece >= tl.load(work_ptr + FIRST_PACK * 4)) | (reach <= begin):
             return
         offs_row = tl.arange(0, BLOCK_GROUP)
         offs_member = offs_row // GROUP
-        pack, begin, reach, seq, seqs, length, mask_group = piece_of_pack(
-            pack, begin, reach, offs_member, work_ptr, context_lens_ptr, NUM_SEQS,
+        pack, begin, reach, part, seq, seqs, length, mask_group = piece_of_pack(
+            pack, begin, reach, part, offs_member, work_ptr, context_lens_ptr, NUM_SEQS,
             MAX_BLOCKS * PAGE_SIZE, MEMBERS, FIRST_PACK, MAX_PACKS, MAX_PACK_PIECES,
         )  # fmt: skip
     elif NUM_SPLITS == 0:
@@ -224,7 +225,7 @@ def page_attention_kernel(
         )  # fmt: skip
         end = tl.minimum(end, tl.min(length, 0))
         note_stop(
-            kv_head == 0, piece, pack, end, reach, work_ptr, part_lse_ptr + NUM_PARTS * NUM_HEADS,
+            kv_head == 0, part, pack, end, reach, work_ptr, part_lse_ptr + NUM_PARTS * NUM_HEADS,
             FIRST_PACK, MAX_PACK_PIECES, BLOCK_STOPS,
         )  # fmt: skip
     offs_dv = (tl.arange(0, BLOCK_DV),)
@@ -245,7 +246,7 @@ def page_attention_kernel(
 
     # Write the result, or this piece's part of it.
     if PACKED:
-        row = (MAX_PIECES + piece * MEMBERS + offs_member).to(tl.int64) * NUM_HEADS + offs_head
+        row = (MAX_PIECES + part * MEMBERS + offs_member).to(tl.int64) * NUM_HEADS + offs_head
         write_part(part_out_ptr, part_lse_ptr, row, m, l, acc, offs_dv, mask_group, VALUE_HEAD_DIM)
         return
     if NUM_PARTS > 0:

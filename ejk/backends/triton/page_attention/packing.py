@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ejk.backends.page_attention_packs import MARGIN, Packs
-from ejk.backends.page_attention_plan import PIECE_COST, PlanOperands, PlanProblem
+from ejk.backends.page_attention_packs import MARGIN, PIECE_COST, Packs
+from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
 from ejk.backends.triton._backend import Call
 from ejk.backends.triton._sizes import power_of_two
 

@@ -35,17 +35,19 @@ def members_of(
 @triton.jit
 @typing.no_type_check
 def piece_of_pack(
-    pack, begin, end, offs_member, work_ptr, context_lens_ptr, NUM_SEQS: tl.constexpr,
+    pack, begin, end, part, offs_member, work_ptr, context_lens_ptr, NUM_SEQS: tl.constexpr,
     CAPACITY: tl.constexpr, MEMBERS: tl.constexpr, FIRST_PACK: tl.constexpr,
     MAX_PACKS: tl.constexpr, MAX_PACK_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Return its pack, begin and planned end, and whose table it reads.
+    """Return its pack, begin, planned end and part, and whose table it reads.
 
     Of members by place: who they are, how long, if they exist.
     """
     # Whatever the plan says, nothing outside is touched.
     is_pack = (pack >= 0) & (pack < MAX_PACKS) & (begin >= 0) & (begin <= CAPACITY)
+    is_pack = is_pack & (part >= 0) & (part < MAX_PACK_PIECES)
     pack, begin = tl.where(is_pack, pack, 0), tl.where(is_pack, begin, 0)
+    part = tl.where(is_pack, part, 0)
     ROWS: tl.constexpr = FIRST_PACK + 1 + MAX_PACK_PIECES
     leader = tl.load(work_ptr + (ROWS + MAX_PACKS) * 4 + pack * MEMBERS).to(tl.int64)
     is_led = (leader >= 0) & (leader < NUM_SEQS)
@@ -56,7 +58,7 @@ def piece_of_pack(
     exists = exists & (offs_member < tl.where(is_pack, MEMBERS, 0))
     lengths = tl.load(context_lens_ptr + seqs, mask=exists, other=CAPACITY)
     lengths = tl.minimum(tl.maximum(lengths, 0), CAPACITY)
-    return pack, begin, end, tl.where(is_led, leader, 0), seqs, lengths, exists
+    return pack, begin, end, part, tl.where(is_led, leader, 0), seqs, lengths, exists
 
 
 @triton.jit
@@ -91,13 +93,13 @@ def agreed_until(
 @triton.jit
 @typing.no_type_check
 def note_stop(
-    is_mine, piece, pack, end, planned, work_ptr, stops_ptr, FIRST_PACK: tl.constexpr,
+    is_mine, part, pack, end, planned, work_ptr, stops_ptr, FIRST_PACK: tl.constexpr,
     MAX_PACK_PIECES: tl.constexpr, BLOCK_STOPS: tl.constexpr,
 ):  # fmt: skip
     """Note where a piece ends, if `is_mine`; the first one also fills the places of none."""
     ROWS: tl.constexpr = FIRST_PACK + 1 + MAX_PACK_PIECES
     row_ptr = work_ptr + (ROWS + pack) * 4
-    place = piece - tl.load(row_ptr + 1)
+    place = part - tl.load(row_ptr + 1)
     pieces = tl.load(row_ptr + 2)
     offs = tl.arange(0, BLOCK_STOPS)
     is_place = (offs == place) | ((place == 0) & (offs >= pieces))
@@ -112,19 +114,19 @@ def _stops_of(
     pack, is_pack, work_ptr, stops_ptr, ROWS: tl.constexpr, MAX_PACK_PIECES: tl.constexpr,
     BLOCK_STOPS: tl.constexpr,
 ):  # fmt: skip
-    """Return what a pack shares, its first piece, how many there are, where each stopped.
+    """Return what a pack shares, its first part, how many there are, where each stopped.
 
     All places are loaded, before it is known of how many pieces: one wait instead of two.
     """
     row_ptr = work_ptr + (ROWS + pack) * 4
     shared = tl.load(row_ptr)
-    piece = tl.load(row_ptr + 1).to(tl.int64)
+    part = tl.load(row_ptr + 1).to(tl.int64)
     pieces = tl.load(row_ptr + 2)
     offs = tl.arange(0, BLOCK_STOPS)
     stop_ptrs = stops_ptr + pack * BLOCK_STOPS + offs
     stops = tl.load(stop_ptrs, mask=is_pack).to(tl.int32, bitcast=True)
-    pieces = tl.where((piece >= 0) & (piece + pieces <= MAX_PACK_PIECES), pieces, 0)
-    return shared, piece, pieces, tl.where(offs < pieces, stops, TO_THE_END)
+    pieces = tl.where((part >= 0) & (part + pieces <= MAX_PACK_PIECES), pieces, 0)
+    return shared, part, pieces, tl.where(offs < pieces, stops, TO_THE_END)
 
 
 @triton.jit
@@ -152,11 +154,11 @@ def pack_parts_of(
     ROWS: tl.constexpr = FIRST_SPLIT + NUM_SEQS + 1 + MAX_PACK_PIECES
     is_member = (place >= 0) & (place < MAX_PACKS * MEMBERS)
     pack = tl.where(is_member, place // MEMBERS, 0)
-    _, piece, pieces, stops = _stops_of(
+    _, part, pieces, stops = _stops_of(
         pack, is_member, work_ptr, stops_ptr, ROWS, MAX_PACK_PIECES, BLOCK_STOPS
     )
     # None after the first that stopped early.
     offs = tl.arange(0, BLOCK_STOPS)
     until = tl.min(tl.where(stops < TO_THE_END, offs, BLOCK_STOPS), 0) + 1
-    part = NUM_PARTS - MAX_PACK_PIECES * MEMBERS + piece * MEMBERS + place % MEMBERS
+    part = NUM_PARTS - MAX_PACK_PIECES * MEMBERS + part * MEMBERS + place % MEMBERS
     return part, tl.where(is_member, tl.minimum(pieces, until), 0)

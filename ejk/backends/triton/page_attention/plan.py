@@ -11,7 +11,6 @@ from ejk.backends.gpu import H100, Target
 from ejk.backends.page_attention import PageAttentionOperands
 from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import (
-    MOST_SEQS,
     PlanBackend,
     PlanFacts,
     PlanOperands,
@@ -33,11 +32,13 @@ from ejk.backends.triton.page_attention.occupancy import (
 from ejk.backends.triton.page_attention.packing import find_packs
 from ejk.backends.triton.page_attention.sharing import Sharing
 
-# The most cuts of a batch, over those that would fill the machine once. Where memory bounds the
-# programs the rule takes up to 1.9, else up to 3.
-CUTS_PER_SLOT, CUTS_PER_BUSY_SLOT = 2, 3
-# Costs of a batch stay below it, so that their products stay in 32 bits.
+# The granules of a batch stay below it, as do the costs of a batch that may have packs, times the
+# programs of a piece: so that sums of them stay in 32 bits.
 VAST = 2**29
+# And so does the end of a context, rounded up to granules: see `MAX_CAPACITY`.
+COARSEST = 2**20
+# Sequences that a program of the plan's kernel compares its own with at a time.
+MOST_OTHERS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,6 @@ class TritonPlan(TritonBackend, PlanBackend):
             programs=programs,
             width=facts.head_dim + (0 if is_latent else value_head_dim),
             slots=num_sms * per_sm,
-            memory_bound=not is_latent,
             has_window=window is not None,
             sharing=Sharing.of(
                 facts,
@@ -127,14 +127,13 @@ def own_plan(
     width: int,
     slots: int,
     has_window: bool,
-    memory_bound: bool = True,
     own_windows: bool = False,
     sharing: Sharing | None = None,
 ) -> PlanProblem:
     """Return the plan of a batch whose contexts show up to `longest` tokens of `width` elements.
 
     The machine runs `slots` programs at a time. What is not known, as the width of an element,
-    costs a little speed, nothing else.
+    costs a little speed, nothing else. So does a context that shows more tokens than it may.
     """
     problem = PlanProblem(
         num_seqs=num_seqs,
@@ -145,10 +144,8 @@ def own_plan(
         own_windows=own_windows,
         slots=slots,
         programs_per_piece=programs,
-        # A step takes no less time with narrower heads: with 4 for 64 entries, 100 contexts of
-        # 8,000 tokens and 2 KV heads took 155.9 us on an H100, with 8 they took 149.9.
+        # A step takes no less time with narrower heads.
         granule_cost=max(8, width * 8 // 256),
-        memory_bound=memory_bound,
     )
     # Kernels, which alone read a plan, want sizes that are static.
     if not (is_static(num_seqs) and is_static(capacity)):
@@ -167,14 +164,17 @@ def own_plan(
     if is_soon_done or fills_waves:
         return problem
     granule = GRANULE
-    most = max(slots, num_seqs * programs * 2 // min(2, slots))
-    while -(-capacity // granule) * problem.granule_cost * most > VAST:
-        if granule >= capacity:
+    each = problem.granule_cost * programs if sharing else 1
+    while -(-capacity // granule) * num_seqs * each >= VAST:
+        if granule >= min(capacity, COARSEST):
             return problem  # among so many sequences none outweighs the rest
         granule *= 2
-    each = CUTS_PER_SLOT if memory_bound else CUTS_PER_BUSY_SLOT
-    cuts = min(-(-each * slots // programs), num_seqs * (-(-longest // granule) - 1))
-    problem = dataclasses.replace(problem, granule=granule, max_cuts=max(0, cuts))
+    # None is cut where none is longer than a granule. Else as many may be as even contexts that are
+    # longer than was said, by `max_context_len`, may need: each has a row.
+    cuts = min(problem.shares - 1, num_seqs * (-(-capacity // granule) - 1))
+    problem = dataclasses.replace(
+        problem, granule=granule, max_cuts=cuts if longest > granule else 0
+    )
     if sharing is None:
         return problem
     return sharing.planned(problem, longest)
@@ -251,13 +251,10 @@ def plan_constants(problem: PlanProblem, block_seqs: int) -> dict[str, Any]:
         "stride_window_seq": int(problem.own_windows),
         "HAS_WINDOW": problem.has_window,
         "MAX_CUTS": problem.max_cuts,
-        "SLOTS": problem.slots,
-        "PROGRAMS": problem.programs_per_piece,
-        "GRANULE_COST": problem.granule_cost,
-        "MEMORY_BOUND": problem.memory_bound,
+        "SHARES": problem.shares,
         "MEMBERS": problem.members,
         "IS_PACKS": problem.is_packs,
         "GRANULE": problem.granule,
         "BLOCK_SEQS": block_seqs,
-        "BLOCK_OTHERS": min(MOST_SEQS, power_of_two(max(2, problem.num_seqs))),
+        "BLOCK_OTHERS": min(MOST_OTHERS, power_of_two(max(2, problem.num_seqs))),
     }

@@ -40,7 +40,6 @@ class Sharing:
     page_size: int
     row_cost: int  # of a block, in eighths of that of a sequence
     per_sm: int  # programs of sequences that a multiprocessor runs for one of a pack
-    memory_bound: bool
     least_saved: int | None  # granules; None: as the model of costs says
 
     @classmethod
@@ -82,7 +81,7 @@ class Sharing:
         cost, per_sm = ROW_COSTS[rows], 1
         if own_rows in FEW_ROWS_COSTS:
             cost, per_sm = FEW_ROWS_COSTS[own_rows], few_rows_per_sm(value_head_dim)
-        return cls(max_packs, members, facts.page_size, cost, per_sm, rows < 64, saved)
+        return cls(max_packs, members, facts.page_size, cost, per_sm, saved)
 
     def pays_to_combine(self, cost: int) -> bool:
         """Whether a batch that costs so much may be combined only because it may have packs."""
@@ -94,19 +93,15 @@ class Sharing:
         Contexts show up to `longest` tokens.
         """
         most = -(-problem.capacity // problem.granule)
-        # As few programs as fill the machine once: each takes time even if there are no packs.
-        slots = problem.slots // self.per_sm
-        in_wave = slots // problem.programs_per_piece
-        max_cuts = max(in_wave - self.max_packs, min(in_wave, self.max_packs))
         packs = dataclasses.replace(
             problem,
             num_seqs=self.max_packs,
-            slots=slots,
-            max_cuts=min(max(1, max_cuts), self.max_packs * (most - 1)),
+            slots=problem.slots // self.per_sm,
             is_packs=True,
             granule_cost=problem.granule_cost * self.row_cost // 8,
-            memory_bound=problem.memory_bound and self.memory_bound,
         )
+        max_cuts = min(packs.shares - 1, self.max_packs * (most - 1))
+        packs = dataclasses.replace(packs, max_cuts=max_cuts)
         packed = dataclasses.replace(
             problem,
             packs=packs,

@@ -233,7 +233,6 @@ def _cuts(
         programs=_each(problem, blocks.block_group),
         width=_width(problem),
         slots=target.num_sms * blocks.per_sm,
-        memory_bound=not same_tile(problem),
         has_window=problem.has_window,
         own_windows=problem.own_windows,
         sharing=_sharing(problem, tuning, target),
