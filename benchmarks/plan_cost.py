@@ -80,7 +80,7 @@ def equal(workload: workloads.Workload, pieces: Sequence[int]) -> list[list[int]
     return [makespan.equal_pieces(*context) for context in contexts]
 
 
-def planned(workload: workloads.Workload, cut: Sequence[Sequence[int]]) -> PageAttentionPlan:
+def planned(workload: workloads.Workload, cut: Sequence[Sequence[float]]) -> PageAttentionPlan:
     """Write a plan of pieces of such sizes down by hand, see `PlanProblem`."""
     w = workload
     facts = PlanFacts(
@@ -88,7 +88,7 @@ def planned(workload: workloads.Workload, cut: Sequence[Sequence[int]]) -> PageA
     )
     rows, splits = [], []
     for seq, sizes in enumerate(cut):
-        begins = np.cumsum([0, *sizes[:-1]]) * GRANULE
+        begins = (np.cumsum([0, *sizes[:-1]]) * GRANULE).astype(int)
         ends = [*begins[1:], facts.capacity]
         if len(sizes) > 1:
             splits.append((seq, len(rows), len(sizes), 0))
@@ -109,7 +109,7 @@ def planned(workload: workloads.Workload, cut: Sequence[Sequence[int]]) -> PageA
 
 def own_plan(
     workload: workloads.Workload, lens: jax.Array
-) -> tuple[PageAttentionPlan, list[list[int]]]:
+) -> tuple[PageAttentionPlan, list[list[float]]]:
     """Return the planner's plan, and the sizes of each context's pieces."""
     w = workload
     plan = ejk.plan_page_attention(
@@ -117,9 +117,10 @@ def own_plan(
         page_size=w.page_size, max_blocks=w.max_blocks,
     )  # fmt: skip
     work = np.asarray(plan.work)
-    cut: list[list[int]] = [[] for _ in w.context_lens]
+    cut: list[list[float]] = [[] for _ in w.context_lens]
+    own = plan.problem.granule
     for seq, begin, end, _ in sorted(work[1 : 1 + work[0, 0]].tolist()):
-        cut[seq].append(-(-(min(end, w.context_lens[seq]) - begin) // GRANULE))
+        cut[seq].append(-(-(min(end, w.context_lens[seq]) - begin) // own) * own / GRANULE)
     return plan, cut
 
 

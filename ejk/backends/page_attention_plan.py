@@ -91,7 +91,9 @@ class PlanProblem(Problem):
     @property
     def shares(self) -> int:
         """Even shares in which the batch is cut, unless nothing is."""
-        return even_shares(self.slots, self.programs_per_piece)
+        count = even_shares(self.slots, self.programs_per_piece)
+        # As many packs as there may be are seldom there.
+        return count if self.is_packs else equal_shares(count, self.num_seqs)
 
     @property
     def max_pieces(self) -> Size:
@@ -137,6 +139,15 @@ def even_shares(slots: int, programs: int) -> int:
         if 10 * count * programs >= 9 * rounds * slots:
             return count
     return max(1, counts[max(counts, key=lambda rounds: counts[rounds] / rounds)])
+
+
+def equal_shares(count: int, num_seqs: int) -> int:
+    """Return up to a twentieth fewer shares, if they cut contexts of one length equally.
+
+    What is cut equally is cut less often: 65 contexts in 130 parts, and not in 196 for 132 shares.
+    """
+    fewer = count - count % max(1, num_seqs)
+    return fewer if 20 * fewer >= 19 * count else count
 
 
 @dataclasses.dataclass(frozen=True)

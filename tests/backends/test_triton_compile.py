@@ -299,13 +299,30 @@ def test_wide_variants_fit(target, variant):
     assert sizes.blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
 
 
-@pytest.mark.parametrize("variant", ["group of 71", "latent attention, 32 heads"])
-def test_two_programs_fit_on_a_multiprocessor_that_runs_two(variant):
-    sizes, _, program = compile_for("sm_90", WIDE[variant])
+LARGE = {"num_seqs": 64, "max_blocks": 256, "visible_bound": 4096}  # of 16 tokens
+TOGETHER = {
+    "group of 71": (2, WIDE["group of 71"]),
+    "group of 32, head dimension 64": (
+        2, {"num_heads": 256, "head_dim": 64, "value_head_dim": 64} | LARGE,
+    ),
+    **{
+        f"head dimension {width}": (
+            3, {"head_dim": width, "value_head_dim": width, "num_heads": 16} | LARGE,
+        )
+        for width in (64, 80, 96, 128, 192, 256)
+    },
+    "every option": (3, EVERY_OPTION | LARGE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", TOGETHER)
+def test_programs_that_run_together_fit_on_a_multiprocessor(variant):
+    count, options = TOGETHER[variant]
+    sizes, _, program = compile_for("sm_90", options)
     blocks = sizes.blocks
-    assert blocks.per_sm == 2 and sizes.plan is not None and sizes.plan.slots == 2 * 132
-    assert 2 * (program.shared_bytes + 1024) <= 228 * 1024
-    assert 2 * program.registers * 32 * blocks.num_warps <= 2**16
+    assert blocks.per_sm == count and sizes.plan is not None and sizes.plan.slots == count * 132
+    assert count * (program.shared_bytes + 1024) <= 228 * 1024
+    assert count * program.registers * 32 * blocks.num_warps <= 2**16
 
 
 def test_a_page_is_looked_up_once_for_all_its_tokens(monkeypatch):

@@ -262,7 +262,7 @@ def test_the_call_plans_for_the_backends_machine(machine, num_sms, dtype):
     """Four sequences are plenty for one processor, few for a hundred. Any dtype, clipped."""
     backend = ejk.TritonPageAttention(**machine, num_sms=num_sms)
     lens = np.array([100, np.iinfo(dtype).max, 0, np.iinfo(dtype).min], dtype)
-    plan = ejk.plan_page_attention(lens, **SIZE | {"head_dim": 128}, backend=backend)
+    plan = ejk.plan_page_attention(lens, **SIZE | {"head_dim": 512}, backend=backend)
     assert plan.problem.slots == num_sms and plan.problem.capacity == 1280
     clipped = [int(n) for n in np.clip(lens, 0, 1280)]
     expected = plan_oracle.plan_page_attention(
@@ -313,7 +313,7 @@ def test_new_lengths_and_windows_do_not_recompile():
 def test_a_map_over_batches_makes_a_plan_each():
     lens = np.array([[1280, 0, 3], [640, 641, 1]], np.int32)
     backend = ejk.TritonPageAttention(interpret=True, num_sms=100)
-    plan = functools.partial(ejk.plan_page_attention, **SIZE | {"head_dim": 128}, backend=backend)
+    plan = functools.partial(ejk.plan_page_attention, **SIZE | {"head_dim": 512}, backend=backend)
     mapped = jax.vmap(plan)(jnp.asarray(lens))
     for each, batch in zip(np.asarray(mapped.work), lens):
         pieces, splits = rows(each, mapped.problem)

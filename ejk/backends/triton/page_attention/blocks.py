@@ -20,6 +20,7 @@ from ejk.backends.triton._sizes import (
     widths,
 )
 from ejk.backends.triton.page_attention.occupancy import (
+    Load,
     least_rows,
     programs_per_sm,
     quantised_per_sm,
@@ -30,7 +31,7 @@ from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 # Tokens and pipeline stages, best first. The first is taken that leaves no room for a second
 # program on a multiprocessor.
 ALONE = ((128, 3), (128, 4), (256, 3), (128, 5), (64, 3), (64, 4), (32, 3), (32, 4))
-# The same for programs of which two fit, see `programs_per_sm`.
+# The same for programs of which two or three fit, see `programs_per_sm`.
 TOGETHER = ((128, 3), (64, 3), (32, 3), (64, 2), (32, 2))
 # By rows, for large batches with one tile for keys of 576 and values of 512 entries. These leave no
 # room for a second program. On an H100, 270,336 tokens in 16 bits, pages of 64, by tokens, warps
@@ -98,11 +99,11 @@ def choose_blocks(
     tuning: Tuning,
     target: Target,
     tuned: dict[Cell, Pipeline] = TUNED,
-    tokens: int = 0,
+    load: Load | None = None,
 ) -> DecodeBlocks:
     """Choose the blocks for `group` query rows a KV head, and contexts of up to `longest` tokens.
 
-    `tokens` is a multiprocessor's share of a decode batch: it may then run two programs. 0 is for
+    `load` is that of a decode batch: a multiprocessor may then run several programs. None is for
     kernels that are not decode's.
 
     With `longest=None` nothing follows from the batch, so that no bit of a result does: the blocks
@@ -119,20 +120,22 @@ def choose_blocks(
         programs * -(-longest // 128) <= 2 * target.num_sms
         or (longest <= 512 and programs < 4 * target.num_sms)
     )
-    pipeline = _pipeline_of(problem, rows, target, tuned, is_large, tokens)
+    pipeline = _pipeline_of(problem, rows, target, tuned, is_large, load)
     # Where programs are short and many, several at once are better than each with many buffers. On
     # an H100, with 3 stages and with 2: 1,024 contexts of 128 tokens 255.9 and 190.3 us, of 256
     # 412.6 and 367.4, of 512 743.7 and 717.0; 256 of 1,024 tokens 363.8 and 358.5; but 16 of them,
     # a program a multiprocessor, 29.5 and 33.7.
     if longest is not None and longest <= 8 * pipeline.block_kv and programs >= 4 * target.num_sms:
         pipeline = pipeline._replace(num_stages=2)
-    is_one = tokens > 0 and longest is not None and problem.num_seqs == 1
+    is_one = load is not None and longest is not None and problem.num_seqs == 1
     if is_one and is_large and _is_like_one_context(problem, rows):
         pipeline = ONE_CONTEXT
     pipeline = pipeline._replace(**tuning.fixed())
-    memory = functools.partial(_shared_memory, thirds=tokens > 0 and in_thirds(problem, target))
+    memory = functools.partial(
+        _shared_memory, thirds=load is not None and in_thirds(problem, target)
+    )
     pipeline, shared = _that_fits(problem, rows, pipeline, tuning, target, memory)
-    per_sm = _per_sm(problem, rows, target, tokens) if is_large else 1
+    per_sm = _per_sm(problem, rows, target, load) if is_large else 1
     if problem.cache_type.is_quantised:
         per_sm = quantised_per_sm(same_tile(problem), programs, target.num_sms)
         per_sm = 2 if is_one and pipeline == ONE_CONTEXT else per_sm
@@ -161,7 +164,7 @@ def _pipeline_of(
     target: Target,
     tuned: dict[Cell, Pipeline],
     is_large: bool,
-    tokens: int = 0,
+    load: Load | None = None,
 ) -> Pipeline:
     """Return what was measured for such a problem, or else what the rules say."""
     itemsize = value_bytes(problem)
@@ -170,7 +173,7 @@ def _pipeline_of(
     is_as_it_is = problem.query_dtype == problem.cache_dtype
     if is_as_it_is and problem.head_dim == problem.value_head_dim and cell in tuned:
         return tuned[cell]
-    return _heuristic(problem, rows, target, is_large, tokens)
+    return _heuristic(problem, rows, target, is_large, load)
 
 
 def _that_fits(
@@ -193,7 +196,7 @@ def _that_fits(
 
 
 def _heuristic(
-    problem: PagedProblem, rows: int, target: Target, is_large: bool, tokens: int
+    problem: PagedProblem, rows: int, target: Target, is_large: bool, load: Load | None
 ) -> Pipeline:
     """Return what was best nearly everywhere. `_that_fits` may shrink it."""
     _, wide = widths(problem)
@@ -206,14 +209,14 @@ def _heuristic(
     # Taken on the ordinary cores, from registers.
     is_float32 = product_dtype(problem) == jnp.float32
     if problem.cache_type.is_quantised or (is_float32 and value_bytes(problem) < 4):
-        return of_converted(problem, wide, rows, target, is_decode=tokens > 0)
-    if is_large and _per_sm(problem, rows, target, tokens) > 1:
+        return of_converted(problem, wide, rows, target, is_decode=load is not None)
+    if is_large and _per_sm(problem, rows, target, load) > 1:
         for block_kv, num_stages in TOGETHER:
             pipeline = Pipeline(block_kv, 8 if is_float32 else 4, num_stages)
             if 3 * _streamed(problem, pipeline, num_stages - 1) <= target.shared_memory:
                 return pipeline
     if same_tile(problem) and wide == 512 and is_large:
-        return (ONE_QUERY if tokens else ONE_TILE)[rows]
+        return (ONE_TILE if load is None else ONE_QUERY)[rows]
     if not is_large:  # It is latency that counts, not bytes.
         num_warps = 8 if wide > (128 if is_float32 else 256) else 4
         return Pipeline(64 if rows == 16 else 32, num_warps, 3 if is_float32 else 2)
@@ -235,9 +238,12 @@ def _is_like_one_context(problem: PagedProblem, rows: int) -> bool:
     return is_alike and not problem.latent and widths(problem) == (128, 128) and rows == 16
 
 
-def _per_sm(problem: PagedProblem, rows: int, target: Target, tokens: int) -> int:
-    is_latent, width = same_tile(problem), problem.value_head_dim
-    return programs_per_sm(is_latent, rows, width, tokens, target) if tokens else 1
+def _per_sm(problem: PagedProblem, rows: int, target: Target, load: Load | None) -> int:
+    if load is None:
+        return 1
+    is_16_bit = product_dtype(problem).itemsize == value_bytes(problem) == 2
+    width = problem.value_head_dim
+    return programs_per_sm(is_16_bit, same_tile(problem), rows, width, load, target)
 
 
 def _shared_memory(

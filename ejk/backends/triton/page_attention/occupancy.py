@@ -1,10 +1,16 @@
 """How many programs a multiprocessor runs at a time, and the least rows of their products."""
 
+from typing import NamedTuple
+
 from ejk._indices import Size, is_static
 from ejk.backends.gpu import Target
-from ejk.backends.triton._sizes import MATRIX_ROWS
+from ejk.backends.page_attention_plan import equal_shares, even_shares
+from ejk.backends.triton._sizes import GRANULE, MATRIX_ROWS, power_of_two
 
-LONG = 1536  # tokens a multiprocessor from which two programs save more than their parts cost
+# From so many tokens of a KV head, a multiprocessor's share of a batch, several programs save more
+# than their parts cost; of heads that are padded, whose products take as long as memory, from a
+# quarter.
+BUSY = 3000
 # The most entries of values for which fewer rows than `MATRIX_ROWS` were measured.
 FEW_ROWS_WIDTH = 256
 
@@ -21,27 +27,70 @@ def least_rows(
     return 1 if is_few else MATRIX_ROWS
 
 
+class Load(NamedTuple):
+    """What a batch of decode gives the machine to do."""
+
+    num_seqs: Size
+    programs: int  # of a piece of a context
+    longest: Size  # tokens that a context shows, at most; 0 where nothing may follow from them
+    num_sms: int
+
+    def fills(self, is_padded: bool) -> bool:
+        """Say whether there is so much to do that several programs a multiprocessor pay.
+
+        One of them computes while others wait for memory, but contexts are cut in more parts. Short
+        ones are not cut, and of one alone each multiprocessor has a part. Nor do several pay where
+        contexts of one length give each multiprocessor one part, all of one size.
+        """
+        num_seqs, num_sms = self.num_seqs, self.num_sms
+        if not (is_static(num_seqs) and is_static(self.longest)):
+            return False
+        if num_seqs <= 1 or self.longest <= 4 * GRANULE:
+            return False
+        tokens = num_seqs * self.programs * self.longest // num_sms
+        if is_padded:
+            return tokens >= BUSY // 4
+        shares = equal_shares(even_shares(num_sms, self.programs), num_seqs)
+        is_even = shares % num_seqs == 0 and 20 * shares * self.programs >= 19 * num_sms
+        return tokens >= BUSY and not is_even
+
+
 def programs_per_sm(
-    is_latent: bool, rows: int, value_head_dim: int, tokens: Size, target: Target | None
+    is_16_bit: bool,
+    is_latent: bool,
+    rows: int,
+    value_head_dim: int,
+    load: Load,
+    target: Target | None,
 ) -> int:
     """Return how many programs of `rows` query heads a multiprocessor runs at a time.
 
-    `tokens` is its share of the batch, at most.
-
-    A program that waits for memory fills a multiprocessor alone, with the blocks that are under
-    way. Of two programs with 64 rows one exponentiates while the other multiplies. Times on an H100
-    with one and with two, in us: 33 contexts of 32,000 tokens, 71 heads of dimension 64 on a KV
-    head, 165.9 and 124.0; 20 of 4,000, 64 heads of dimension 128 on each of 8 KV heads, 128.9 and
-    137.2; 64 latent contexts of 4,096 tokens, 32 heads, 127.9 and 119.5, with 16 heads 114.0 and
-    121.9; 2 of 32,000, 47.5 and 55.4, as twice as many pieces have twice as many parts.
+    Times on an H200 of 400 MB in 64 equal, in 64 unequal and in 100 equal contexts of 8 KV heads,
+    in us, of one program, and of three with blocks of half as many tokens, if contexts are cut:
+        group 4, 64 entries     107.1 101.2 116.5    96.8  96.3 100.9
+        group 4, 80 entries     136.3 138.2 140.0   109.0 110.2 106.6
+        group 4, 96 entries     112.0 112.5 121.8   105.2 102.7 113.5
+        group 4, 128 entries     99.4  96.1 104.1    93.3  92.7  93.6
+        group 4, 256 entries     90.2  88.8  93.1    88.4  87.3  82.6
+    Of 128 entries 64 contexts of 1,024 tokens take 73.7 and 68.5, but 2 of 32,768, which are cut in
+    even parts for one program each, 67.2 and 71.3, and 65 with one KV head 244.9 and 252.1. With 32
+    rows of 64 entries two take 105.2, 107.6 and 111.6, in place of 117 and 132 for equal and
+    unequal ones; with 32 and 64 rows of 128 several are no faster than one. 33 contexts of 32,000
+    tokens, 71 heads of 64 entries on a KV head, took 165.9 and 124.0 on an H100 with one and two.
     """
     if rows < MATRIX_ROWS:
         return few_rows_per_sm(value_head_dim)
     if is_latent:
-        is_hopper = target is None or target.compute_capability in (90, None)
-        is_long = is_static(tokens) and tokens >= LONG
-        return 2 if rows == 32 and is_hopper and is_long else 1
-    return 2 if rows == 64 and value_head_dim <= 64 else 1
+        return 1
+    if rows > 32:
+        return 2 if value_head_dim <= 64 else 1
+    is_hopper = target is None or target.compute_capability in (90, None)
+    is_padded = power_of_two(value_head_dim) != value_head_dim
+    if not (is_16_bit and is_hopper and load.fills(is_padded)):
+        return 1
+    if rows == MATRIX_ROWS:
+        return 3 if value_head_dim <= 256 else 1
+    return 2 if value_head_dim <= 64 else 1
 
 
 def few_rows_per_sm(value_head_dim: int) -> int:
@@ -64,3 +113,17 @@ def quantised_per_sm(is_latent: bool, programs: Size, num_sms: int) -> int:
     if is_latent:
         return 2
     return 4 if is_static(programs) and programs <= 2 * num_sms else 1
+
+
+def packs_per_sm(is_quantised: bool, per_sm: int) -> int:
+    """Return the same for packs, whose sequences alone would have `per_sm` programs."""
+    return per_sm if is_quantised else 1
+
+
+def granule_of(per_sm: int, value_head_dim: int) -> int:
+    """Return of which tokens pieces are multiples: the less each, the finer.
+
+    A third of a multiprocessor's share is few granules of 128 tokens, as many too many of which
+    cost what one is of it; where blocks have fewer tokens, so have granules.
+    """
+    return GRANULE // 2 if per_sm > 2 and value_head_dim > 64 else GRANULE

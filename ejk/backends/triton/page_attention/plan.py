@@ -25,7 +25,10 @@ from ejk.backends.triton._sizes import (
     rows_of_one_tile,
 )
 from ejk.backends.triton.page_attention.occupancy import (
+    Load,
+    granule_of,
     least_rows,
+    packs_per_sm,
     programs_per_sm,
     quantised_per_sm,
 )
@@ -89,8 +92,8 @@ class TritonPlan(TritonBackend, PlanBackend):
         if is_quantised:
             per_sm = quantised_per_sm(is_latent, facts.num_seqs * programs, num_sms)
         else:
-            tokens = facts.num_seqs * longest // num_sms
-            per_sm = programs_per_sm(is_latent, rows, value_head_dim, tokens, target)
+            load = Load(facts.num_seqs, programs, longest, num_sms)
+            per_sm = programs_per_sm(not is_float32, is_latent, rows, value_head_dim, load, target)
         return own_plan(
             num_seqs=facts.num_seqs,
             capacity=capacity,
@@ -98,6 +101,7 @@ class TritonPlan(TritonBackend, PlanBackend):
             programs=programs,
             width=facts.head_dim + (0 if is_latent else value_head_dim),
             slots=num_sms * per_sm,
+            granule=granule_of(per_sm, value_head_dim),
             has_window=window is not None,
             sharing=Sharing.of(
                 facts,
@@ -107,6 +111,7 @@ class TritonPlan(TritonBackend, PlanBackend):
                 is_quantised=is_quantised,
                 is_float32=is_float32,
                 own_rows=rows,
+                slots=num_sms * packs_per_sm(is_quantised, per_sm),
                 target=target,
                 least_saved_bytes=self.least_saved_bytes,
             ),
@@ -127,6 +132,7 @@ def own_plan(
     width: int,
     slots: int,
     has_window: bool,
+    granule: int = GRANULE,
     own_windows: bool = False,
     sharing: Sharing | None = None,
 ) -> PlanProblem:
@@ -140,12 +146,12 @@ def own_plan(
         capacity=capacity,
         has_window=has_window,
         max_cuts=0,
-        granule=GRANULE,
+        granule=granule,
         own_windows=own_windows,
         slots=slots,
         programs_per_piece=programs,
         # A step takes no less time with narrower heads.
-        granule_cost=max(8, width * 8 // 256),
+        granule_cost=max(8, width * 8 // 256) * granule // GRANULE,
     )
     # Kernels, which alone read a plan, want sizes that are static.
     if not (is_static(num_seqs) and is_static(capacity)):
@@ -158,12 +164,11 @@ def own_plan(
     # 2,048 on an H100.
     fills_waves = waves >= 3 and longest <= 32 * GRANULE and 3 * in_last >= 2 * slots
     if sharing is not None:
-        cost = num_seqs * programs * -(-longest // GRANULE) * problem.granule_cost
+        cost = num_seqs * programs * -(-longest // granule) * problem.granule_cost
         is_soon_done = is_soon_done and sharing.least_saved is None
         fills_waves = fills_waves and not sharing.pays_to_combine(cost // slots)
     if is_soon_done or fills_waves:
         return problem
-    granule = GRANULE
     each = problem.granule_cost * programs if sharing else 1
     while -(-capacity // granule) * num_seqs * each >= VAST:
         if granule >= min(capacity, COARSEST):

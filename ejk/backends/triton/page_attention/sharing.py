@@ -8,7 +8,6 @@ from ejk.backends.gpu import Target
 from ejk.backends.page_attention_packs import may_pay
 from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import GRANULE, QUANTISED_ROWS, power_of_two
-from ejk.backends.triton.page_attention.occupancy import few_rows_per_sm
 
 # The most query heads of a pack's members. 64 are one product of a warpgroup. With values wider
 # than 128, or float32, more than 16 run out of registers. 128 on eight warps, with blocks of 64
@@ -39,7 +38,7 @@ class Sharing:
     members: int
     page_size: int
     row_cost: int  # of a block, in eighths of that of a sequence
-    per_sm: int  # programs of sequences that a multiprocessor runs for one of a pack
+    slots: int  # programs of packs that the machine runs at a time
     least_saved: int | None  # granules; None: as the model of costs says
 
     @classmethod
@@ -53,6 +52,7 @@ class Sharing:
         is_quantised: bool,
         is_float32: bool = False,
         own_rows: int,
+        slots: int,
         target: Target | None,
         least_saved_bytes: int | None,
     ) -> "Sharing | None":
@@ -78,10 +78,8 @@ class Sharing:
         # Groups have two sequences or more, and so have the packs of each.
         groups = min(num_groups, num_seqs // 2)
         max_packs = min(num_seqs // 2, (num_seqs - 2 * groups) // members + groups)
-        cost, per_sm = ROW_COSTS[rows], 1
-        if own_rows in FEW_ROWS_COSTS:
-            cost, per_sm = FEW_ROWS_COSTS[own_rows], few_rows_per_sm(value_head_dim)
-        return cls(max_packs, members, facts.page_size, cost, per_sm, saved)
+        cost = FEW_ROWS_COSTS.get(own_rows, ROW_COSTS[rows])
+        return cls(max_packs, members, facts.page_size, cost, slots, saved)
 
     def pays_to_combine(self, cost: int) -> bool:
         """Whether a batch that costs so much may be combined only because it may have packs."""
@@ -96,7 +94,7 @@ class Sharing:
         packs = dataclasses.replace(
             problem,
             num_seqs=self.max_packs,
-            slots=problem.slots // self.per_sm,
+            slots=self.slots,
             is_packs=True,
             granule_cost=problem.granule_cost * self.row_cost // 8,
         )

@@ -30,6 +30,7 @@ from ejk.backends.triton.page_attention.blocks import (
     rows_of,
 )
 from ejk.backends.triton.page_attention.numbers import sums_of, types_of
+from ejk.backends.triton.page_attention.occupancy import Load, granule_of, packs_per_sm
 from ejk.backends.triton.page_attention.plan import own_plan
 from ejk.backends.triton.page_attention.sharing import (
     Sharing,
@@ -82,17 +83,16 @@ class Sizes:
         problem = _with_plan_that_fits(problem, tuning, target)
         is_invariant = bool(problem.num_splits or tuning.split_tokens)
         if blocks is None:
-            programs = problem.num_seqs * _each(problem, rows_of(problem, problem.group, target))
+            each = _each(problem, rows_of(problem, problem.group, target))
+            programs = problem.num_seqs * each
             # Programs that have a multiprocessor and a whole context each take a large call's
             # blocks.
             is_whole = programs <= target.num_sms
             is_whole = is_whole and not _is_worth_cutting(problem, programs, target)
             longest = None if is_invariant or is_whole else problem.visible_bound
-            tokens = 0 if is_invariant else problem.num_seqs * problem.visible_bound
-            tokens //= target.num_sms
-            blocks = choose_blocks(
-                problem, problem.group, longest, tuning, target, tuned, max(1, tokens)
-            )
+            shown = 0 if is_invariant else problem.visible_bound
+            load = Load(problem.num_seqs, each, shown, target.num_sms)
+            blocks = choose_blocks(problem, problem.group, longest, tuning, target, tuned, load)
         sizes = cls(blocks, **_cuts(problem, blocks, tuning, target))
         if sizes.plan and sizes.plan.packs:
             sizes = sizes._with_packs(problem, tuning, target, tuned)
@@ -115,14 +115,7 @@ class Sizes:
         assert self.plan is not None
         rows = pack_rows(self.plan.members, problem.group)
         packed = choose_pack_blocks(problem, rows, target, tuned)
-        programs, blocks = problem.num_seqs * _each(problem, self.blocks.block_group), self.blocks
-        is_16_bit = product_dtype(problem).itemsize == value_bytes(problem) == 2
-        if is_16_bit and tuning.num_stages is None and programs >= 2 * target.num_sms:
-            # What is left of contexts is mostly short, and with 2 stages there is room for two. On
-            # an H200, with 3 and 2: 128 sequences in 8 groups on 4,096 tokens 110.9 and 92.3 us. In
-            # calls without packs on 1,024 tokens two with 2 stages read as fast as one with 3.
-            blocks = blocks._replace(num_stages=min(2, blocks.num_stages))
-        return dataclasses.replace(self, blocks=blocks, pack_blocks=packed)
+        return dataclasses.replace(self, pack_blocks=packed)
 
     def grid(self, problem: PageAttentionProblem) -> int:
         pieces = self.plan.max_pieces if self.plan else problem.num_seqs * self.num_splits
@@ -233,22 +226,27 @@ def _cuts(
         programs=_each(problem, blocks.block_group),
         width=_width(problem),
         slots=target.num_sms * blocks.per_sm,
+        granule=granule_of(blocks.per_sm, problem.value_head_dim),
         has_window=problem.has_window,
         own_windows=problem.own_windows,
-        sharing=_sharing(problem, tuning, target),
+        sharing=_sharing(problem, tuning, target, blocks.per_sm),
     )
     return {"num_splits": 0, "plan": problem.plan or own}
 
 
-def _sharing(problem: PageAttentionProblem, tuning: Tuning, target: Target) -> Sharing | None:
+def _sharing(
+    problem: PageAttentionProblem, tuning: Tuning, target: Target, per_sm: int = 1
+) -> Sharing | None:
+    is_quantised = problem.cache_type.is_quantised
     return Sharing.of(
         problem,
         num_groups=problem.num_prefix_groups,
         value_head_dim=problem.value_head_dim,
         is_alike=not (problem.has_window or problem.latent),
-        is_quantised=problem.cache_type.is_quantised,
+        is_quantised=is_quantised,
         is_float32=product_dtype(problem) == jnp.float32,
         own_rows=rows_of(problem, problem.group, target),
+        slots=target.num_sms * packs_per_sm(is_quantised, per_sm),
         target=target,
         least_saved_bytes=tuning.least_saved_bytes,
     )
