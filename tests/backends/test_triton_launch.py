@@ -14,8 +14,10 @@ from test_ragged_triton_compile import MIXED
 from test_triton_compile import LLAMA, gpu_of
 
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
+from ejk.backends.page_attention_plan import PlanFacts
 from ejk.backends.triton._sizes import GRANULE, block_group, widths
 from ejk.backends.triton.page_attention.blocks import ONE_CONTEXT, Tuning
+from ejk.backends.triton.page_attention.plan import TritonPlan
 from ejk.backends.triton.page_attention.sizes import COMBINE_PER_SM, Sizes
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell
 from ejk.backends.triton.ragged_page_attention.blocks import RaggedTuning
@@ -128,6 +130,38 @@ def test_a_large_call_leaves_no_room_for_more_programs_than_it_counts_on(head_di
     blocks = Sizes.of(asked, Tuning(), H100, tuned={}).blocks
     assert blocks.per_sm == (3 if head_dim <= 256 else 1)
     assert (blocks.per_sm + 1) * blocks.shared_memory > H100.shared_memory
+
+
+@pytest.mark.parametrize(
+    "head_dim, num_seqs, tokens, programs",
+    [
+        (128, 64, 4096, 3),
+        (128, 64, 1024, 3),
+        (128, 32, 1024, 1),  # little to do
+        (128, 64, 512, 1),  # none is cut
+        (128, 16, 8192, 1),  # a part each, all of one size
+        (128, 2, 32768, 1),
+        (128, 17, 8192, 3),
+        (128, 1, 131072, 1),  # in a part for each
+        (80, 16, 8192, 3),  # padded, whose products take as long as memory
+        (80, 1, 131072, 1),
+        (256, 64, 4096, 3),
+        (512, 64, 4096, 1),
+    ],
+)
+def test_how_many_programs_a_multiprocessor_runs(head_dim, num_seqs, tokens, programs):
+    """Those that the plan counts on, made apart from the call, too."""
+    facts = {"num_seqs": num_seqs, "max_blocks": tokens // 16, "visible_bound": tokens}
+    asked = problem(head_dim, **facts)
+    blocks = Sizes.of(asked, Tuning(), H100, tuned={}).blocks
+    assert blocks.per_sm == programs
+    facts = PlanFacts(
+        num_seqs, asked.num_heads, asked.num_kv_heads, head_dim, 16, asked.max_blocks, None
+    )
+    planned = TritonPlan(compute_capability=90, num_sms=132).plan_problem(facts, head_dim, False)
+    assert planned.slots == programs * 132
+    invariant = dataclasses.replace(asked, num_splits=2)
+    assert Sizes.of(invariant, Tuning(), H100, tuned={}).blocks.per_sm == 1
 
 
 @pytest.mark.parametrize("head_dim, programs", [(64, 2), (80, 1), (128, 1)])

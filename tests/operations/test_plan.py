@@ -17,7 +17,7 @@ from test_triton_memory import ANY_INT32
 from tiers import THOROUGH
 
 import ejk
-from ejk.backends.page_attention_plan import PlanOperands, even_shares
+from ejk.backends.page_attention_plan import PlanOperands, equal_shares, even_shares
 from ejk.backends.triton._sizes import GRANULE, MAX_CAPACITY
 from ejk.backends.triton.page_attention import plan as plan_sizes
 from ejk.backends.triton.page_attention.plan import own_plan, run_plan
@@ -238,6 +238,11 @@ def test_shares_fill_the_machine(slots):
         rounds = enough[0] if enough else max(filled, key=filled.get)
         assert even_shares(slots, programs) == max(1, rounds * slots // programs)
     assert even_shares(132, 8) == 16 and even_shares(132, 72) == 5 and even_shares(132, 500) == 1
+
+
+def test_contexts_of_one_length_are_cut_equally_where_that_takes_few_shares():
+    found = [equal_shares(132, n) for n in (1, 2, 13, 65, 66, 100, 128, 132, 133, 0)]
+    assert found == [132, 132, 130, 130, 132, 132, 128, 132, 132, 132]
 
 
 @pytest.mark.parametrize("window", [None, 3000])
