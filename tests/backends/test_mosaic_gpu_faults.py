@@ -3,6 +3,7 @@ oracle catch each.
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import types
@@ -139,7 +140,8 @@ def _fresh_interpreter():
     gpu_interpreter.reset()
 
 
-def check(bug):
+@functools.cache
+def cases():
     """Two programs a piece, a window and hidden pages; then blocks that are visible altogether."""
     shape = dataclasses.replace(SHAPE, num_heads=128)
     windowed = Configuration(shape, BF16, "HND", WINDOW)
@@ -153,24 +155,37 @@ def check(bug):
     # Logits so large that maxima rise by more than the slack.
     query = (whole.query * 16).astype(BF16)
     whole = dataclasses.replace(whole, block_tables=tables, query=query)
+    return mutants.answered(case), mutants.answered(whole)
+
+
+def check(bug):
     backend = Mutant(num_sms=5, interpret=True, bug=bug)
-    for each in (case, whole):
+    for each in cases():
         assert_close(each, *gpu_interpreter.run(each, backend))
 
 
-def check_few_heads(bug):
+@functools.cache
+def few_heads():
     """The last sequence is in parts."""
     shape = dataclasses.replace(SHAPE, num_heads=24, page_size=64, max_blocks=9)
-    case = build(Configuration(shape, BF16, "HND"), np.array([60, 570]))
+    return mutants.answered(build(Configuration(shape, BF16, "HND"), np.array([60, 570])))
+
+
+def check_few_heads(bug):
     backend = Mutant(num_sms=5, interpret=True, bug=bug)
-    assert_close(case, *gpu_interpreter.run(case, backend))
+    assert_close(few_heads(), *gpu_interpreter.run(few_heads(), backend))
 
 
-def check_tokens(bug, lens=(196, 60, 128), bounds=(0, 5, 8, 16)):
+@functools.cache
+def tokens(lens, bounds):
     """Up to eight tokens a program, among which blocks of keys end, and fewer at the beginning."""
     shape = dataclasses.replace(SHAPE, num_heads=8, page_size=64, max_blocks=9)
     config = Configuration(shape, BF16, "HND")
-    case = build_ragged(config, np.array(lens), np.array(bounds))
+    return mutants.answered(build_ragged(config, np.array(lens), np.array(bounds)))
+
+
+def check_tokens(bug, lens=(196, 60, 128), bounds=(0, 5, 8, 16)):
+    case = tokens(lens, bounds)
     backend = RaggedMutant(num_sms=6, interpret=True, bug=bug)
     out, lse = ejk.ragged_page_attention(
         *case.operands(), **case.semantics(), return_lse=True, backend=backend

@@ -3,12 +3,14 @@ oracle catch each.
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import sys
 import types
 
 import gpu_interpreter
+import mutants
 import numpy as np
 import pytest
 from entries import RaggedEntry
@@ -306,10 +308,15 @@ CASES = {
 }  # fmt: skip
 
 
-def check(case, bug):
-    num_sms = {"cut": 12, "empty_piece": 20}.get(case, 3)
+@functools.cache
+def built(name):
+    return mutants.answered(CASES[name]())
+
+
+def check(name, bug):
+    num_sms = {"cut": 12, "empty_piece": 20}.get(name, 3)
     attend = RaggedEntry("", Mutant(num_sms=num_sms, interpret=True, bug=bug), examples=0)
-    case = CASES[case]()
+    case = built(name)
     assert_close(case, *attend(case))
 
 

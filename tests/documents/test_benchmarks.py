@@ -1,6 +1,7 @@
 """The scripts of `benchmarks/` that only a GPU can time run, small, wherever the tests do."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,8 +18,12 @@ FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
 def run(script: str, *arguments: str) -> str:
+    """Run a script; what it compiles is optimised no more than what the tests compile."""
     command = [sys.executable, str(FOLDER / script), "--tiny", *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    unoptimised = str(int(jax.config.values["jax_disable_most_optimizations"]))
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": unoptimised}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return done.stdout
 
 
 def lines_of(path: pathlib.Path) -> list[dict]:
