@@ -84,7 +84,7 @@ def may_pay(problem: PlanProblem, longest: int) -> bool:
     num_packs = -(-num_seqs // problem.members)
     packed = num_packs * (longest * packs.granule_cost + PIECE_COST) + 2 * num_seqs * PIECE_COST
     plain, packed = (
-        -(-total * problem.programs_per_piece // problem.slots) for total in (plain, packed)
+        -(-total * problem.programs_per_piece // packs.slots) for total in (plain, packed)
     )
     return _is_worth(plain, packed)
 
@@ -109,7 +109,7 @@ def _pays(
         jnp.where(pays & begins, cost + PIECE_COST * (size + 1), 0), dtype=jnp.int32
     )
     plain, packed = (
-        _ceil_div(total * problem.programs_per_piece, problem.slots)
+        _ceil_div(total * problem.programs_per_piece, problem.packs.slots)
         for total in (_cost(problem, lens), packed)
     )
     return pays & _is_worth(plain, packed)

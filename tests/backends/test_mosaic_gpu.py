@@ -97,6 +97,20 @@ def test_a_plan_for_other_lengths():
     assert_close(case, *gpu_interpreter.run(case, BACKEND, plan=plan))
 
 
+def test_a_plan_that_knows_of_prefixes_alone_is_left_out():
+    """It was not told that the values are in the keys, of which there are no packs."""
+    shape = dataclasses.replace(
+        SHAPE, num_heads=8, page_size=64, max_blocks=16, num_pages=70, num_seqs=4
+    )
+    case = build(Configuration(shape, BF16, "HND"), np.array([600, 1000, 560, 700]))
+    case.block_tables[:, :8] = case.block_tables[0, :8]
+    groups = np.zeros(4, np.int32), np.full(1, 8, np.int32)
+    planner = ejk.TritonPageAttention(interpret=True, num_sms=4, least_saved_bytes=0)
+    plan = case.plan(planner, prefix_groups=groups, block_tables=case.block_tables)
+    assert plan.problem.packs is not None
+    assert_close(case, *gpu_interpreter.run(case, BACKEND, plan=plan))
+
+
 @pytest.mark.parametrize("num_splits", [1, 2])
 def test_bits_do_not_depend_on_the_batch(num_splits):
     config = Configuration(SHAPE, BF16, "HND", num_splits=num_splits)

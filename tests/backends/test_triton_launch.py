@@ -164,6 +164,14 @@ def test_how_many_programs_a_multiprocessor_runs(head_dim, num_seqs, tokens, pro
     assert Sizes.of(invariant, Tuning(), H100, tuned={}).blocks.per_sm == 1
 
 
+def test_several_programs_a_multiprocessor_are_for_hopper_and_fit():
+    large = problem(num_seqs=64, visible_bound=4096)
+    amd = Target(None, 304, SHARED_MEMORY_ROCM, is_amd=True)
+    assert Sizes.of(large, Tuning(), amd, tuned={}).blocks.per_sm == 1
+    for asked in ({"block_kv": 128}, {"num_stages": 5}):
+        assert Sizes.of(large, Tuning(**asked), H100).blocks.per_sm == 1
+
+
 @pytest.mark.parametrize("head_dim, programs", [(64, 2), (80, 1), (128, 1)])
 def test_how_many_programs_of_64_rows_a_multiprocessor_runs(head_dim, programs):
     sizes = Sizes.of(problem(head_dim, 64), Tuning(), H100)
@@ -237,7 +245,7 @@ def test_many_short_contexts_share_a_multiprocessor():
         facts = {"max_blocks": tokens // 16, "visible_bound": tokens, "num_splits": num_splits}
         return Sizes.of(problem(num_seqs=num_seqs, **facts), Tuning(), H100).blocks.num_stages
 
-    assert (stages(1024, 128), stages(256, 512), stages(1024, 4096)) == (2, 2, 3)
+    assert (stages(1024, 128), stages(256, 1024), stages(1024, 4096)) == (2, 2, 3)
     assert stages(16, 1024) == 3, "few"
     assert stages(1024, 128, num_splits=1) == 3, "what may not follow from the batch"
 

@@ -248,13 +248,17 @@ def test_a_plan_with_packs_is_the_oracles():
     assert min(found) == 0 < max(found)
 
 
+NUM_SMS = 132
 EXTRA = 0.1  # granules that it takes a slot to write and to combine the parts of a member
 LAUNCH = 7  # granules that it takes to launch packs, and to end them
 
 
 def modelled(problem, lens, packs):
-    """Return how long a batch takes that is read so: in granules, on 8 KV heads of an H100."""
-    slots, programs = problem.slots, problem.programs_per_piece
+    """Return how long a batch takes that is read so: in granules, on 8 KV heads of an H100.
+
+    A granule is what 128 tokens take of a multiprocessor. Each of its programs has a share of it.
+    """
+    programs, per_sm = problem.programs_per_piece, problem.slots // NUM_SMS
 
     def dealt(granules, one):
         pieces = plan_oracle.cut(granules, one.shares if one.max_cuts else 1)
@@ -262,22 +266,23 @@ def modelled(problem, lens, packs):
 
     floors = {seq: tokens for tokens, members in packs for seq in members}
     own = dealt([-(-(n - floors.get(s, 0)) // 128) for s, n in enumerate(lens)], problem)
-    time, shared = makespan.makespan(own, programs, slots), []
+    each = {"start": makespan.START / per_sm, "speed": makespan.SPEED * per_sm}
+    time, shared = per_sm * makespan.makespan(own, programs, problem.slots, **each), []
     if packs:
         shared = dealt([-(-tokens // 128) for tokens, _ in packs], problem.packs)
         cost = problem.packs.granule_cost / problem.granule_cost
         # Products bound a multiprocessor's program of 64 rows: it is no faster alone.
         is_large = sharing.pack_rows(problem.members, 4) == sharing.PACK_ROWS
         speed = None if is_large else makespan.SPEED
-        time += LAUNCH + cost * makespan.makespan(shared, programs, slots, speed=speed)
+        time += LAUNCH + cost * makespan.makespan(shared, programs, NUM_SMS, speed=speed)
     parts = sum(len(members) for _, members in packs) * (1 + len(shared) / max(1, len(packs)))
     is_combined = bool(packs) or len(own) > len(lens)
-    return time + makespan.COMBINE * is_combined + EXTRA * parts * programs / slots
+    return time + makespan.COMBINE * is_combined + EXTRA * parts * programs / NUM_SMS
 
 
 def plan_of(num_seqs, num_groups, capacity):
     facts = PlanFacts(num_seqs, 32, 8, 128, 16, capacity // 16, None)
-    return TritonPlan(90, 132).plan_problem(facts, 128, False, num_groups)
+    return TritonPlan(90, NUM_SMS).plan_problem(facts, 128, False, num_groups)
 
 
 @functools.cache

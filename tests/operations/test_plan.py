@@ -289,6 +289,15 @@ def test_who_needs_no_plan_is_given_an_order():
     assert plan.problem.max_cuts > 0
 
 
+def test_contexts_too_long_to_count_in_32_bits_stay_whole():
+    lens = np.array([2**31 - 16, 2**31 - 216], np.int32)
+    sizes = dict(num_heads=8, num_kv_heads=8, head_dim=512, page_size=16, max_blocks=2**27 - 1)
+    backend = ejk.TritonPageAttention(interpret=True, num_sms=16)
+    plan = ejk.plan_page_attention(lens, **sizes, backend=backend)
+    pieces, splits = rows(np.asarray(plan.work), plan.problem)
+    assert (pieces, splits) == ([[0, 0, 2**31 - 16, -1], [1, 0, 2**31 - 16, -1]], [])
+
+
 def test_no_sequences_and_no_blocks_are_plans_too():
     for lens, max_blocks in ((np.zeros(0, np.int32), 80), (np.array([7, 7]), 0)):
         plan = ejk.plan_page_attention(lens, **SIZE | {"max_blocks": max_blocks})

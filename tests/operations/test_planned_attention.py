@@ -105,6 +105,23 @@ def test_short_contexts_are_cut_evenly_without_a_plan():
     assert launches(lambda: TRITON(few, max_context_len=100)) == ["page_attention"]
 
 
+def test_a_plan_may_cut_more_finely_than_the_call_would():
+    """It does not know that values as wide as the keys are the keys: its pieces are 64 tokens."""
+    shape = Shape(
+        "as wide", 4, 1, 256, page_size=16, max_blocks=256, num_pages=770, num_seqs=3,
+        value_head_dim=256, latent=True,
+    )  # fmt: skip
+    lens = np.array([4000, 1500, 777], np.int32)
+    case = build(Configuration(shape, DTYPES[1], "HND"), lens, as_jax=True)
+    backend = ejk.TritonPageAttention(interpret=True, num_sms=4)
+    plan = case.plan(backend)
+    assert plan.problem.granule == 64 and plan.work[0, 1] > 1
+    out, lse = ejk.page_attention(
+        *case.arguments(), **case.semantics(), return_lse=True, backend=backend, plan=plan
+    )
+    assert_close(case, out, lse)
+
+
 def test_pieces_may_begin_within_a_block_and_a_page():
     """Of keys that are their own values blocks are larger than a granule, and pages as large."""
     shape = Shape(

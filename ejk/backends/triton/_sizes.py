@@ -236,13 +236,13 @@ def width_constants(problem: PagedProblem, rows: int) -> dict[str, int | bool]:
     }
 
 
-def pages_of_block(problem: PagedProblem, block_kv: int) -> int:
+def pages_of_block(problem: PagedProblem, block_kv: int, granule: int = GRANULE) -> int:
     """Return how many whole pages a block is, 1 if it lies in one page, 0 if that is not known.
 
-    A window may begin anywhere in a page, and a piece of a plan at any granule. With small pages a
-    thread would load more ids than it takes tokens.
+    A window may begin anywhere in a page, and a piece of a plan at any `granule`. With small pages
+    a thread would load more ids than it takes tokens.
     """
-    if not same_tile(problem) or problem.has_window or GRANULE % block_kv:
+    if not same_tile(problem) or problem.has_window or granule % block_kv:
         return 0
     if problem.page_size % block_kv == 0:
         return 1

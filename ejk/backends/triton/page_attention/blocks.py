@@ -106,8 +106,8 @@ def choose_blocks(
     `load` is that of a decode batch: a multiprocessor may then run several programs. None is for
     kernels that are not decode's.
 
-    With `longest=None` nothing follows from the batch, so that no bit of a result does: the blocks
-    are those of a batch that fills the machine.
+    With `longest=None` and a load that shows no tokens nothing follows from the batch, so that no
+    bit of a result does: the blocks are those of a batch that fills the machine.
     """
     rows = rows_of(problem, group, target)
     each = problem.num_kv_heads * -(-group // rows)
@@ -136,6 +136,8 @@ def choose_blocks(
     )
     pipeline, shared = _that_fits(problem, rows, pipeline, tuning, target, memory)
     per_sm = _per_sm(problem, rows, target, load) if is_large else 1
+    if tuning.fixed():  # it may leave no room for as many
+        per_sm = max(1, min(per_sm, target.shared_memory // shared))
     if problem.cache_type.is_quantised:
         per_sm = quantised_per_sm(same_tile(problem), programs, target.num_sms)
         per_sm = 2 if is_one and pipeline == ONE_CONTEXT else per_sm
@@ -221,8 +223,8 @@ def _heuristic(
         num_warps = 8 if wide > (128 if is_float32 else 256) else 4
         return Pipeline(64 if rows == 16 else 32, num_warps, 3 if is_float32 else 2)
     num_warps = 8 if wide > 256 or is_float32 else 4
-    # One program a multiprocessor: whoever is done takes what is left of the work. With three, on
-    # an H100, contexts of very different length took 172 us instead of 135 (head dimension 64).
+    # One program a multiprocessor. With three that no plan counted on, contexts of very different
+    # length took 172 us instead of 135 on an H100 (head dimension 64).
     for block_kv, num_stages in ALONE:
         pipeline = Pipeline(block_kv, num_warps, num_stages)
         if _shared_memory(problem, rows, pipeline, target, False) <= target.shared_memory:

@@ -19,6 +19,7 @@ from ejk.backends.page_attention_plan import (
 from ejk.backends.triton._backend import Call, TritonBackend
 from ejk.backends.triton._sizes import (
     GRANULE,
+    MAX_CAPACITY,
     QUANTISED_ROWS,
     block_group,
     power_of_two,
@@ -67,7 +68,12 @@ class TritonPlan(TritonBackend, PlanBackend):
         return False  # XLA's plan will do
 
     def limits_on(self, target: Target, problem: PlanProblem) -> tuple[str, ...]:
-        return ()
+        if not is_static(problem.capacity) or problem.capacity <= MAX_CAPACITY:
+            return ()
+        return (
+            f"max_blocks * page_size={problem.capacity} must be at most {MAX_CAPACITY}: ends of "
+            "contexts are rounded up in 32 bits",
+        )
 
     def plan_problem(
         self,
@@ -141,6 +147,8 @@ def own_plan(
     The machine runs `slots` programs at a time. What is not known, as the width of an element,
     costs a little speed, nothing else. So does a context that shows more tokens than it may.
     """
+    if sharing is not None:  # whose costs are those of 128 tokens
+        granule = GRANULE
     problem = PlanProblem(
         num_seqs=num_seqs,
         capacity=capacity,
@@ -151,22 +159,22 @@ def own_plan(
         slots=slots,
         programs_per_piece=programs,
         # A step takes no less time with narrower heads.
-        granule_cost=max(8, width * 8 // 256) * granule // GRANULE,
+        granule_cost=max(8, width * 8 // 256),
     )
-    # Kernels, which alone read a plan, want sizes that are static.
-    if not (is_static(num_seqs) and is_static(capacity)):
+    # Kernels, which alone read a plan, want sizes that are static and that they can count.
+    if not (is_static(num_seqs) and is_static(capacity)) or capacity > MAX_CAPACITY:
         return problem
     waves, in_last = divmod(num_seqs * programs, slots)
     # Many short contexts share multiprocessors, see `choose_blocks`, and one is soon done.
     is_soon_done = waves >= 4 and longest <= 8 * GRANULE
     # Where no context is long, and contexts of one length would fill whole waves, there is little
-    # to gain. A combination that finds nothing to do costs more: 2 of 187 us for 64 contexts of
-    # 2,048 on an H100.
+    # to gain. A combination that finds nothing to do costs more: on an H100 with one program a
+    # multiprocessor 2 of 187 us for 64 contexts of 2,048.
     fills_waves = waves >= 3 and longest <= 32 * GRANULE and 3 * in_last >= 2 * slots
     if sharing is not None:
         cost = num_seqs * programs * -(-longest // granule) * problem.granule_cost
         is_soon_done = is_soon_done and sharing.least_saved is None
-        fills_waves = fills_waves and not sharing.pays_to_combine(cost // slots)
+        fills_waves = fills_waves and not sharing.pays_to_combine(cost // sharing.slots)
     if is_soon_done or fills_waves:
         return problem
     each = problem.granule_cost * programs if sharing else 1

@@ -107,9 +107,7 @@ class Sharing:
             page_size=self.page_size,
             least_saved=self.least_saved,
         )
-        pays = self.least_saved is not None or (
-            problem.max_cuts > 0 and may_pay(packed, -(-longest // problem.granule))
-        )
+        pays = self.least_saved is not None or may_pay(packed, -(-longest // problem.granule))
         return packed if pays else problem
 
 

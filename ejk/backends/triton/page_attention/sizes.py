@@ -95,7 +95,7 @@ class Sizes:
             blocks = choose_blocks(problem, problem.group, longest, tuning, target, tuned, load)
         sizes = cls(blocks, **_cuts(problem, blocks, tuning, target))
         if sizes.plan and sizes.plan.packs:
-            sizes = sizes._with_packs(problem, tuning, target, tuned)
+            sizes = sizes._with_packs(problem, target, tuned)
         # Few entries a program while programs are few: they find a processor each.
         most = power_of_two(problem.value_head_dim)
         while sizes.combine_dv < most and sizes.combine_grid(problem) > (
@@ -105,13 +105,9 @@ class Sizes:
         return sizes
 
     def _with_packs(
-        self,
-        problem: PageAttentionProblem,
-        tuning: Tuning,
-        target: Target,
-        tuned: dict[Cell, Pipeline],
+        self, problem: PageAttentionProblem, target: Target, tuned: dict[Cell, Pipeline]
     ) -> "Sizes":
-        """Choose the blocks of packs, and those for what is left to sequences."""
+        """Choose the blocks of packs."""
         assert self.plan is not None
         rows = pack_rows(self.plan.members, problem.group)
         packed = choose_pack_blocks(problem, rows, target, tuned)
@@ -174,7 +170,9 @@ class Sizes:
             "BLOCK_GROUP": blocks.block_group,
             "BLOCK_KV": blocks.block_kv,
             **width_constants(problem, blocks.block_group),
-            "PAGES": pages_of_block(problem, blocks.block_kv),
+            "PAGES": pages_of_block(
+                problem, blocks.block_kv, self.plan.granule if self.plan else GRANULE
+            ),
             # Packs have no registers to spare for more than one.
             "SUMS": 0 if packed else sums_of(problem, blocks),
         }
