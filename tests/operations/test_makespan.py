@@ -240,14 +240,14 @@ def test_plans_made_by_hand_are_the_planners():
         lens = np.array(workload.context_lens)
         plan, cut = plan_cost.own_plan(workload, lens)
         by_hand = plan_cost.planned(workload, cut)
-        for made in (by_hand, plan):
-            pieces, splits = map(int, made.work[0, :2])
-            assert splits
-            for begin, rows in ((0, 1 + pieces), (1 + made.problem.max_pieces, splits)):
-                np.testing.assert_array_equal(
-                    made.work[begin : begin + rows],
-                    by_hand.work[begin if not begin else 1 + by_hand.problem.max_pieces :][:rows],
-                )
+        pieces, splits = map(int, plan.work[0, :2])
+        assert splits
+        listed, expected = (
+            [made.work[: 1 + pieces], made.work[1 + made.problem.max_pieces :][:splits]]
+            for made in (plan, by_hand)
+        )
+        for rows, own in zip(listed, expected, strict=True):
+            np.testing.assert_array_equal(rows, own)
 
 
 def test_the_fit_finds_the_constants_of_what_was_measured():

@@ -108,9 +108,7 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
 
         count = problem.num_heads // operands.query.shape[1]  # of tokens
         sizes = LatentSizes.of(problem, target, self.interpret, count)
-        if sizes.cut.plan != problem.plan:
-            operands = operands._replace(plan=None)
-        work = work_of(sizes.cut.plan, operands, call)
+        work = work_of(sizes.cut.plan, problem.plan, operands, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
             written = attend(sizes, operands, tokens, work)
         out, lse = written.out, written.lse

@@ -90,9 +90,7 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         from ejk.backends.triton.page_attention.kernel import page_attention_kernel
 
         sizes = Sizes.of(problem, self, target)
-        if sizes.plan != problem.plan:
-            operands = operands._replace(plan=None)
-        work = work_of(sizes.plan, operands, call)
+        work = work_of(sizes.plan, problem.plan, operands, call)
         out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
         inputs, parts = kernel_inputs(operands, INPUTS, work), sizes.part_types(problem)
         results = {"out_ptr": out_type, "lse_ptr": lse_type}

@@ -193,20 +193,28 @@ def own_plan(
     return sharing.planned(problem, longest)
 
 
-def work_of(plan: PlanProblem | None, operands: PageAttentionOperands, call: Call) -> Any:
-    """Return the pieces of a call: those it was given, or dealt out now; None without a plan."""
+def work_of(
+    plan: PlanProblem | None,
+    given: PlanProblem | None,
+    operands: PageAttentionOperands,
+    call: Call,
+) -> Any:
+    """Return the pieces of a call: those it was given, or dealt out now; None without a plan.
+
+    A plan that was `given` may be one that the call leaves out.
+    """
     if plan is None:
         return None  # XLA drops a plan that nobody reads
-    if operands.plan is not None:
+    if operands.plan is not None and plan == given:
         return operands.plan
-    given = PlanOperands(
+    arrays = PlanOperands(
         operands.context_lens,
         operands.sliding_window,
         operands.prefix_groups,
         operands.prefix_pages,
         operands.block_tables,
     )
-    [work] = run_plan(plan, given, call)
+    [work] = run_plan(plan, arrays, call)
     return work
 
 
