@@ -126,11 +126,9 @@ def plan_page_attention(
     candidates = _registry.choose(backend, PageAttentionProblem, BACKENDS).backends
     own = (b.planner for b in candidates if isinstance(b, PageAttentionBackend))
     planners = (*filter(None, own), XlaPlan())
-    is_quantised = is_float32 = False
-    if cache_dtype is not None:
-        is_quantised = check_cache_dtype("cache_dtype", cache_dtype).is_quantised
-        is_float32 = jnp.dtype(cache_dtype) == jnp.float32
-    problem = planners[0].plan_problem(facts, width, is_quantised, groups, is_float32)
+    dtype = jnp.dtype(jnp.bfloat16 if cache_dtype is None else cache_dtype)
+    check_cache_dtype("cache_dtype", dtype)
+    problem = planners[0].plan_problem(facts, width, dtype, groups)
     if 0 in (facts.num_seqs, facts.capacity):
         return PageAttentionPlan(jnp.zeros(problem.results[0].shape, jnp.int32), problem, facts)
     operands = PlanOperands(

@@ -88,6 +88,12 @@ class PlanProblem(Problem):
     least_saved: int | None = None
     """Granules that a pack saves at least, in place of what the model of costs says."""
 
+    @classmethod
+    def order_of(cls, facts: "PlanFacts") -> "PlanProblem":
+        """Return a plan of an order alone, longest first: no context is cut."""
+        has_window = facts.sliding_window is not None
+        return cls(facts.num_seqs, facts.capacity, has_window, max_cuts=0, granule=1)
+
     @property
     def shares(self) -> int:
         """Even shares in which the batch is cut, unless nothing is."""
@@ -228,8 +234,7 @@ class PlanBackend(Backend):
         self,
         facts: PlanFacts,
         value_head_dim: int,
-        is_quantised: bool,
+        cache_dtype: np.dtype,
         num_prefix_groups: Size = 0,
-        is_float32: bool = False,
     ) -> PlanProblem:
         """Say which work there may be in the calls of these facts, and how it is dealt out."""

@@ -15,9 +15,9 @@ from test_triton_compile import LLAMA, gpu_of
 
 from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
 from ejk.backends.page_attention_plan import PlanFacts
-from ejk.backends.triton._sizes import GRANULE, block_group, widths
+from ejk.backends.triton._sizes import GRANULE, block_group, value_bytes, widths
 from ejk.backends.triton.page_attention.blocks import ONE_CONTEXT, Tuning
-from ejk.backends.triton.page_attention.plan import TritonPlan
+from ejk.backends.triton.page_attention.planner import TritonPlan
 from ejk.backends.triton.page_attention.sizes import COMBINE_PER_SM, Sizes
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell
 from ejk.backends.triton.ragged_page_attention.blocks import RaggedTuning
@@ -37,7 +37,7 @@ def problem(head_dim=128, group=4, dtype="bfloat16", **facts):
         value_head_dim=facts.pop("value_head_dim", head_dim),
         num_heads=group * LLAMA.num_kv_heads,
         query_dtype=jnp.dtype(dtype),
-        cache_dtype=jnp.dtype(dtype),
+        cache_dtype=jnp.dtype(facts.pop("cache_dtype", dtype)),
         **facts,
     )
 
@@ -158,8 +158,10 @@ def test_how_many_programs_a_multiprocessor_runs(head_dim, num_seqs, tokens, pro
     facts = PlanFacts(
         num_seqs, asked.num_heads, asked.num_kv_heads, head_dim, 16, asked.max_blocks, None
     )
-    planned = TritonPlan(compute_capability=90, num_sms=132).plan_problem(facts, head_dim, False)
+    planner = TritonPlan(compute_capability=90, num_sms=132)
+    planned = planner.plan_problem(facts, head_dim, asked.cache_dtype)
     assert planned.slots == programs * 132
+    assert planned == (Sizes.of(asked, Tuning(), H100).plan or planned)
     invariant = dataclasses.replace(asked, num_splits=2)
     assert Sizes.of(invariant, Tuning(), H100, tuned={}).blocks.per_sm == 1
 
@@ -170,6 +172,19 @@ def test_several_programs_a_multiprocessor_are_for_hopper_and_fit():
     assert Sizes.of(large, Tuning(), amd, tuned={}).blocks.per_sm == 1
     for asked in ({"block_kv": 128}, {"num_stages": 5}):
         assert Sizes.of(large, Tuning(**asked), H100).blocks.per_sm == 1
+    codes = problem(num_seqs=16, cache_dtype="int8", scales="head")
+    assert Sizes.of(codes, Tuning(), H100).blocks.per_sm == 4
+    fixed = Sizes.of(codes, Tuning(block_kv=256, num_stages=4), H100)
+    assert fixed.blocks.per_sm == 1 and fixed.plan is not None
+    assert fixed.plan.slots == H100.num_sms
+
+
+@pytest.mark.parametrize("cache", ["uint8", "int8", "bfloat16", "float32"])
+def test_bytes_that_a_prefix_has_to_save_are_those_of_the_cache(cache):
+    asked = problem(num_seqs=16, cache_dtype=cache, num_prefix_groups=1)
+    granule = 128 * asked.num_kv_heads * 2 * 128 * value_bytes(asked)
+    plan = Sizes.of(asked, Tuning(least_saved_bytes=int(5 * granule)), H100).plan
+    assert plan is not None and plan.least_saved == 5
 
 
 @pytest.mark.parametrize("head_dim, programs", [(64, 2), (80, 1), (128, 1)])

@@ -24,7 +24,7 @@ from ejk.backends.triton.copy_kv_cache import sizes as copy_sizes
 from ejk.backends.triton.interpreter import call as interpreter
 from ejk.backends.triton.page_attention import plan as plan_sizes
 from ejk.backends.triton.page_attention.packing import find_packs
-from ejk.backends.triton.page_attention.plan import TritonPlan
+from ejk.backends.triton.page_attention.planner import TritonPlan
 from ejk.backends.triton.ragged_page_attention import widen_kernel
 from ejk.testing import MemoryAccessError, shuffled
 from ejk.testing.bounds import assert_close
@@ -112,7 +112,9 @@ def packing(bug):
     lens[[1, 8]] = 257, 3
     given = groups, np.array([512, 1080, 1080, 800, 28], np.int32), tables
     for num_sms, least in ((4, None), (1, 0), (5, None)):  # the last does not pay
-        problem = TritonPlan(90, num_sms, True, least).plan_problem(facts, 128, False, 5)
+        problem = TritonPlan(
+            least_saved_bytes=least, compute_capability=90, num_sms=num_sms, interpret=True
+        ).plan_problem(facts, 128, np.dtype(jnp.bfloat16), 5)
         operands = PlanOperands(lens, None, *given)
         found = find_packs(problem, operands, launch_on_numpy)
         expected = Packs.of(problem, jax.tree.map(jnp.asarray, operands))

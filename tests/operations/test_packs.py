@@ -22,7 +22,7 @@ from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import PlanFacts, PlanOperands
 from ejk.backends.triton.page_attention import sharing
 from ejk.backends.triton.page_attention.packing import find_packs
-from ejk.backends.triton.page_attention.plan import TritonPlan
+from ejk.backends.triton.page_attention.planner import TritonPlan
 from ejk.backends.triton.page_attention.sizes import Sizes
 from ejk.testing.memory import RaceError, memory_checked
 
@@ -224,7 +224,9 @@ def batches(draw):
     disagrees = draw(st.none() | st.integers(0, num_seqs - 1))
     least, sms = draw(st.sampled_from((None, None, 0, 2**18))), draw(st.sampled_from((1, 4, 132)))
     facts = PlanFacts(num_seqs, 8, 2, 128, 128, 16, None)
-    planner = TritonPlan(90, sms, True, least)
+    planner = TritonPlan(
+        least_saved_bytes=least, compute_capability=90, num_sms=sms, interpret=True
+    )
     return planner, facts, (groups, shared, own), disagrees
 
 
@@ -237,7 +239,7 @@ def test_a_plan_with_packs_is_the_oracles():
     @hypothesis.given(batches())
     def holds(batch):
         planner, facts, sizes, disagrees = batch
-        problem = planner.plan_problem(facts, 128, False, len(sizes[1]))
+        problem = planner.plan_problem(facts, 128, np.dtype(jnp.bfloat16), len(sizes[1]))
         if problem.packs is not None:
             case = shared_case(*sizes, page_size=128, blocks=16, num_pages=400, head_dim=1)
             if disagrees is not None:
@@ -282,7 +284,8 @@ def modelled(problem, lens, packs):
 
 def plan_of(num_seqs, num_groups, capacity):
     facts = PlanFacts(num_seqs, 32, 8, 128, 16, capacity // 16, None)
-    return TritonPlan(90, NUM_SMS).plan_problem(facts, 128, False, num_groups)
+    planner = TritonPlan(compute_capability=90, num_sms=NUM_SMS)
+    return planner.plan_problem(facts, 128, np.dtype(jnp.bfloat16), num_groups)
 
 
 @functools.cache
@@ -433,7 +436,9 @@ def any_groups(num_seqs, num_groups, blocks, sms, least, agrees, seed):
         x[random.random(x.shape) < share] = random.choice(FAR)
     lens, *given = (x.astype(np.int32) for x in (lens, groups, pages, tables))
     facts = PlanFacts(num_seqs, 8, 2, 128, 128, blocks, None)
-    problem = TritonPlan(90, sms, True, least).plan_problem(facts, 128, False, num_groups)
+    problem = TritonPlan(
+        least_saved_bytes=least, compute_capability=90, num_sms=sms, interpret=True
+    ).plan_problem(facts, 128, np.dtype(jnp.bfloat16), num_groups)
     return problem, PlanOperands(lens, None, *given)
 
 

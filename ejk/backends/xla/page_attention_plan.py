@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ejk._indices import Size, count_up_to
 from ejk.backends.page_attention_packs import Packs
@@ -24,13 +25,11 @@ class XlaPlan(XlaBackend, PlanBackend):
         self,
         facts: PlanFacts,
         value_head_dim: int,
-        is_quantised: bool,
+        cache_dtype: np.dtype,
         num_prefix_groups: Size = 0,
-        is_float32: bool = False,
     ) -> PlanProblem:
-        """Plan an order, longest first: nobody is known who takes contexts in pieces."""
-        has_window = facts.sliding_window is not None
-        return PlanProblem(facts.num_seqs, facts.capacity, has_window, max_cuts=0, granule=1)
+        """Plan an order: nobody is known who takes contexts in pieces."""
+        return PlanProblem.order_of(facts)
 
     def run(
         self, problem: PlanProblem, operands: PlanOperands, platform: str

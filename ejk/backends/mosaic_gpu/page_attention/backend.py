@@ -28,8 +28,9 @@ from ejk.backends.page_attention import (
 )
 from ejk.backends.triton._backend import Call
 from ejk.backends.triton._sizes import size_refusals
-from ejk.backends.triton.page_attention.backend import TritonPageAttention, combine
-from ejk.backends.triton.page_attention.plan import TritonPlan, work_of
+from ejk.backends.triton.page_attention.backend import combine
+from ejk.backends.triton.page_attention.plan import work_of
+from ejk.backends.triton.page_attention.planner import TritonPlan
 
 # With up to so many heads, for which Triton's programs have 16 rows, launches count in batches of
 # up to so many tokens. Triton's time over this one's on an H200, pages of 64:
@@ -130,4 +131,4 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
 
     @property
     def planner(self) -> TritonPlan:
-        return TritonPageAttention(**vars(self)).planner
+        return TritonPlan.of(self)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 
 from ejk._backend import Tunable
-from ejk.backends.gpu import H100, MAX_GRID, Target
+from ejk.backends.gpu import MAX_GRID, Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
     AXIS,
@@ -18,7 +18,8 @@ from ejk.backends.page_attention import (
 from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
 from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.page_attention.blocks import Tuning
-from ejk.backends.triton.page_attention.plan import TritonPlan, work_of
+from ejk.backends.triton.page_attention.plan import work_of
+from ejk.backends.triton.page_attention.planner import TritonPlan
 from ejk.backends.triton.page_attention.sizes import Sizes
 
 INPUTS = (
@@ -116,9 +117,7 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
 
     @property
     def planner(self) -> TritonPlan:
-        target = self.target(self.platforms[0])
-        num_sms = H100["num_sms"] if target is None else target.num_sms
-        return TritonPlan(self.compute_capability, num_sms, self.interpret, self.least_saved_bytes)
+        return TritonPlan.of(self)
 
 
 def combine(

@@ -135,12 +135,13 @@ def choose_blocks(
         _shared_memory, thirds=load is not None and in_thirds(problem, target)
     )
     pipeline, shared = _that_fits(problem, rows, pipeline, tuning, target, memory)
-    per_sm = _per_sm(problem, rows, target, load) if is_large else 1
+    if problem.cache_type.is_quantised:
+        is_like_one = is_one and pipeline == ONE_CONTEXT
+        per_sm = 2 if is_like_one else quantised_per_sm(problem, programs, target)
+    else:
+        per_sm = programs_per_sm(problem, rows, target, load) if is_large else 1
     if tuning.fixed():  # it may leave no room for as many
         per_sm = max(1, min(per_sm, target.shared_memory // shared))
-    if problem.cache_type.is_quantised:
-        per_sm = quantised_per_sm(same_tile(problem), programs, target.num_sms)
-        per_sm = 2 if is_one and pipeline == ONE_CONTEXT else per_sm
     return DecodeBlocks(rows, *pipeline, shared, per_sm)
 
 
@@ -212,7 +213,7 @@ def _heuristic(
     is_float32 = product_dtype(problem) == jnp.float32
     if problem.cache_type.is_quantised or (is_float32 and value_bytes(problem) < 4):
         return of_converted(problem, wide, rows, target, is_decode=load is not None)
-    if is_large and _per_sm(problem, rows, target, load) > 1:
+    if is_large and programs_per_sm(problem, rows, target, load) > 1:
         for block_kv, num_stages in TOGETHER:
             pipeline = Pipeline(block_kv, 8 if is_float32 else 4, num_stages)
             if 3 * _streamed(problem, pipeline, num_stages - 1) <= target.shared_memory:
@@ -238,14 +239,6 @@ def _is_like_one_context(problem: PagedProblem, rows: int) -> bool:
     is_8_bit = problem.cache_type.is_quantised and value_bytes(problem) == 1
     is_alike = is_8_bit and problem.scales != "token" and product_dtype(problem) == jnp.float16
     return is_alike and not problem.latent and widths(problem) == (128, 128) and rows == 16
-
-
-def _per_sm(problem: PagedProblem, rows: int, target: Target, load: Load | None) -> int:
-    if load is None:
-        return 1
-    is_16_bit = product_dtype(problem).itemsize == value_bytes(problem) == 2
-    width = problem.value_head_dim
-    return programs_per_sm(is_16_bit, same_tile(problem), rows, width, load, target)
 
 
 def _shared_memory(

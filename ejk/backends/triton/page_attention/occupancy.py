@@ -2,10 +2,17 @@
 
 from typing import NamedTuple
 
-from ejk._indices import Size, is_static
 from ejk.backends.gpu import Target
+from ejk.backends.page_attention import PagedProblem
 from ejk.backends.page_attention_plan import equal_shares, even_shares
-from ejk.backends.triton._sizes import GRANULE, MATRIX_ROWS, two_parts
+from ejk.backends.triton._sizes import (
+    GRANULE,
+    MATRIX_ROWS,
+    product_dtype,
+    same_tile,
+    two_parts,
+    value_bytes,
+)
 
 # From so many tokens of a KV head, a multiprocessor's share of a batch, several programs save more
 # than their parts cost, and of heads that are padded, whose products take as long as memory, from
@@ -32,9 +39,9 @@ def least_rows(
 class Load(NamedTuple):
     """What a batch of decode gives the machine to do."""
 
-    num_seqs: Size
+    num_seqs: int
     programs: int  # of a piece of a context
-    longest: Size  # tokens that a context shows, at most; 0 where nothing may follow from them
+    longest: int  # tokens that a context shows, at most; 0 where nothing may follow from them
     num_sms: int
 
     def fills(self, is_padded: bool) -> bool:
@@ -47,8 +54,6 @@ class Load(NamedTuple):
         each multiprocessor one part, all of one size.
         """
         num_seqs, num_sms = self.num_seqs, self.num_sms
-        if not (is_static(num_seqs) and is_static(self.longest)):
-            return False
         are_many = num_seqs * self.programs >= 4 * num_sms
         if num_seqs <= 1 or self.longest <= (8 if are_many else 4) * GRANULE:
             return False
@@ -60,15 +65,11 @@ class Load(NamedTuple):
         return tokens >= BUSY and not is_even
 
 
-def programs_per_sm(
-    is_16_bit: bool,
-    is_latent: bool,
-    rows: int,
-    value_head_dim: int,
-    load: Load,
-    target: Target | None,
-) -> int:
+def programs_per_sm(problem: PagedProblem, rows: int, target: Target, load: Load | None) -> int:
     """Return how many programs of `rows` query heads a multiprocessor runs at a time.
+
+    Those on quantised caches are another matter, see `quantised_per_sm`, and of a kernel that is
+    not decode's, without a load, one runs.
 
     Times on an H200 of 400 MB in 64 equal, in 64 unequal and in 100 equal contexts of 8 KV heads,
     in us, of one program, and of three with blocks of half as many tokens, if contexts are cut:
@@ -83,20 +84,23 @@ def programs_per_sm(
     unequal ones; with 32 and 64 rows of 128 several are no faster than one. 33 contexts of 32,000
     tokens, 71 heads of 64 entries on a KV head, took 165.9 and 124.0 on an H100 with one and two.
     """
+    width = problem.value_head_dim
+    if load is None:
+        return 1
     if rows < MATRIX_ROWS:
-        return few_rows_per_sm(value_head_dim)
-    if is_latent:
+        return few_rows_per_sm(width)
+    if same_tile(problem):
         return 1
     if rows > 32:
-        return 2 if value_head_dim <= 64 else 1
-    is_amd = target is not None and target.is_amd
-    is_hopper = target is None or target.compute_capability in (90, None)
-    is_padded = sum(two_parts(value_head_dim)) != value_head_dim
-    if not (is_16_bit and is_hopper and not is_amd and load.fills(is_padded)):
+        return 2 if width <= 64 else 1
+    is_16_bit = product_dtype(problem).itemsize == value_bytes(problem) == 2
+    is_hopper = target.compute_capability in (90, None) and not target.is_amd
+    is_padded = sum(two_parts(width)) != width
+    if not (is_16_bit and is_hopper and load.fills(is_padded)):
         return 1
     if rows == MATRIX_ROWS:
-        return 3 if value_head_dim <= 256 else 1
-    return 2 if value_head_dim <= 64 else 1
+        return 3 if width <= 256 else 1
+    return 2 if width <= 64 else 1
 
 
 def few_rows_per_sm(value_head_dim: int) -> int:
@@ -108,7 +112,7 @@ def few_rows_per_sm(value_head_dim: int) -> int:
     return 3 if value_head_dim <= 128 else 6
 
 
-def quantised_per_sm(is_latent: bool, programs: Size, num_sms: int) -> int:
+def quantised_per_sm(problem: PagedProblem, programs: int, target: Target) -> int:
     """Return the same for programs on quantised caches, which are small, so that several fit.
 
     Where values are not latent, a plan counts on four only if two rounds have room for all. On an
@@ -116,9 +120,9 @@ def quantised_per_sm(is_latent: bool, programs: Size, num_sms: int) -> int:
     us, 32 of 2,048 with 32 KV heads 146.8 and 155.0; latent, 16 heads, with 1 and with 2: 122.5 and
     71.6.
     """
-    if is_latent:
+    if same_tile(problem):
         return 2
-    return 4 if is_static(programs) and programs <= 2 * num_sms else 1
+    return 4 if programs <= 2 * target.num_sms else 1
 
 
 def packs_per_sm(is_quantised: bool, per_sm: int) -> int:

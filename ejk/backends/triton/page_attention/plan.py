@@ -1,4 +1,4 @@
-"""`ejk.plan_page_attention` as a Triton kernel."""
+"""How the work of a batch is dealt out: the plan of a call, and the kernel that makes it."""
 
 import dataclasses
 from typing import Any
@@ -6,33 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ejk._indices import Size, is_static, least
-from ejk.backends.gpu import H100, Target
-from ejk.backends.page_attention import PageAttentionOperands
+from ejk.backends.gpu import Target
+from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
 from ejk.backends.page_attention_packs import Packs
-from ejk.backends.page_attention_plan import (
-    PlanBackend,
-    PlanFacts,
-    PlanOperands,
-    PlanProblem,
-)
-from ejk.backends.triton._backend import Call, TritonBackend
-from ejk.backends.triton._sizes import (
-    GRANULE,
-    MAX_CAPACITY,
-    QUANTISED_ROWS,
-    block_group,
-    power_of_two,
-    rows_of_one_tile,
-)
-from ejk.backends.triton.page_attention.occupancy import (
-    Load,
-    granule_of,
-    least_rows,
-    packs_per_sm,
-    programs_per_sm,
-    quantised_per_sm,
-)
+from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
+from ejk.backends.triton._backend import Call
+from ejk.backends.triton._sizes import GRANULE, MAX_CAPACITY, power_of_two, same_tile
+from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning, rows_of
+from ejk.backends.triton.page_attention.occupancy import granule_of, packs_per_sm
 from ejk.backends.triton.page_attention.packing import find_packs
 from ejk.backends.triton.page_attention.sharing import Sharing
 
@@ -45,95 +26,65 @@ COARSEST = 2**20
 MOST_OTHERS = 1024
 
 
-@dataclasses.dataclass(frozen=True)
-class TritonPlan(TritonBackend, PlanBackend):
-    """Deal out the pieces with one small kernel.
+def programs_of_piece(problem: PageAttentionProblem, rows: int) -> int:
+    """Return how many programs of so many query heads attend to one piece of a context."""
+    return problem.num_kv_heads * -(-problem.group // rows)
 
-    Attributes:
-        compute_capability: compile for it; the device's own if None.
-        num_sms: multiprocessors to deal out the work to; those of an H100 if None.
-        interpret: run the kernel on the CPU with Triton's interpreter.
-        least_saved_bytes: see `ejk.TritonPageAttention`.
+
+def loaded_entries(problem: PageAttentionProblem) -> int:
+    """Return the entries that are loaded of a token and KV head."""
+    return problem.head_dim + (0 if same_tile(problem) else problem.value_head_dim)
+
+
+def plan_of_call(
+    problem: PageAttentionProblem, blocks: DecodeBlocks, tuning: Tuning, target: Target
+) -> PlanProblem:
+    """Return the plan that a call makes itself if it is given none."""
+    return own_plan(
+        num_seqs=problem.num_seqs,
+        capacity=problem.capacity,
+        longest=problem.visible_bound,
+        programs=programs_of_piece(problem, blocks.block_group),
+        width=loaded_entries(problem),
+        slots=target.num_sms * blocks.per_sm,
+        granule=granule_of(blocks.per_sm, problem.value_head_dim),
+        has_window=problem.has_window,
+        own_windows=problem.own_windows,
+        sharing=_sharing(problem, tuning, target, blocks.per_sm),
+    )
+
+
+def without_unfit_plan(
+    problem: PageAttentionProblem, tuning: Tuning, target: Target
+) -> PageAttentionProblem:
+    """Leave out a plan whose packs are larger than the call has room for, or that it may not have.
+
+    The plan was not told the call's types, nor that its values are in its keys.
     """
+    if problem.plan is None or problem.plan.packs is None:
+        return problem
+    sharing = _sharing(dataclasses.replace(problem, num_prefix_groups=1), tuning, target)
+    fits = sharing is not None and problem.plan.members <= sharing.members
+    return problem if fits else dataclasses.replace(problem, plan=None)
 
-    compute_capability: int | None = None
-    num_sms: int | None = None
-    interpret: bool = False
-    least_saved_bytes: int | None = None
 
-    features = frozenset({"sliding_window"})
-
-    @property
-    def has_target(self) -> bool:
-        return False  # XLA's plan will do
-
-    def limits_on(self, target: Target, problem: PlanProblem) -> tuple[str, ...]:
-        if not is_static(problem.capacity) or problem.capacity <= MAX_CAPACITY:
-            return ()
-        return (
-            f"max_blocks * page_size={problem.capacity} must be at most {MAX_CAPACITY}: ends of "
-            "contexts are rounded up in 32 bits",
-        )
-
-    def plan_problem(
-        self,
-        facts: PlanFacts,
-        value_head_dim: int,
-        is_quantised: bool,
-        num_prefix_groups: Size = 0,
-        is_float32: bool = False,
-    ) -> PlanProblem:
-        group = facts.num_heads // facts.num_kv_heads
-        target = self.target(self.platforms[0])
-        # Values of another width are mostly those of latent attention, in 16 bits.
-        is_latent = value_head_dim < facts.head_dim
-        most_rows = rows_of_one_tile(is_latent, target) if target else None
-        fewest = least_rows(is_float32, is_latent, value_head_dim, target)
-        rows = block_group(group, value_head_dim, most_rows, fewest)
-        rows = min(rows, QUANTISED_ROWS) if is_quantised else rows
-        window, capacity = facts.sliding_window, facts.capacity
-        longest = least(capacity, window) if isinstance(window, int) else capacity
-        num_sms = self.num_sms or H100["num_sms"]
-        programs = facts.num_kv_heads * -(-group // rows)
-        if is_quantised:
-            per_sm = quantised_per_sm(is_latent, facts.num_seqs * programs, num_sms)
-        else:
-            load = Load(facts.num_seqs, programs, longest, num_sms)
-            per_sm = programs_per_sm(not is_float32, is_latent, rows, value_head_dim, load, target)
-        return own_plan(
-            num_seqs=facts.num_seqs,
-            capacity=capacity,
-            longest=longest,
-            programs=programs,
-            width=facts.head_dim + (0 if is_latent else value_head_dim),
-            slots=num_sms * per_sm,
-            granule=granule_of(per_sm, value_head_dim),
-            has_window=window is not None,
-            sharing=Sharing.of(
-                facts,
-                num_groups=num_prefix_groups,
-                value_head_dim=value_head_dim,
-                is_alike=window is None and not is_latent,
-                is_quantised=is_quantised,
-                is_float32=is_float32,
-                own_rows=rows,
-                slots=num_sms * packs_per_sm(is_quantised, per_sm),
-                target=target,
-                least_saved_bytes=self.least_saved_bytes,
-            ),
-        )
-
-    def run_on(
-        self, target: Target, problem: PlanProblem, operands: PlanOperands, call: Call
-    ) -> tuple[Any, ...]:
-        return run_plan(problem, operands, call)
+def _sharing(
+    problem: PageAttentionProblem, tuning: Tuning, target: Target, per_sm: int = 1
+) -> Sharing | None:
+    return Sharing.of(
+        problem,
+        own_rows=rows_of(problem, problem.group, target),
+        slots=target.num_sms * packs_per_sm(problem.cache_type.is_quantised, per_sm),
+        target=target,
+        least_saved_bytes=tuning.least_saved_bytes,
+    )
 
 
 def own_plan(
     *,
-    num_seqs: Size,
-    capacity: Size,
-    longest: Size,
+    num_seqs: int,
+    capacity: int,
+    longest: int,
     programs: int,
     width: int,
     slots: int,
@@ -161,8 +112,7 @@ def own_plan(
         # A step takes no less time with narrower heads.
         granule_cost=max(8, width * 8 // 256),
     )
-    # Kernels, which alone read a plan, want sizes that are static and that they can count.
-    if not (is_static(num_seqs) and is_static(capacity)) or capacity > MAX_CAPACITY:
+    if capacity > MAX_CAPACITY:  # kernels, which alone read a plan, count in 32 bits
         return problem
     waves, in_last = divmod(num_seqs * programs, slots)
     # Many short contexts share multiprocessors, see `choose_blocks`, and one is soon done.

@@ -1,13 +1,21 @@
 """What packs a batch may have: sequences whose shared first tokens a program reads once."""
 
 import dataclasses
-from typing import Any
 
-from ejk._indices import Size, is_static
+import jax.numpy as jnp
+
+from ejk._indices import is_static
 from ejk.backends.gpu import Target
+from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.page_attention_packs import may_pay
 from ejk.backends.page_attention_plan import PlanProblem
-from ejk.backends.triton._sizes import GRANULE, QUANTISED_ROWS, power_of_two
+from ejk.backends.triton._sizes import (
+    GRANULE,
+    QUANTISED_ROWS,
+    power_of_two,
+    product_dtype,
+    value_bytes,
+)
 
 # The most query heads of a pack's members. 64 are one product of a warpgroup. With values wider
 # than 128, or float32, more than 16 run out of registers. 128 on eight warps, with blocks of 64
@@ -44,42 +52,38 @@ class Sharing:
     @classmethod
     def of(
         cls,
-        facts: Any,
+        problem: PageAttentionProblem,
         *,
-        num_groups: Size,
-        value_head_dim: int,
-        is_alike: bool,
-        is_quantised: bool,
-        is_float32: bool = False,
         own_rows: int,
         slots: int,
-        target: Target | None,
+        target: Target,
         least_saved_bytes: int | None,
     ) -> "Sharing | None":
-        """Return those of a call's or a plan's facts; None if there can be no packs.
+        """Return those of a call; None if there can be no packs.
 
-        There are none where members may see different tokens of what they share (`is_alike` says
-        that they do not), and where the heads of one sequence fill a product.
+        There are none where members may see different tokens of what they share, of latent caches,
+        and where the heads of one sequence fill a product.
         """
-        num_seqs = facts.num_seqs
-        if not (is_alike and is_static(num_seqs) and is_static(num_groups)):
+        num_seqs, num_groups = problem.num_seqs, problem.num_prefix_groups
+        if problem.has_window or problem.latent or not is_static(num_groups):
             return None
-        rows = FEW_ROWS if value_head_dim > 128 or is_float32 else PACK_ROWS
-        if is_quantised or not (target is None or target.shared_memory >= LARGE_MEMORY):
+        is_float32 = product_dtype(problem) == jnp.float32
+        rows = FEW_ROWS if problem.value_head_dim > 128 or is_float32 else PACK_ROWS
+        if problem.cache_type.is_quantised or target.shared_memory < LARGE_MEMORY:
             rows = min(rows, QUANTISED_ROWS)
-        group = facts.num_heads // facts.num_kv_heads
-        members = min(rows // group, num_seqs)
+        members = min(rows // problem.group, num_seqs)
         if members < 2 or num_groups < 1:
             return None
-        rows = pack_rows(members, group)
+        rows = pack_rows(members, problem.group)
         saved = least_saved_bytes
         if saved is not None:
-            saved //= GRANULE * facts.num_kv_heads * (facts.head_dim + value_head_dim) * 2
+            entries = problem.num_kv_heads * (problem.head_dim + problem.value_head_dim)
+            saved = int(saved / (GRANULE * entries * value_bytes(problem)))
         # Groups have two sequences or more, and so have the packs of each.
         groups = min(num_groups, num_seqs // 2)
         max_packs = min(num_seqs // 2, (num_seqs - 2 * groups) // members + groups)
         cost = FEW_ROWS_COSTS.get(own_rows, ROW_COSTS[rows])
-        return cls(max_packs, members, facts.page_size, cost, slots, saved)
+        return cls(max_packs, members, problem.page_size, cost, slots, saved)
 
     def pays_to_combine(self, cost: int) -> bool:
         """Whether a batch that costs so much may be combined only because it may have packs."""

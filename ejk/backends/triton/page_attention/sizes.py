@@ -15,8 +15,6 @@ from ejk.backends.triton._sizes import (
     feature_constants,
     pages_of_block,
     power_of_two,
-    product_dtype,
-    same_tile,
     shape_constants,
     stride_constants,
     value_bytes,
@@ -30,10 +28,14 @@ from ejk.backends.triton.page_attention.blocks import (
     rows_of,
 )
 from ejk.backends.triton.page_attention.numbers import sums_of, types_of
-from ejk.backends.triton.page_attention.occupancy import Load, granule_of, packs_per_sm
-from ejk.backends.triton.page_attention.plan import own_plan
+from ejk.backends.triton.page_attention.occupancy import Load
+from ejk.backends.triton.page_attention.plan import (
+    loaded_entries,
+    plan_of_call,
+    programs_of_piece,
+    without_unfit_plan,
+)
 from ejk.backends.triton.page_attention.sharing import (
-    Sharing,
     member_constants,
     pack_constants,
     pack_rows,
@@ -80,19 +82,8 @@ class Sizes:
         blocks: DecodeBlocks | None = None,
     ) -> "Sizes":
         """Cut a problem for blocks that are given, or those that are best for the kernel."""
-        problem = _with_plan_that_fits(problem, tuning, target)
-        is_invariant = bool(problem.num_splits or tuning.split_tokens)
-        if blocks is None:
-            each = _each(problem, rows_of(problem, problem.group, target))
-            programs = problem.num_seqs * each
-            # Programs that have a multiprocessor and a whole context each take a large call's
-            # blocks.
-            is_whole = programs <= target.num_sms
-            is_whole = is_whole and not _is_worth_cutting(problem, programs, target)
-            longest = None if is_invariant or is_whole else problem.visible_bound
-            shown = 0 if is_invariant else problem.visible_bound
-            load = Load(problem.num_seqs, each, shown, target.num_sms)
-            blocks = choose_blocks(problem, problem.group, longest, tuning, target, tuned, load)
+        problem = without_unfit_plan(problem, tuning, target)
+        blocks = blocks or blocks_of_call(problem, tuning, target, tuned)
         sizes = cls(blocks, **_cuts(problem, blocks, tuning, target))
         if sizes.plan and sizes.plan.packs:
             sizes = sizes._with_packs(problem, target, tuned)
@@ -115,7 +106,7 @@ class Sizes:
 
     def grid(self, problem: PageAttentionProblem) -> int:
         pieces = self.plan.max_pieces if self.plan else problem.num_seqs * self.num_splits
-        return pieces * _each(problem, self.blocks.block_group)
+        return pieces * programs_of_piece(problem, self.blocks.block_group)
 
     def pack_grid(self, problem: PageAttentionProblem) -> int:
         packs = self.plan.packs if self.plan else None
@@ -193,14 +184,23 @@ class Sizes:
         }
 
 
-def _each(problem: PageAttentionProblem, rows: int) -> int:
-    """Return how many programs of so many query heads attend to one piece of a context."""
-    return problem.num_kv_heads * -(-problem.group // rows)
-
-
-def _width(problem: PageAttentionProblem) -> int:
-    """Return the entries that are loaded of a token and KV head."""
-    return problem.head_dim + (0 if same_tile(problem) else problem.value_head_dim)
+def blocks_of_call(
+    problem: PageAttentionProblem,
+    tuning: Tuning,
+    target: Target,
+    tuned: dict[Cell, Pipeline] = TUNED,
+) -> DecodeBlocks:
+    """Choose the blocks of sequences that are read by themselves."""
+    is_invariant = bool(problem.num_splits or tuning.split_tokens)
+    each = programs_of_piece(problem, rows_of(problem, problem.group, target))
+    programs = problem.num_seqs * each
+    # Programs that have a multiprocessor and a whole context each take a large call's blocks.
+    is_whole = programs <= target.num_sms
+    is_whole = is_whole and not _is_worth_cutting(problem, programs, target)
+    longest = None if is_invariant or is_whole else problem.visible_bound
+    shown = 0 if is_invariant else problem.visible_bound
+    load = Load(problem.num_seqs, each, shown, target.num_sms)
+    return choose_blocks(problem, problem.group, longest, tuning, target, tuned, load)
 
 
 def _cuts(
@@ -217,56 +217,13 @@ def _cuts(
         return {"num_splits": splits, "split_blocks": split_blocks}
     if splits := _strided_parts(problem, blocks, target):
         return {"num_splits": splits, "split_blocks": STRIDED}
-    own = own_plan(
-        num_seqs=problem.num_seqs,
-        capacity=problem.capacity,
-        longest=problem.visible_bound,
-        programs=_each(problem, blocks.block_group),
-        width=_width(problem),
-        slots=target.num_sms * blocks.per_sm,
-        granule=granule_of(blocks.per_sm, problem.value_head_dim),
-        has_window=problem.has_window,
-        own_windows=problem.own_windows,
-        sharing=_sharing(problem, tuning, target, blocks.per_sm),
-    )
+    own = plan_of_call(problem, blocks, tuning, target)
     return {"num_splits": 0, "plan": problem.plan or own}
-
-
-def _sharing(
-    problem: PageAttentionProblem, tuning: Tuning, target: Target, per_sm: int = 1
-) -> Sharing | None:
-    is_quantised = problem.cache_type.is_quantised
-    return Sharing.of(
-        problem,
-        num_groups=problem.num_prefix_groups,
-        value_head_dim=problem.value_head_dim,
-        is_alike=not (problem.has_window or problem.latent),
-        is_quantised=is_quantised,
-        is_float32=product_dtype(problem) == jnp.float32,
-        own_rows=rows_of(problem, problem.group, target),
-        slots=target.num_sms * packs_per_sm(is_quantised, per_sm),
-        target=target,
-        least_saved_bytes=tuning.least_saved_bytes,
-    )
-
-
-def _with_plan_that_fits(
-    problem: PageAttentionProblem, tuning: Tuning, target: Target
-) -> PageAttentionProblem:
-    """Leave out a plan whose packs are larger than the call has room for, or that it may not have.
-
-    The plan was not told the call's types, nor that its values are in its keys.
-    """
-    if problem.plan is None or problem.plan.packs is None:
-        return problem
-    sharing = _sharing(dataclasses.replace(problem, num_prefix_groups=1), tuning, target)
-    fits = sharing is not None and problem.plan.members <= sharing.members
-    return problem if fits else dataclasses.replace(problem, plan=None)
 
 
 def _strided_parts(problem: PageAttentionProblem, blocks: DecodeBlocks, target: Target) -> int:
     """Return in how many equal parts every context is cut without a plan; 0: by a plan."""
-    programs = problem.num_seqs * _each(problem, blocks.block_group)
+    programs = problem.num_seqs * programs_of_piece(problem, blocks.block_group)
     parts = 1
     if _is_worth_cutting(problem, programs, target):
         # One program a multiprocessor, or two where there is room. One context of 131,072 tokens on
@@ -287,7 +244,7 @@ def _is_worth_cutting(problem: PageAttentionProblem, programs: int, target: Targ
     if problem.visible_bound <= GRANULE:
         return False
     # A program that has memory to itself takes codes no faster than 16 bits.
-    values = problem.visible_bound / 128 * _width(problem) / 256
+    values = problem.visible_bound / 128 * loaded_entries(problem) / 256
     alone = ALONE_US * values * max(1.0, value_bytes(problem) / 2)
     together = SHARED_US * values * value_bytes(problem) / 2 * programs / target.num_sms
     most = max(1, target.num_sms // programs)
