@@ -590,6 +590,30 @@ def test_where_ejk_loses_is_what_was_measured(report):
         assert text.format(f"{ahead[0]:.1f}", f"{ahead[-1]:.1f}") in page
 
 
+def test_what_shared_prefixes_gain_is_what_was_measured(report):
+    page = " ".join(report.PAGE.read_text().split())
+    found = {
+        name: line
+        for (name, contender), line in report.load()["NVIDIA H200"].items()
+        if contender == "ejk" and "plan_us" in line and " in 1 on " in name
+    }
+    some, many = (
+        1 / found[name]["of_base"] for name in ("64 in 1 on 16,384", "256 in 1 on 32,768")
+    )
+    text = f"64 sequences on 16,384 tokens {some:.1f} times as fast, 256 on 32,768 {many:.1f} times"
+    assert text in page
+    apart = {
+        name: line["device_us"] / line["in_calls_us"]
+        for name, line in found.items()
+        if line.get("in_calls_us")
+    }
+    of_256 = [ratio for name, ratio in apart.items() if name.startswith("256 ")]
+    text = f"512 tokens or more {min(of_256):.2f} to {max(of_256):.1f} times, 64 on 16,384"
+    assert f"{text} {apart['64 in 1 on 16,384']:.2f} times" in page
+    packed = [line["plan_us"] for line in found.values() if line["of_base"] < 0.9]
+    assert f"packs takes {min(packed):.0f} to {max(packed):.0f} us" in page
+
+
 def test_what_the_pages_recommend_is_what_was_measured(report):
     """The prose of docs/quantised.md stands on these results."""
     import quantised_report
