@@ -115,12 +115,12 @@ def for_products(q, scale, PRODUCTS: tl.constexpr):
     """
     if PRODUCTS == "float16":
         return normalised(q, scale)
-    elif PRODUCTS == "float32" or PRODUCTS == "thirds":
+    elif PRODUCTS == "float32" or PRODUCTS == "bf16x3":
         converted = ()
         for i in tl.static_range(len(q)):
             converted += (q[i].to(tl.float32),)
-        if PRODUCTS == "thirds":
-            converted = in_thirds(converted)
+        if PRODUCTS == "bf16x3":
+            converted = split_bf16x3(converted)
         return converted, scale
     else:
         return q, scale
@@ -128,19 +128,19 @@ def for_products(q, scale, PRODUCTS: tl.constexpr):
 
 @triton.jit
 @typing.no_type_check
-def in_thirds(tiles):
+def split_bf16x3(tiles):
     """Return three tiles of bfloat16 for each of float32, whose sum it is: 8 of its 24 bits each.
 
     Bits are cut off, not rounded, so that no finite number becomes infinite.
     """
-    thirds = ()
+    parts = ()
     for i in tl.static_range(len(tiles)):
         first = _leading(tiles[i])
         rest = tl.where(tl.abs(tiles[i]) == float("inf"), 0.0, tiles[i] - first)
         second = _leading(rest)
-        thirds += (first.to(tl.bfloat16), second.to(tl.bfloat16))
-        thirds += ((rest - second).to(tl.bfloat16),)
-    return thirds
+        parts += (first.to(tl.bfloat16), second.to(tl.bfloat16))
+        parts += ((rest - second).to(tl.bfloat16),)
+    return parts
 
 
 @triton.jit
@@ -152,15 +152,15 @@ def _leading(x):
 
 @triton.jit
 @typing.no_type_check
-def product_of_thirds(thirds, FIRST: tl.constexpr, other):
-    """Return the product with bfloat16 of float32 in thirds, from tile `FIRST` on.
+def dot_bf16x3(parts, FIRST: tl.constexpr, other):
+    """Return the product with bfloat16 of float32 in three parts, from tile `FIRST` on.
 
-    Where the first third alone is not finite, that is the product: 0 times infinity of the others
+    Where the first part alone is not finite, that is the product: 0 times infinity of the others
     is nothing that the sum knew.
     """
-    rest = tl.dot(thirds[FIRST + 2], other)
-    rest = tl.dot(thirds[FIRST + 1], other, rest)
-    return tl.dot(thirds[FIRST], other) + tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+    rest = tl.dot(parts[FIRST + 2], other)
+    rest = tl.dot(parts[FIRST + 1], other, rest)
+    return tl.dot(parts[FIRST], other) + tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
 
 
 @triton.jit
@@ -177,19 +177,19 @@ def query_key_products(
     `[tokens, CHAIN / TILES]`.
     """
     CHAINS: tl.constexpr = BLOCK_D // CHAIN
-    THIRDS: tl.constexpr = len(q) > TILES * (CHAINS + (1 if BLOCK_D_REST > 0 else 0))
+    BF16X3: tl.constexpr = len(q) > TILES * (CHAINS + (1 if BLOCK_D_REST > 0 else 0))
     dtype: tl.constexpr = q[0].dtype
     first = load_tiles(k_ptrs, exists, dtype, 0, CHAIN, HEAD_DIM, MASKED, CACHE, TILES, PTX)
-    s = _products(q, first, 0, TILES, THIRDS, begun)
+    s = _products(q, first, 0, TILES, BF16X3, begun)
     for i in tl.static_range(1, CHAINS):
         k = load_tiles(k_ptrs, exists, dtype, i * CHAIN, CHAIN, HEAD_DIM, MASKED, CACHE, TILES, PTX)
-        s = _add(s, _products(q, k, i * TILES, TILES, THIRDS))
+        s = _add(s, _products(q, k, i * TILES, TILES, BF16X3))
     if BLOCK_D_REST > 0:
         k = load_tiles(
             k_ptrs, exists, dtype, BLOCK_D, BLOCK_D_REST, HEAD_DIM, MASKED, CACHE, TILES, PTX
         )
-        if CHAINS > 1 or REST_APART or THIRDS:
-            s = _add(s, _products(q, k, CHAINS * TILES, TILES, THIRDS))
+        if CHAINS > 1 or REST_APART or BF16X3:
+            s = _add(s, _products(q, k, CHAINS * TILES, TILES, BF16X3))
         else:
             for i in tl.static_range(TILES):
                 s = tl.dot(q[TILES + i], tl.trans(k[i]), s, input_precision="ieee")
@@ -198,12 +198,12 @@ def query_key_products(
 
 @triton.jit
 @typing.no_type_check
-def _products(q, k, FIRST: tl.constexpr, TILES: tl.constexpr, THIRDS: tl.constexpr, begun=None):
+def _products(q, k, FIRST: tl.constexpr, TILES: tl.constexpr, BF16X3: tl.constexpr, begun=None):
     """Return the products of as many tiles of queries, from `FIRST` on, and of keys."""
-    if THIRDS:
-        s = product_of_thirds(q, 3 * FIRST, tl.trans(k[0]))
+    if BF16X3:
+        s = dot_bf16x3(q, 3 * FIRST, tl.trans(k[0]))
         for i in tl.static_range(1, TILES):
-            s = s + product_of_thirds(q, 3 * (FIRST + i), tl.trans(k[i]))
+            s = s + dot_bf16x3(q, 3 * (FIRST + i), tl.trans(k[i]))
     else:
         s = tl.dot(q[FIRST], tl.trans(k[0]), begun, input_precision="ieee")
         for i in tl.static_range(1, TILES):

@@ -12,7 +12,7 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._products import in_thirds, load_tiles, product_of_thirds
+from ejk.backends.triton._products import dot_bf16x3, load_tiles, split_bf16x3
 from ejk.backends.triton._quantised import FLOAT32_MAX, is_subnormal
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -71,7 +71,7 @@ def add_block(
     CACHE: tl.constexpr,
     TILES: tl.constexpr,
     PTX: tl.constexpr,
-    THIRDS: tl.constexpr = False,  # weights are float32, in three tiles of `dtype`
+    BF16X3: tl.constexpr = False,  # weights are float32, in three tiles of `dtype`
 ):
     """Return `m`, `l`, `unit` and `acc` after one more block of tokens."""
     c = scale * LOG2E
@@ -100,11 +100,11 @@ def add_block(
         # From the first unit the difference may be too far, but it has counted nothing.
         rescale = alpha * power_of_two(tl.maximum(unit - unit_new, -127))
         unit = unit_new
-    weights = in_thirds((weights,)) if THIRDS else weights.to(dtype)
+    weights = split_bf16x3((weights,)) if BF16X3 else weights.to(dtype)
     added = ()
     for i in tl.static_range(TILES):
         scaled_acc = acc[i] * rescale[:, None]
-        added += (_weighted(weights, v[i], scaled_acc, THIRDS),)
+        added += (_weighted(weights, v[i], scaled_acc, BF16X3),)
     if BLOCK_DV_REST > 0:
         v_rest = load_tiles(
             values, exists, dtype, BLOCK_DV, BLOCK_DV_REST, VALUE_HEAD_DIM, MASKED, CACHE, TILES,
@@ -112,7 +112,7 @@ def add_block(
         )  # fmt: skip
         for i in tl.static_range(TILES):
             scaled_acc = acc[TILES + i] * rescale[:, None]
-            added += (_weighted(weights, v_rest[i], scaled_acc, THIRDS),)
+            added += (_weighted(weights, v_rest[i], scaled_acc, BF16X3),)
     if is_subnormal(CACHE):  # sums of the weights as they were rounded
         ones = tl.full([s.shape[1], acc[len(acc) - 1].shape[1]], 1.0, dtype)
         sums = acc[len(acc) - 1] * rescale[:, None]
@@ -138,10 +138,10 @@ def _summed(l, alpha, p):
 
 @triton.jit
 @typing.no_type_check
-def _weighted(weights, v, acc, THIRDS: tl.constexpr):
-    """Return `acc` and the values of a block, weighted; of thirds a block is added up apart."""
-    if THIRDS:
-        return tl.fma(product_of_thirds(weights, 0, v), 1.0, acc)
+def _weighted(weights, v, acc, BF16X3: tl.constexpr):
+    """Return `acc` and a block's weighted values, which are added up apart if `BF16X3`."""
+    if BF16X3:
+        return tl.fma(dot_bf16x3(weights, 0, v), 1.0, acc)
     else:
         return tl.dot(weights, v, acc, input_precision="ieee")
 

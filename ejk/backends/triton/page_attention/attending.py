@@ -158,7 +158,7 @@ def attend(
         m, l, unit, acc = add_block(
             s, scale, m, l, unit, acc, values, value_scale, visible, q[0].dtype, VALUE_HEAD_DIM,
             not INTEGER, FOLDED, PER_TOKEN, BLOCK_DV, BLOCK_DV_REST, SAME_TILE, CACHE, TILES, PTX,
-            PRODUCTS == "thirds",
+            PRODUCTS == "bf16x3",
         )  # fmt: skip
 
     if SUMS > 0:

@@ -25,7 +25,7 @@ from ejk.backends.triton.page_attention.occupancy import (
     programs_per_sm,
     quantised_per_sm,
 )
-from ejk.backends.triton.page_attention.pipelines import in_thirds, of_converted, of_few_rows
+from ejk.backends.triton.page_attention.pipelines import of_converted, of_few_rows, takes_bf16x3
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
 # Tokens and pipeline stages, best first. The first is taken that leaves no room for a second
@@ -132,7 +132,7 @@ def choose_blocks(
         pipeline = ONE_CONTEXT
     pipeline = pipeline._replace(**tuning.fixed())
     memory = functools.partial(
-        _shared_memory, thirds=load is not None and in_thirds(problem, target)
+        _shared_memory, is_bf16x3=load is not None and takes_bf16x3(problem, target)
     )
     pipeline, shared = _that_fits(problem, rows, pipeline, tuning, target, memory)
     if problem.cache_type.is_quantised:
@@ -154,7 +154,7 @@ def choose_pack_blocks(
     """
     own_rows = max(MATRIX_ROWS, rows_of(problem, problem.group, target))
     pipeline = _pipeline_of(problem, own_rows, target, tuned, is_large=True)
-    memory = functools.partial(_shared_memory, thirds=in_thirds(problem, target))
+    memory = functools.partial(_shared_memory, is_bf16x3=takes_bf16x3(problem, target))
     if rows in PACKED:
         pipeline, memory = PACKED[rows], _packed_memory
     pipeline, shared = _that_fits(problem, rows, pipeline, Tuning(), target, memory)
@@ -242,11 +242,11 @@ def _is_like_one_context(problem: PagedProblem, rows: int) -> bool:
 
 
 def _shared_memory(
-    problem: PagedProblem, rows: int, pipeline: Pipeline, target: Target, thirds: bool
+    problem: PagedProblem, rows: int, pipeline: Pipeline, target: Target, is_bf16x3: bool
 ) -> int:
     """Bound the shared memory of a program, in bytes."""
     buffers, weights = pipeline.num_stages - 1, rows * pipeline.block_kv
-    itemsize = 6 if thirds else product_dtype(problem).itemsize
+    itemsize = 6 if is_bf16x3 else product_dtype(problem).itemsize
     held = itemsize * weights
     if itemsize == 4 and value_bytes(problem) < 4:  # taken from shared memory once converted
         held += itemsize * pipeline.block_kv * max(widths(problem))

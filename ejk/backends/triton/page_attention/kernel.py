@@ -100,7 +100,7 @@ def page_attention_kernel(
     CACHE: tl.constexpr,  # "int8", "int4", "e4m3", "e5m2", "int8 + 128", ...; "" for floats
     TILES: tl.constexpr,  # values of a pool that are loaded as one element
     PTX: tl.constexpr,  # converts them
-    PRODUCTS: tl.constexpr,  # "float16", "float32", "thirds"; "" for queries' and cache's
+    PRODUCTS: tl.constexpr,  # "float16", "float32", "bf16x3"; "" for queries' and cache's
     SCALES: tl.constexpr,  # "head", "token", or "none"
     LATENT: tl.constexpr,  # the values are the keys' first entries
     # blocks

@@ -8,7 +8,7 @@ from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton._sizes import product_dtype, same_tile, type_constants
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks
-from ejk.backends.triton.page_attention.pipelines import in_thirds
+from ejk.backends.triton.page_attention.pipelines import takes_bf16x3
 
 # What the kernel calls codes of integers that it takes as subnormal float16.
 SUBNORMAL = {"int8": "int8 + 128", "int4": "int4 + 8"}
@@ -17,15 +17,15 @@ SUBNORMAL = {"int8": "int8 + 128", "int4": "int4 + 8"}
 def types_of(problem: PageAttentionProblem, target: Target) -> dict[str, Any]:
     """Return the types of the kernel's numbers, of which two are decode's alone.
 
-    Products of float32 may be `in_thirds`. Codes of integers are subnormal float16, except on AMD,
-    where nobody has seen the matrix cores take them. That, the masks left out and `sums_of`
-    together, on an H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries,
-    before and after: int8 and a scale per token 155.8 and 131.0 us, per head 131.6 and 126.8, int4
-    111.9 and 103.2.
+    Products of float32 may be three of bfloat16, see `takes_bf16x3`. Codes of integers are
+    subnormal float16, except on AMD, where nobody has seen the matrix cores take them. That, the
+    masks left out and `sums_of` together, on an H200, 64 contexts of 4,096 tokens, 32 heads and 8
+    KV heads of 128 entries, before and after: int8 and a scale per token 155.8 and 131.0 us, per
+    head 131.6 and 126.8, int4 111.9 and 103.2.
     """
     types = type_constants(problem, target)
-    if in_thirds(problem, target):
-        return types | {"PRODUCTS": "thirds"}
+    if takes_bf16x3(problem, target):
+        return types | {"PRODUCTS": "bf16x3"}
     if product_dtype(problem) == jnp.float16 and problem.cache_type.is_integer:
         return types if target.is_amd else types | {"CACHE": SUBNORMAL[types["CACHE"]]}
     return types

@@ -8,7 +8,7 @@ from ejk.backends.triton._sizes import power_of_two, product_dtype, same_tile, v
 from ejk.backends.triton.page_attention.tuned import Pipeline
 
 
-def in_thirds(problem: PagedProblem, target: Target) -> bool:
+def takes_bf16x3(problem: PagedProblem, target: Target) -> bool:
     """Say whether decode takes products of float32 as three of bfloat16, which holds the cache.
 
     Float32 has 24 bits, bfloat16 8. Tensor cores have no products of float32, and the ordinary ones
@@ -54,8 +54,8 @@ def of_converted(
     """
     wide = power_of_two(wide)  # as blocks and warps must be: 192 entries are in two parts
     if product_dtype(problem) == jnp.float32:
-        thirds = is_decode and in_thirds(problem, target)
-        if wide == 128 and thirds and not problem.cache_type.is_quantised:
+        is_bf16x3 = is_decode and takes_bf16x3(problem, target)
+        if wide == 128 and is_bf16x3 and not problem.cache_type.is_quantised:
             return Pipeline(64, 4, 3)
         return Pipeline(max(16, min(64, 4096 // wide)), 4, 3)
     if same_tile(problem) and wide == 512:
