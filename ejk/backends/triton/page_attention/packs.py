@@ -124,7 +124,7 @@ def _stops_of(
     pieces = tl.load(row_ptr + 2)
     offs = tl.arange(0, BLOCK_STOPS)
     stop_ptrs = stops_ptr + pack * BLOCK_STOPS + offs
-    stops = tl.load(stop_ptrs, mask=is_pack).to(tl.int32, bitcast=True)
+    stops = tl.load(stop_ptrs, mask=is_pack, other=0.0).to(tl.int32, bitcast=True)
     pieces = tl.where((part >= 0) & (part + pieces <= MAX_PACK_PIECES), pieces, 0)
     return shared, part, pieces, tl.where(offs < pieces, stops, TO_THE_END)
 
