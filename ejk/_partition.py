@@ -31,6 +31,10 @@ from ejk._errors import Mendable
 from ejk._shards import Axes, Shards, is_split, mesh_axes
 
 
+POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")
+"""What is too large to move, of the operands of every operation, or lies as that does."""
+
+
 def obstacle(ctx: _jax.Context, platform: str) -> str | None:
     """Say why what XLA cannot see into is not split here, or return None where it is."""
     is_partitioned = _jax.is_partitioned(ctx)
@@ -60,14 +64,25 @@ def explicit_mesh(types: Iterable[Any]) -> Any:
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
+def on_each_device(*arrays: Any) -> tuple[Any, ...]:
+    """Return small arrays whole on each device, where explicit axes split them."""
+    mesh = explicit_mesh(map(jax.typeof, arrays))
+    if mesh is None:
+        return arrays
+    whole = (NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)) for x in arrays)
+    return tuple(map(jax.sharding.reshard, arrays, whole))
+
+
 def check_placed(problem: Problem, operands: Any) -> None:
     """Check how the arrays of an eager call lie, before XLA does, which hides what was raised.
 
     Raises:
         ValueError: an array would have to move that is too large for it.
     """
+    if any(isinstance(getattr(operands, name, None), Tracer) for name in POOLS):
+        return  # XLA alone knows where tracers lie, and pools have to lie alike
     leaves, treedef = jax.tree.flatten(operands)
-    # XLA alone knows where tracers lie; constants, which NumPy holds, lie nowhere.
+    # Constants, which NumPy holds, lie nowhere.
     placed = [None if isinstance(x, Tracer) else getattr(x, "sharding", None) for x in leaves]
     meshes = {of.mesh for of in placed if isinstance(of, NamedSharding)}
     if len(meshes) == 1 and problem.axes:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ejk._arguments import check_sizes
 from ejk._indices import as_int32, exceeds, static_int, static_size
+from ejk._partition import on_each_device
 from ejk._typing import Array, Bounds, Lengths, StaticInt, StaticSize, Tables, typed
 from ejk.backends.ragged_page_attention import sequences_of_rows
 
@@ -29,7 +30,7 @@ def slot_mapping(
             `ejk.layer_slot_mapping`.
 
     Returns:
-        int32 `[num_seqs]`.
+        int32 `[num_seqs]`: on a mesh with explicit axes whole on each device, as writes want it.
 
     Raises:
         TypeError: an argument of the wrong rank or dtype kind.
@@ -45,6 +46,7 @@ def slot_mapping(
         The slot mapping of vLLM (Kwon et al., 2023, arXiv:2309.06180).
     """
     check_sizes(positions=(positions, "num_seqs", block_tables.shape[0]))
+    block_tables, positions = on_each_device(block_tables, positions)
     seqs = jnp.arange(block_tables.shape[0], dtype=jnp.int32)
     return _slots(block_tables, seqs, positions, page_size, num_pages)
 
@@ -61,10 +63,14 @@ def ragged_slot_mapping(
 ) -> jax.Array:
     """Return the slot of each new token of a ragged batch, as `ejk.write_kv_cache` takes them.
 
-    Token `i` of sequence `s` is at position `p = n - q_len + i`, as in
-    `ejk.ragged_page_attention`, with `n` the sequence's length and `q_len` its new tokens:
+    Token `i` of sequence `s` is at position `p = n - q_len + i`, with `n` the sequence's length and
+    `q_len` its new tokens:
 
         slot = block_tables[s, p // page_size] * page_size + p % page_size
+
+    So it is in `ejk.ragged_page_attention`, but for a length past the table: there it counts as the
+    table's, and all new tokens are taken for earlier ones. `ejk.check_ragged_page_attention_inputs`
+    finds such lengths.
 
     The slot is -1, which writes nothing, for rows of no sequence, at negative positions, past the
     table, and where the entry is outside `[0, num_pages)`.
@@ -80,7 +86,8 @@ def ragged_slot_mapping(
             `ejk.layer_slot_mapping`.
 
     Returns:
-        int32 `[total_tokens]`.
+        int32 `[total_tokens]`: on a mesh with explicit axes whole on each device, as writes want
+        it.
 
     Raises:
         TypeError: an argument of the wrong rank or dtype kind.
@@ -102,6 +109,7 @@ def ragged_slot_mapping(
         cu_q_lens=(cu_q_lens, "num_seqs + 1", num_seqs + 1),
     )
     num_rows = static_size("total_tokens", total_tokens, at_least=0)
+    block_tables, context_lens, cu_q_lens = on_each_device(block_tables, context_lens, cu_q_lens)
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     if num_seqs == 0:
         return jnp.full_like(rows, -1)

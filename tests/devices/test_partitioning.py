@@ -222,6 +222,27 @@ def test_pools_have_to_be_split_alike():
         meshes.run(meshes.attend(XLA, options), split_up)
 
 
+@each_kind
+@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+def test_a_pool_alone_may_be_traced(name, kind):
+    """Nobody knows where a tracer lies: not what is differentiated, nor what `jit` is handed."""
+    mesh = meshes.mesh(kind)
+    given, options = meshes.arrays(meshes.split_case(features=()))
+    split_up = meshes.put(mesh, given, meshes.specs(given, "HND", kv_heads="model"))
+    within = jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext()
+
+    def weighed(pool, given):
+        out, _ = meshes.attend(XLA, options)(given | {name: pool})
+        return out.sum()
+
+    expected = jax.value_and_grad(weighed)(given[name], given)
+    with within:
+        found = jax.value_and_grad(weighed)(split_up[name], split_up)
+        closed_over = jax.jit(lambda pool: weighed(pool, split_up))(split_up[name])
+    for ours, whole in zip((*found, closed_over), (*expected, expected[0])):
+        np.testing.assert_allclose(ours, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_a_mesh_that_does_not_divide_the_heads():
     shape = Shape("three", 6, 3, 128, page_size=16, num_seqs=8)
     given, options = meshes.arrays(meshes.split_case(shape))

@@ -108,3 +108,25 @@ def test_explicit_axes_stay(layout, kind):
         caches = jax.jit(write)(*arrays)
     assert_written(case, [x for x in caches if x is not None])
     assert caches[0].sharding.is_equivalent_to(arrays[2].sharding, caches[0].ndim)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("jit", [jax.jit, lambda function: function], ids=["jit", "eager"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_slots_of_tables_that_are_split(kind, jit):
+    """By sequences, as attention takes them: where writes want slots, on each device all of them."""
+    lens, tables = np.array([7, 3, 8, 1], np.int32), np.arange(8, dtype=np.int32).reshape(4, 2)
+    bounds, sizes = np.array([0, 2, 3, 6, 7], np.int32), {"page_size": 4, "num_pages": 16}
+
+    def slots(tables, lens):
+        one = ejk.slot_mapping(tables, lens - 1, **sizes)
+        return one, ejk.ragged_slot_mapping(tables, lens, bounds, total_tokens=8, **sizes)
+
+    devices = mesh(kind)
+    over = NamedSharding(devices, PartitionSpec("data"))
+    with jax.set_mesh(devices):
+        found = jit(slots)(jax.device_put(tables, over), jax.device_put(lens, over))
+    for ours, expected in zip(found, slots(tables, lens)):
+        np.testing.assert_array_equal(ours, expected)
+        if kind == AxisType.Explicit:
+            assert not any(ours.sharding.spec)
