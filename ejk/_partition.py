@@ -30,7 +30,6 @@ from ejk._dtypes import DTYPES
 from ejk._errors import Mendable
 from ejk._shards import Axes, Shards, is_split, mesh_axes
 
-
 POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")
 """What is too large to move, of the operands of every operation, or lies as that does."""
 

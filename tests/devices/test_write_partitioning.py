@@ -114,7 +114,7 @@ def test_explicit_axes_stay(layout, kind):
 @pytest.mark.parametrize("jit", [jax.jit, lambda function: function], ids=["jit", "eager"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_slots_of_tables_that_are_split(kind, jit):
-    """By sequences, as attention takes them: where writes want slots, on each device all of them."""
+    """By sequences, as attention takes them. A write wants all slots on each device."""
     lens, tables = np.array([7, 3, 8, 1], np.int32), np.arange(8, dtype=np.int32).reshape(4, 2)
     bounds, sizes = np.array([0, 2, 3, 6, 7], np.int32), {"page_size": 4, "num_pages": 16}
 
