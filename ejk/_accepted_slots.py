@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ejk._arguments import check_sizes
 from ejk._indices import as_int32
+from ejk._partition import on_each_device
 from ejk._typing import Bounds, Paths, Slots, typed
 
 
@@ -26,8 +27,9 @@ def accepted_slots(
     Args:
         slot_mapping: the slot of each new token, as `ejk.write_kv_cache` got them. Any integer
             dtype.
-        accepted: which of its sequence's new tokens are on the path, from the root on: `[num_seqs,
-            depth]`, -1 behind the path's end. Any integer dtype.
+        accepted: which of its sequence's new tokens are on the path, from the root on, which is new
+            token 0 as a rule: what comes first takes its slot. `[num_seqs, depth]`, -1 behind the
+            path's end, and nowhere before it. Any integer dtype.
         cu_q_lens: where the new tokens of each sequence begin and end. Any integer dtype.
 
     Returns:
@@ -50,6 +52,7 @@ def accepted_slots(
     num_seqs, depth = accepted.shape
     total = slot_mapping.shape[0]
     check_sizes(cu_q_lens=(cu_q_lens, "num_seqs + 1", num_seqs + 1))
+    slot_mapping, accepted, cu_q_lens = on_each_device(slot_mapping, accepted, cu_q_lens)
     nowhere = jnp.full(num_seqs * depth, -1, jnp.int32)
     if total == 0:
         return nowhere, nowhere

@@ -108,8 +108,8 @@ def _array_mend(name: str, value: Any, ranks: Collection[int]) -> str:
             return f"pass {name}.squeeze({extra[0]})"
     if mends:
         return mends
-    is_integer = jnp.issubdtype(value.dtype, np.integer)
-    if name in _INTEGERS and value.ndim in ranks and not is_integer:
+    is_float = jnp.issubdtype(value.dtype, np.floating)  # a mask would be ids 0 and 1
+    if name in _INTEGERS and value.ndim in ranks and is_float:
         return f"pass {name}.astype(jnp.int32)"
     return ""
 

@@ -46,6 +46,8 @@ def check_cache_dtype(argument: str, dtype: Any) -> CacheType:
     if name not in CACHE_DTYPES:
         packed = name in ("int4", "uint4")
         how = "int4 has two values a byte" if packed else "make the pools with ejk.empty_kv_cache"
+        if name == "float64":
+            how = f"pass {argument.removesuffix('.dtype')}.astype(jnp.float32)"
         raise ValueError(
             f"{argument}={name} must be one of {', '.join(CACHE_DTYPES)}, of which uint8 holds "
             f"int4: {how}"

@@ -27,9 +27,9 @@ _OWN_NAMES = {  # each with what it is called elsewhere
     "value_scale": "v_scale v_scales v_scales_pages v_descale value_scales v_scale_cache",
     "causal": "is_causal use_causal_mask",
     "prefix_groups": "shared_prefixes cascade",
-    "tree_mask": "custom_mask packed_custom_mask attn_mask mask qq_bias",
+    "tree_mask": "qq_bias",
     "return_lse": "return_softmax_lse return_residual return_residuals",
-    "backend": "platform implementation",
+    "backend": "implementation",
     "key": "append_key keys k new_keys",
     "value": "append_value values v new_values",
     "slot_mapping": "slots slot_map slot_indices",
@@ -57,7 +57,11 @@ _PAGE_SIZE = "leave it out: it follows from the pools and cache_layout"
 _LAST = "leave it out: how full the last page is follows from context_lens"
 _CAUSAL = "leave it out: a token always sees its sequence up to itself"
 _NO_MASK = "leave it out: what is not visible is selected away"
-_FIELD = "it is a field of a backend object: backend=ejk.{}({}=...)"
+_TREE_MASK = (
+    "leave it out, or give tree_mask of ejk.ragged_page_attention, which says of new tokens alone "
+    "which see each other"
+)
+_FIELD = "it is a field of a backend object: backend=ejk.{}...)"
 _QUANTISED = "leave it out: key_cache has a dtype, and key_scale, value_scale are its scales"
 _SIDE_BY_SIDE = "keys of latent attention are the two parts side by side, with no values"
 _NO_DROPOUT = "leave it out: there is no dropout"
@@ -109,14 +113,33 @@ _MENDS = {
     "inline_seq_dim": "leave it out: one launch runs over all sequences",
     "out": _IN_PLACE,
     "output": _IN_PLACE,
-    "pages_per_compute_block": _FIELD.format("PallasPageAttention", "pages_per_compute_block"),
-    "megacore_mode": _FIELD.format("PallasPageAttention", "megacore_mode"),
-    "vmem_limit_bytes": _FIELD.format("PallasPageAttention", "vmem_limit_bytes"),
-    "num_kv_pages_per_block": _FIELD.format("PallasRaggedPageAttention", "pages_per_block"),
-    "num_queries_per_block": _FIELD.format("PallasRaggedPageAttention", "block_q"),
-    "num_warps": _FIELD.format("TritonPageAttention", "num_warps"),
-    "num_stages": _FIELD.format("TritonPageAttention", "num_stages"),
-    "interpret": _FIELD.format("TritonPageAttention", "interpret"),
+    "platform": "leave it out: a call runs on the platform that it is compiled for, and "
+    "backend= says with what",
+    **dict.fromkeys(("custom_mask", "packed_custom_mask", "attn_mask", "mask"), _TREE_MASK),
+}
+_FIELDS = {  # what tunes another library's kernel, as the field of a backend of each operation
+    "page_attention": {
+        "pages_per_compute_block": "PallasPageAttention(pages_per_compute_block=",
+        "num_kv_pages_per_block": "PallasPageAttention(pages_per_compute_block=",
+        "megacore_mode": "PallasPageAttention(megacore_mode=",
+        "vmem_limit_bytes": "PallasPageAttention(vmem_limit_bytes=",
+        "num_warps": "TritonPageAttention(num_warps=",
+        "num_stages": "TritonPageAttention(num_stages=",
+        "interpret": "TritonPageAttention(interpret=",
+    },
+    "ragged_page_attention": {
+        "pages_per_compute_block": "PallasRaggedPageAttention(pages_per_block=",
+        "num_kv_pages_per_block": "PallasRaggedPageAttention(pages_per_block=",
+        "num_queries_per_block": "PallasRaggedPageAttention(block_q=",
+        "vmem_limit_bytes": "PallasRaggedPageAttention(vmem_limit_bytes=",
+        "num_warps": "TritonRaggedPageAttention(num_warps=",
+        "num_stages": "TritonRaggedPageAttention(num_stages=",
+        "interpret": "TritonRaggedPageAttention(interpret=",
+    },
+    "write_kv_cache": {"interpret": "TritonWriteKVCache(interpret="},
+    "copy_kv_slots": {"interpret": "TritonCopyKVCache(interpret="},
+    "copy_kv_pages": {"interpret": "TritonCopyKVCache(interpret="},
+    "plan_page_attention": {"interpret": "TritonPageAttention(interpret="},
 }
 
 _OPERATIONS = {  # each with what it is called elsewhere
@@ -172,8 +195,12 @@ def unexpected_keyword(
     near = nearest(name, arguments)
     if own in arguments:
         mend = f"it is {own} here"
+    elif name in _FIELDS.get(function, {}):
+        mend = _FIELD.format(_FIELDS[function][name])
     elif name in _MENDS:
         mend = _MENDS[name]
+    elif any(name in fields for fields in _FIELDS.values()):
+        mend = "leave it out: it tunes another library's kernel"
     elif others:
         mend = f"{own} is an argument of {', '.join(others)}"
     elif near:

@@ -201,6 +201,7 @@ def _problem_of(
     kind = scales.kind(num_kv_heads)
     if kind == "token":
         _check_computed(scales, cache_type)
+    _check_divisors(scales)
     return WriteKVCacheProblem(
         num_tokens=num_tokens,
         key_shape=tuple(key_cache.shape),
@@ -210,6 +211,14 @@ def _problem_of(
         cache_layout="NHD" if cache_layout == "INTERLEAVED" else cache_layout,
         scales=kind,
     )
+
+
+def _check_divisors(scales: GivenScales) -> None:
+    """Check that scales that are known do not make infinities of rows."""
+    for name in ("key_scale", "value_scale"):
+        scale = getattr(scales, name)
+        if isinstance(scale, float | int) and scale == 0:
+            raise ValueError(f"{name}={scale} must not be 0: rows are divided by it; 1 is no scale")
 
 
 def _check_computed(scales: GivenScales, cache_type: CacheType) -> None:

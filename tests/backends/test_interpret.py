@@ -437,3 +437,16 @@ def test_an_order_that_shows_in_the_bits_is_caught():
     with shuffled(2):
         first = run()
         assert run() == first
+
+
+@triton.jit
+def masked_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n, other=0.0))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_masked_lanes_hold_what_is_said(size):
+    """Also where it is one zero, which Python takes for nothing."""
+    stored = interpret(masked_kernel, X[:size], out(size), 0, SIZE=size, grid=1)
+    np.testing.assert_array_equal(stored["y_ptr"], np.zeros(size, F32))

@@ -155,3 +155,16 @@ def test_the_default_blocks_hold_too():
     with memory_checked():
         result = RaggedEntry("", backend, examples=0)(case)
     assert_close(case, *result)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_negative_scale_reads_no_entry_past_the_last_token(dtype):
+    """Where no block of tokens goes without a mask, none begins past the table either."""
+    pool = np.ones((1, 1, 128, 16), dtype)
+    out = ejk.ragged_page_attention(
+        np.ones((100, 1, 16), dtype), pool, pool, np.array([128]), np.zeros((1, 1), np.int32),
+        np.array([0, 100]), -0.3, sliding_window=5,
+        backend=ejk.TritonRaggedPageAttention(interpret=True),
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(out, F32), 1)

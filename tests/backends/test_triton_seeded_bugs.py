@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import mutants
 import numpy as np
 import pytest
+import test_first_tokens
 import test_plan
 from entries import RAGGED_TRITON, Entry, RaggedEntry
 from kernels import kernel_modules, launch_on_numpy
@@ -145,6 +146,8 @@ def ragged(bug):
         config = Configuration(SHAPE, F32, "NHD", cache_dtype=cache, scales=scales)
         case = build_ragged(config, LENS, bounds)
         assert_close(case, *entry(case))
+    few = RaggedEntry(bug, few, examples=0)
+    test_first_tokens.test_windows_count_positions_among_new_tokens_far_from_where_they_lie(few)
 
 
 def write(bug):
@@ -438,6 +441,9 @@ BUGS = {
         ),
         "the last row is nobody's": (
             "rows % GROUP, rows < q_len * GROUP", "rows % GROUP, rows < q_len * GROUP - 1",
+        ),
+        "positions of new tokens are where they lie": (
+            "all_end = tl.minimum(all_end, context)", "all_end = all_end + 0",
         ),
         "columns of the mask are off by one": (
             "column = (key - context)[None, :]", "column = (key - context + 1)[None, :]",

@@ -1,14 +1,17 @@
 """Every argument of another library that the page on migrating lists is answered when passed."""
 
+import dataclasses
 import inspect
 import pathlib
 import re
+import subprocess
+import sys
 import traceback
 
 import pytest
 
 import ejk
-from ejk._foreign_names import _OPERATION
+from ejk._foreign_names import _FIELDS, _OPERATION
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "migrating.md"
 OPERATIONS = (
@@ -111,3 +114,44 @@ def test_a_name_that_several_operations_have_is_that_of_the_one_called():
     assert heads.endswith("'num_heads': it is num_kv_heads here")
     with pytest.raises(TypeError, match="num_heads is an argument of ejk"):
         ejk.page_attention(num_heads=4)
+
+
+FIELDS = [(operation, name) for operation, fields in _FIELDS.items() for name in fields]
+
+
+@pytest.mark.parametrize("operation, name", FIELDS)
+def test_tuning_is_a_field_of_a_backend_of_the_operation_that_was_called(operation, name):
+    function = getattr(ejk, operation)
+    with pytest.raises(TypeError, match="it is a field of a backend object") as info:
+        function(**{name: None})
+    backend, field = re.findall(r"backend=ejk\.(\w+)\((\w+)=\.\.\.\)", str(info.value))[0]
+    assert field in {known.name for known in dataclasses.fields(getattr(ejk, backend))}
+    problem = getattr(ejk, backend).problem_type.operation
+    assert operation.startswith(problem.removesuffix("cache")) or problem in operation
+
+
+@pytest.mark.parametrize(
+    "name, mend",
+    [
+        ("platform", "leave it out: a call runs on the platform that it is compiled for"),
+        ("mask", "leave it out, or give tree_mask of ejk.ragged_page_attention"),
+        ("megacore_mode", "leave it out: it tunes another library's kernel"),
+    ],
+)
+def test_what_would_mean_something_else_is_not_taken_for_it(name, mend):
+    with pytest.raises(TypeError, match=f"'{name}': {mend}"):
+        ejk.ragged_page_attention(**{name: None})
+
+
+@pytest.mark.parametrize("name", ["compat.vllm", "compat.flash_attention", "testing.oracle"])
+def test_what_is_loaded_when_asked_for_needs_no_import(name):
+    program = f"import ejk, sys; assert 'ejk.{name}' not in sys.modules; print(ejk.{name}.__name__)"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == f"ejk.{name}"
+
+
+def test_a_drop_in_that_there_is_not():
+    with pytest.raises(AttributeError, match=r"ejk\.compat has no 'trtllm'; it has ejkernel, "):
+        _ = ejk.compat.trtllm

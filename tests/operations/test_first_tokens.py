@@ -41,3 +41,25 @@ def test_what_a_token_sees_begins_where_it_is_said(entry, kind):
         k, v = (pool[tables[s]].swapaxes(1, 2).reshape(-1, 2, 32)[begin : t + 1] for pool in pools)
         expected = attend(query[row : row + 1], k, v, 32**-0.5, np.ones((1, len(k)), bool))[0]
         np.testing.assert_allclose(np.asarray(out[row : row + 1]), expected, atol=2e-6, rtol=0)
+
+
+@ragged_edge
+def test_windows_count_positions_among_new_tokens_far_from_where_they_lie(entry):
+    """Three new tokens share each position, so that a window reaches over three times as many."""
+    length, new, window = 160, 128, 20
+    rng = np.random.default_rng(4)
+    place = np.arange(length)
+    position = np.where(place < length - new, place, length - new + (place + new - length) // 3)
+    tables = rng.permutation(10)[None].astype(np.int32)
+    query = rng.standard_normal((new, 2, 16)).astype(entry.dtype)
+    pools = [rng.standard_normal((10, 1, 16, 16)).astype(entry.dtype) for _ in range(2)]
+    with entry.refusing():
+        out = ejk.ragged_page_attention(
+            query, *pools, np.array([length]), tables, np.array([0, new]), sliding_window=window,
+            positions=position[-new:].astype(np.int32), backend=entry.backend,
+        )  # fmt: skip
+    k, v = (pool[tables[0]].swapaxes(1, 2).reshape(length, 1, 16) for pool in pools)
+    visible = place <= place[-new:, None]
+    visible &= position > position[-new:, None] - window
+    expected, _ = attend(query, k, v, 16**-0.5, visible)
+    np.testing.assert_allclose(np.asarray(out), expected, atol=2e-6, rtol=0)

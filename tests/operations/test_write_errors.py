@@ -72,3 +72,12 @@ def test_the_report_of_a_call_without_tokens():
     none = arguments(rows=zeros(0, 2, 64), slot_mapping=zeros(0, dtype=np.int32))
     report = ejk.backend_report(**none, operation=ejk.write_kv_cache, platform="cpu")
     assert report.chosen is None and "without a backend" in str(report)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["key_scale", "value_scale"])
+def test_a_scale_of_zero_is_refused(name):
+    rows, pool = np.ones((1, 2, 16), np.float32), np.zeros((4, 2, 16, 16), np.int8)
+    scales = {"key_scale": 0.5, "value_scale": 0.5, name: 0}
+    with pytest.raises(ValueError, match=f"^{name}=0 must not be 0: rows are divided by it"):
+        ejk.write_kv_cache(rows, rows, pool, pool, np.zeros(1, np.int32), **scales)

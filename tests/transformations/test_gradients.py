@@ -213,6 +213,25 @@ def test_gradients_of_logits_of_zero_are_those_without_a_cap(entry):
 
 
 @edge
+@pytest.mark.parametrize("sink", [0.0, -10.0, 60.0])
+def test_what_a_sink_leaves_no_weight_has_no_gradient(entry, sink):
+    """Logits of -60 * 16 underflow beside it: their tokens are seen, but count for nothing."""
+    keys, tables = np.ones((2, 1, 16, 16), np.float32), np.array([[1, 0]], np.int32)
+
+    def loss(query, keys, values, scale):
+        out = ejk.page_attention(
+            query, keys, values, np.array([20]), tables, scale, sinks=np.full(1, sink, np.float32),
+            backend=entry.backend,
+        )  # fmt: skip
+        return out.sum()
+
+    with entry.refusing():
+        grads = jax.grad(loss, argnums=(0, 1, 2, 3))(-keys[:1, 0, :1], keys, keys, 60.0)
+    for grad in grads:
+        assert not np.asarray(grad).any()
+
+
+@edge
 def test_gradients_of_a_batch_that_sees_nothing_are_zero(entry):
     case = build(config(features=frozenset({"sinks"})), np.zeros(9, np.int32))
     floats = operands(case)

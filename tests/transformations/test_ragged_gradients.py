@@ -89,6 +89,23 @@ def test_queries_that_see_nothing_and_unread_memory_change_no_bit(entry):
 
 
 @ragged_edge
+def test_what_a_sink_leaves_no_weight_has_no_gradient(entry):
+    keys, tables = np.ones((2, 1, 16, 16), entry.dtype), np.array([[1, 0]], np.int32)
+
+    def loss(query, keys, values):
+        out = ejk.ragged_page_attention(
+            query, keys, values, np.array([20]), tables, np.array([0, 3]), 60.0,
+            sinks=np.zeros(1, np.float32), backend=entry.backend,
+        )  # fmt: skip
+        return out.sum(dtype=jnp.float32)
+
+    with entry.refusing():
+        grads = jax.grad(loss, argnums=(0, 1, 2))(-keys[:1, 0, :3].swapaxes(0, 1), keys, keys)
+    for grad in grads:
+        assert not np.asarray(grad).any()
+
+
+@ragged_edge
 def test_vmap_of_grad_equals_grads_one_by_one(entry):
     lens, first = LENS[:4], BOUNDS[:5]
     case = build_ragged(config(dtype=entry.dtype), lens, first)

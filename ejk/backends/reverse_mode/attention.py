@@ -83,21 +83,24 @@ class Rows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the first pass adds up, `[batch, num_kv_heads, rows]`."""
+    """What the first pass finds, `[batch, num_kv_heads, rows]`."""
 
+    sees: jax.Array  # whether there is a visible token, of whatever weight
     weights: jax.Array
     weighted: jax.Array  # each weight times `g . v_j`
 
     @classmethod
     def none(cls, rows: Rows) -> "Sums":
-        return cls(jnp.zeros_like(rows.lse), jnp.zeros_like(rows.lse))
+        nothing = jnp.zeros_like(rows.lse)
+        return cls(nothing > 0, nothing, nothing)
 
     def add(self, problem: PagedProblem, operands: Operands, rows: Rows, block: Block) -> "Sums":
         scores = block.logits(problem, operands, rows.query)
         visible = block.visible_rows(problem)
         p = jnp.where(visible, jnp.exp(scores - rows.lse[..., None]), 0.0)
         dp = _of_values(rows.g, block)
-        return Sums(self.weights + p.sum(-1), self.weighted + (p * dp).sum(-1))
+        sees = self.sees | visible.any(-1)
+        return Sums(sees, self.weights + p.sum(-1), self.weighted + (p * dp).sum(-1))
 
 
 class Softmax(NamedTuple):
@@ -110,8 +113,7 @@ class Softmax(NamedTuple):
     @classmethod
     def of(cls, rows: Rows, sums: Sums) -> "Softmax":
         # The query of a row that sees nothing may hold NaN, which times 0 is NaN.
-        sees = sums.weights > 0
-        rows = rows._replace(query=jnp.where(sees[..., None], rows.query, 0))
+        rows = rows._replace(query=jnp.where(sums.sees[..., None], rows.query, 0))
         total = sums.weights
         if rows.sinks is not None:
             total = total + jnp.exp(rows.sinks - rows.lse)

@@ -94,6 +94,7 @@ class _Builder(interpreter.InterpreterBuilder):
         super().__init__()
         # Three more operations for each addition, whose result nobody looks at without `debug`.
         self.options = dataclasses.replace(self.options, sanitize_overflow=False)
+        self.has_other = False  # of the load that is under way
 
     @contextlib.contextmanager
     def launch(self, memory: Memory, grid: Grid) -> Generator[None]:
@@ -118,7 +119,9 @@ class _Builder(interpreter.InterpreterBuilder):
         active = np.broadcast_to(mask.data, ptrs.data.shape)
         if active.all():
             return interpreter.TensorHandle(self.memory.load(ptrs.data, dtype), kind)
-        if other is None:
+        if other is None and self.has_other:
+            result = np.zeros(ptrs.data.shape, dtype)
+        elif other is None:
             meant = _HELD_AS_BITS.get(kind, dtype)
             result = poisoned(ptrs.data.shape, meant).view(dtype)
         else:
@@ -268,6 +271,11 @@ class _Semantic(TritonSemantic[Any]):
 
     `patches` gives tensors of one shape the same object for it.
     """
+
+    def load(self, ptr: Any, mask: Any, other: Any, *options: Any, **named: Any) -> Any:
+        # Triton asks whether a tensor is true, which here one of a single zero is not.
+        self.builder.has_other = other is not None
+        return super().load(ptr, mask, other, *options, **named)
 
     def binary_op_type_checking_impl(self, lhs: Any, rhs: Any, *options: Any, **named: Any) -> Any:
         if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor):

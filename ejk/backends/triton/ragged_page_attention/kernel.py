@@ -224,7 +224,7 @@ def ragged_page_attention_kernel(
         if PRODUCTS == "float16":
             bulk_end = tl.minimum(all_end, end)
         else:
-            bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), bulk_begin)
+            bulk_end = tl.where(scale >= 0, tl.minimum(all_end, end), 0)
         bulk_end = first_bad(table_ptr, bulk_begin, bulk_end, NUM_PAGES, PAGE_SIZE)
         bulk_end = bulk_begin + tl.maximum(bulk_end - bulk_begin, 0) // BLOCK_KV * BLOCK_KV
 
