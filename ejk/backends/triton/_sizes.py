@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejk.backends.gpu import Target
-from ejk.backends.page_attention import PagedProblem
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
 # What kernels call the types of quantised caches. Arrays of `uint8` hold int4.
