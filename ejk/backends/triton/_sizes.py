@@ -94,7 +94,7 @@ def rows_of_one_tile(is_same_tile: bool, target: Target) -> int | None:
         return None
     if target.is_amd:
         return 16
-    return 64 if target.compute_capability in (90, None) else 32  # None: interpreted
+    return 64 if target.is_like_hopper else 32
 
 
 def block_group(

@@ -90,7 +90,7 @@ def programs_per_sm(
     if rows > 32:
         return 2 if value_head_dim <= 64 else 1
     is_amd = target is not None and target.is_amd
-    is_hopper = target is None or target.compute_capability in (90, None)
+    is_hopper = target is None or target.is_like_hopper
     is_padded = sum(two_parts(value_head_dim)) != value_head_dim
     if not (is_16_bit and is_hopper and not is_amd and load.fills(is_padded)):
         return 1

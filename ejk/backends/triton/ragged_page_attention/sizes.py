@@ -29,7 +29,6 @@ from ejk.backends.triton.ragged_page_attention.blocks import (
     MOST_NARROW_ROWS,
     RaggedBlocks,
     RaggedTuning,
-    is_measured,
     narrow_rows,
     rows_of_few_tokens,
     wide_rows,
@@ -220,7 +219,7 @@ def _copies_first(problem: RaggedPageAttentionProblem, rows: int, target: Target
     stages, where the copies have two blocks' time, 151.7 and 156.5. A prefetch of the block to the
     L2 cache took 125.3 us with 16 heads and 232.9 with 32.
     """
-    return same_tile(problem) and rows == 64 and is_measured(target)
+    return same_tile(problem) and rows == 64 and target.is_like_hopper
 
 
 def _block_others(problem: RaggedPageAttentionProblem) -> int:
