@@ -30,7 +30,7 @@ class Target:
     """A GPU's facts."""
 
     compute_capability: int | None
-    """None on ROCm, where the compiler asks the device itself, and where kernels are interpreted."""
+    """None on ROCm, where the compiler asks the device itself, and of the interpreter."""
     num_sms: int
     shared_memory: int  # bytes a program
     is_amd: bool = False
