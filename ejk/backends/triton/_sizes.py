@@ -20,7 +20,7 @@ LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after th
 QUANTISED_ROWS = 32
 # The least rows of a tensor core's product. Those of float32, on ordinary cores, may have fewer.
 MATRIX_ROWS = 16
-GRANULE = 128  # tokens; planned pieces are whole multiples
+GRANULE = 128  # tokens; planned pieces are whole multiples, or of half: see `granule_of`
 
 
 def power_of_two(at_least: int) -> int:
