@@ -124,6 +124,10 @@ def _cudnn_paged_refusal(workload):
     return "head dimension above 128" if workload.head_dim > 128 else None
 
 
+def _cudnn_dense(workload, arrays, query, _, tables):
+    return _peers.dense(workload, arrays, query, "cudnn")
+
+
 def contenders(tiny: bool = False) -> list[Contender]:
     """`ejk` first, then the others, as far as they are installed; or `ejk` alone, interpreted."""
     if tiny:
@@ -137,9 +141,7 @@ def contenders(tiny: bool = False) -> list[Contender]:
         Contender(
             "cuDNN paged (private)", _cudnn_paged, can_run=_cudnn_paged_refusal, one_layer=True
         ),
-        Contender(
-            "cuDNN dense, contiguous cache", _peers.cudnn_dense, contiguous=True, one_layer=True
-        ),
+        Contender("cuDNN dense, contiguous cache", _cudnn_dense, contiguous=True, one_layer=True),
     ]
     if importlib.util.find_spec("ejkernel"):
         found.append(Contender("ejkernel", _ejkernel))

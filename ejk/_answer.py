@@ -7,7 +7,7 @@ import jax
 
 from ejk import _dispatch
 from ejk._backend import Choice
-from ejk.backends.page_attention import PagedProblem
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.xla._softmax import finish, nothing_seen
 
 

@@ -31,7 +31,7 @@ from ejk._typing import (
     StaticInt,
 )
 from ejk.backends.layouts import LAYOUTS, layout_of
-from ejk.backends.paged_facts import PagedFacts
+from ejk.backends.paged_problem import PagedFacts
 
 # A logit that such a cap would change is so large that only the largest logit has weight anyway.
 CAPS_NOTHING = 1e30

@@ -17,12 +17,8 @@ from ejk._merge_attention_states import merge_attention_states
 from ejk._own_pages import OwnPages
 from ejk._rounding import rounded
 from ejk._typing import Array, AxisName, ScalarInt
-from ejk.backends.page_attention import (
-    NO_GROUPS,
-    PageAttentionOperands,
-    PageAttentionProblem,
-    PagedProblem,
-)
+from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
+from ejk.backends.paged_problem import NO_GROUPS, PagedProblem
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,
     RaggedPageAttentionProblem,

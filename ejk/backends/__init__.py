@@ -5,8 +5,8 @@ In a package of your own, subclass the operation's abstract backend, `ejk.PageAt
 dataclass whose fields are its tuning, and give it
 
     name        a short word for `backend="..."` and for error messages
-    features    the optional features that it honours, of its problem's `feature_names`; what is
-                not named here is refused for it
+    features    the optional features that it honours, of its problem's `feature_names` (another
+                name is a TypeError); what is not named here is refused for it
     platforms   the platforms that it runs on: "cpu", "cuda", "rocm", "tpu"
     limits      the reasons why sizes or dtypes of a problem cannot run; none if they can
     run         the results of a problem, from its operands; traced at lowering, for one platform
@@ -16,8 +16,6 @@ runs, as into a program of JAX's own operations, `is_opaque = False`. An object 
 accepted as `backend=` at once; `ejk.register_backend` offers it for automatic choice. It needs no
 rule for gradients or `vmap`: those stand above every backend. `docs/own_backend.md` has a
 complete example.
-
-`features` may hold the `feature_names` of the operation's problem; another name is a TypeError.
 
 In this package XLA's backend of an operation is a module, `xla/<operation>.py`; a backend with
 kernels is a folder, `<backend>/<operation>/`. Its `backend.py` says what is supported and runs it,

@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ejk._backend import Backend
 from ejk._batching import merge_axis
-from ejk._cache_types import QUANTISED, Scales
+from ejk._cache_types import QUANTISED
 from ejk._indices import Size, exceeds
 from ejk.backends.layouts import POOLS
 from ejk.backends.pools import PoolsProblem, Shape, merge_indices
@@ -71,7 +70,10 @@ class View(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CopyKVCacheProblem(PoolsProblem):
-    """The static facts of one call. No axis is empty."""
+    """The static facts of one call. No axis is empty.
+
+    `scales` is `"token"` where scales move with what they are of, else `"none"`.
+    """
 
     operation: ClassVar[str] = "copy_kv_cache"
     feature_names: ClassVar[frozenset[str]] = POOLS | CACHES
@@ -79,14 +81,6 @@ class CopyKVCacheProblem(PoolsProblem):
     num_copies: Size
     unit: Unit
     """What is copied."""
-    key_shape: Shape
-    """The shape of `key_cache`."""
-    value_shape: Shape | None
-    """The shape of `value_cache`; None with fused and latent pools."""
-    cache_dtype: np.dtype
-    cache_layout: str
-    scales: Scales = "none"
-    """`"token"` where scales move with what they are of, else `"none"`."""
 
     @property
     def num_units(self) -> Size:

@@ -29,7 +29,8 @@ MAX_GRID = 2**31 - 1  # programs of a launch, along the first axis (the same tab
 class Target:
     """A GPU's facts."""
 
-    compute_capability: int | None  # None on ROCm, where the compiler asks the device itself
+    compute_capability: int | None
+    """None on ROCm, where the compiler asks the device itself, and of the interpreter."""
     num_sms: int
     shared_memory: int  # bytes a program
     is_amd: bool = False
@@ -38,6 +39,11 @@ class Target:
     def warp_size(self) -> int:
         """Threads that run in step."""
         return 64 if self.is_amd else 32
+
+    @property
+    def is_like_hopper(self) -> bool:
+        """It is Hopper, or the interpreter, which takes the sizes that were measured there."""
+        return self.compute_capability in (90, None) and not self.is_amd
 
     @property
     def is_too_old(self) -> bool:

@@ -1,11 +1,11 @@
 """Which sequences of a batch make up packs, whose shared first tokens are read once: for plans.
 
 A pack is up to `members` sequences of one group of `prefix_groups`. A cost is a time on a machine
-whose slots are all busy, in eighths of what 128 tokens of head dimension 128 in 16 bits take (0.35
-us on an H100): that of a sequence is `cost` a granule and `PIECE_COST` to start. With `c` the
-granules that a pack of `k` members shares, it saves `k` readings of them, and makes one that costs
-more, as its products have the rows of all members; and each member has parts to write and to
-combine. A pack pays if
+whose slots are all busy, in units of 0.35 us on an H100: of an eighth of what 128 tokens of head
+dimension 128 in 16 bits take. That of a sequence is `cost` a granule and `PIECE_COST` to start.
+With `c` the granules that a pack of `k` members shares, it saves `k` readings of them, and makes
+one that costs more, as its products have the rows of all members; and each member has parts to
+write and to combine. A pack pays if
 
     k * c * cost > c * pack_cost + PIECE_COST * (k + 1)
 

@@ -21,12 +21,13 @@ from ejk.backends.layouts import LAYOUTS, Layout
 Shape = tuple[Size, ...]
 
 
+@dataclasses.dataclass(frozen=True)
 class PoolsProblem(Problem):
     """The static facts of a call that returns its pools, changed. No axis is empty.
 
     Its operands call the pools `key_cache` and `value_cache`, and those of the scales of tokens
     `key_scale` and `value_scale`; `key_scale` has all that `key_cache` has: of keys and values in
-    fused pools. A subclass is a dataclass that has these fields.
+    fused pools.
     """
 
     key_shape: Shape
@@ -35,8 +36,8 @@ class PoolsProblem(Problem):
     """The shape of `value_cache`; None with fused and latent pools."""
     cache_dtype: np.dtype
     cache_layout: str
-    scales: Scales
-    """What has a scale of its own; those of tokens lie in pools."""
+    scales: Scales = dataclasses.field(default="none", kw_only=True)
+    """What has a scale: a KV head, or a token and KV head. Those of tokens lie in pools."""
 
     @property
     def cache_type(self) -> CacheType:
@@ -154,7 +155,6 @@ class PoolsProblem(Problem):
         def resized(shape: Shape | None) -> Shape | None:
             return shape and tuple(change(n) if a == axis else n for a, n in enumerate(shape))
 
-        assert dataclasses.is_dataclass(self) and not isinstance(self, type)
         return dataclasses.replace(
             self, key_shape=resized(self.key_shape), value_shape=resized(self.value_shape)
         )

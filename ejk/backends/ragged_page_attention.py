@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ejk._backend import Backend
 from ejk._indices import Size, count_up_to
-from ejk.backends.page_attention import PagedProblem
+from ejk.backends.paged_problem import PagedProblem
 
 
 class RaggedPageAttentionOperands(NamedTuple):

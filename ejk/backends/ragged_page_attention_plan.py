@@ -62,7 +62,10 @@ class RaggedPlan:
     wide: Kind | None
     granule: int
     slots: int = 0
-    """Programs that run at a time and take items of both kinds; 0: each kind has its own."""
+    """Programs that run at a time and take items of all kinds; 0: each kind has its own.
+
+    Triton's have narrow items alone: where it has wide blocks, `slots` is 0.
+    """
 
     @classmethod
     def of(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from ejk._merge_attention_states import merge_attention_states
 from ejk._rounding import rounded
-from ejk.backends.page_attention import NO_GROUPS
+from ejk.backends.paged_problem import NO_GROUPS
 from ejk.backends.prefix_groups import SharedPrefixes
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionOperands,

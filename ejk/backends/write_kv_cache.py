@@ -10,10 +10,10 @@ from jax import lax
 
 from ejk._backend import Backend
 from ejk._batching import merge_axis
-from ejk._cache_types import QUANTISED, SCALES, Scales
+from ejk._cache_types import QUANTISED, SCALES
 from ejk._indices import Size, exceeds
 from ejk.backends.layouts import POOLS
-from ejk.backends.pools import PoolsProblem, Shape, merge_indices
+from ejk.backends.pools import PoolsProblem, merge_indices
 
 OTHER_FLOAT = "key_cache.dtype other than key.dtype"
 """The feature of a cache of another float type than the new keys'."""
@@ -40,24 +40,17 @@ class WriteKVCacheOperands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WriteKVCacheProblem(PoolsProblem):
-    """The static facts of one `ejk.write_kv_cache` call. No axis is empty."""
+    """The static facts of one `ejk.write_kv_cache` call. No axis is empty.
+
+    Scales of heads are given, those of tokens are computed.
+    """
 
     operation: ClassVar[str] = "write_kv_cache"
     feature_names: ClassVar[frozenset[str]] = POOLS | CACHES | {"latent_pools"}
 
     num_tokens: Size
-    key_shape: Shape
-    """The shape of `key_cache`."""
-    value_shape: Shape | None
-    """The shape of `value_cache`; None with fused and latent pools."""
     row_dtype: np.dtype
     """The type of the keys and values that are written."""
-    cache_dtype: np.dtype
-    cache_layout: str
-    scales: Scales = "none"
-    """What has a scale: a KV head, or a token and KV head. Those of heads are given; those of
-    tokens are computed and lie in pools of their own, `key_scale` having all that `key_cache` has:
-    of keys and values in fused pools."""
 
     @property
     def head_dim(self) -> int:

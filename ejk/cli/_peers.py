@@ -47,13 +47,8 @@ def pallas_gpu(batch: Any, arrays: Any, query: Any, begun: Any, tables: Any) -> 
     )
 
 
-def cudnn_dense(batch: Any, arrays: Any, query: Any, begun: Any, tables: Any) -> Any:
-    """Call cuDNN's attention to a contiguous cache, `[seqs, tokens, heads, dim]`, of no pages."""
-    return dense(batch, arrays, query, "cudnn")
-
-
 def dense(batch: Any, arrays: Any, query: Any, implementation: Any) -> Any:
-    """Call `jax.nn.dot_product_attention` on a contiguous cache."""
+    """Call `jax.nn.dot_product_attention` on a contiguous cache, `[seqs, tokens, heads, dim]`."""
     out = jax.nn.dot_product_attention(
         query[:, None],
         arrays.key_cache,

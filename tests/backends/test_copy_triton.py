@@ -127,7 +127,7 @@ def copy_large(name):
     shape, layout, unit = LARGE[name]
     pool = sparse(shape)
     assert pool.size > 2**31
-    problem = CopyKVCacheProblem(3, unit, shape, None, F16, layout)
+    problem = CopyKVCacheProblem(shape, None, F16, layout, 3, unit)
     view, units = problem.view(shape), problem.num_units
     ends = np.array([[units - 1, units // 2 + 1, 0], [units // 2 + 1, units - 1, -1]], np.int32)
     seen = pool.reshape(view.outer, -1, view.inner, view.slots, view.width)
@@ -171,11 +171,11 @@ def test_offsets_of_32_bits_are_caught(on_numpy, monkeypatch, tmp_path, name, bu
 
 def test_pages_and_grids_of_more_than_32_bits_are_refused():
     backend = ejk.TritonCopyKVCache(interpret=True)
-    problem = CopyKVCacheProblem(1, "page", (8, 2**14, 16, 2**13), None, F16, "HND")
+    problem = CopyKVCacheProblem((8, 2**14, 16, 2**13), None, F16, "HND", 1, "page")
     assert backend.refusals(problem, "cpu") == (
         "a page of 2147483648 elements has more than 2146435072",
     )
-    problem = CopyKVCacheProblem(2**30, "page", (8, 2**10, 16, 128), None, F16, "HND")
+    problem = CopyKVCacheProblem((8, 2**10, 16, 128), None, F16, "HND", 2**30, "page")
     [reason] = backend.refusals(problem, "cpu")
     assert re.fullmatch(r"its grid of \d+ programs exceeds 2147483647", reason)
 
@@ -197,7 +197,9 @@ def compile_for(target, variant, unit, num_copies):
     """Compile the copies, and what tells them by comparisons and by a table, for `target`."""
     shape, layout, dtype, scales = VARIANTS[variant]
     value = None if variant in ("fused", "latent") else shape
-    problem = CopyKVCacheProblem(num_copies, unit, shape, value, jnp.dtype(dtype), layout, scales)
+    problem = CopyKVCacheProblem(
+        shape, value, jnp.dtype(dtype), layout, num_copies, unit, scales=scales
+    )
     is_cuda = target.startswith("sm_")
     gpu = Target(90, 132, 0) if is_cuda else Target(None, 304, 0, is_amd=True)
     cut = sizes.CopySizes.of(problem, gpu)

@@ -10,7 +10,7 @@ import pytest
 from test_triton_compile import EVERY_OPTION, GROUP_OF_3, LATENT, LLAMA, gpu_of, of_dtype
 
 from ejk.backends.gpu import SHARED_MEMORY_ROCM
-from ejk.backends.page_attention import PagedProblem
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.triton.ragged_page_attention.backend import TritonRaggedPageAttention
 from ejk.backends.triton.ragged_page_attention.blocks import HOPPER_LONG, HOPPER_SHORT

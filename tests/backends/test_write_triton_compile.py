@@ -55,8 +55,8 @@ def problem_of(
     width = key_shape[-1] if value_head_dim is None else value_head_dim
     value_shape = None if fused or not width else (*key_shape[:-1], width)
     return WriteKVCacheProblem(
-        num_tokens, key_shape, value_shape, jnp.dtype(dtype), jnp.dtype(cache_dtype or dtype),
-        layout, scales,
+        key_shape, value_shape, jnp.dtype(cache_dtype or dtype), layout, num_tokens,
+        jnp.dtype(dtype), scales=scales,
     )  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def write_large(shape, layout):
     pools = [sparse(shape) for _ in range(1 if fused else 2)]
     assert pools[0].size > 2**31
     value_shape = None if fused else shape
-    problem = WriteKVCacheProblem(3, shape, value_shape, F16, F16, layout)
+    problem = WriteKVCacheProblem(shape, value_shape, F16, layout, 3, F16)
     key, value = rng.standard_normal((2, 3, problem.num_kv_heads, problem.head_dim)).astype(F16)
     slots = np.array([problem.num_slots - 1, 0, problem.num_slots // 2 + 3], np.int32)
     operands = WriteKVCacheOperands(key, value, *[*pools, None][:2], slots)
@@ -145,7 +145,7 @@ def test_offsets_of_32_bits_are_caught(on_numpy, monkeypatch, tmp_path, name, bu
 
 
 def test_more_programs_than_a_grid_holds_are_refused():
-    problem = WriteKVCacheProblem(2**30, (64, 2**10, 16, 128), None, F16, F16, "HND")
+    problem = WriteKVCacheProblem((64, 2**10, 16, 128), None, F16, "HND", 2**30, F16)
     backend = ejk.TritonWriteKVCache(interpret=True)
     assert re.fullmatch(
         r"its grid of \d+ programs exceeds 2147483647", backend.refusals(problem, "cpu")[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ejk import _jax
 from ejk.backends.gpu import Target
 from ejk.backends.mosaic_gpu._installed import missing
-from ejk.backends.page_attention import PagedProblem
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.triton._backend import TritonBackend
 
 COMPUTE_CAPABILITY = 90

@@ -25,7 +25,7 @@ from jax import lax
 
 from ejk import _backend, _dispatch, _partition
 from ejk._dtypes import DTYPES
-from ejk.backends.page_attention import PagedProblem
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.reverse_mode import with_pull_back
 from ejk.backends.xla._softmax import KEYS, VALUES, Block, Operands, page_index, product
 

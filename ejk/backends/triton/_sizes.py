@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejk.backends.gpu import Target
-from ejk.backends.page_attention import PagedProblem
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
 # What kernels call the types of quantised caches. Arrays of `uint8` hold int4.
@@ -20,21 +20,7 @@ LONGEST_CHAIN = 64  # float32 products of a logit that are added up one after th
 QUANTISED_ROWS = 32
 # The least rows of a tensor core's product. Those of float32, on ordinary cores, may have fewer.
 MATRIX_ROWS = 16
-GRANULE = 128  # tokens; planned pieces are whole multiples
-# The next three say how ragged batches are cut. They were measured for decode on an H100.
-# Pieces a multiprocessor, enough that the last pieces to start are short. Time is flat from 1 to 4
-# for 256 unequal contexts.
-PIECES_PER_SM = 2.5
-# Contexts stay whole where none is longer than 1.1 of a multiprocessor's fair share of the batch.
-# The numbers are 1.1 * `PIECES_PER_SM` as a fraction, for a share is counted in pieces.
-EVEN_SHARE = (11, 4)
-# A batch that fills the machine twice is not cut if no context exceeds this many tokens: the
-# longest ends long before the rest, and there is nothing to combine, which saves 1.7 us.
-WHOLE_TOKENS = 4096
-# Entries of parts that a program of a combination has under way, and the most parts. On an H200,
-# with 2,048, 4,096 and 8,192 entries: 256 new tokens on 8,448, 32/8/128, in two pieces 5.9, 6.1 and
-# 7.6 us; 512 on 32,768 with one KV head, on Triton 10.6, 9.5 and 8.8.
-COMBINE_BLOCK, COMBINE_PARTS = 4096, 32
+GRANULE = 128  # tokens; planned pieces are whole multiples, or of half: see `granule_of`
 
 
 def power_of_two(at_least: int) -> int:
@@ -94,7 +80,7 @@ def rows_of_one_tile(is_same_tile: bool, target: Target) -> int | None:
         return None
     if target.is_amd:
         return 16
-    return 64 if target.compute_capability in (90, None) else 32  # None: interpreted
+    return 64 if target.is_like_hopper else 32
 
 
 def block_group(
@@ -108,21 +94,6 @@ def block_group(
     if most_rows is None:
         most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(two_parts(value_head_dim)))))
     return min(max(least_rows, power_of_two(group)), most_rows)
-
-
-def choose_cuts(num_sms: int, num_seqs: int, programs_per_piece: int, longest: int) -> int:
-    """Return in how many pieces a ragged batch is cut: as few as keep the machine busy.
-
-    0 leaves every context whole; the plan is then only an order.
-    """
-    if num_seqs * programs_per_piece >= 2 * num_sms and longest <= WHOLE_TOKENS:
-        return 0
-    return max(1, int(PIECES_PER_SM * num_sms / programs_per_piece))
-
-
-def combined_parts(entries: int) -> int:
-    """Return how many parts of so many entries a program combines at a time."""
-    return max(1, min(COMBINE_PARTS, COMBINE_BLOCK // entries))
 
 
 def shape_constants(problem: PagedProblem) -> dict[str, int]:

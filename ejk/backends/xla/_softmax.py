@@ -14,7 +14,8 @@ from jax import lax
 
 from ejk._cache_types import codes_of
 from ejk._indices import Size
-from ejk.backends.page_attention import PageAttentionOperands, PagedProblem
+from ejk.backends.page_attention import PageAttentionOperands
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.ragged_page_attention import RaggedPageAttentionOperands
 
 # So many float32 products of a logit are added up at most before their sum is added to others. A

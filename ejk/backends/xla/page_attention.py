@@ -19,13 +19,11 @@ from ejk._rounding import rounded
 from ejk.backends._fields import at_least
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
-    AXIS,
-    CACHES,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
-    PagedProblem,
 )
+from ejk.backends.paged_problem import AXIS, CACHES, PagedProblem
 from ejk.backends.xla._backend import XlaBackend
 from ejk.backends.xla._softmax import Block, attend, bytes_of_block
 

@@ -29,11 +29,8 @@ import jax.numpy as jnp
 from ejk._indices import Size, least
 from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS
 from ejk.backends.mosaic_gpu.page_attention.tokens import Tokens
-from ejk.backends.page_attention import (
-    PageAttentionOperands,
-    PageAttentionProblem,
-    PagedProblem,
-)
+from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.ragged_page_attention import (
     Items,
     RaggedPageAttentionOperands,

@@ -10,11 +10,11 @@ from ejk._backend import Tunable
 from ejk.backends._fields import at_least, check_interpret
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
-    CACHES,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
 )
+from ejk.backends.paged_problem import CACHES
 from ejk.backends.pallas._backend import INT4, PallasBackend
 from ejk.backends.pallas._chip import SMEM_LIMIT_BYTES, chip
 from ejk.backends.pallas._sizes import seen_pages

@@ -9,12 +9,11 @@ from ejk._backend import Tunable
 from ejk.backends.gpu import MAX_GRID, Target
 from ejk.backends.layouts import POOLS
 from ejk.backends.page_attention import (
-    AXIS,
-    CACHES,
     PageAttentionBackend,
     PageAttentionOperands,
     PageAttentionProblem,
 )
+from ejk.backends.paged_problem import AXIS, CACHES
 from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
 from ejk.backends.triton._sizes import size_refusals
 from ejk.backends.triton.page_attention.blocks import Tuning

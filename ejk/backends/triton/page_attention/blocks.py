@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ejk.backends.gpu import Target
-from ejk.backends.page_attention import PagedProblem
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.triton._sizes import (
     MATRIX_ROWS,
     QUANTISED_ROWS,

@@ -8,9 +8,10 @@ shared memory, a block of `BLOCK_KV` tokens at a time. In log2 units, with `s` a
     m' = max(m, max(s));  p = 2^(s - m');  alpha = 2^(m - m')
     l' = alpha * l + sum(p);  acc' = alpha * acc + p . v;  lse = m + log2(l)
 
-`NUM_SPLITS` cuts every context in as many equal pieces; if it is 0, the rows of `work` say which
-pieces there are (see `PlanProblem`). A context in one piece is written at once; of any other, each
-piece writes a float32 part, which the kernel that combines parts merges.
+`NUM_SPLITS` cuts every context in as many equal pieces, or, with `SPLIT_BLOCKS` of -1, deals its
+blocks out to them in turn; if it is 0, the rows of `work` say which pieces there are (see
+`PlanProblem`). A context in one piece is written at once; of any other, each piece writes a float32
+part, which the kernel that combines parts merges.
 
 With `MEMBERS` the plan has packs, too. They are a launch of their own, `PACKED`, which comes first:
 the rows of a product are then the query heads of all members, which share the tokens, and each
@@ -73,7 +74,7 @@ def page_attention_kernel(
     NUM_PAGES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,  # equal parts of each context; 0: pieces as planned
+    NUM_SPLITS: tl.constexpr,  # parts of each context; 0: pieces as planned
     SPLIT_BLOCKS: tl.constexpr,  # the least blocks in one of them; -1: every `NUM_SPLITS`-th block
     NUM_PARTS: tl.constexpr,
     MEMBERS: tl.constexpr,  # sequences of a pack, at most; 0 for a plan without packs

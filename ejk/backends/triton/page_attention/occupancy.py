@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from ejk.backends.gpu import Target
-from ejk.backends.page_attention import PagedProblem
 from ejk.backends.page_attention_plan import equal_shares, even_shares
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.triton._sizes import (
     GRANULE,
     MATRIX_ROWS,
@@ -94,9 +94,8 @@ def programs_per_sm(problem: PagedProblem, rows: int, target: Target, load: Load
     if rows > 32:
         return 2 if width <= 64 else 1
     is_16_bit = product_dtype(problem).itemsize == value_bytes(problem) == 2
-    is_hopper = target.compute_capability in (90, None) and not target.is_amd
     is_padded = sum(two_parts(width)) != width
-    if not (is_16_bit and is_hopper and load.fills(is_padded)):
+    if not (is_16_bit and target.is_like_hopper and load.fills(is_padded)):
         return 1
     if rows == MATRIX_ROWS:
         return 3 if width <= 256 else 1

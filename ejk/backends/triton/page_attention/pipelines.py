@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from ejk.backends.gpu import Target
-from ejk.backends.page_attention import PagedProblem
+from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.triton._sizes import power_of_two, product_dtype, same_tile, value_bytes
 from ejk.backends.triton.page_attention.tuned import Pipeline
 

@@ -7,7 +7,7 @@ from ejk._backend import Tunable
 from ejk._indices import exceeds
 from ejk.backends.gpu import MAX_GRID, Target
 from ejk.backends.layouts import POOLS
-from ejk.backends.page_attention import CACHES
+from ejk.backends.paged_problem import CACHES
 from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionBackend,
     RaggedPageAttentionOperands,

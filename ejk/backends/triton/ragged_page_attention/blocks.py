@@ -105,7 +105,7 @@ def rows_of_few_tokens(
     """
     rows = rows_of(problem, min(problem.q_len_bound, FEW_TOKENS) * problem.group, target)
     is_free = tuning.fixed_of_many() == (None,) * 4
-    is_alike = same_tile(problem) and rows == MOST_NARROW_ROWS and is_measured(target) and is_free
+    is_alike = same_tile(problem) and rows == MOST_NARROW_ROWS and target.is_like_hopper and is_free
     if not is_alike or not 1 < problem.q_len_bound <= FEW_TOKENS:
         return None
     few = (tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
@@ -158,7 +158,7 @@ def _pays_to_peel(problem: RaggedPageAttentionProblem, target: Target, rows: int
     """Say whether blocks of so many rows are those of drafts that `UNPEELED_TOKENS` is about."""
     are_drafts = problem.q_len_bound > 1 and problem.q_len_bound * problem.group <= rows
     is_alike = problem.query_dtype.itemsize == 2 and value_bytes(problem) >= 1
-    is_alike = is_alike and not problem.latent and is_measured(target)
+    is_alike = is_alike and not problem.latent and target.is_like_hopper
     is_plain = not (problem.has_alibi or problem.has_positions or problem.tree_width)
     return are_drafts and is_alike and is_plain and problem.visible_bound > UNPEELED_TOKENS
 
@@ -178,11 +178,6 @@ def _fills_hopper(problem: RaggedPageAttentionProblem, target: Target) -> bool:
     are_many = 4 * rows >= 3 * HOPPER_LONG[0] * target.num_sms
     has_few_spills = problem.scales != "token"
     return target.compute_capability == 90 and fits and are_many and has_few_spills
-
-
-def is_measured(target: Target) -> bool:
-    """Say whether a target is one of those that drafts were timed on, or is interpreted."""
-    return target.compute_capability in (90, None) and not target.is_amd
 
 
 def _is_hopper(target: Target) -> bool:

@@ -22,13 +22,13 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._planning import context_length, longest_piece
+from ejk.backends.triton._planning import context_length
 from ejk.backends.triton.ragged_page_attention.balance import balanced_chunks
 from ejk.backends.triton.ragged_page_attention.rows import clipped_bounds
 from ejk.backends.triton.ragged_page_attention.work import (
-    MOST_GRANULES,
     bounds_of,
     cut_blocks,
+    longest_piece,
     work_of,
 )
 
@@ -98,10 +98,10 @@ def ragged_plan_kernel(
         longest_narrow = tl.maximum(longest_narrow, tl.max(tl.where(is_wide, 0, granules), 0))
         longest_wide = tl.maximum(longest_wide, tl.max(tl.where(is_wide, granules, 0), 0))
     chunk_narrow = longest_piece(
-        total_narrow, longest_narrow, NARROW_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR, MOST_GRANULES
+        total_narrow, longest_narrow, NARROW_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR
     )
     chunk_wide = longest_piece(
-        total_wide, longest_wide, WIDE_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR, MOST_GRANULES
+        total_wide, longest_wide, WIDE_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR
     )
     if SLOTS > 0 and NARROW_CUTS > 0:
         chunk_narrow, chunk_wide = balanced_chunks(

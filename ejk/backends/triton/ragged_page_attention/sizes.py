@@ -11,10 +11,7 @@ from ejk.backends.gpu import Target
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.ragged_page_attention_plan import ITEM, RaggedPlan
 from ejk.backends.triton._sizes import (
-    EVEN_SHARE,
     GRANULE,
-    choose_cuts,
-    combined_parts,
     feature_constants,
     pages_of_block,
     power_of_two,
@@ -29,12 +26,21 @@ from ejk.backends.triton.ragged_page_attention.blocks import (
     MOST_NARROW_ROWS,
     RaggedBlocks,
     RaggedTuning,
-    is_measured,
     narrow_rows,
     rows_of_few_tokens,
     wide_rows,
 )
 
+# The next three say how ragged batches are cut. They were measured for decode on an H100.
+# Pieces a multiprocessor, enough that the last pieces to start are short. Time is flat from 1 to 4
+# for 256 unequal contexts.
+PIECES_PER_SM = 2.5
+# Contexts stay whole where none is longer than 1.1 of a multiprocessor's fair share of the batch.
+# The numbers are 1.1 * `PIECES_PER_SM` as a fraction, for a share is counted in pieces.
+EVEN_SHARE = (11, 4)
+# A batch that fills the machine twice is not cut if no context exceeds this many tokens: the
+# longest ends long before the rest, and there is nothing to combine, which saves 1.7 us.
+WHOLE_TOKENS = 4096
 # A planning program has BLOCK_SEQS sequences, compares them with MOST_OTHERS at a time, and writes
 # BLOCK_ITEMS items at a time. A program that clears has BLOCK_TOKENS rows. Not measured.
 BLOCK_SEQS, MOST_OTHERS, BLOCK_ITEMS, BLOCK_TOKENS = 4, 1024, 64, 16
@@ -45,6 +51,10 @@ COMBINING = 4
 # Such a program combines the rows of blocks of up to this many one at a time, and eight at a time
 # in larger blocks: with 32 rows, 6,144 rows in two or three parts took 32.8 us one at a time.
 MOST_ONE_BY_ONE = 8
+# Entries of parts that a program of a combination has under way, and the most parts. On an H200,
+# with 2,048, 4,096 and 8,192 entries: 256 new tokens on 8,448, 32/8/128, in two pieces 5.9, 6.1 and
+# 7.6 us; 512 on 32,768 with one KV head, on Triton 10.6, 9.5 and 8.8.
+COMBINE_BLOCK, COMBINE_PARTS = 4096, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +131,7 @@ class RaggedCut:
             "FIRST_SPLIT": self.plan.first_rows[2 + kind],
             "PART_ROWS": self.plan.kinds[kind].rows,
             "HAS_SINKS": problem.has_sinks,
-            "BLOCK_PARTS": combined_parts(block_dv * rows),
+            "BLOCK_PARTS": max(1, min(COMBINE_PARTS, COMBINE_BLOCK // (block_dv * rows))),
             "BLOCK_ROWS": rows,
             "BLOCK_DV": block_dv,
             "GRID": self.combine_grid(problem, kind),
@@ -196,11 +206,17 @@ class RaggedSizes(RaggedCut):
 
 
 def cuts_of(problem: RaggedPageAttentionProblem, target: Target) -> int:
-    """Return in about how many pieces the contexts of each kind are cut; 0 if none is."""
-    if problem.visible_bound <= GRANULE:
+    """Return in about how many pieces the contexts of each kind are cut: enough for the machine.
+
+    0 leaves every context whole; the plan is then only an order.
+    """
+    longest, programs = problem.visible_bound, problem.num_kv_heads  # of a piece
+    if longest <= GRANULE:
         return 0
     most = min(problem.num_seqs, problem.total_tokens)
-    return choose_cuts(target.num_sms, most, problem.num_kv_heads, problem.visible_bound)
+    if most * programs >= 2 * target.num_sms and longest <= WHOLE_TOKENS:
+        return 0
+    return max(1, int(PIECES_PER_SM * target.num_sms / programs))
 
 
 def ragged_size_refusals(problem: RaggedPageAttentionProblem) -> list[str]:
@@ -220,7 +236,7 @@ def _copies_first(problem: RaggedPageAttentionProblem, rows: int, target: Target
     stages, where the copies have two blocks' time, 151.7 and 156.5. A prefetch of the block to the
     L2 cache took 125.3 us with 16 heads and 232.9 with 32.
     """
-    return same_tile(problem) and rows == 64 and is_measured(target)
+    return same_tile(problem) and rows == 64 and target.is_like_hopper
 
 
 def _block_others(problem: RaggedPageAttentionProblem) -> int:

@@ -5,7 +5,7 @@ import typing
 import triton
 import triton.language as tl
 
-from ejk.backends.triton._planning import context_length, cut
+from ejk.backends.triton._planning import context_length
 from ejk.backends.triton.ragged_page_attention.rows import clipped_bounds
 
 MOST_GRANULES = tl.constexpr(2**30)  # of a piece, so that twice as many are an int32
@@ -58,7 +58,23 @@ def work_of(
 
 @triton.jit
 @typing.no_type_check
+def longest_piece(
+    total, longest, CUTS: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr
+):
+    """Return the most granules of a piece: `longest`, if that is about a fair share of `total`."""
+    even = longest.to(tl.int64) * CUTS * DENOMINATOR <= total * NUMERATOR
+    chunk = tl.where(even, longest, tl.cdiv(total, tl.maximum(CUTS, 1)))
+    return tl.maximum(tl.minimum(chunk, MOST_GRANULES), 1).to(tl.int32)  # [1]
+
+
+@triton.jit
+@typing.no_type_check
 def cut_blocks(blocks, granules, chunk, WHOLE_CHUNKS: tl.constexpr):
-    """Cut what each block of a sequence sees in the fewest equal pieces of at most a chunk."""
-    pieces, size = cut(granules, chunk, WHOLE_CHUNKS)
+    """Cut what each block of a sequence sees in the fewest equal pieces of at most a chunk.
+
+    Up to `WHOLE_CHUNKS` chunks stay whole: they start early, and end before others.
+    """
+    pieces = tl.where(granules > WHOLE_CHUNKS * chunk, tl.cdiv(granules, chunk), 1)
+    size = tl.cdiv(granules, pieces)
+    pieces = tl.maximum(tl.cdiv(granules, tl.maximum(size, 1)), 1)
     return tl.where(blocks > 0, pieces, 0), size
