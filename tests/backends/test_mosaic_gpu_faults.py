@@ -130,7 +130,7 @@ class RaggedMutant(ejk.MosaicGpuRaggedPageAttention):
     bug: str = ""
 
     @property
-    def _decode(self):
+    def _decode_backend(self):
         return Mutant(self.compute_capability, self.num_sms, self.interpret, self.bug)
 
 

@@ -120,28 +120,27 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         return reasons + unfit_cache(problem, BLOCK_KV.get(head_dim, max(BLOCK_KV.values())))
 
     def _unfit_decode(self, problem: RaggedPageAttentionProblem) -> list[str]:
-        decode, as_decode = self._decode, AsDecode.of(problem)
-        missing = sorted(as_decode.decode.features - decode.features)
+        backend, as_decode = self._decode_backend, AsDecode.of(problem)
+        missing = sorted(as_decode.decode_problem.features - backend.features)
         missing += ["causal=False"] * (not problem.causal)
         reasons = [f"does not support {feature} with value_head_dim" for feature in missing]
-        call = as_decode.decode
         if as_decode.tokens == 1 and problem.num_heads < FEWEST_HEADS_ALONE:
             reasons.append(
                 f"num_heads={problem.num_heads} must be at least {FEWEST_HEADS_ALONE}, or one of "
                 f"{SHARED_HEADS} without a sliding_window"
             )
-        return reasons + decode.unfit(call)
+        return reasons + backend.unfit(as_decode.decode_problem)
 
     @property
-    def _decode(self) -> MosaicGpuPageAttention:
+    def _decode_backend(self) -> MosaicGpuPageAttention:
         return MosaicGpuPageAttention(self.compute_capability, self.num_sms, self.interpret)
 
-    def _call(self, target: Target, as_decode: AsDecode) -> PageAttentionProblem:
-        """Return the call of decode: of very many blocks none is cut."""
-        call = as_decode.decode
-        held = self._decode.part_bytes(target, call)
+    def _decode_problem(self, target: Target, as_decode: AsDecode) -> PageAttentionProblem:
+        """Return the problem of decode: of very many blocks none is cut."""
+        problem = as_decode.decode_problem
+        held = self._decode_backend.part_bytes(target, problem)
         is_large = as_decode.num_blocks > MOST_PLANNED or held > MOST_PART_BYTES
-        return dataclasses.replace(call, num_splits=1) if is_large else call
+        return dataclasses.replace(problem, num_splits=1) if is_large else problem
 
     def passed_over(
         self, problem: RaggedPageAttentionProblem, platform: str
@@ -184,7 +183,8 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
         if problem.latent:
-            return self._decode.limits_on(target, self._call(target, AsDecode.of(problem)))
+            decode_problem = self._decode_problem(target, AsDecode.of(problem))
+            return self._decode_backend.limits_on(target, decode_problem)
         reasons = unfit_target(target) + ragged_size_refusals(problem)
         if problem.cache_type.is_quantised and exceeds(copied_bytes(problem), MOST_COPIED):
             reasons.append(
@@ -206,10 +206,10 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
         if problem.latent:
             as_decode = AsDecode.of(problem)
-            decode = self._call(target, as_decode)
+            backend, decode_problem = self._decode_backend, self._decode_problem(target, as_decode)
             return as_decode.run(
                 operands,
-                lambda given, tokens: self._decode.run_on(target, decode, given, call, tokens),
+                lambda given, tokens: backend.run_on(target, decode_problem, given, call, tokens),
             )
         if problem.scales == "token":
             operands = ordered_scales(problem, operands, BLOCK_KV[problem.head_dim])
