@@ -13,10 +13,10 @@ from ejk.backends.mosaic_gpu._backend import (
     unfit_cache,
     unfit_target,
 )
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.page_attention.sizes import (
     BLOCK_KV,
     HEAD_DIM,
-    ROWS,
     VALUE_HEAD_DIM,
     LatentSizes,
 )

@@ -32,9 +32,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ejk.backends.mosaic_gpu._arithmetic import LOG2E, SLACK, accumulator, spread
+from ejk.backends.mosaic_gpu._arithmetic import LOG2E, SLACK, accumulator, added, fill, spread
 from ejk.backends.mosaic_gpu._private import ROW, TILE
 from ejk.backends.mosaic_gpu._private_softmax import rescaled
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS, SWIZZLED
 from ejk.backends.mosaic_gpu.page_attention.copying import Copying
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, Shared
 from ejk.backends.mosaic_gpu.page_attention.piece import (
@@ -44,7 +45,7 @@ from ejk.backends.mosaic_gpu.page_attention.piece import (
     my_piece,
     visible,
 )
-from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, SWIZZLED, LatentSizes
+from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, LatentSizes
 from ejk.backends.mosaic_gpu.page_attention.writing import Writing
 
 COPY = 2  # the warpgroup that does not compute
@@ -153,7 +154,7 @@ class Attending:
             else:  # of the products under way only the last may go on
                 s = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
             after, alpha = self._softmax(s, j, slot, after)
-            acc = self._weighed(acc_ref, acc)
+            acc = added(self.sizes.interpret, acc_ref, acc)
             self._release(1 - slot)
             return after._replace(acc=acc), alpha
 
@@ -167,19 +168,15 @@ class Attending:
 
         def run(acc_ref: Any) -> Any:
             self._issue_weighing(acc_ref, acc, slot)
-            return self._weighed(acc_ref, acc)
+            return added(self.sizes.interpret, acc_ref, acc)
 
         new = pl.run_scoped(run, accumulator(ROWS, self.sizes.half))
         self._release(slot)
         return state._replace(acc=new)
 
     def _issue_weighing(self, acc_ref: Any, acc: Any, slot: Any) -> None:
-        if not self.sizes.interpret:  # whose accumulators begin with zeros
-            acc_ref[...] = acc
+        fill(self.sizes.interpret, acc_ref, acc)
         plgpu.wgmma(acc_ref, self.shared.rest.at[slot], self.shared.keys.at[slot, self.half])
-
-    def _weighed(self, acc_ref: Any, acc: Any) -> Any:
-        return acc_ref[...] + acc if self.sizes.interpret else acc_ref[...]
 
     def _logits(self, slot: Any) -> Any:
         def run(s_ref: Any) -> Any:

@@ -16,11 +16,10 @@ from ejk.backends.mosaic_gpu._backend import (
     unfit_cache,
     unfit_target,
 )
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.page_attention.backend import MosaicGpuPageAttention
-from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS as DECODE_ROWS
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
     BLOCK_KV,
-    ROWS,
     PrefillSizes,
 )
 from ejk.backends.mosaic_gpu.ragged_page_attention.tokens import (
@@ -59,7 +58,7 @@ FEW_ROWS = 16
 # on 128 x 1,024 1.093. Larger pages, slopes and soft caps were not measured.
 FEW_ROWS_OF_64 = 64
 # In latent attention a token that has a program for itself fills more than half of its rows.
-FEWEST_HEADS_ALONE = DECODE_ROWS // 2 + 1
+FEWEST_HEADS_ALONE = ROWS // 2 + 1
 # Where tokens share one, launches count on contexts of up to so many tokens, if sequences have at
 # most a program's rows on average: Triton has fewer. Its time over this one's on an H200, pages of
 # 64, by new tokens:
@@ -149,12 +148,12 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         if self.interpret:
             return None
         is_shared = problem.latent and AsDecode.of(problem).tokens > 1
-        is_few = min(rows * problem.num_seqs, each) <= DECODE_ROWS * problem.num_seqs
+        is_few = min(rows * problem.num_seqs, each) <= ROWS * problem.num_seqs
         if is_shared and is_few and problem.visible_bound <= SHORT_TOKENS:
             return left_to_triton(
                 f"total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs}, "
                 f"max_q_len={problem.q_len_bound}, {problem.group} query heads and "
-                f"max_context_len={problem.visible_bound}, up to {DECODE_ROWS} rows each that see "
+                f"max_context_len={problem.visible_bound}, up to {ROWS} rows each that see "
                 f"{SHORT_TOKENS} tokens"
             )
         if is_shared and each * problem.visible_bound <= FEW_LOGITS:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk._indices import Size, least
-from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.page_attention.tokens import Tokens
 from ejk.backends.page_attention import (
     PageAttentionOperands,
