@@ -35,9 +35,9 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem,
 )
 from ejk.backends.triton._backend import Call
-from ejk.backends.triton.ragged_page_attention.backend import RaggedSteps
 from ejk.backends.triton.ragged_page_attention.blocks import UNPEELED_TOKENS
 from ejk.backends.triton.ragged_page_attention.sizes import ragged_size_refusals
+from ejk.backends.triton.ragged_page_attention.steps import combine, list_work
 from ejk.backends.triton.ragged_page_attention.widening import (
     FEW_ROWS_OF_COPIES,
     MOST_COPIED,
@@ -215,14 +215,16 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         if problem.cache_type.is_quantised:
             problem, operands = widened(problem, operands, target, call)
         sizes = PrefillSizes.of(problem, target, interpret=self.interpret, plain=self.plain)
-        steps = RaggedSteps(problem, operands, sizes, call)
-        work = steps.list_work()
+        work = list_work(problem, operands, sizes, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
             written = attend(sizes, operands, work)
         memory = {f"{name}_ptr": x for name, x in written._asdict().items()}
         for kind in range(len(sizes.plan.kinds)):
-            memory = steps.combine(kind, work, memory)
-        return steps.results(memory)
+            memory = combine(
+                memory, kind, problem=problem, operands=operands, sizes=sizes, work=work, call=call
+            )
+        results = memory["out_ptr"], memory["lse_ptr"]
+        return results if problem.return_lse else results[:1]
 
 
 def _few_rows(problem: RaggedPageAttentionProblem) -> int:
