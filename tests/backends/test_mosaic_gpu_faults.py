@@ -24,6 +24,7 @@ from ejk.testing.ragged_page_attention import build_ragged
 
 pytestmark = gpu_interpreter.marks
 FOLDER = "ejk.backends.mosaic_gpu.page_attention"
+FOLDERS = {"_pages": "ejk.backends.mosaic_gpu"}  # those that are elsewhere
 MERGED = (570, 60, 500), (0, 3, 8, 11)  # the long contexts are in parts
 
 FAULTS = {
@@ -41,7 +42,7 @@ FAULTS = {
     ),
     "wrong arrivals": ("memory", "arrivals=sizes.copies", "arrivals=1"),
     "an id is not checked": (
-        "piece", "(page >= 0) & (page < sizes.problem.num_pages)", "page == page",
+        "_pages", "(page >= 0) & (page < num_pages)", "page == page",
     ),
     "values that are not visible stay": (
         "kernel", "jnp.where(seen, values, jnp.zeros_like(values))", "values",
@@ -130,7 +131,7 @@ class RaggedMutant(ejk.MosaicGpuRaggedPageAttention):
     bug: str = ""
 
     @property
-    def _decode(self):
+    def _decode_backend(self):
         return Mutant(self.compute_capability, self.num_sms, self.interpret, self.bug)
 
 
@@ -196,8 +197,8 @@ def check_tokens(bug, lens=(196, 60, 128), bounds=(0, 5, 8, 16)):
 def mutated(file, old, new):
     """Execute a module, one place of it changed; then those that use it, down to the kernel."""
     made = {}
-    for name in ("memory", "piece", "copying", "writing", "kernel"):
-        module = importlib.import_module(f"{FOLDER}.{name}")
+    for name in ("_pages", "memory", "piece", "copying", "writing", "kernel"):
+        module = importlib.import_module(f"{FOLDERS.get(name, FOLDER)}.{name}")
         source = inspect.getsource(module)
         if name == file:
             assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"

@@ -8,10 +8,10 @@ import mosaic_offline
 import pytest
 
 import ejk
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
     BLOCK_KV,
     Q_SLOTS,
-    ROWS,
     STAGES,
     WARPGROUPS,
 )

@@ -35,10 +35,13 @@ SHAPE = changed(page_size=16, max_blocks=28, num_pages=130)
 FOLDER = "ejk.backends.mosaic_gpu.ragged_page_attention"
 # Each imports of those before it.
 MODULES = (
-    "widening", "memory", "tiles", "mask", "softmax", "copying", "writing", "rows", "kernel",
-    "call", "scaling",
+    "widening", "_pages", "memory", "tiles", "mask", "softmax", "copying", "writing", "rows",
+    "kernel", "call", "scaling",
 )  # fmt: skip
-FOLDERS = {"widening": "ejk.backends.triton.ragged_page_attention"}  # those that are elsewhere
+FOLDERS = {  # those that are elsewhere
+    "widening": "ejk.backends.triton.ragged_page_attention",
+    "_pages": "ejk.backends.mosaic_gpu",
+}
 
 FAULTS = {
     "no wait for the queries": (
@@ -74,7 +77,7 @@ FAULTS = {
         "keys_there=barriers(sizes.stages, 1)", "hidden",
     ),
     "an id is not checked": (
-        "tiles", "(page >= 0) & (page < sizes.problem.num_pages)", "page == page", "hidden",
+        "_pages", "(page >= 0) & (page < num_pages)", "page == page", "hidden",
     ),
     "hidden pages are taken for whole blocks": (
         "mask", "jnp.minimum(tile.end, tile.whole)", "tile.end", "hidden",

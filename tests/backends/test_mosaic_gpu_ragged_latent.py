@@ -75,7 +75,9 @@ def merges(monkeypatch):
     """Return a list that each merging of parts is added to, as it is traced."""
     jax.clear_caches()
     found, combine = [], decode.combine
-    monkeypatch.setattr(decode, "combine", lambda *args: found.append(args) or combine(*args))
+    monkeypatch.setattr(
+        decode, "combine", lambda *args, **given: found.append(args) or combine(*args, **given)
+    )
     return found
 
 

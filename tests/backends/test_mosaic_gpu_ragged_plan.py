@@ -16,10 +16,10 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
 from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import my_tile, my_tiles
 from ejk.backends.ragged_page_attention import RaggedPageAttentionOperands
 from ejk.backends.triton import _launch
-from ejk.backends.triton.ragged_page_attention.backend import RaggedSteps
 from ejk.backends.triton.ragged_page_attention.balance import NARROW_COST
 from ejk.backends.triton.ragged_page_attention.combine_kernel import ragged_combine_kernel
 from ejk.backends.triton.ragged_page_attention.plan_kernel import ragged_plan_kernel
+from ejk.backends.triton.ragged_page_attention.steps import list_work
 
 SLOTS = H100["num_sms"]
 TARGET = Target.of("cuda", **H100)
@@ -56,7 +56,7 @@ def dealt(name):
         *[None] * 3, jnp.array(context_lens, jnp.int32), None, jnp.array(bounds), *[None] * 6
     )
     call = functools.partial(_launch.call, compute_capability=90, interpret=True)
-    return sizes, np.asarray(RaggedSteps(problem, operands, sizes, call).list_work())
+    return sizes, np.asarray(list_work(problem, operands, sizes, call))
 
 
 def items(name):

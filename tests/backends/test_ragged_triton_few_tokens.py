@@ -13,8 +13,8 @@ from test_triton_compile import LATENT, gpu_of
 import ejk
 from ejk.backends.ragged_page_attention import RaggedPageAttentionOperands
 from ejk.backends.triton import _launch
-from ejk.backends.triton.ragged_page_attention.backend import RaggedSteps
 from ejk.backends.triton.ragged_page_attention.blocks import FEW_TOKENS, UNPEELED_TOKENS
+from ejk.backends.triton.ragged_page_attention.steps import list_work
 from ejk.testing.bounds import assert_close
 from ejk.testing.configurations import BF16, E4M3, INT8, Configuration
 from ejk.testing.ragged_page_attention import build_ragged
@@ -52,7 +52,7 @@ def test_the_last_program_ends_soon_after_the_average(name):
         *[None] * 3, jnp.array(lens, jnp.int32), None, jnp.array(bounds), *[None] * 6
     )
     call = functools.partial(_launch.call, compute_capability=90, interpret=True)
-    work = np.asarray(RaggedSteps(problem, operands, sizes, call).list_work())
+    work = np.asarray(list_work(problem, operands, sizes, call))
     items = work[1 : 1 + work[0, 0]]
     busy = np.zeros(SLOTS)
     for granules, pieces in zip(np.ceil(items[:, 7] / sizes.plan.granule), items[:, 5]):

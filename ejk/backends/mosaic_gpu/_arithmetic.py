@@ -33,3 +33,14 @@ def rounded(out: Any, dtype: Any) -> Any:
 def accumulator(rows: int, columns: int) -> Any:
     """Return what a product of the tensor cores adds to, in registers."""
     return plgpu.ACC((rows, columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def fill(interpret: bool, acc_ref: Any, acc: Any) -> None:
+    """Have products add to `acc`. The interpreter's accumulators begin with zeros: see `added`."""
+    if not interpret:
+        acc_ref[...] = acc
+
+
+def added(interpret: bool, acc_ref: Any, acc: Any) -> Any:
+    """Wait for products, and return what they and `acc` add up to."""
+    return acc_ref[...] + acc if interpret else acc_ref[...]

@@ -7,6 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from ejk._indices import Size
+
+
+def exists(page: Any, num_pages: Size) -> Any:
+    """Say whether an id names a page."""
+    return (page >= 0) & (page < num_pages)
+
 
 def page_bits(exist: Iterable[Any]) -> Any:
     """Return a bit for each page, from the lowest on: whether it exists."""

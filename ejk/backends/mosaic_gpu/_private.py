@@ -21,6 +21,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from ejk.backends.mosaic_gpu._registers import accumulated, run, scalar_of
+from ejk.backends.mosaic_gpu._shared_memory import transforms
+from ejk.backends.mosaic_gpu._tensor_cores import SWIZZLED, SWIZZLED_BYTES, TILE_ROWS
 
 TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)  # of what a row of such a tile has once
@@ -28,8 +30,7 @@ COLUMN = TILE.reduce(0)  # and of what a column has once
 SCALAR = plgpu.Layout.WG_SPLAT(())
 FIRST_BARRIER = 8  # of the hardware's named ones; Mosaic uses 0 and one a warpgroup
 THREADS = 128  # of a warpgroup
-TILED = (8, 64)  # elements of 16 bits that lie together in swizzled shared memory
-TILED_BYTES = 1024
+TILE_BYTES = TILE_ROWS * SWIZZLED_BYTES
 WGMMA_DEPTH = 16  # elements that one instruction multiplies and adds up
 
 
@@ -41,7 +42,7 @@ def issue_logits(plain: bool, s_ref: Any, q: Any, k: Any) -> Any:
     if not plain:
         return _products(q, k)
     for chunk in range(q.shape[0]):
-        columns = slice(chunk * TILED[1], (chunk + 1) * TILED[1])
+        columns = slice(chunk * SWIZZLED, (chunk + 1) * SWIZZLED)
         plgpu.wgmma(s_ref, q.at[chunk], k.at[:, columns].T)
     return None
 
@@ -59,27 +60,24 @@ def _products(q: Any, k: Any) -> Any:
     """Issue q . k' of `[chunks, 64, 64]` and `[block_kv, 64 * chunks]`."""
     (chunks, rows, _), (block_kv, _) = q.shape, k.shape
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(q.dtype).name]
-    tiling = plgpu.TilingTransform(TILED)  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
-    tiles = (tiling, swizzle)
     result = plgpu.ShapeDtypeStruct((rows, block_kv), jnp.float32, layout=TILE)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiles),) * 2, return_type=result)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms(q.dtype)),) * 2, return_type=result)
     def products(ctx: Any, q: Any, k: Any) -> Any:
         del ctx
         count = block_kv // 2  # registers of a thread
         field = ir.VectorType.get((1,), ir.F32Type.get())
-        q_base, k_base = _descriptor(q, TILED_BYTES), _descriptor(k, TILED_BYTES * chunks)
+        q_base, k_base = _descriptor(q, TILE_BYTES), _descriptor(k, TILE_BYTES * chunks)
         # Unknown to the compiler, or it would keep the descriptors of all steps in registers.
         i64 = ir.IntegerType.get_signless(64)
         q_base = llvm.inline_asm(i64, [q_base], "mov.b64 $0, $1;", "=l,l", has_side_effects=True)
         run("wgmma.fence.sync.aligned;", "")
         registers: list[Any] = []
-        for step in range(chunks * TILED[1] // WGMMA_DEPTH):
-            chunk, within = divmod(step * WGMMA_DEPTH, TILED[1])
+        for step in range(chunks * SWIZZLED // WGMMA_DEPTH):
+            chunk, within = divmod(step * WGMMA_DEPTH, SWIZZLED)
             operands = [
-                _moved(q_base, chunk * rows // TILED[0] * TILED_BYTES + within * 2),
-                _moved(k_base, chunk * TILED_BYTES + within * 2),
+                _moved(q_base, chunk * rows // TILE_ROWS * TILE_BYTES + within * 2),
+                _moved(k_base, chunk * TILE_BYTES + within * 2),
             ]
             tied = len(registers)  # the first product of all adds to nothing
             out = llvm.inline_asm(

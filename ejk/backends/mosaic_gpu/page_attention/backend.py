@@ -13,10 +13,10 @@ from ejk.backends.mosaic_gpu._backend import (
     unfit_cache,
     unfit_target,
 )
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.page_attention.sizes import (
     BLOCK_KV,
     HEAD_DIM,
-    ROWS,
     VALUE_HEAD_DIM,
     LatentSizes,
 )
@@ -112,21 +112,19 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
         work = work_of(sizes.cut.plan, problem.plan, operands, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
             written = attend(sizes, operands, tokens, work)
-        out, lse = written.out, written.lse
+        results = written.out, written.lse
         if written.part_out is not None:
-            out, lse = combine(
-                sizes.cut,
-                sizes.problem,
-                written.part_out,
-                written.part_lse,
-                None,
-                work,
-                out,
-                lse,
-                call,
-                tokens.spans,
+            results = combine(
+                (written.part_out, written.part_lse),
+                results,
+                problem=sizes.problem,
+                sizes=sizes.cut,
+                sinks=None,
+                work=work,
+                call=call,
+                spans=tokens.spans,
             )
-        results = (out, lse) if problem.return_lse else (out,)
+        results = results if problem.return_lse else results[:1]
         return tuple(x[:, : problem.num_heads] for x in results)
 
     @property

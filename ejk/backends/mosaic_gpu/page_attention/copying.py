@@ -8,9 +8,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ejk.backends.mosaic_gpu._pages import page_bits
+from ejk.backends.mosaic_gpu._pages import exists, page_bits
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Shared
-from ejk.backends.mosaic_gpu.page_attention.piece import Piece, exists, pages_of
+from ejk.backends.mosaic_gpu.page_attention.piece import Piece, pages_of
 from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, LatentSizes
 
 REGISTERS = 24  # of a thread
@@ -60,7 +60,7 @@ class Copying:
         shared, sizes = self.shared, self.sizes
         copied = sizes.copied_rows
         first = lax.rem((self.piece.first_block + j) * BLOCK_KV, sizes.problem.page_size)
-        exist = [exists(page, sizes) for page in pages]
+        exist = [exists(page, sizes.problem.num_pages) for page in pages]
         for third in range(3):
             if third < 2:
                 plgpu.barrier_wait(shared.half_free.at[2 * slot + third])

@@ -25,7 +25,6 @@ take turns, after FlashMLA's "seesaw" (DeepSeek, 2025).
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -33,9 +32,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ejk.backends.mosaic_gpu._arithmetic import LOG2E, SLACK, accumulator, spread
+from ejk.backends.mosaic_gpu._arithmetic import LOG2E, SLACK, accumulator, added, fill, spread
 from ejk.backends.mosaic_gpu._private import ROW, TILE
 from ejk.backends.mosaic_gpu._private_softmax import rescaled
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS, SWIZZLED
 from ejk.backends.mosaic_gpu.page_attention.copying import Copying
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs, Outputs, Shared
 from ejk.backends.mosaic_gpu.page_attention.piece import (
@@ -45,7 +45,7 @@ from ejk.backends.mosaic_gpu.page_attention.piece import (
     my_piece,
     visible,
 )
-from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, SWIZZLED, LatentSizes
+from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, LatentSizes
 from ejk.backends.mosaic_gpu.page_attention.writing import Writing
 
 COPY = 2  # the warpgroup that does not compute
@@ -70,9 +70,9 @@ def latent_attention_kernel(
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup == COPY)(Copying(inputs, shared, sizes, piece).run)
         scale = inputs.attn_scale[0] * LOG2E
-        attending = Attending(inputs, outputs, shared, sizes, piece, scale)
         for half in range(2):
-            pl.when(warpgroup == half)(functools.partial(attending.run, half))
+            attending = Attending(inputs, outputs, shared, sizes, piece, scale, half)
+            pl.when(warpgroup == half)(attending.run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,42 +85,43 @@ class Attending:
     sizes: LatentSizes
     piece: Piece
     scale: Any  # of logits in log2 units
+    half: int  # which one of the values, and which of every two blocks, is its own
 
-    def run(self, half: int) -> None:
+    def run(self) -> None:
         """Attend to the piece: logits of every second block, and one half of all values."""
         plgpu.set_max_registers(REGISTERS, action="increase")
         shared, blocks = self.shared, self.piece.blocks
         for slot in range(2):
-            self._release(slot, half)
+            self._release(slot)
         plgpu.barrier_wait(shared.query_there)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, self.sizes.half), jnp.float32), TILE)
         m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
         l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
         state = State(acc, m, l)
-        if half == 0:  # before whose first block there is none
-            state, alpha = self._softmax(self._logits(0, half), 0, 0, state)
-            state = self._weigh(0, 0, half, alpha, state)
+        if self.half == 0:  # before whose first block there is none
+            state, alpha = self._softmax(self._logits(0), 0, 0, state)
+            state = self._weigh(0, 0, alpha, state)
 
         def two_blocks(i: Any, carry: tuple[Any, State]) -> tuple[Any, State]:
-            return self._two_blocks(2 - half + 2 * i, half, *carry)
+            return self._two_blocks(2 - self.half + 2 * i, *carry)
 
-        pairs = lax.div(blocks - 1 + half, 2)
-        _, state = lax.fori_loop(0, pairs, two_blocks, (jnp.int32(half), state))
+        pairs = lax.div(blocks - 1 + self.half, 2)
+        _, state = lax.fori_loop(0, pairs, two_blocks, (jnp.int32(self.half), state))
 
         def last_of_other(_: Any, state: State) -> State:
-            return self._others(blocks - 1, 1 - half, half, state)
+            return self._others(blocks - 1, 1 - self.half, state)
 
-        state = lax.fori_loop(0, lax.rem(blocks + 1 - half, 2), last_of_other, state)
-        self._write(half, state)
+        state = lax.fori_loop(0, lax.rem(blocks + 1 - self.half, 2), last_of_other, state)
+        self._write(state)
 
-    def _two_blocks(self, j: Any, half: int, slot: Any, state: State) -> tuple[Any, State]:
+    def _two_blocks(self, j: Any, slot: Any, state: State) -> tuple[Any, State]:
         """Take block `j - 1`, of the other warpgroup, and block `j`, which is its own."""
-        if half == 0:
-            state = self._others(j - 1, 1 - slot, half, state)
-            state, alpha = self._softmax(self._logits(slot, half), j, slot, state)
+        if self.half == 0:
+            state = self._others(j - 1, 1 - slot, state)
+            state, alpha = self._softmax(self._logits(slot), j, slot, state)
         else:
-            state, alpha = self._own_and_other(j, slot, half, state)
-        state = self._weigh(j, slot, half, alpha, state)
+            state, alpha = self._own_and_other(j, slot, state)
+        state = self._weigh(j, slot, alpha, state)
         return slot + self._zero(), state
 
     def _zero(self) -> Any:
@@ -134,64 +135,60 @@ class Attending:
         length = self.inputs.context_lens[self.piece.seq]
         return (length == jnp.iinfo(jnp.int32).min).astype(jnp.int32)  # then there is no loop
 
-    def _others(self, j: Any, slot: Any, half: int, state: State) -> State:
+    def _others(self, j: Any, slot: Any, state: State) -> State:
         """Weigh the values of a block of the other warpgroup."""
         state, alpha = self._weights_of_other(slot, state)
-        return self._weigh(j, slot, half, alpha, state)
+        return self._weigh(j, slot, alpha, state)
 
-    def _own_and_other(self, j: Any, slot: Any, half: int, state: State) -> tuple[State, Any]:
+    def _own_and_other(self, j: Any, slot: Any, state: State) -> tuple[State, Any]:
         """Weigh block `j - 1`, of the other warpgroup; find the weights of block `j`."""
 
         def run(acc_ref: Any, s_ref: Any) -> tuple[State, Any]:
-            self._issue_logits(s_ref, slot, half)
+            self._issue_logits(s_ref, slot)
             after, alpha = self._weights_of_other(1 - slot, state)
-            self._clear(j - 1, 1 - slot, half)
+            self._clear(j - 1, 1 - slot)
             acc = rescaled(self.sizes.interpret, after.acc, alpha)
-            self._issue_weighing(acc_ref, acc, 1 - slot, half)
+            self._issue_weighing(acc_ref, acc, 1 - slot)
             if self.sizes.interpret:
                 s = s_ref[...]
             else:  # of the products under way only the last may go on
                 s = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
             after, alpha = self._softmax(s, j, slot, after)
-            acc = self._weighed(acc_ref, acc)
-            self._release(1 - slot, half)
+            acc = added(self.sizes.interpret, acc_ref, acc)
+            self._release(1 - slot)
             return after._replace(acc=acc), alpha
 
         accumulators = accumulator(ROWS, self.sizes.half), accumulator(ROWS, BLOCK_KV)
         return pl.run_scoped(run, *accumulators)
 
-    def _weigh(self, j: Any, slot: Any, half: int, alpha: Any, state: State) -> State:
+    def _weigh(self, j: Any, slot: Any, alpha: Any, state: State) -> State:
         """Add a block's weighted values; its place is then free."""
-        self._clear(j, slot, half)
+        self._clear(j, slot)
         acc = rescaled(self.sizes.interpret, state.acc, alpha)
 
         def run(acc_ref: Any) -> Any:
-            self._issue_weighing(acc_ref, acc, slot, half)
-            return self._weighed(acc_ref, acc)
+            self._issue_weighing(acc_ref, acc, slot)
+            return added(self.sizes.interpret, acc_ref, acc)
 
         new = pl.run_scoped(run, accumulator(ROWS, self.sizes.half))
-        self._release(slot, half)
+        self._release(slot)
         return state._replace(acc=new)
 
-    def _issue_weighing(self, acc_ref: Any, acc: Any, slot: Any, half: int) -> None:
-        if not self.sizes.interpret:  # whose accumulators begin with zeros
-            acc_ref[...] = acc
-        plgpu.wgmma(acc_ref, self.shared.rest.at[slot], self.shared.keys.at[slot, half])
+    def _issue_weighing(self, acc_ref: Any, acc: Any, slot: Any) -> None:
+        fill(self.sizes.interpret, acc_ref, acc)
+        plgpu.wgmma(acc_ref, self.shared.rest.at[slot], self.shared.keys.at[slot, self.half])
 
-    def _weighed(self, acc_ref: Any, acc: Any) -> Any:
-        return acc_ref[...] + acc if self.sizes.interpret else acc_ref[...]
-
-    def _logits(self, slot: Any, half: int) -> Any:
+    def _logits(self, slot: Any) -> Any:
         def run(s_ref: Any) -> Any:
-            self._issue_logits(s_ref, slot, half)
+            self._issue_logits(s_ref, slot)
             return s_ref[...]
 
         return pl.run_scoped(run, accumulator(ROWS, BLOCK_KV))
 
-    def _issue_logits(self, s_ref: Any, slot: Any, half: int) -> None:
+    def _issue_logits(self, s_ref: Any, slot: Any) -> None:
         """Start the products of queries and keys, each third of them as soon as it is there."""
         shared = self.shared
-        zero = slot - half  # see `_zero`: the slot of own blocks is their warpgroup's number
+        zero = slot - self.half  # see `_zero`: the slot of own blocks is their warpgroup's number
         query = (shared.query.at[zero], shared.query.at[1 + zero], shared.query_rest)
         keys = (shared.keys.at[slot, 0], shared.keys.at[slot, 1], shared.rest.at[slot])
         for third in range(3):
@@ -231,13 +228,13 @@ class Attending:
         )
         return State(state.acc, m, state.l * alpha), alpha
 
-    def _clear(self, j: Any, slot: Any, half: int) -> None:
+    def _clear(self, j: Any, slot: Any) -> None:
         """Clear values that are not visible: they may be anything, and 0 * nan is nan."""
 
         @pl.when(self._is_partial(j, slot))
         def _() -> None:
             for entry in range(0, self.sizes.half, SWIZZLED):
-                ref = self.shared.keys.at[slot, half, :, pl.ds(entry, SWIZZLED)]
+                ref = self.shared.keys.at[slot, self.half, :, pl.ds(entry, SWIZZLED)]
                 values = plgpu.load(ref, layout=TILE)
                 seen = self._visible(j, slot, values.shape, 0)
                 ref[...] = jnp.where(seen, values, jnp.zeros_like(values))
@@ -251,19 +248,19 @@ class Attending:
         token = _places(shape, axis)
         return visible(token, j, self.shared.exist[slot], self.piece, self.sizes)
 
-    def _release(self, slot: Any, half: int) -> None:
-        plgpu.barrier_arrive(self.shared.half_free.at[2 * slot + half])
+    def _release(self, slot: Any) -> None:
+        plgpu.barrier_arrive(self.shared.half_free.at[2 * slot + self.half])
 
-    def _write(self, half: int, state: State) -> None:
+    def _write(self, state: State) -> None:
         """Write one half of the output, and the LSE, once no warpgroup reads keys any more."""
         shared, sizes = self.shared, self.sizes
-        shared.sums.at[half][...] = state.l
+        shared.sums.at[self.half][...] = state.l
         plgpu.barrier_arrive(shared.sums_there)
         plgpu.barrier_wait(shared.sums_there)
-        l = state.l + plgpu.load(shared.sums.at[1 - half], layout=ROW)
+        l = state.l + plgpu.load(shared.sums.at[1 - self.half], layout=ROW)
         out = state.acc * spread(1 / jnp.where(l == 0, 1.0, l), sizes.half)
         lse = jnp.where(l == 0, -jnp.inf, state.m + jnp.log2(l))
-        writing = Writing(self.inputs, self.outputs, shared, sizes, self.piece, half)
+        writing = Writing(self.inputs, self.outputs, shared, sizes, self.piece, self.half)
         writing.write(out, lse)
 
 

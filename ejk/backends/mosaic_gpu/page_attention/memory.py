@@ -5,13 +5,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ejk.backends.mosaic_gpu.page_attention.sizes import (
-    BLOCK_KV,
-    ROWS,
-    SMALLEST,
-    SWIZZLED,
-    LatentSizes,
-)
+from ejk.backends.mosaic_gpu._shared_memory import swizzled
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
+from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, LatentSizes
 
 
 class Inputs(NamedTuple):
@@ -73,23 +69,18 @@ class Shared(NamedTuple):
 def shared_types(sizes: LatentSizes, dtype: Any) -> Shared:
     """Return how much of what is shared."""
 
-    def tile(*shape: int, dtype: Any = dtype) -> Any:
-        tiles = (SMALLEST, SWIZZLED * 2 // jnp.dtype(dtype).itemsize)
-        tiling = plgpu.TilingTransform(tiles)  # pyright: ignore[reportAbstractUsage]
-        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
-        return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
-
     def barriers(*number: int, arrivals: int = 1) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
 
     rows = plgpu.SMEM((2, ROWS), jnp.float32)
     return Shared(
-        query=tile(2, ROWS, sizes.half),
-        query_rest=tile(ROWS, sizes.rest),
+        query=swizzled((2, ROWS, sizes.half), dtype),
+        query_rest=swizzled((ROWS, sizes.rest), dtype),
         keys_or_parts=plgpu.RefUnion(
-            tile(2, 2, BLOCK_KV, sizes.half), tile(2, ROWS, sizes.half, dtype=jnp.float32)
+            swizzled((2, 2, BLOCK_KV, sizes.half), dtype),
+            swizzled((2, ROWS, sizes.half), jnp.float32),
         ),
-        rest=tile(2, BLOCK_KV, sizes.rest),
+        rest=swizzled((2, BLOCK_KV, sizes.rest), dtype),
         exist=plgpu.SMEM((2,), jnp.int32),
         maxima=rows,
         rescale=rows,

@@ -7,8 +7,9 @@ from jax import lax
 
 from ejk.backends.mosaic_gpu._arithmetic import divide_up
 from ejk.backends.mosaic_gpu._pages import in_pages
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.page_attention.memory import Inputs
-from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, ROWS, LatentSizes
+from ejk.backends.mosaic_gpu.page_attention.sizes import BLOCK_KV, LatentSizes
 
 
 class Piece(NamedTuple):
@@ -76,11 +77,6 @@ def pages_of(j: Any, piece: Piece, inputs: Inputs, sizes: LatentSizes) -> tuple[
     first = lax.div((piece.first_block + j) * BLOCK_KV, sizes.problem.page_size)
     places = (jnp.minimum(first + i, sizes.problem.max_blocks - 1) for i in range(sizes.copies))
     return tuple(inputs.block_tables[piece.table, place] for place in places)
-
-
-def exists(page: Any, sizes: LatentSizes) -> Any:
-    """Say whether an id names a page."""
-    return (page >= 0) & (page < sizes.problem.num_pages)
 
 
 def is_partial(j: Any, exist: Any, piece: Piece, sizes: LatentSizes) -> Any:

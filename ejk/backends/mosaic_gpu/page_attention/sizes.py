@@ -4,14 +4,12 @@ import dataclasses
 import math
 
 from ejk.backends.gpu import Target
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS, TILE_ROWS
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning
 from ejk.backends.triton.page_attention.sizes import Sizes
 
-ROWS = 64  # query heads of a program: the rows of a product of the tensor cores
 BLOCK_KV = 64  # tokens: two blocks of 72 KB are what fits beside as many queries
-SWIZZLED = 64  # elements of 16 bits in a row of swizzled shared memory
-SMALLEST = 8  # rows of a copy to or from it, at least
 HEAD_DIM, VALUE_HEAD_DIM = 576, 512
 SHARED_MEMORY = 2 * (ROWS + 2 * BLOCK_KV) * HEAD_DIM + 2048  # bytes; the last of maxima and sums
 
@@ -37,7 +35,7 @@ class LatentSizes:
         interpret: bool,
         tokens: int = 1,
     ) -> "LatentSizes":
-        multiple = ROWS if problem.num_heads > ROWS else SMALLEST
+        multiple = ROWS if problem.num_heads > ROWS else TILE_ROWS
         padded = -(-problem.num_heads // multiple) * multiple
         problem = dataclasses.replace(problem, num_heads=padded)
         blocks = DecodeBlocks(

@@ -16,11 +16,10 @@ from ejk.backends.mosaic_gpu._backend import (
     unfit_cache,
     unfit_target,
 )
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.page_attention.backend import MosaicGpuPageAttention
-from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS as DECODE_ROWS
 from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import (
     BLOCK_KV,
-    ROWS,
     PrefillSizes,
 )
 from ejk.backends.mosaic_gpu.ragged_page_attention.tokens import (
@@ -36,9 +35,9 @@ from ejk.backends.ragged_page_attention import (
     RaggedPageAttentionProblem,
 )
 from ejk.backends.triton._backend import Call
-from ejk.backends.triton.ragged_page_attention.backend import RaggedSteps
 from ejk.backends.triton.ragged_page_attention.blocks import UNPEELED_TOKENS
 from ejk.backends.triton.ragged_page_attention.sizes import ragged_size_refusals
+from ejk.backends.triton.ragged_page_attention.steps import combine, list_work
 from ejk.backends.triton.ragged_page_attention.widening import (
     FEW_ROWS_OF_COPIES,
     MOST_COPIED,
@@ -59,7 +58,7 @@ FEW_ROWS = 16
 # on 128 x 1,024 1.093. Larger pages, slopes and soft caps were not measured.
 FEW_ROWS_OF_64 = 64
 # In latent attention a token that has a program for itself fills more than half of its rows.
-FEWEST_HEADS_ALONE = DECODE_ROWS // 2 + 1
+FEWEST_HEADS_ALONE = ROWS // 2 + 1
 # Where tokens share one, launches count on contexts of up to so many tokens, if sequences have at
 # most a program's rows on average: Triton has fewer. Its time over this one's on an H200, pages of
 # 64, by new tokens:
@@ -120,28 +119,27 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         return reasons + unfit_cache(problem, BLOCK_KV.get(head_dim, max(BLOCK_KV.values())))
 
     def _unfit_decode(self, problem: RaggedPageAttentionProblem) -> list[str]:
-        decode, as_decode = self._decode, AsDecode.of(problem)
-        missing = sorted(as_decode.decode.features - decode.features)
+        backend, as_decode = self._decode_backend, AsDecode.of(problem)
+        missing = sorted(as_decode.decode_problem.features - backend.features)
         missing += ["causal=False"] * (not problem.causal)
         reasons = [f"does not support {feature} with value_head_dim" for feature in missing]
-        call = as_decode.decode
         if as_decode.tokens == 1 and problem.num_heads < FEWEST_HEADS_ALONE:
             reasons.append(
                 f"num_heads={problem.num_heads} must be at least {FEWEST_HEADS_ALONE}, or one of "
                 f"{SHARED_HEADS} without a sliding_window"
             )
-        return reasons + decode.unfit(call)
+        return reasons + backend.unfit(as_decode.decode_problem)
 
     @property
-    def _decode(self) -> MosaicGpuPageAttention:
+    def _decode_backend(self) -> MosaicGpuPageAttention:
         return MosaicGpuPageAttention(self.compute_capability, self.num_sms, self.interpret)
 
-    def _call(self, target: Target, as_decode: AsDecode) -> PageAttentionProblem:
-        """Return the call of decode: of very many blocks none is cut."""
-        call = as_decode.decode
-        held = self._decode.part_bytes(target, call)
+    def _decode_problem(self, target: Target, as_decode: AsDecode) -> PageAttentionProblem:
+        """Return the problem of decode: of very many blocks none is cut."""
+        problem = as_decode.decode_problem
+        held = self._decode_backend.part_bytes(target, problem)
         is_large = as_decode.num_blocks > MOST_PLANNED or held > MOST_PART_BYTES
-        return dataclasses.replace(call, num_splits=1) if is_large else call
+        return dataclasses.replace(problem, num_splits=1) if is_large else problem
 
     def passed_over(
         self, problem: RaggedPageAttentionProblem, platform: str
@@ -150,12 +148,12 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
         if self.interpret:
             return None
         is_shared = problem.latent and AsDecode.of(problem).tokens > 1
-        is_few = min(rows * problem.num_seqs, each) <= DECODE_ROWS * problem.num_seqs
+        is_few = min(rows * problem.num_seqs, each) <= ROWS * problem.num_seqs
         if is_shared and is_few and problem.visible_bound <= SHORT_TOKENS:
             return left_to_triton(
                 f"total_tokens={problem.total_tokens} of num_seqs={problem.num_seqs}, "
                 f"max_q_len={problem.q_len_bound}, {problem.group} query heads and "
-                f"max_context_len={problem.visible_bound}, up to {DECODE_ROWS} rows each that see "
+                f"max_context_len={problem.visible_bound}, up to {ROWS} rows each that see "
                 f"{SHORT_TOKENS} tokens"
             )
         if is_shared and each * problem.visible_bound <= FEW_LOGITS:
@@ -184,7 +182,8 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
     def limits_on(self, target: Target, problem: RaggedPageAttentionProblem) -> list[str]:
         if problem.latent:
-            return self._decode.limits_on(target, self._call(target, AsDecode.of(problem)))
+            decode_problem = self._decode_problem(target, AsDecode.of(problem))
+            return self._decode_backend.limits_on(target, decode_problem)
         reasons = unfit_target(target) + ragged_size_refusals(problem)
         if problem.cache_type.is_quantised and exceeds(copied_bytes(problem), MOST_COPIED):
             reasons.append(
@@ -206,24 +205,26 @@ class MosaicGpuRaggedPageAttention(MosaicGpuBackend, RaggedPageAttentionBackend)
 
         if problem.latent:
             as_decode = AsDecode.of(problem)
-            decode = self._call(target, as_decode)
+            backend, decode_problem = self._decode_backend, self._decode_problem(target, as_decode)
             return as_decode.run(
                 operands,
-                lambda given, tokens: self._decode.run_on(target, decode, given, call, tokens),
+                lambda given, tokens: backend.run_on(target, decode_problem, given, call, tokens),
             )
         if problem.scales == "token":
             operands = ordered_scales(problem, operands, BLOCK_KV[problem.head_dim])
         if problem.cache_type.is_quantised:
             problem, operands = widened(problem, operands, target, call)
         sizes = PrefillSizes.of(problem, target, interpret=self.interpret, plain=self.plain)
-        steps = RaggedSteps(problem, operands, sizes, call)
-        work = steps.list_work()
+        work = list_work(problem, operands, sizes, call)
         with jax.enable_x64(False):  # a kernel's integers have 32 bits, whatever the caller's have
             written = attend(sizes, operands, work)
         memory = {f"{name}_ptr": x for name, x in written._asdict().items()}
         for kind in range(len(sizes.plan.kinds)):
-            memory = steps.combine(kind, work, memory)
-        return steps.results(memory)
+            memory = combine(
+                memory, kind, problem=problem, operands=operands, sizes=sizes, work=work, call=call
+            )
+        results = memory["out_ptr"], memory["lse_ptr"]
+        return results if problem.return_lse else results[:1]
 
 
 def _few_rows(problem: RaggedPageAttentionProblem) -> int:

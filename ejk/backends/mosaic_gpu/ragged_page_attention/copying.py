@@ -12,6 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ejk.backends.mosaic_gpu._pages import exists
+from ejk.backends.mosaic_gpu._tensor_cores import SWIZZLED
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
     Inputs,
     Shared,
@@ -19,8 +21,8 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
     scales_of_block,
     views_of,
 )
-from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import SWIZZLED, PrefillSizes
-from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile, exists, my_tile, my_tiles
+from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
+from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile, my_tile, my_tiles
 
 # Registers of a thread that copies, by warpgroups that compute. All threads start with an even
 # share, 168 or 128.
@@ -113,7 +115,7 @@ class Copying:
         first = lax.div((tile.first_block(sizes) + j) * sizes.block_kv, problem.page_size)
         places = (jnp.minimum(first + i, problem.max_blocks - 1) for i in copies)
         pages = (self.inputs.block_tables[tile.seq, place] for place in places)
-        return [jnp.where(exists(page, sizes), page, 0) for page in pages]
+        return [jnp.where(exists(page, problem.num_pages), page, 0) for page in pages]
 
     def _copy_pages(self, tile: Tile, j: Any, slot: Any, half: int, pages: Any) -> None:
         inputs, shared, sizes = self.inputs, self.shared, self.sizes

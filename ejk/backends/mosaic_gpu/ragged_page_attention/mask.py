@@ -7,15 +7,12 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.mosaic_gpu._arithmetic import divide_up
-from ejk.backends.mosaic_gpu._pages import in_pages, page_bits
+from ejk.backends.mosaic_gpu._pages import exists, in_pages, page_bits
 from ejk.backends.mosaic_gpu._private import ROW, TILE
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs
-from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, PrefillSizes
-from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import (
-    Tile,
-    exists,
-    window_of,
-)
+from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
+from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile, window_of
 
 
 def positions(tile: Tile, warpgroup: Any, sizes: PrefillSizes) -> Any:
@@ -82,7 +79,7 @@ def existing(tile: Tile, j: Any, inputs: Inputs, sizes: PrefillSizes) -> Any:
         place = lax.div(first, problem.page_size)
         places = (jnp.minimum(place + i, problem.max_blocks - 1) for i in range(sizes.copies))
         pages = (inputs.block_tables[tile.seq, place] for place in places)
-        return page_bits(exists(page, sizes) for page in pages)
+        return page_bits(exists(page, problem.num_pages) for page in pages)
 
     is_whole = jnp.minimum(first + sizes.block_kv, tile.seen_end) <= tile.whole
     return lax.cond(is_whole, lambda: everything, look)

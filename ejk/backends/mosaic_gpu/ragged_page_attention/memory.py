@@ -8,10 +8,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.layouts import LAYOUTS
-from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, PrefillSizes
+from ejk.backends.mosaic_gpu._shared_memory import swizzled
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS, SWIZZLED_BYTES
+from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 
-SWIZZLED_BYTES = 128  # of a row
 TILE_FIELDS = 16  # integers in shared memory: those of a `Tile`, and some more
 
 
@@ -135,8 +136,8 @@ def shared_types(sizes: PrefillSizes) -> Shared:
 
     pairs = [_views(sizes, x) for x in (dtype, jnp.float32)[: 1 + sizes.has_parts]]
     views = [view for pair in pairs for view in pair]
-    block = _swizzled((sizes.stages, sizes.block_kv, head_dim), dtype, 8)
-    weights = _swizzled((sizes.warpgroups, ROWS, sizes.block_kv), dtype, 8)
+    block = swizzled((sizes.stages, sizes.block_kv, head_dim), dtype)
+    weights = swizzled((sizes.warpgroups, ROWS, sizes.block_kv), dtype)
     return Shared(
         query=tuple(views[::2]) if sizes.interpret else plgpu.RefUnion(*views),
         keys=block,
@@ -160,13 +161,5 @@ def _views(sizes: PrefillSizes, dtype: Any) -> tuple[Any, Any]:
     width = SWIZZLED_BYTES // jnp.dtype(dtype).itemsize
     slots = (sizes.q_slots, sizes.warpgroups, sizes.chunks)
     rows = (sizes.own_tokens, sizes.group) if sizes.in_one_box else (ROWS,)
-    tiles = _swizzled((*slots, ROWS, width), dtype, 8)
-    return tiles, _swizzled((*slots, *rows, width), dtype)
-
-
-def _swizzled(shape: tuple[int, ...], dtype: Any, *rows: int) -> Any:
-    """Return memory in tiles of so many rows of 128 swizzled bytes."""
-    tiling = (*rows, SWIZZLED_BYTES // jnp.dtype(dtype).itemsize)
-    tiling = plgpu.TilingTransform(tiling)  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(SWIZZLED_BYTES)  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+    tiles = swizzled((*slots, ROWS, width), dtype)
+    return tiles, swizzled((*slots, *rows, width), dtype, tiled=False)

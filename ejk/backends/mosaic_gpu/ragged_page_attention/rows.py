@@ -11,10 +11,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.mosaic_gpu import _private as private
-from ejk.backends.mosaic_gpu._arithmetic import LOG2E, accumulator, spread
+from ejk.backends.mosaic_gpu._arithmetic import LOG2E, accumulator, added, fill, spread
 from ejk.backends.mosaic_gpu._private import COLUMN, ROW, TILE
 from ejk.backends.mosaic_gpu._private_mask import Seen, kept
 from ejk.backends.mosaic_gpu._private_softmax import capped, in_log2, of_rows, rescaled
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS, SWIZZLED
 from ejk.backends.mosaic_gpu.ragged_page_attention import mask
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
     Inputs,
@@ -22,7 +23,7 @@ from ejk.backends.mosaic_gpu.ragged_page_attention.memory import (
     scales_of_block,
     views_of,
 )
-from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, SWIZZLED, PrefillSizes
+from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
 from ejk.backends.mosaic_gpu.ragged_page_attention.softmax import (
     State,
     empty,
@@ -123,7 +124,7 @@ class Rows:
         self.turn.take()
 
         def run(acc_ref: Any, s_ref: Any = None) -> Any:
-            self._start(acc_ref, state.acc)
+            fill(sizes.interpret, acc_ref, state.acc)
             issued = self._issue_logits(s_ref, slot)
             self._issue_values(acc_ref, p, before)
             self.turn.hand_on()
@@ -139,7 +140,7 @@ class Rows:
             found = lax.optimization_barrier((new, _scaled(new_p, value_scales), alpha))
             new, new_p, alpha = found
             private.hold(sizes.plain, new.l)  # the softmax, while that product runs
-            acc = self._weighed(acc_ref, state.acc)
+            acc = added(sizes.interpret, acc_ref, state.acc)
             plgpu.barrier_arrive(shared.values_free.at[before])
             # The product read the old weights from registers until now: had the new ones been
             # rounded to such registers before, ptxas would let all products wait for one another.
@@ -158,9 +159,9 @@ class Rows:
         self._clear(j, slot)
 
         def run(acc_ref: Any) -> Any:
-            self._start(acc_ref, state.acc)
+            fill(sizes.interpret, acc_ref, state.acc)
             self._issue_values(acc_ref, p, slot)
-            return self._weighed(acc_ref, state.acc)
+            return added(sizes.interpret, acc_ref, state.acc)
 
         acc = pl.run_scoped(run, accumulator(ROWS, sizes.problem.head_dim))
         plgpu.barrier_arrive(shared.values_free.at[slot])
@@ -175,13 +176,6 @@ class Rows:
         views = views_of(self.shared.query, self.sizes)
         q = views.tiles.at[self.q_slot, self.warpgroup]
         return private.issue_logits(self.sizes.plain, s_ref, q, self.shared.keys.at[slot])
-
-    def _start(self, acc_ref: Any, acc: Any) -> None:
-        if not self.sizes.interpret:  # whose accumulators begin with zeros
-            acc_ref[...] = acc
-
-    def _weighed(self, acc_ref: Any, acc: Any) -> Any:
-        return acc_ref[...] + acc if self.sizes.interpret else acc_ref[...]
 
     def _issue_values(self, acc_ref: Any, p: Any, slot: Any) -> None:
         if self.sizes.interpret:  # which takes no operand from registers

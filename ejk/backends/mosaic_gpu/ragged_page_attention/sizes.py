@@ -3,13 +3,12 @@
 import dataclasses
 
 from ejk.backends.gpu import Target
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS, SWIZZLED
 from ejk.backends.ragged_page_attention import RaggedPageAttentionProblem
 from ejk.backends.ragged_page_attention_plan import RaggedPlan
 from ejk.backends.triton._sizes import GRANULE
 from ejk.backends.triton.ragged_page_attention.sizes import RaggedCut, cuts_of
 
-ROWS = 64  # query rows of a warpgroup: those of a product of the tensor cores
-SWIZZLED = 64  # elements of 16 bits in a row of swizzled shared memory
 # By head dimension: warpgroups that compute, which take turns; tokens of a block of keys; blocks
 # and tiles' queries in shared memory.
 WARPGROUPS = {64: 3, 128: 2, 256: 2}

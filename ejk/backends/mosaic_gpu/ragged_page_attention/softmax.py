@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ejk.backends.mosaic_gpu._arithmetic import LN2, LOG2E, SLACK, spread
 from ejk.backends.mosaic_gpu._private import ROW, TILE
 from ejk.backends.mosaic_gpu._private_softmax import in_log2, raised
-from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 
 # Sums are kept of every eighth weight: those of a thread, which so need no exchange.
 SUMS = 8

@@ -168,11 +168,6 @@ def window_of(inputs: Inputs) -> Any:
     return jnp.maximum(inputs.sliding_window[0], 0)
 
 
-def exists(page: Any, sizes: PrefillSizes) -> Any:
-    """Say whether an id names a page."""
-    return (page >= 0) & (page < sizes.problem.num_pages)
-
-
 def _shares(inputs: Inputs, sizes: PrefillSizes) -> list[Any]:
     """Return how many tiles of each kind this program takes."""
     shares: list[Any] = []

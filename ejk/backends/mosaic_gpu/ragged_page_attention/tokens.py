@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from ejk._indices import Size, least
-from ejk.backends.mosaic_gpu.page_attention.sizes import ROWS
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.page_attention.tokens import Tokens
 from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
 from ejk.backends.paged_problem import PagedProblem
@@ -68,7 +68,7 @@ class AsDecode:
         return (total_tokens + partial) // self.tokens
 
     @property
-    def decode(self) -> PageAttentionProblem:
+    def decode_problem(self) -> PageAttentionProblem:
         names = (field.name for field in dataclasses.fields(PagedProblem))
         facts: dict[str, Any] = {name: getattr(self.problem, name) for name in names}
         facts["num_seqs"], facts["num_prefix_groups"] = self.num_blocks, 0
@@ -81,7 +81,7 @@ class AsDecode:
         operands: RaggedPageAttentionOperands,
         run: Callable[[PageAttentionOperands, Tokens], tuple[jax.Array, ...]],
     ) -> tuple[jax.Array, ...]:
-        """Return each row's results of `run`, which runs `decode` on what it is given."""
+        """Return each row's results of `run`, which runs `decode_problem` on what it is given."""
         blocks, query = self._blocks(operands), operands.query
         if (missing := self.tokens - self.problem.total_tokens) > 0:  # a program reads as many
             query = jnp.pad(query, ((0, missing), (0, 0), (0, 0)))

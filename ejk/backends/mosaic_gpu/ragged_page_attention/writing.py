@@ -9,8 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk.backends.mosaic_gpu._private import TILE
+from ejk.backends.mosaic_gpu._tensor_cores import ROWS
 from ejk.backends.mosaic_gpu.ragged_page_attention.memory import Inputs, Outputs, Shared, views_of
-from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import ROWS, PrefillSizes
+from ejk.backends.mosaic_gpu.ragged_page_attention.sizes import PrefillSizes
 from ejk.backends.mosaic_gpu.ragged_page_attention.tiles import Tile
 
 

@@ -92,27 +92,29 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
         sizes = Sizes.of(problem, self, target)
         work = work_of(sizes.plan, problem.plan, operands, call)
         out_type, lse_type = dataclasses.replace(problem, return_lse=True).results
-        inputs, parts = kernel_inputs(operands, INPUTS, work), sizes.part_types(problem)
-        results = {"out_ptr": out_type, "lse_ptr": lse_type}
+        inputs, part_types = kernel_inputs(operands, INPUTS, work), sizes.part_types(problem)
+        types = {"out_ptr": out_type, "lse_ptr": lse_type}
         in_place = {}
         if blocks := sizes.pack_blocks:
             written = call(
-                page_attention_kernel, inputs, {**parts, **dict.fromkeys(results)},
+                page_attention_kernel, inputs, {**part_types, **dict.fromkeys(types)},
                 sizes.constants(problem, target, packed=True), grid=sizes.pack_grid(problem),
                 num_warps=blocks.num_warps, num_stages=blocks.num_stages,
             )  # fmt: skip
-            in_place = dict(zip(parts, written))
+            in_place = dict(zip(part_types, written))
         blocks = sizes.blocks
         found = call(
-            page_attention_kernel, inputs, results if in_place else {**parts, **results},
+            page_attention_kernel, inputs, types if in_place else {**part_types, **types},
             sizes.constants(problem, target), in_place=in_place, grid=sizes.grid(problem),
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
-        part_out, part_lse, out, lse = (*found[2:], *found[:2]) if in_place else found
-        if part_out is not None:
+        parts, results = (found[2:], found[:2]) if in_place else (found[:2], found[2:])
+        if parts[0] is not None:
             sinks = operands.sinks
-            out, lse = combine(sizes, problem, part_out, part_lse, sinks, work, out, lse, call)
-        return (out, lse) if problem.return_lse else (out,)
+            results = combine(
+                parts, results, problem=problem, sizes=sizes, sinks=sinks, work=work, call=call
+            )
+        return results if problem.return_lse else results[:1]
 
     @property
     def planner(self) -> TritonPlan:
@@ -120,26 +122,27 @@ class TritonPageAttention(Tuning, TritonBackend, PageAttentionBackend):
 
 
 def combine(
-    sizes: Sizes,
+    parts: tuple[Any, ...],
+    results: tuple[Any, ...],
+    *,
     problem: PageAttentionProblem,
-    part_out: Any,
-    part_lse: Any,
+    sizes: Sizes,
     sinks: Any,
     work: Any,
-    out: Any,
-    lse: Any,
     call: Call,
     spans: Any = None,
 ) -> tuple[Any, ...]:
-    """Launch the kernel that merges the parts of contexts; returns the output and the LSE.
+    """Launch the kernel that merges the parts of contexts into the results; returns these.
 
-    `spans` say which rows of the output are a sequence's own, where it has several tokens.
+    Parts and results are an output and an LSE each. `spans` say which rows of the output are a
+    sequence's own, where it has several tokens.
     """
     from ejk.backends.triton.page_attention.combine_kernel import combine_parts_kernel
 
+    (part_out, part_lse), (out, lse) = parts, results
+    written = {"out_ptr": out, "lse_ptr": lse}
+    types = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in written.items()}
     # With a plan, contexts in one piece are written already: the rest goes between them.
-    in_place = {"out_ptr": out, "lse_ptr": lse} if sizes.plan else {}
-    out_type, lse_type = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (out, lse))
     return call(
         combine_parts_kernel,
         {
@@ -149,9 +152,9 @@ def combine(
             "work_ptr": work,
             "spans_ptr": spans,
         },
-        {} if sizes.plan else {"out_ptr": out_type, "lse_ptr": lse_type},
+        {} if sizes.plan else types,
         sizes.combine_constants(problem, problem.num_heads // out.shape[1]),
-        in_place=in_place,
+        in_place=written if sizes.plan else {},
         grid=sizes.combine_grid(problem),
         num_warps=sizes.combine_warps,
         num_stages=1,

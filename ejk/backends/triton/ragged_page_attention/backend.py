@@ -16,11 +16,8 @@ from ejk.backends.ragged_page_attention import (
 from ejk.backends.ragged_prefixes import attend_in_groups
 from ejk.backends.triton._backend import Call, TritonBackend, kernel_inputs
 from ejk.backends.triton.ragged_page_attention.blocks import RaggedTuning
-from ejk.backends.triton.ragged_page_attention.sizes import (
-    RaggedCut,
-    RaggedSizes,
-    ragged_size_refusals,
-)
+from ejk.backends.triton.ragged_page_attention.sizes import RaggedSizes, ragged_size_refusals
+from ejk.backends.triton.ragged_page_attention.steps import combine, list_work
 from ejk.backends.triton.ragged_page_attention.widening import (
     MOST_COPIED,
     copied_bytes,
@@ -34,9 +31,6 @@ INPUTS = (
     "query", "cu_q_lens", "key", "value", "block_tables", "attn_scale", "sliding_window", "sinks",
     "alibi_slopes", "key_scale", "value_scale", "positions", "tree_mask", "work",
 )  # fmt: skip
-
-Memory = dict[str, Any]
-"""Results and parts by the parameters of the kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +104,7 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
                     operands = with_scales(problem, operands)
                 problem, operands = widened(problem, operands, target, call)
             sizes = RaggedSizes.of(problem, self, target)
-            steps = TritonSteps(problem, operands, sizes, call, target)
-            work, memory = steps.list_work(), {}
-            for kind in range(len(sizes.kinds)):
-                memory = steps.attend(kind, work, memory)
-                memory = steps.combine(kind, work, memory)
-            return steps.results(memory)
+            return _attend(problem, operands, sizes, target, call)
 
         def fits(problem: Any) -> bool:
             return not self.limits_on(target, problem)
@@ -139,93 +128,36 @@ def _is_copied(problem: RaggedPageAttentionProblem) -> bool:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class RaggedSteps:
-    """The steps of a run before and after its items are attended to, by whatever kernel.
+def _attend(
+    problem: RaggedPageAttentionProblem,
+    operands: RaggedPageAttentionOperands,
+    sizes: RaggedSizes,
+    target: Target,
+    call: Call,
+) -> tuple[Any, ...]:
+    """Have each kind of block attend to its items, and combine its pieces."""
+    from ejk.backends.triton.ragged_page_attention.kernel import ragged_page_attention_kernel
 
-    `work` says what the items are, see `RaggedPlan`, and `memory` is what they are written to, None
-    where there is none.
-    """
-
-    problem: RaggedPageAttentionProblem
-    operands: RaggedPageAttentionOperands
-    sizes: RaggedCut
-    call: Call
-
-    def list_work(self) -> Any:
-        """Return the list of all items."""
-        from ejk.backends.triton.ragged_page_attention.plan_kernel import ragged_plan_kernel
-
-        # The list alone: XLA makes one of the equal ones of all layers, and what they share cannot
-        # be written in place.
-        [work] = self.call(
-            ragged_plan_kernel,
-            {
-                "cu_q_lens_ptr": self.operands.cu_q_lens,
-                "context_lens_ptr": self.operands.context_lens,
-                "sliding_window_ptr": self.operands.sliding_window,
-            },
-            {"work_ptr": self.sizes.plan.type},
-            self.sizes.plan_constants(self.problem),
-            grid=self.sizes.plan_grid(self.problem),
-            num_warps=4,
-            num_stages=1,
-        )
-        return work
-
-    def combine(self, kind: int, work: Any, memory: Memory) -> Memory:
-        """Combine those items of a kind that are pieces of one block."""
-        from ejk.backends.triton.ragged_page_attention.combine_kernel import ragged_combine_kernel
-
-        if not (grid := self.sizes.combine_grid(self.problem, kind)):
-            return memory
-        results = {name: memory[name] for name in ("out_ptr", "lse_ptr")}
-        written = self.call(
-            ragged_combine_kernel,
-            {
-                "part_out_ptr": memory["part_out_ptr"],
-                "part_lse_ptr": memory["part_lse_ptr"],
-                "sinks_ptr": self.operands.sinks,
-                "work_ptr": work,
-            },
-            {},
-            self.sizes.combine_constants(self.problem, kind),
-            in_place=results,
-            grid=grid,
-            num_warps=4,
-            num_stages=2,
-        )
-        return memory | dict(zip(results, written))
-
-    def results(self, memory: Memory) -> tuple[Any, ...]:
-        out, lse = memory["out_ptr"], memory["lse_ptr"]
-        return (out, lse) if self.problem.return_lse else (out,)
-
-
-@dataclasses.dataclass(frozen=True)
-class TritonSteps(RaggedSteps):
-    """All steps of a run: each kind of block attends to its items and combines its pieces."""
-
-    sizes: RaggedSizes
-    target: Target
-
-    def attend(self, kind: int, work: Any, memory: Memory) -> Memory:
-        """Attend to the items of a kind; return the memory, which the first kind makes."""
-        from ejk.backends.triton.ragged_page_attention.kernel import ragged_page_attention_kernel
-
-        rows = self.sizes.kinds[kind]
+    work, memory = list_work(problem, operands, sizes, call), {}
+    inputs = kernel_inputs(operands, INPUTS, work)
+    for kind, rows in enumerate(sizes.kinds):  # the first one makes the memory
         absent = {name: None for name, x in memory.items() if x is None}
-        outputs = {} if memory else self.sizes.types(self.problem)
+        outputs = {} if memory else sizes.types(problem)
         in_place = {name: x for name, x in memory.items() if x is not None}
-        written = self.call(
+        written = call(
             ragged_page_attention_kernel,
-            kernel_inputs(self.operands, INPUTS, work) | absent,
+            inputs | absent,
             outputs,
-            self.sizes.constants(self.problem, kind, self.target),
+            sizes.constants(problem, kind, target),
             in_place=in_place,
-            grid=self.sizes.grid(self.problem, kind),
+            grid=sizes.grid(problem, kind),
             num_warps=rows.num_warps,
             num_stages=rows.num_stages,
             max_registers=rows.max_registers,
         )
-        return absent | dict(zip(outputs or in_place, written))
+        memory = absent | dict(zip(outputs or in_place, written))
+        memory = combine(
+            memory, kind, problem=problem, operands=operands, sizes=sizes, work=work, call=call
+        )
+    results = memory["out_ptr"], memory["lse_ptr"]
+    return results if problem.return_lse else results[:1]
