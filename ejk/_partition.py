@@ -30,8 +30,7 @@ from ejk._dtypes import DTYPES
 from ejk._errors import Mendable
 from ejk._shards import Axes, Shards, is_split, mesh_axes
 
-POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")
-"""What is too large to move, of the operands of every operation, or lies as that does."""
+POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")  # as far as there are
 
 
 def obstacle(ctx: _jax.Context, platform: str) -> str | None:
@@ -81,7 +80,7 @@ def check_placed(problem: Problem, operands: Any) -> None:
     if any(isinstance(getattr(operands, name, None), Tracer) for name in POOLS):
         return  # XLA alone knows where tracers lie, and pools have to lie alike
     leaves, treedef = jax.tree.flatten(operands)
-    # Constants, which NumPy holds, lie nowhere.
+    # NumPy's constants lie nowhere.
     placed = [None if isinstance(x, Tracer) else getattr(x, "sharding", None) for x in leaves]
     meshes = {of.mesh for of in placed if isinstance(of, NamedSharding)}
     if len(meshes) == 1 and problem.axes:

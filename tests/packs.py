@@ -114,7 +114,7 @@ def packs_oracle(problem, lens, tables, groups, pages):
     packed = sum(cost_of(n - floors.get(s, 0)) for s, n in enumerate(lens))
     packed += sum(cost + 3 * (len(chunk[1]) + 1) for chunk, cost in paying)
     plain, packed = (
-        ceil_div(total * problem.programs_per_piece, problem.packs.slots)
+        ceil_div(total * problem.programs_per_piece, problem.packs.resident)
         for total in (plain, packed)
     )
     return [chunk for chunk, _ in paying] if packed + packed // 16 + MARGIN <= plain else []

@@ -1,17 +1,17 @@
 """Which sequences of a batch make up packs, whose shared first tokens are read once: for plans.
 
 A pack is up to `members` sequences of one group of `prefix_groups`. A cost is a time on a machine
-whose slots are all busy, in units of 0.35 us on an H100: of an eighth of what 128 tokens of head
-dimension 128 in 16 bits take. That of a sequence is `cost` a granule and `PIECE_COST` to start.
-With `c` the granules that a pack of `k` members shares, it saves `k` readings of them, and makes
-one that costs more, as its products have the rows of all members; and each member has parts to
-write and to combine. A pack pays if
+whose multiprocessors are all busy, in units of 0.35 us on an H100: of an eighth of what 128 tokens
+of head dimension 128 in 16 bits take. That of a sequence is `cost` a granule and `PIECE_COST` to
+start. With `c` the granules that a pack of `k` members shares, it saves `k` readings of them, and
+makes one that costs more, as its products have the rows of all members; and each member has parts
+to write and to combine. A pack pays if
 
     k * c * cost > c * pack_cost + PIECE_COST * (k + 1)
 
 where `PIECE_COST` also stands for what it takes to write and combine a member's parts. Packs are
-made if the batch, dealt out to slots, then ends earlier by more than `MARGIN`, which is what their
-launch takes.
+made if the batch, dealt out to all programs that run at a time, then ends earlier by more than
+`MARGIN`, which is what their launch takes.
 """
 
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ def may_pay(problem: PlanProblem, longest: int) -> bool:
     num_packs = -(-num_seqs // problem.members)
     packed = num_packs * (longest * packs.granule_cost + PIECE_COST) + 2 * num_seqs * PIECE_COST
     plain, packed = (
-        -(-total * problem.programs_per_piece // packs.slots) for total in (plain, packed)
+        -(-total * problem.programs_per_piece // packs.resident) for total in (plain, packed)
     )
     return _is_worth(plain, packed)
 
@@ -109,7 +109,7 @@ def _pays(
         jnp.where(pays & begins, cost + PIECE_COST * (size + 1), 0), dtype=jnp.int32
     )
     plain, packed = (
-        _ceil_div(total * problem.programs_per_piece, problem.packs.slots)
+        _ceil_div(total * problem.programs_per_piece, problem.packs.resident)
         for total in (_cost(problem, lens), packed)
     )
     return pays & _is_worth(plain, packed)

@@ -11,7 +11,7 @@ import numpy as np
 from ejk._backend import Backend, Problem
 from ejk._indices import Size
 
-ROUNDS = 4  # shares a slot, at most
+ROUNDS = 4  # in which the programs of all shares run, at most
 
 
 class PlanOperands(NamedTuple):
@@ -57,8 +57,8 @@ class PlanProblem(Problem):
     - `members` sequences for each pack, -1 where it has fewer, in rows of four.
 
     How contexts are cut is said in `ejk/backends/triton/page_attention/plan_kernel.py`. It follows
-    from the lengths, and from `slots` and `programs_per_piece`, which say in how many shares. With
-    `max_cuts=0` no context is cut, and the plan is an order.
+    from the lengths, and from `resident` and `programs_per_piece`, which say in how many shares.
+    With `max_cuts=0` no context is cut, and the plan is an order.
     """
 
     operation: ClassVar[str] = "plan_page_attention"
@@ -71,7 +71,7 @@ class PlanProblem(Problem):
     granule: int
     own_windows: bool = False
     """Each sequence has a window of its own."""
-    slots: int = 1
+    resident: int = 1
     """Programs that the machine runs at a time."""
     programs_per_piece: int = 1
     granule_cost: int = 8
@@ -97,7 +97,7 @@ class PlanProblem(Problem):
     @property
     def shares(self) -> int:
         """Even shares in which the batch is cut, unless nothing is."""
-        count = even_shares(self.slots, self.programs_per_piece)
+        count = even_shares(self.resident, self.programs_per_piece)
         # As many packs as there may be are seldom there.
         return count if self.is_packs else equal_shares(count, self.num_seqs)
 
@@ -134,15 +134,15 @@ class PlanProblem(Problem):
         return None  # plans of several batches are several plans
 
 
-def even_shares(slots: int, programs: int) -> int:
-    """Return in how many shares a batch is cut for so many slots, of `programs` programs a share.
+def even_shares(resident: int, programs: int) -> int:
+    """Return in how many shares of so many programs a batch is cut, of which `resident` run.
 
-    They are as many as fill nine slots in ten, in one round or in a few. Of 8 programs 16 fill 128
-    of 132 slots; of 72 only one fits, but in three rounds 5 do, which fill 360 of 396.
+    They are as many as keep nine tenths of the machine busy, in one round or in a few. Of 8
+    programs 16 are 128 of 132; of 72 only one fits, but in three rounds 5 do, 360 of 396.
     """
-    counts = {rounds: rounds * slots // programs for rounds in range(1, ROUNDS + 1)}
+    counts = {rounds: rounds * resident // programs for rounds in range(1, ROUNDS + 1)}
     for rounds, count in counts.items():
-        if 10 * count * programs >= 9 * rounds * slots:
+        if 10 * count * programs >= 9 * rounds * resident:
             return count
     return max(1, counts[max(counts, key=lambda rounds: counts[rounds] / rounds)])
 

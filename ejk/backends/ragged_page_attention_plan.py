@@ -61,10 +61,10 @@ class RaggedPlan:
     narrow: Kind
     wide: Kind | None
     granule: int
-    slots: int = 0
+    resident: int = 0
     """Programs that run at a time and take items of all kinds; 0: each kind has its own.
 
-    Triton's have narrow items alone: where it has wide blocks, `slots` is 0.
+    Triton's have narrow items alone: where it has wide blocks, `resident` is 0.
     """
 
     @classmethod
@@ -75,19 +75,19 @@ class RaggedPlan:
         wide_rows: int | None,
         cuts: int,
         granule: int,
-        slots: int = 0,
+        resident: int = 0,
     ) -> "RaggedPlan":
         """Return the list for blocks of so many rows; without wide ones narrow ones take all."""
         rows = problem.total_tokens * problem.group
         seqs = min(problem.num_seqs, problem.total_tokens)  # that have new tokens
-        whole_chunks = 1 if slots else 2
+        whole_chunks = 1 if resident else 2
         if wide_rows is None:
             blocks = seqs + rows // narrow_rows
             narrow = Kind(narrow_rows, blocks, cuts, whole_chunks)
-            return cls(narrow, None, granule, slots)
+            return cls(narrow, None, granule, resident)
         max_wide = rows // wide_rows + min(seqs, rows // (narrow_rows + 1))
         wide = Kind(wide_rows, max(max_wide, 1), cuts, whole_chunks)
-        return cls(Kind(narrow_rows, seqs, cuts, whole_chunks), wide, granule, slots)
+        return cls(Kind(narrow_rows, seqs, cuts, whole_chunks), wide, granule, resident)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -106,7 +106,7 @@ class RaggedPlan:
     @property
     def first_wide_part(self) -> int:
         """The first wide part: where one launch takes both kinds, narrow ones come before it."""
-        if self.wide is None or not self.slots:
+        if self.wide is None or not self.resident:
             return 0
         return -(-self.narrow.max_parts * self.narrow.rows // self.wide.rows)
 

@@ -140,9 +140,9 @@ def test_blocks_of_drafts_are_peeled_on_hopper():
     for name, fields in others.items():
         other = dataclasses.replace(problem, **fields)
         assert not sizes_for("sm_90", other).kinds[0].peel, name
-    assert not sizes_for("sm_90", problem).plan.slots
+    assert not sizes_for("sm_90", problem).plan.resident
     few = dataclasses.replace(problem, num_seqs=33, total_tokens=33 * 8)
-    assert sizes_for("sm_90", few).plan.slots == SLOTS
+    assert sizes_for("sm_90", few).plan.resident == SLOTS
 
 
 @pytest.mark.parametrize("page_size, spilled", [(64, 64), (16, 96)])

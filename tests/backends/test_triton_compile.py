@@ -320,7 +320,7 @@ def test_programs_that_run_together_fit_on_a_multiprocessor(variant):
     count, options = TOGETHER[variant]
     sizes, _, program = compile_for("sm_90", options)
     blocks = sizes.blocks
-    assert blocks.per_sm == count and sizes.plan is not None and sizes.plan.slots == count * 132
+    assert blocks.per_sm == count and sizes.plan is not None and sizes.plan.resident == count * 132
     assert count * (program.shared_bytes + 1024) <= 228 * 1024
     assert count * program.registers * 32 * blocks.num_warps <= 2**16
 

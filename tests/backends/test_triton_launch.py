@@ -160,7 +160,7 @@ def test_how_many_programs_a_multiprocessor_runs(head_dim, num_seqs, tokens, pro
     )
     planner = TritonPlan(compute_capability=90, num_sms=132)
     planned = planner.plan_problem(facts, head_dim, asked.cache_dtype)
-    assert planned.slots == programs * 132
+    assert planned.resident == programs * 132
     assert planned == (Sizes.of(asked, Tuning(), H100).plan or planned)
     invariant = dataclasses.replace(asked, num_splits=2)
     assert Sizes.of(invariant, Tuning(), H100, tuned={}).blocks.per_sm == 1
@@ -176,7 +176,7 @@ def test_several_programs_a_multiprocessor_are_for_hopper_and_fit():
     assert Sizes.of(codes, Tuning(), H100).blocks.per_sm == 4
     fixed = Sizes.of(codes, Tuning(block_kv=256, num_stages=4), H100)
     assert fixed.blocks.per_sm == 1 and fixed.plan is not None
-    assert fixed.plan.slots == H100.num_sms
+    assert fixed.plan.resident == H100.num_sms
 
 
 @pytest.mark.parametrize("cache", ["uint8", "int8", "bfloat16", "float32"])
@@ -191,7 +191,7 @@ def test_bytes_that_a_prefix_has_to_save_are_those_of_the_cache(cache):
 def test_how_many_programs_of_64_rows_a_multiprocessor_runs(head_dim, programs):
     sizes = Sizes.of(problem(head_dim, 64), Tuning(), H100)
     assert sizes.blocks.block_group == 64
-    assert sizes.plan is not None and sizes.plan.slots == programs * H100.num_sms
+    assert sizes.plan is not None and sizes.plan.resident == programs * H100.num_sms
 
 
 def test_a_small_call_takes_smaller_blocks_than_a_large_one():

@@ -100,7 +100,7 @@ def plan(bug):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan_sizes, "MOST_OTHERS", most)
             for lens, window in (([5000, 3, 900, 900, 0], 4000), ([1920, 900, 0, 3456], None)):
-                assert test_plan.check("triton", lens, capacity=6000, window=window, slots=10)
+                assert test_plan.check("triton", lens, capacity=6000, window=window, resident=10)
 
 
 def packing(bug):

@@ -22,7 +22,7 @@ def ragged_slots():
 
 def plan():
     lens = [5000, 3, 900, 900, 0]
-    assert test_plan.check("xla", lens, capacity=6000, window=4000, slots=10)
+    assert test_plan.check("xla", lens, capacity=6000, window=4000, resident=10)
 
 
 BUGS = {

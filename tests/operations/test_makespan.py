@@ -49,7 +49,7 @@ class Machine(NamedTuple):
         """How long a planned batch takes: its pieces start as the plan says."""
         plan = own_plan(
             num_seqs=len(granules), capacity=2**20, longest=2**20, programs=programs,
-            width=256, slots=slots, has_window=False,
+            width=256, resident=slots, has_window=False,
         )  # fmt: skip
         pieces, splits = oracle.plan_page_attention(
             granules,
@@ -230,7 +230,13 @@ def test_contexts_that_are_even_shares_stay_whole(count, granules, programs):
 
 @pytest.mark.parametrize("num_seqs, longest", [(64, 4096), (600, 1024)])
 def test_nothing_is_cut_of_what_is_known_to_fill_waves_or_to_be_soon_done(num_seqs, longest):
-    sizes = {"num_seqs": num_seqs, "programs": 8, "width": 256, "slots": H100, "has_window": False}
+    sizes = {
+        "num_seqs": num_seqs,
+        "programs": 8,
+        "width": 256,
+        "resident": H100,
+        "has_window": False,
+    }
     assert not own_plan(capacity=2**20, longest=longest, **sizes).max_cuts
     assert own_plan(capacity=2**20, longest=2**20, **sizes).max_cuts
 

@@ -260,7 +260,7 @@ def modelled(problem, lens, packs):
 
     A granule is what 128 tokens take of a multiprocessor. Each of its programs has a share of it.
     """
-    programs, per_sm = problem.programs_per_piece, problem.slots // NUM_SMS
+    programs, per_sm = problem.programs_per_piece, problem.resident // NUM_SMS
 
     def dealt(granules, one):
         pieces = plan_oracle.cut(granules, one.shares if one.max_cuts else 1)
@@ -269,7 +269,7 @@ def modelled(problem, lens, packs):
     floors = {seq: tokens for tokens, members in packs for seq in members}
     own = dealt([-(-(n - floors.get(s, 0)) // 128) for s, n in enumerate(lens)], problem)
     each = {"start": makespan.START / per_sm, "speed": makespan.SPEED * per_sm}
-    time, shared = per_sm * makespan.makespan(own, programs, problem.slots, **each), []
+    time, shared = per_sm * makespan.makespan(own, programs, problem.resident, **each), []
     if packs:
         shared = dealt([-(-tokens // 128) for tokens, _ in packs], problem.packs)
         cost = problem.packs.granule_cost / problem.granule_cost

@@ -62,13 +62,13 @@ def machine_of(problem):
 
 
 def check(
-    planner, lens, *, capacity, window, slots, programs=1, longest=None, whole=False
+    planner, lens, *, capacity, window, resident, programs=1, longest=None, whole=False
 ):  # fmt: skip
     """Compare a plan with the oracle's; check what holds of every plan. Return its splits."""
     own_windows = np.ndim(window) > 0
     problem = own_plan(
         num_seqs=len(lens), capacity=capacity, longest=longest or capacity, programs=programs,
-        width=256, slots=slots, has_window=window is not None, own_windows=own_windows,
+        width=256, resident=resident, has_window=window is not None, own_windows=own_windows,
     )  # fmt: skip
     if whole:
         problem = dataclasses.replace(problem, max_cuts=0)
@@ -133,7 +133,7 @@ def batches(draw):
     return lens, {
         "capacity": capacity,
         "window": draw(st.none() | ANY_INT32 | st.integers(1, capacity)),
-        "slots": draw(st.sampled_from((132, 480, 80, 6, 1))),
+        "resident": draw(st.sampled_from((132, 480, 80, 6, 1))),
         "programs": draw(st.sampled_from((1, 2, 8, 32))),
         "longest": draw(st.sampled_from((None, None, None, 129, 300))),  # contexts may be longer
         "whole": draw(st.sampled_from((False, False, False, True))),
@@ -164,7 +164,7 @@ def test_each_sequence_may_have_a_window_of_its_own(planner):
         lens = rng.integers(0, 2**16, num_seqs, np.int32)
         windows = rng.integers(1, 2**16, num_seqs, np.int32)
         windows[rng.random(num_seqs) < 0.2] = rng.choice([0, -1, -(2**31), 2**31 - 1])
-        cut += bool(check(planner, lens, capacity=2**16, window=windows, slots=40))
+        cut += bool(check(planner, lens, capacity=2**16, window=windows, resident=40))
     assert cut > 1
 
 
@@ -173,15 +173,16 @@ def test_each_sequence_may_have_a_window_of_its_own(planner):
 def test_the_longest_contexts_there_are(planner, num_seqs):
     """Sums of them stay in 32 bits: the more there may be, the coarser they are counted."""
     check(
-        planner, [2**31 - 1] * num_seqs, capacity=MAX_CAPACITY, window=None, slots=480, programs=32
-    )
+        planner, [2**31 - 1] * num_seqs, capacity=MAX_CAPACITY, window=None, resident=480,
+        programs=32,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("num_seqs", [1025, 2**14, 2**17, 2**18, 2**19, 2**24, 2**31])
 def test_more_sequences_than_can_be_counted_in_32_bits_are_left_whole(num_seqs):
     problem = own_plan(
         num_seqs=num_seqs, capacity=MAX_CAPACITY, longest=MAX_CAPACITY, programs=32, width=256,
-        slots=132, has_window=False,
+        resident=132, has_window=False,
     )  # fmt: skip
     if num_seqs < 2**19:
         assert problem.max_cuts and MAX_CAPACITY + problem.granule <= 2**31
@@ -198,14 +199,14 @@ def test_of_more_sequences_than_fit_in_a_tile(planner):
     for num_seqs in (1025, 2100):
         lens = rng.integers(0, 2**12, num_seqs)
         lens[[3, 500, 1020, 1022, 1023, 1024]] = 2**16
-        for slots in (132, 480):
-            splits = check(planner, lens, capacity=2**16, window=None, slots=slots)
+        for resident in (132, 480):
+            splits = check(planner, lens, capacity=2**16, window=None, resident=resident)
             assert len(splits) > 6 and {1023, 1024} < {seq for seq, *_ in splits}
-        check(planner, lens, capacity=2**16, window=None, slots=132, programs=8)
+        check(planner, lens, capacity=2**16, window=None, resident=132, programs=8)
     windows = rng.integers(1, 2**12, num_seqs)
-    assert check(planner, lens, capacity=2**16, window=windows, slots=132)
-    assert not check(planner, np.zeros(1100, int), capacity=2**16, window=None, slots=132)
-    check(planner, lens, capacity=2**16, window=None, slots=132, whole=True)
+    assert check(planner, lens, capacity=2**16, window=windows, resident=132)
+    assert not check(planner, np.zeros(1100, int), capacity=2**16, window=None, resident=132)
+    check(planner, lens, capacity=2**16, window=None, resident=132, whole=True)
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
@@ -213,7 +214,7 @@ def test_a_row_of_granules_is_cut_in_even_shares(planner):
     """10 granules in 4 shares of 3, of which the last has one: by hand."""
     lens = [300, 0, 500, 128, 256]  # 3, 0, 4, 1 and 2 granules
     problem = own_plan(
-        num_seqs=5, capacity=512, longest=512, programs=1, width=256, slots=4, has_window=False
+        num_seqs=5, capacity=512, longest=512, programs=1, width=256, resident=4, has_window=False
     )
     assert (problem.shares, problem.max_cuts) == (4, 3)
     work = PLANNERS[planner](problem, PlanOperands(np.array(lens, np.int32), None))
@@ -226,17 +227,17 @@ def test_a_row_of_granules_is_cut_in_even_shares(planner):
     assert splits == [[2, 2, 2], [4, 5, 2]]
 
 
-@pytest.mark.parametrize("slots", [1, 7, 132, 480])
-def test_shares_fill_the_machine(slots):
-    """At least nine slots in ten, of a round or a few: else as many as any of these rounds do."""
+@pytest.mark.parametrize("resident", [1, 7, 132, 480])
+def test_shares_fill_the_machine(resident):
+    """At least nine tenths of it, in a round or a few: else as much as any of these rounds does."""
     for programs in (1, 2, 3, 5, 8, 16, 33, 72, 200, 1000):
         filled = {
-            rounds: rounds * slots // programs * programs / (rounds * slots)
+            rounds: rounds * resident // programs * programs / (rounds * resident)
             for rounds in (1, 2, 3, 4)
         }
         enough = [rounds for rounds, share in filled.items() if share >= 0.9]
         rounds = enough[0] if enough else max(filled, key=filled.get)
-        assert even_shares(slots, programs) == max(1, rounds * slots // programs)
+        assert even_shares(resident, programs) == max(1, rounds * resident // programs)
     assert even_shares(132, 8) == 16 and even_shares(132, 72) == 5 and even_shares(132, 500) == 1
 
 
@@ -251,8 +252,8 @@ def test_tiles_are_one_row(monkeypatch, window):
     lens = np.random.default_rng(0).integers(0, 2**13, 50)
     for most in (2, 16, 32):
         monkeypatch.setattr(plan_sizes, "MOST_OTHERS", most)
-        for slots in (20, 132):
-            assert check("triton", lens, capacity=2**13, window=window, slots=slots)
+        for resident in (20, 132):
+            assert check("triton", lens, capacity=2**13, window=window, resident=resident)
 
 
 SIZE = dict(num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, max_blocks=80)
@@ -268,7 +269,7 @@ def test_the_call_plans_for_the_backends_machine(machine, num_sms, dtype):
     backend = ejk.TritonPageAttention(**machine, num_sms=num_sms)
     lens = np.array([100, np.iinfo(dtype).max, 0, np.iinfo(dtype).min], dtype)
     plan = ejk.plan_page_attention(lens, **SIZE | {"head_dim": 512}, backend=backend)
-    assert plan.problem.slots == num_sms and plan.problem.capacity == 1280
+    assert plan.problem.resident == num_sms and plan.problem.capacity == 1280
     clipped = [int(n) for n in np.clip(lens, 0, 1280)]
     expected = plan_oracle.plan_page_attention(
         clipped, capacity=1280, sliding_window=None, **machine_of(plan.problem)

@@ -130,4 +130,4 @@ def plan_of(problem: RaggedPageAttentionProblem, target: Target) -> RaggedPlan:
     wide = WARPGROUPS[problem.head_dim] * own_tokens * problem.group if bound > own_tokens else None
     narrow = min(own_tokens, bound) * problem.group
     cuts = cuts_of(problem, target)
-    return RaggedPlan.of(problem, narrow, wide, cuts, GRANULE, slots=target.num_sms)
+    return RaggedPlan.of(problem, narrow, wide, cuts, GRANULE, resident=target.num_sms)

@@ -108,7 +108,7 @@ def packing_constants(
             "CAPACITY": problem.capacity,
             "MEMBERS": problem.members,
             "MAX_PACKS": problem.packs.num_seqs,
-            "SLOTS": problem.packs.slots,
+            "RESIDENT": problem.packs.resident,
             "PROGRAMS": problem.programs_per_piece,
             "GRANULE_COST": problem.granule_cost,
             "PACK_COST": problem.packs.granule_cost,

@@ -32,7 +32,7 @@ def packs_kernel(
     CAPACITY: tl.constexpr,
     MEMBERS: tl.constexpr,
     MAX_PACKS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    RESIDENT: tl.constexpr,
     PROGRAMS: tl.constexpr,
     GRANULE_COST: tl.constexpr,
     PACK_COST: tl.constexpr,  # of a granule
@@ -69,8 +69,8 @@ def packs_kernel(
         of_packs = tl.where(pays & is_first, cost + PIECE_COST * (sizes + 1), 0)
         plain = tl.sum(tl.cdiv(lengths, GRANULE), 0) * GRANULE_COST + NUM_SEQS * PIECE_COST
         packed = tl.sum(tl.cdiv(own, GRANULE), 0) * GRANULE_COST + NUM_SEQS * PIECE_COST
-        plain = tl.cdiv(plain * PROGRAMS, SLOTS)
-        packed = tl.cdiv((packed + tl.sum(of_packs, 0)) * PROGRAMS, SLOTS)
+        plain = tl.cdiv(plain * PROGRAMS, RESIDENT)
+        packed = tl.cdiv((packed + tl.sum(of_packs, 0)) * PROGRAMS, RESIDENT)
         is_kept = pays & (packed + packed // 16 + MARGIN <= plain)
 
     # Which of them is mine: how many begin before it?

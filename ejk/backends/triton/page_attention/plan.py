@@ -46,7 +46,7 @@ def plan_of_call(
         longest=problem.visible_bound,
         programs=programs_of_piece(problem, blocks.block_group),
         width=loaded_entries(problem),
-        slots=target.num_sms * blocks.per_sm,
+        resident=target.num_sms * blocks.per_sm,
         granule=granule_of(blocks.per_sm, problem.value_head_dim),
         has_window=problem.has_window,
         own_windows=problem.own_windows,
@@ -74,7 +74,7 @@ def _sharing(
     return Sharing.of(
         problem,
         own_rows=rows_of(problem, problem.group, target),
-        slots=target.num_sms * packs_per_sm(problem.cache_type.is_quantised, per_sm),
+        resident=target.num_sms * packs_per_sm(problem.cache_type.is_quantised, per_sm),
         target=target,
         least_saved_bytes=tuning.least_saved_bytes,
     )
@@ -87,7 +87,7 @@ def own_plan(
     longest: int,
     programs: int,
     width: int,
-    slots: int,
+    resident: int,
     has_window: bool,
     granule: int = GRANULE,
     own_windows: bool = False,
@@ -95,7 +95,7 @@ def own_plan(
 ) -> PlanProblem:
     """Return the plan of a batch whose contexts show up to `longest` tokens of `width` elements.
 
-    The machine runs `slots` programs at a time. What is not known, as the width of an element,
+    The machine runs `resident` programs at a time. What is not known, as the width of an element,
     costs a little speed, nothing else. So does a context that shows more tokens than it may.
     """
     if sharing is not None:  # whose costs are those of 128 tokens
@@ -107,24 +107,24 @@ def own_plan(
         max_cuts=0,
         granule=granule,
         own_windows=own_windows,
-        slots=slots,
+        resident=resident,
         programs_per_piece=programs,
         # A step takes no less time with narrower heads.
         granule_cost=max(8, width * 8 // 256),
     )
     if capacity > MAX_CAPACITY:  # kernels, which alone read a plan, count in 32 bits
         return problem
-    waves, in_last = divmod(num_seqs * programs, slots)
+    waves, in_last = divmod(num_seqs * programs, resident)
     # Many short contexts share multiprocessors, see `choose_blocks`, and one is soon done.
     is_soon_done = waves >= 4 and longest <= 8 * GRANULE
     # Where no context is long, and contexts of one length would fill whole waves, there is little
     # to gain. A combination that finds nothing to do costs more: on an H100 with one program a
     # multiprocessor 2 of 187 us for 64 contexts of 2,048.
-    fills_waves = waves >= 3 and longest <= 32 * GRANULE and 3 * in_last >= 2 * slots
+    fills_waves = waves >= 3 and longest <= 32 * GRANULE and 3 * in_last >= 2 * resident
     if sharing is not None:
         cost = num_seqs * programs * -(-longest // granule) * problem.granule_cost
         is_soon_done = is_soon_done and sharing.least_saved is None
-        fills_waves = fills_waves and not sharing.pays_to_combine(cost // sharing.slots)
+        fills_waves = fills_waves and not sharing.pays_to_combine(cost // sharing.resident)
     if is_soon_done or fills_waves:
         return problem
     each = problem.granule_cost * programs if sharing else 1

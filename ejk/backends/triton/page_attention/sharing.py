@@ -46,7 +46,7 @@ class Sharing:
     members: int
     page_size: int
     row_cost: int  # of a block, in eighths of that of a sequence
-    slots: int  # programs of packs that the machine runs at a time
+    resident: int  # programs of packs that the machine runs at a time
     least_saved: int | None  # granules; None: as the model of costs says
 
     @classmethod
@@ -55,7 +55,7 @@ class Sharing:
         problem: PageAttentionProblem,
         *,
         own_rows: int,
-        slots: int,
+        resident: int,
         target: Target,
         least_saved_bytes: int | None,
     ) -> "Sharing | None":
@@ -83,7 +83,7 @@ class Sharing:
         groups = min(num_groups, num_seqs // 2)
         max_packs = min(num_seqs // 2, (num_seqs - 2 * groups) // members + groups)
         cost = FEW_ROWS_COSTS.get(own_rows, ROW_COSTS[rows])
-        return cls(max_packs, members, problem.page_size, cost, slots, saved)
+        return cls(max_packs, members, problem.page_size, cost, resident, saved)
 
     def pays_to_combine(self, cost: int) -> bool:
         """Whether a batch that costs so much may be combined only because it may have packs."""
@@ -98,7 +98,7 @@ class Sharing:
         packs = dataclasses.replace(
             problem,
             num_seqs=self.max_packs,
-            slots=self.slots,
+            resident=self.resident,
             is_packs=True,
             granule_cost=problem.granule_cost * self.row_cost // 8,
         )

@@ -52,7 +52,7 @@ def balanced_chunks(
     GROUP: tl.constexpr,
     CAPACITY: tl.constexpr,
     CUTS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    RESIDENT: tl.constexpr,
     PROGRAMS: tl.constexpr,
     MEMORY_BOUND: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -64,7 +64,7 @@ def balanced_chunks(
     """Return the most granules of a piece of each kind."""
     COST: tl.constexpr = NARROW_COST if MEMORY_BOUND else PRODUCT_COST
     share = COST * total_narrow.to(tl.float32) + total_wide.to(tl.float32)  # [1]
-    share = share * PROGRAMS / SLOTS
+    share = share * PROGRAMS / RESIDENT
     tried = tl.arange(0, TRIED)
     most = tl.where(tried == 0, MOST_GRANULES, share * 6 / (3 + tried))
     narrow = tl.minimum(tl.ceil(most / COST), MOST_GRANULES).to(tl.int32)
@@ -101,15 +101,15 @@ def balanced_chunks(
         part = PART_COST * (ROWS_OF_PART + rows.to(tl.float32))
         parts += tl.sum(tl.where(pieces > 1, number * part, 0), 0)
         largest = tl.maximum(largest, tl.max(cost, 0))
-    rounds = large * PROGRAMS / SLOTS
+    rounds = large * PROGRAMS / RESIDENT
     rest = rounds - tl.floor(rounds)
     least = tl.where(total_wide > 0, 1.0, LEAST_BUSY if MEMORY_BOUND else 1.0)
     busy = tl.where(rest > 0, tl.maximum(rest, least), 0)
     # A program with the largest item has as many others as one without.
-    mean = share * SLOTS / (tl.maximum(items, 1) * PROGRAMS)
+    mean = share * RESIDENT / (tl.maximum(items, 1) * PROGRAMS)
     late = tl.maximum((busy - rest) * largest, largest - mean)
     ends = tl.maximum(share + late, least * largest)
-    ends += parts * PROGRAMS / SLOTS + tl.where(parts > 0, COMBINE_COST, 0.0)
+    ends += parts * PROGRAMS / RESIDENT + tl.where(parts > 0, COMBINE_COST, 0.0)
     is_first = ends == tl.min(ends, 0)
     narrow = tl.max(tl.where(is_first, narrow, 0), 0)
     return narrow, tl.max(tl.where(is_first, wide, 0), 0)

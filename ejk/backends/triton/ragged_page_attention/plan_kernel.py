@@ -12,7 +12,7 @@ sequence `s` and `c_s` the granules that its last block sees:
 
 Largest pieces first, of a sequence its last blocks, which see most.
 
-With `SLOTS` both kinds are dealt out to the programs of one launch, see `balanced_chunks`.
+With `RESIDENT` both kinds are dealt out to the programs of one launch, see `balanced_chunks`.
 
 Source: FlashInfer (Ye et al., 2025, arXiv:2501.01005), whose lists are made on the host.
 """
@@ -56,7 +56,7 @@ def ragged_plan_kernel(
     FIRST_WIDE_SPLIT: tl.constexpr,
     EVEN_NUMERATOR: tl.constexpr,
     EVEN_DENOMINATOR: tl.constexpr,
-    SLOTS: tl.constexpr,  # programs that take items of both kinds; 0: each kind has its own
+    RESIDENT: tl.constexpr,  # programs that take items of both kinds; 0: each kind has its own
     PROGRAMS: tl.constexpr,  # of these that an item takes
     MEMORY_BOUND: tl.constexpr,  # programs with narrow items wait for memory
     # features
@@ -103,10 +103,10 @@ def ragged_plan_kernel(
     chunk_wide = longest_piece(
         total_wide, longest_wide, WIDE_CUTS, EVEN_NUMERATOR, EVEN_DENOMINATOR
     )
-    if SLOTS > 0 and NARROW_CUTS > 0:
+    if RESIDENT > 0 and NARROW_CUTS > 0:
         chunk_narrow, chunk_wide = balanced_chunks(
             cu_q_lens_ptr, context_lens_ptr, window, total_narrow, total_wide, longest_narrow,
-            longest_wide, NUM_SEQS, TOTAL_TOKENS, GROUP, CAPACITY, NARROW_CUTS, SLOTS, PROGRAMS,
+            longest_wide, NUM_SEQS, TOTAL_TOKENS, GROUP, CAPACITY, NARROW_CUTS, RESIDENT, PROGRAMS,
             MEMORY_BOUND, HAS_WINDOW, NARROW_ROWS, WIDE_ROWS, GRANULE, BLOCK_OTHERS,
         )  # fmt: skip
     ends = clipped_bounds(cu_q_lens_ptr, seqs + 1, NUM_SEQS, TOTAL_TOKENS)
@@ -115,7 +115,7 @@ def ragged_plan_kernel(
         context_lens_ptr, seqs, q_len, window, NUM_SEQS, CAPACITY, GROUP, HAS_WINDOW,
         NARROW_ROWS, WIDE_ROWS, GRANULE,
     )  # fmt: skip
-    WHOLE_CHUNKS: tl.constexpr = 1 if SLOTS > 0 else 2
+    WHOLE_CHUNKS: tl.constexpr = 1 if RESIDENT > 0 else 2
     chunk = tl.where(is_wide, chunk_wide, chunk_narrow)
     pieces, size = cut_blocks(blocks, granules, chunk, WHOLE_CHUNKS)
 

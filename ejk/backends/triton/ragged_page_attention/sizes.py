@@ -95,7 +95,7 @@ class RaggedCut:
             "FIRST_WIDE_SPLIT": first_wide_split,
             "EVEN_NUMERATOR": EVEN_SHARE[0],
             "EVEN_DENOMINATOR": EVEN_SHARE[1],
-            "SLOTS": self.plan.slots,
+            "RESIDENT": self.plan.resident,
             "PROGRAMS": problem.num_kv_heads,
             "MEMORY_BOUND": not same_tile(problem),
             "HAS_WINDOW": problem.has_window,
@@ -104,7 +104,7 @@ class RaggedCut:
             "GRANULE": self.plan.granule,
             "BLOCK_SEQS": BLOCK_SEQS,
             "BLOCK_OTHERS": min(
-                _block_others(problem), BALANCED_OTHERS if self.plan.slots else 2**30
+                _block_others(problem), BALANCED_OTHERS if self.plan.resident else 2**30
             ),
             "BLOCK_ITEMS": BLOCK_ITEMS,
         }
@@ -112,13 +112,13 @@ class RaggedCut:
     def combine_rows(self, kind: int) -> int:
         """Rows that a program combines: all parts of one, or a few parts of several."""
         rows = self.plan.kinds[kind].rows
-        is_one = kind == 0 and (not self.plan.slots or rows <= MOST_ONE_BY_ONE)
+        is_one = kind == 0 and (not self.plan.resident or rows <= MOST_ONE_BY_ONE)
         return 1 if is_one else math.gcd(rows, 8)
 
     def combine_grid(self, problem: RaggedPageAttentionProblem, kind: int) -> int:
         items = self.plan.kinds[kind]
         most = items.max_splits * items.rows // self.combine_rows(kind) * problem.num_kv_heads
-        return min(most, COMBINING * self.plan.slots) if self.plan.slots else most
+        return min(most, COMBINING * self.plan.resident) if self.plan.resident else most
 
     def combine_constants(self, problem: RaggedPageAttentionProblem, kind: int) -> dict[str, Any]:
         block_dv, rows = power_of_two(problem.value_head_dim), self.combine_rows(kind)
@@ -163,8 +163,8 @@ class RaggedSizes(RaggedCut):
         # on 32 of 8,192 265.3 and 262.5, but on 64 of 200 to 32,000 326.1 and 329.8. The plan, once
         # a step, takes 2.5 us longer.
         are_few = problem.num_seqs * problem.num_kv_heads <= 2 * target.num_sms
-        slots = target.num_sms if narrow.peel and are_few else 0
-        plan = RaggedPlan.of(problem, narrow.rows, wide and wide.rows, cuts, GRANULE, slots)
+        resident = target.num_sms if narrow.peel and are_few else 0
+        plan = RaggedPlan.of(problem, narrow.rows, wide and wide.rows, cuts, GRANULE, resident)
         return cls(plan, (narrow, wide) if wide else (narrow,))
 
     def grid(self, problem: RaggedPageAttentionProblem, kind: int) -> int:
