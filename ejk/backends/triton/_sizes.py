@@ -23,7 +23,7 @@ MATRIX_ROWS = 16
 GRANULE = 128  # tokens; planned pieces are whole multiples, or of half: see `granule_of`
 
 
-def power_of_two(at_least: int) -> int:
+def next_power_of_2(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
 
 
@@ -35,8 +35,8 @@ def two_parts(head_dim: int, least: int = 16) -> tuple[int, int]:
     Up to 128 one is better although it pads more: 80 as 128 took 150 us for ragged contexts on an
     H100, as 64 + 16 it took 187.
     """
-    whole = max(least, power_of_two(head_dim))
-    rest = max(least, power_of_two(head_dim - whole // 2))
+    whole = max(least, next_power_of_2(head_dim))
+    rest = max(least, next_power_of_2(head_dim - whole // 2))
     return (whole // 2, rest) if whole > 128 and rest < whole // 2 else (whole, 0)
 
 
@@ -92,8 +92,8 @@ def block_group(
     registers a thread on four warps. More than 64 rows spill whatever the width.
     """
     if most_rows is None:
-        most_rows = min(64, max(16, 16 * 512 // power_of_two(sum(two_parts(value_head_dim)))))
-    return min(max(least_rows, power_of_two(group)), most_rows)
+        most_rows = min(64, max(16, 16 * 512 // next_power_of_2(sum(two_parts(value_head_dim)))))
+    return min(max(least_rows, next_power_of_2(group)), most_rows)
 
 
 def shape_constants(problem: PagedProblem) -> dict[str, int]:

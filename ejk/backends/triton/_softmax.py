@@ -96,9 +96,9 @@ def add_block(
     rescale = alpha
     if PER_TOKEN:
         unit_new = tl.maximum(unit, _largest_exponent(value_scale) - HEADROOM)
-        weights = p * (value_scale * power_of_two(-unit_new))[None, :]
+        weights = p * (value_scale * exp2_of_integer(-unit_new))[None, :]
         # From the first unit the difference may be too far, but it has counted nothing.
-        rescale = alpha * power_of_two(tl.maximum(unit - unit_new, -127))
+        rescale = alpha * exp2_of_integer(tl.maximum(unit - unit_new, -127))
         unit = unit_new
     weights = split_bf16x3((weights,)) if BF16X3 else weights.to(dtype)
     added = ()
@@ -156,7 +156,7 @@ def _largest_exponent(scale):
 
 @triton.jit
 @typing.no_type_check
-def power_of_two(exponent):
+def exp2_of_integer(exponent):
     """Return `2^exponent` in float32, of exponents from -126 to 127; 0 of -127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
@@ -193,7 +193,7 @@ def scaled_values(
     """
     if SCALES != "none":
         if SCALES == "token":
-            value_scale = power_of_two(unit)
+            value_scale = exp2_of_integer(unit)
         else:
             value_scale = tl.load((key_scale_ptr if LATENT else value_scale_ptr) + kv_head)
         tiles = scaled_rows(tiles, tl.where(l == 0, 0.0, value_scale))

@@ -38,7 +38,7 @@ from ejk.backends.triton.page_attention.planner import TritonPlan
 #     8       0.839       0.858       0.841       0.983      1.025        1.058       1.211
 #     16      0.888       0.904       0.927       1.033      1.085        1.136       1.194
 #     32      1.106       1.208       1.636       1.412      1.985        1.759       1.227
-FEW_HEADS, FEW_TOKENS = ROWS // 4, 2**13
+FEW_HEADS, SMALL_BATCH = ROWS // 4, 2**13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +77,12 @@ class MosaicGpuPageAttention(MosaicGpuBackend, PageAttentionBackend):
         return reasons + unfit_cache(problem, BLOCK_KV)
 
     def passed_over(self, problem: PageAttentionProblem, platform: str) -> tuple[str, str] | None:
-        is_small = problem.num_seqs * problem.visible_bound <= FEW_TOKENS
+        is_small = problem.num_seqs * problem.visible_bound <= SMALL_BATCH
         if self.interpret or problem.num_heads > FEW_HEADS or not is_small:
             return None
         return left_to_triton(
             f"num_seqs={problem.num_seqs}, max_context_len={problem.visible_bound} and "
-            f"{problem.num_heads} query heads, up to {FEW_TOKENS} tokens"
+            f"{problem.num_heads} query heads, up to {SMALL_BATCH} tokens"
         )
 
     def limits_on(self, target: Target, problem: PageAttentionProblem) -> list[str]:

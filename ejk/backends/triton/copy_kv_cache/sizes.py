@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from ejk.backends.copy_kv_cache import CopyKVCacheProblem
 from ejk.backends.gpu import Target
-from ejk.backends.triton._sizes import power_of_two
+from ejk.backends.triton._sizes import next_power_of_2
 
 # A program holds BLOCK_BYTES of the keys, and as many of the values: twice 16 in each of 128
 # threads. It takes a second copy where there would be more than ENOUGH_PROGRAMS, and MAX_COPIES at
@@ -52,17 +52,22 @@ class CopySizes(NamedTuple):
     def of(cls, problem: CopyKVCacheProblem, target: Target) -> "CopySizes":
         itemsize, unit = problem.cache_dtype.itemsize, unit_of(problem)
         most = BLOCK_BYTES // itemsize
-        block = min(power_of_two(unit), most)
+        block = min(next_power_of_2(unit), most)
         programs = problem.num_copies * -(-unit // block)
-        shared = power_of_two(-(-programs // ENOUGH_PROGRAMS))
+        shared = next_power_of_2(-(-programs // ENOUGH_PROGRAMS))
         copies = min(shared, most // block, MAX_COPIES)
-        comparing = min(power_of_two(-(-problem.num_copies // COMPARING_PROGRAMS)), MAX_COMPARING)
+        comparing = min(
+            next_power_of_2(-(-problem.num_copies // COMPARING_PROGRAMS)), MAX_COMPARING
+        )
         # No more threads than copy 16 bytes each.
         warps = copies * block * itemsize // (16 * target.warp_size)
         num_warps = min(4, max(1, warps))
         at_once = (AMD_COMPARISONS if target.is_amd else COMPARISONS) * num_warps // comparing
-        others = min(at_once, max(32, power_of_two(problem.num_copies)))
-        ids, marking_warps = power_of_two(problem.num_copies), MARKING_THREADS // target.warp_size
+        others = min(at_once, max(32, next_power_of_2(problem.num_copies)))
+        ids, marking_warps = (
+            next_power_of_2(problem.num_copies),
+            MARKING_THREADS // target.warp_size,
+        )
         return cls(
             copies, block, comparing, others, num_warps,
             MARKING_PROGRAMS, min(ids, MAX_BLOCK_IDS), marking_warps,
@@ -111,7 +116,7 @@ class CopySizes(NamedTuple):
     def staged(self, problem: CopyKVCacheProblem) -> int:
         """Return how many elements of a unit a program takes elsewhere at a time."""
         most = STAGED_BYTES // problem.cache_dtype.itemsize
-        return min(power_of_two(unit_of(problem)), most)
+        return min(next_power_of_2(unit_of(problem)), most)
 
 
 def is_compared(problem: CopyKVCacheProblem) -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ejk.backends.page_attention_packs import MARGIN, PIECE_COST, Packs
 from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
 from ejk.backends.triton._backend import Call
-from ejk.backends.triton._sizes import power_of_two
+from ejk.backends.triton._sizes import next_power_of_2
 
 # Sequences that a program reads at once. In larger batches XLA finds the packs.
 MOST_SEQS = 1024
@@ -91,7 +91,7 @@ def packing_constants(
 ) -> dict[str, dict[str, Any]]:
     """Return the constants of each kernel."""
     assert problem.packs is not None
-    common = {"NUM_SEQS": problem.num_seqs, "BLOCK_SEQS": power_of_two(problem.num_seqs)}
+    common = {"NUM_SEQS": problem.num_seqs, "BLOCK_SEQS": next_power_of_2(problem.num_seqs)}
     least_saved = -1 if problem.least_saved is None else problem.least_saved
     return {
         "groups_kernel": common
@@ -100,7 +100,7 @@ def packing_constants(
             "CAPACITY": problem.capacity,
             "MAX_BLOCKS": max_blocks,
             "PAGE_SIZE": problem.page_size,
-            "BLOCK_PAGES": min(BLOCK_PAGES, max(16, power_of_two(max_blocks))),
+            "BLOCK_PAGES": min(BLOCK_PAGES, max(16, next_power_of_2(max_blocks))),
         },
         "members_kernel": common | {"PAGE_SIZE": problem.page_size, "MEMBERS": problem.members},
         "packs_kernel": common
@@ -116,6 +116,6 @@ def packing_constants(
             "MARGIN": MARGIN,
             "LEAST_SAVED": least_saved,
             "GRANULE": problem.granule,
-            "BLOCK_MEMBERS": power_of_two(problem.members),
+            "BLOCK_MEMBERS": next_power_of_2(problem.members),
         },
     }

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from ejk.backends.gpu import Target
 from ejk.backends.paged_problem import PagedProblem
-from ejk.backends.triton._sizes import power_of_two, product_dtype, same_tile, value_bytes
+from ejk.backends.triton._sizes import next_power_of_2, product_dtype, same_tile, value_bytes
 from ejk.backends.triton.page_attention.tuned import Pipeline
 
 
@@ -52,7 +52,7 @@ def of_converted(
     With 256 entries, e4m3 32, 4, 3: 141.5 and 64, 4, 3: 182.1. Latent e4m3, 16 heads, 64, 8, 3:
     70.3 and 64, 8, 2: 75.8.
     """
-    wide = power_of_two(wide)  # as blocks and warps must be: 192 entries are in two parts
+    wide = next_power_of_2(wide)  # as blocks and warps must be: 192 entries are in two parts
     if product_dtype(problem) == jnp.float32:
         is_bf16x3 = is_decode and takes_bf16x3(problem, target)
         if wide == 128 and is_bf16x3 and not problem.cache_type.is_quantised:

@@ -11,7 +11,7 @@ from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProb
 from ejk.backends.page_attention_packs import Packs
 from ejk.backends.page_attention_plan import PlanOperands, PlanProblem
 from ejk.backends.triton._backend import Call
-from ejk.backends.triton._sizes import GRANULE, MAX_CAPACITY, power_of_two, same_tile
+from ejk.backends.triton._sizes import GRANULE, MAX_CAPACITY, next_power_of_2, same_tile
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks, Tuning, rows_of
 from ejk.backends.triton.page_attention.occupancy import granule_of, packs_per_sm
 from ejk.backends.triton.page_attention.packing import find_packs
@@ -212,7 +212,7 @@ def plan_blocks(num_seqs: int) -> tuple[int, int]:
     A program a multiprocessor: on an H100, 4, 8 and 16 sequences of 1,024 took 27.1, 14.9 and 16.5
     us, of 512 4 and 8 took 8.7 and 9.6; of 256, 4 and 8 warps took 6.7 and 6.9.
     """
-    return min(8, max(2, power_of_two(num_seqs) // 128)), 4 if num_seqs <= 256 else 8
+    return min(8, max(2, next_power_of_2(num_seqs) // 128)), 4 if num_seqs <= 256 else 8
 
 
 def plan_constants(problem: PlanProblem, block_seqs: int) -> dict[str, Any]:
@@ -227,5 +227,5 @@ def plan_constants(problem: PlanProblem, block_seqs: int) -> dict[str, Any]:
         "IS_PACKS": problem.is_packs,
         "GRANULE": problem.granule,
         "BLOCK_SEQS": block_seqs,
-        "BLOCK_OTHERS": min(MOST_OTHERS, power_of_two(max(2, problem.num_seqs))),
+        "BLOCK_OTHERS": min(MOST_OTHERS, next_power_of_2(max(2, problem.num_seqs))),
     }

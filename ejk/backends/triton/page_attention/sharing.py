@@ -12,7 +12,7 @@ from ejk.backends.page_attention_plan import PlanProblem
 from ejk.backends.triton._sizes import (
     GRANULE,
     QUANTISED_ROWS,
-    power_of_two,
+    next_power_of_2,
     product_dtype,
     value_bytes,
 )
@@ -117,7 +117,7 @@ class Sharing:
 
 def pack_rows(members: int, group: int) -> int:
     """Return the rows of a product of a pack; 0 for no packs."""
-    return max(16, power_of_two(members * group)) if members else 0
+    return max(16, next_power_of_2(members * group)) if members else 0
 
 
 def pack_constants(plan: PlanProblem | None) -> dict[str, int]:
@@ -127,13 +127,13 @@ def pack_constants(plan: PlanProblem | None) -> dict[str, int]:
         "MEMBERS": plan.members if plan and packs else 0,
         "MAX_PACKS": packs.num_seqs if packs else 0,
         "MAX_PACK_PIECES": packs.max_pieces if packs else 0,
-        "BLOCK_STOPS": power_of_two(packs.max_cuts + 1) if packs else 0,
+        "BLOCK_STOPS": next_power_of_2(packs.max_cuts + 1) if packs else 0,
     }
 
 
 def member_constants(plan: PlanProblem | None) -> dict[str, int]:
     """Return how the attention kernel takes members and their tables; 0 each without packs."""
-    members = power_of_two(plan.members) if plan and plan.packs else 0
+    members = next_power_of_2(plan.members) if plan and plan.packs else 0
     return {
         "MAX_PIECES": plan.max_pieces if plan and plan.packs else 0,
         "BLOCK_MEMBERS": members,

@@ -13,8 +13,8 @@ from ejk.backends.triton._sizes import (
     GRANULE,
     MATRIX_ROWS,
     feature_constants,
+    next_power_of_2,
     pages_of_block,
-    power_of_two,
     shape_constants,
     stride_constants,
     value_bytes,
@@ -88,7 +88,7 @@ class Sizes:
         if sizes.plan and sizes.plan.packs:
             sizes = sizes._with_packs(problem, target, tuned)
         # Few entries a program while programs are few: they find a processor each.
-        most = power_of_two(problem.value_head_dim)
+        most = next_power_of_2(problem.value_head_dim)
         while sizes.combine_dv < most and sizes.combine_grid(problem) > (
             COMBINE_PER_SM * target.num_sms
         ):

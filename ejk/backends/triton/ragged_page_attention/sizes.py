@@ -13,8 +13,8 @@ from ejk.backends.ragged_page_attention_plan import ITEM, RaggedPlan
 from ejk.backends.triton._sizes import (
     GRANULE,
     feature_constants,
+    next_power_of_2,
     pages_of_block,
-    power_of_two,
     same_tile,
     shape_constants,
     size_refusals,
@@ -121,7 +121,7 @@ class RaggedCut:
         return min(most, COMBINING * self.plan.resident) if self.plan.resident else most
 
     def combine_constants(self, problem: RaggedPageAttentionProblem, kind: int) -> dict[str, Any]:
-        block_dv, rows = power_of_two(problem.value_head_dim), self.combine_rows(kind)
+        block_dv, rows = next_power_of_2(problem.value_head_dim), self.combine_rows(kind)
         return {
             "ITEM": ITEM,
             "NUM_HEADS": problem.num_heads,
@@ -240,4 +240,4 @@ def _copies_first(problem: RaggedPageAttentionProblem, rows: int, target: Target
 
 
 def _block_others(problem: RaggedPageAttentionProblem) -> int:
-    return min(MOST_OTHERS, power_of_two(problem.num_seqs + 1))
+    return min(MOST_OTHERS, next_power_of_2(problem.num_seqs + 1))

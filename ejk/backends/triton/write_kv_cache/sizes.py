@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from ejk._indices import Size
 from ejk.backends.gpu import Target
-from ejk.backends.triton._sizes import KERNEL_TYPES, power_of_two, stride_constants
+from ejk.backends.triton._sizes import KERNEL_TYPES, next_power_of_2, stride_constants
 from ejk.backends.write_kv_cache import WriteKVCacheProblem
 
 # Bytes of keys, and as many of values, that a program holds: 4 times 16 in each of 128 threads.
@@ -34,13 +34,13 @@ class WriteSizes(NamedTuple):
     @classmethod
     def of(cls, problem: WriteKVCacheProblem, target: Target) -> "WriteSizes":
         itemsize, heads = problem.row_dtype.itemsize, None
-        row = min(power_of_two(_row(problem)), MAX_BLOCK_ROW)
+        row = min(next_power_of_2(_row(problem)), MAX_BLOCK_ROW)
         if converts(problem):
-            width = power_of_two(max(problem.head_dim, problem.value_head_dim))
-            heads = min(power_of_two(problem.num_kv_heads), max(1, MAX_BLOCK_ROW // width))
+            width = next_power_of_2(max(problem.head_dim, problem.value_head_dim))
+            heads = min(next_power_of_2(problem.num_kv_heads), max(1, MAX_BLOCK_ROW // width))
             row = heads * width
         programs = problem.num_tokens * _blocks(problem, row, heads)
-        shared = power_of_two(-(-programs // ENOUGH_PROGRAMS))
+        shared = next_power_of_2(-(-programs // ENOUGH_PROGRAMS))
         tokens = min(shared, max(1, BLOCK_BYTES // (itemsize * row)), MAX_TOKENS)
         # No more threads than copy 16 bytes each.
         warps = tokens * row * itemsize // (16 * target.warp_size)
@@ -78,8 +78,8 @@ class WriteSizes(NamedTuple):
             "BLOCK_OTHERS": self.others(problem),
             "BLOCK_ROW": self.row,
             "BLOCK_HEADS": self.heads or 1,
-            "BLOCK_D": power_of_two(problem.head_dim),
-            "BLOCK_DV": power_of_two(problem.value_head_dim),
+            "BLOCK_D": next_power_of_2(problem.head_dim),
+            "BLOCK_DV": next_power_of_2(problem.value_head_dim),
         }
 
     def _can_pack(self, per_element: int) -> bool:
