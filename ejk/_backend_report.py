@@ -83,7 +83,12 @@ def backend_report(
             f"platform={platform!r} must be one of {', '.join(_backend.PLATFORMS)}, gpu or None"
             f"{did_you_mean(str(platform), _backend.PLATFORMS)}"
         )
-    jaxpr = jax.make_jaxpr(functools.partial(_call, operation, args, kwargs))(_arrays(args, kwargs))
+    call = functools.partial(_call, operation, args, kwargs)
+    try:
+        jaxpr = jax.make_jaxpr(call)(_arrays(args, kwargs))
+    except TypeError as error:  # its arrays are called traced, as those that stand for them are
+        error.add_note(f"Asked about {operation.__name__}: operation= names another.")
+        raise
     for problem, choice in _dispatch.calls(jaxpr.jaxpr):
         if backend is not None:
             choice = _registry.choose(backend, type(problem), choice.backends)

@@ -94,6 +94,16 @@ def test_a_report_may_be_copied_and_saved(without_jax_triton):
     assert pickle.loads(pickle.dumps(report)) == report
 
 
+def test_a_report_on_arguments_of_another_operation_says_of_which_it_was_asked():
+    pool = np.zeros((4, 1, 16, 16), np.float32)
+    with pytest.raises(TypeError, match=r"^attn_scale=") as info:
+        ejk.backend_report(
+            np.zeros((2, 1, 16), np.float32), pool, pool, np.array([1, 2]),
+            np.zeros((2, 1), np.int32), np.array([0, 1, 2]),
+        )  # fmt: skip
+    assert info.value.__notes__[-1] == "Asked about page_attention: operation= names another."
+
+
 def test_fields_of_other_peoples_backends_are_what_they_can_be_made_with():
     @dataclasses.dataclass(frozen=True)
     class Derived(ejk.XlaPageAttention):
