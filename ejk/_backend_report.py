@@ -87,7 +87,9 @@ def backend_report(
     try:
         jaxpr = jax.make_jaxpr(call)(_arrays(args, kwargs))
     except TypeError as error:  # its arrays are called traced, as those that stand for them are
-        error.add_note(f"Asked about {operation.__name__}: operation= names another.")
+        error.add_note(
+            f"Asked about {getattr(operation, '__name__', operation)}: operation= names another."
+        )
         raise
     for problem, choice in _dispatch.calls(jaxpr.jaxpr):
         if backend is not None:
