@@ -76,7 +76,8 @@ def flash_attn_with_kvcache(
         rotary_sin: refused.
         cache_seqlens: tokens in the cache **before** `k`; None: all that there is room for.
         cache_batch_idx: `[batch]`, the rows of the cache, without a `page_table`.
-        cache_leftpad: `[batch]`, the first token that is seen of each sequence.
+        cache_leftpad: `[batch]`, the first token that is seen of each sequence. Tokens of `q` before
+            it see nothing: their rows are 0.
         page_table: `[batch, blocks]`.
         cu_seqlens_q: `[batch + 1]`.
         cu_seqlens_k_new: `[batch + 1]`.
@@ -132,6 +133,7 @@ def flash_attn_with_kvcache(
     rows, bounds = _packed(q, cu_seqlens_q)
     most = q.shape[1] if cu_seqlens_q is None else max_seqlen_q
     positions, window = visible.of_rows(lens, bounds, rows.shape[0])
+    lens, tables, bounds = visible.apart(lens, tables, bounds)
     out, lse = ragged_page_attention(
         rows, k_cache, v_cache, lens, tables, bounds, softmax_scale,
         max_q_len=most, cache_layout="NHD", causal=visible.causal, positions=positions,
@@ -203,12 +205,29 @@ class Visible(NamedTuple):
             return None, self.window
         row = jnp.arange(total, dtype=jnp.int32)
         seq = jnp.clip(jnp.searchsorted(bounds, row, side="right") - 1, 0, lens.shape[0] - 1)
-        position = lens[seq] - bounds[seq + 1] + row
         if self.chunk:
+            position = lens[seq] - bounds[seq + 1] + row
             return position // self.chunk * self.chunk + self.chunk - 1, self.chunk
+        return self._first()[seq] + FAR - 1, FAR
+
+    def apart(
+        self, lens: jax.Array, tables: Array, bounds: jax.Array
+    ) -> tuple[jax.Array, Array, jax.Array]:
+        """Make the new tokens that lie in padding sequences of their own, which hold nothing.
+
+        Where they shared a sequence with others, each block of rows would read what they see.
+        """
+        if self.first is None:
+            return lens, tables, bounds
+        begins, new = bounds[:-1], jnp.maximum(jnp.diff(bounds), 0)
+        padding = jnp.clip(self._first() - (lens - new), 0, new)
+        cuts = jnp.stack([begins, begins + padding], 1).reshape(-1)
+        lens = jnp.stack([jnp.zeros_like(lens), lens], 1).reshape(-1)
+        return lens, jnp.repeat(tables, 2, axis=0), jnp.append(cuts, bounds[-1])
+
+    def _first(self) -> jax.Array:
         assert self.first is not None
-        first = int32(self.first)[seq]
-        return jnp.where(position >= first, first + FAR - 1, 0), FAR
+        return jnp.clip(int32(self.first), 0, FAR)
 
 
 def _tables(
