@@ -11,7 +11,7 @@ from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
 from ejk._typing import Array, Bounds, ScalarInt
 from ejk._write_kv_cache import write_kv_cache
-from ejk.compat._arguments import Lengths, Tables, check_arrays, int32, refuse
+from ejk.compat._arguments import Lengths, Tables, check_arrays, drop_in, int32, refuse
 
 # A window so wide that it ends where `positions` say, and not before.
 FAR = 2**30
@@ -26,6 +26,7 @@ _MENDS = {
 }
 
 
+@drop_in
 def flash_attn_with_kvcache(
     q: Array,
     k_cache: Array,
@@ -76,8 +77,8 @@ def flash_attn_with_kvcache(
         rotary_sin: refused.
         cache_seqlens: tokens in the cache **before** `k`; None: all that there is room for.
         cache_batch_idx: `[batch]`, the rows of the cache, without a `page_table`.
-        cache_leftpad: `[batch]`, the first token that is seen of each sequence. Tokens of `q` before
-            it see nothing: their rows are 0.
+        cache_leftpad: `[batch]`, the first token that is seen of each sequence. Rows of `q` before
+            it see nothing: they are 0.
         page_table: `[batch, blocks]`.
         cu_seqlens_q: `[batch + 1]`.
         cu_seqlens_k_new: `[batch + 1]`.

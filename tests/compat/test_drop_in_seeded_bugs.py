@@ -63,8 +63,7 @@ BUGS = {
     },
     "vllm": {
         "values have the scale of keys": (
-            "_scale(k_scale), _scale(v_scale)", "_scale(k_scale), _scale(k_scale)", vllm,
-            "fp8",
+            '"v_scale", v_scale,', '"v_scale", k_scale,', vllm, "fp8",
         ),
         "padding is written": (
             "value_cache, slot_mapping,\n        cache", "value_cache, abs(slot_mapping),\n"

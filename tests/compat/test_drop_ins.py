@@ -347,7 +347,7 @@ def test_flash_attention(name, paged):
 
 @pytest.mark.parametrize("backend", ["Xla", "Triton"])
 def test_left_padding_is_not_read(backend, restored_registry):
-    """New tokens in it see nothing, and what it holds changes no bit of the others, packed or not."""
+    """New tokens in it see nothing, and what it holds changes no bit of others, packed or not."""
     if backend != "Xla":
         ejk.register_backend(getattr(ejk, f"{backend}RaggedPageAttention")(interpret=True))
     q, caches, first = numbers(3, 4, 4, 64), [numbers(3, 8, 2, 64) for _ in range(2)], [5, 0, 9]
@@ -415,6 +415,23 @@ def test_flash_attention_ignores_no_array(options, message):
         )
 
 
+FOREIGN = [
+    (flash_attention.flash_attn_with_kvcache, "block_table", "it is page_table here"),
+    (flash_attention.flash_attn_with_kvcache, "alibi_slopes", "is an argument of ejk.page_attent"),
+    (jax_tpu.paged_attention, "block_tables", "it is page_indices here"),
+    (jax_gpu.paged_attention, "kv_lens", "it is lengths here"),
+    (tpu_inference.ragged_paged_attention, "q", "it is queries here"),
+    (ejkernel.page_attention, "sm_scale", "it is attn_scale here"),
+    (vllm.reshape_and_cache_flash, "key_scale", "it is k_scale here"),
+]
+
+
+@pytest.mark.parametrize("function, name, mend", FOREIGN)
+def test_a_keyword_of_another_library_is_answered(function, name, mend):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': .*{mend}"):
+        function(**{name: None})
+
+
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
 @pytest.mark.parametrize("scale", [None, 0.5])
 @pytest.mark.parametrize("update", [False, True])
@@ -479,3 +496,30 @@ def test_vllm(dtype):
         vllm.reshape_and_cache_flash(key, value, other, other, slots, dtype, scale, scale)
     with pytest.raises(ValueError, match="kv_cache_dtype='int8' must be one of"):
         vllm.reshape_and_cache_flash(key, value, pool, pool, slots, "int8", scale, scale)
+
+
+VLLM_SCALES = [
+    (np.ones(1), ValueError, r"k_scale.dtype=float64 must be .* pass k_scale.astype"),
+    (jnp.ones(3), ValueError, r"k_scale.shape=\(3,\) must be num_kv_heads=\(2,\), or that of one"),
+    ("1", TypeError, "k_scale='1' must be a number, a floating-point array of one"),
+    (np.inf, ValueError, "k_scale=inf must be a finite float32"),
+]
+
+
+@pytest.mark.parametrize("scale, error, message", VLLM_SCALES)
+def test_vllm_scales_are_refused_by_name(scale, error, message):
+    rows, pool, slots = numbers(1, 2, 64), jnp.zeros((4, 8, 2, 64), jnp.uint8), jnp.array([5])
+    with pytest.raises(error, match=message):
+        vllm.reshape_and_cache_flash(rows, rows, pool, pool, slots, "fp8", scale, 1.0)
+    given = (rows, rows, pool, pool, slots, "fp8")
+    np.testing.assert_array_equal(
+        *(vllm.reshape_and_cache_flash(*given, kind(0.5), 1.0)[0] for kind in (float, np.float64))
+    )
+
+
+def test_vllm_caches_of_two_dtypes_are_refused():
+    rows, pool, slots = numbers(1, 2, 64), jnp.zeros((4, 8, 2, 64), jnp.uint8), jnp.array([5])
+    for other in (jnp.float32, E4M3):
+        with pytest.raises(ValueError, match=r"value_cache.dtype=.* must be key_cache.dtype=u"):
+            caches = (pool, pool.astype(other))
+            vllm.reshape_and_cache_flash(rows, rows, *caches, slots, "fp8", 1.0, 1.0)

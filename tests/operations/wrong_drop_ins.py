@@ -160,6 +160,10 @@ WRONG = {
         ("key_cache", [], TypeError, "key_cache=[] must be a numeric array [num_pages, page_size"),
         ("slot_mapping", None, TypeError, "slot_mapping=None must be an integer array [num_toke"),
         ("kv_cache_dtype", "int8", ValueError, "kv_cache_dtype='int8' must be one of 'auto', "),
+        (
+            "value_cache", BY_TOKEN.astype(np.float16), ValueError,
+            "value_cache.dtype=float16 must be key_cache.dtype=float32: make both alike",
+        ),
     ],
     "flash_attention.flash_attn_with_kvcache": [
         ("q", ROWS, TypeError, "q=float32[2, 4, 64] must be a floating-point array [batch, seql"),
