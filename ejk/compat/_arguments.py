@@ -34,6 +34,9 @@ Count = Annotated[
     int | np.integer | Integer[Array, ""] | Integer[Array, "1"], "an int or an integer array [1]"
 ]
 
+Window = Annotated[
+    tuple[int | np.integer, int | np.integer], "a pair of ints, (left, right): -1 is no end"
+]
 Scale = Annotated[
     int | float | np.integer | np.floating | Float[Array, "..."] | None,
     "a number, a floating-point array of one or [num_kv_heads], or None",

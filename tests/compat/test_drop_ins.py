@@ -345,7 +345,7 @@ def test_flash_attention(name, paged):
         close(lse[s].T, expected[1], 5e-6)
 
 
-@pytest.mark.parametrize("backend", ["Xla", "Triton"])
+@pytest.mark.parametrize("backend", ["Xla", "Triton", "Pallas"])
 def test_left_padding_is_not_read(backend, restored_registry):
     """New tokens in it see nothing, and what it holds changes no bit of others, packed or not."""
     if backend != "Xla":
@@ -398,8 +398,21 @@ def test_a_mask_that_leaves_weight_is_refused():
         )
 
 
+NEW = dict(k=jnp.ones((2, 1, 2, 64)), v=jnp.ones((2, 1, 2, 64)), cache_seqlens=jnp.array([6, 3]))
+FLAT = NEW | {x: jnp.ones((9, 2, 64)) for x in "kv"}
 APPENDED = [
-    (dict(k=jnp.ones((2, 1, 2, 64))), "v=None must be an array with k"),
+    (dict(k=NEW["k"]), "v=None must be an array with k"),
+    (NEW | dict(cache_seqlens=None), "cache_seqlens=None must be an int or .* array .* with k"),
+    (NEW | dict(k=NEW["k"][:1], v=NEW["v"][:1]), r"k.shape\[0\]=1 must be batch=2: pass one for"),
+    (NEW | dict(v=NEW["v"][:1]), r"v.shape=\(1, 1, 2, 64\) must be k.shape=\(2, 1, 2, 64\) but"),
+    (NEW | dict(k=NEW["k"][..., :8]), r"k.shape\[-2:\]=\(2, 8\) must be k_cache.shape.*=\(2, 64\)"),
+    (FLAT | dict(cu_seqlens_k_new=jnp.arange(2)), r"cu_seqlens_k_new.*=2 must be batch \+ 1=3: "),
+    (NEW | dict(cache_seqlens=32), "cache_seqlens=32 must be at most 31, for k to append 1 .* 32"),
+    (NEW | dict(cache_seqlens=np.array([3, 2**40])), r"cache_seqlens\[1\]=.* must be at most 31, "),
+    (
+        FLAT | dict(cache_seqlens=jnp.array([3, 26]), cu_seqlens_k_new=jnp.array([0, 2, 9])),
+        r"cache_seqlens\[1\]=26 must be at most 25, for k to append 7 to a cache with room for 32",
+    ),
     (dict(v=jnp.ones((2, 1, 2, 64))), "v must be None with k=None"),
     (dict(cu_seqlens_k_new=jnp.arange(3)), "cu_seqlens_k_new must be None with k=None"),
     (dict(q=jnp.ones((3, 1, 4, 64))), r"k_cache.shape\[0\]=2 must be at least the batch=3"),
@@ -413,6 +426,17 @@ def test_flash_attention_ignores_no_array(options, message):
         flash_attention.flash_attn_with_kvcache(
             **{"q": q, "k_cache": cache, "v_cache": cache} | options
         )
+
+
+def test_traced_lengths_without_room_write_what_fits():
+    """As the docstring says: the last new token counts as the cache's last."""
+    q, cache, new = numbers(1, 3, 4, 64), numbers(1, 8, 2, 64), numbers(1, 3, 2, 64)
+    call = functools.partial(flash_attention.flash_attn_with_kvcache, q, causal=True)
+    appending = jax.jit(lambda lens: call(cache, cache, new, new, cache_seqlens=lens))
+    out, keys, _ = appending(jnp.array([6]))
+    np.testing.assert_array_equal(keys, cache.at[:, 6:].set(new[:, :2]))
+    close(out, call(keys, keys, cache_seqlens=8))
+    np.testing.assert_array_equal(appending(jnp.array([5]))[1][:, 5:], new)
 
 
 FOREIGN = [
