@@ -169,6 +169,8 @@ def check_sizes(**sizes: tuple[Array | None, str, Size]) -> None:
 
 _ONE_FOR_EACH = {
     "num_seqs": "pass one for each sequence",
+    "batch": "pass one for each sequence",
+    "batch + 1": "pass one more than there are sequences",
     "num_heads": "pass one for each query head",
     "num_tokens": "pass one for each new token",
     "total_tokens": "pass one for each row of the query",

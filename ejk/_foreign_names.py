@@ -186,7 +186,8 @@ def unexpected_keyword(
     owns = _OWN_NAME.get(name, [name])
     if any(name in theirs for theirs in operations.values()):
         owns = [name, *owns]
-    own = next((own for own in owns if own in arguments), owns[0])
+    alike = [other for other in arguments if set(_OWN_NAME.get(other, [other])) == set(owns)]
+    own = next((own for own in [*owns, *alike] if own in arguments), owns[0])
     others = [
         f"ejk.{other}"
         for other, theirs in operations.items()

@@ -4,7 +4,7 @@ import functools
 import inspect
 import itertools
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 import jax
@@ -142,6 +142,16 @@ def _check_byte_order(name: str, value: Any) -> None:
         )
 
 
+def unknown_keywords(function: str, arguments: list[str], given: Collection[str]) -> str:
+    """Say of each keyword that is not among the arguments what to write instead."""
+    unknown = [name for name in given if name not in arguments]
+    said = [unexpected_keyword(name, function, arguments, _arguments) for name in unknown]
+    lengths = itertools.accumulate(len(line) + 1 for line in said)
+    fit = sum(length < 1800 for length in lengths)
+    more = [f"and {len(said) - fit} more"] if fit < len(said) else []
+    return "\n".join(said[:fit] + more)
+
+
 def _misplaced(
     function: str,
     positional: list[str],
@@ -150,12 +160,8 @@ def _misplaced(
     kwargs: dict[str, Any],
 ) -> str:
     """Say which arguments are unknown, given twice or too many."""
-    if unknown := [name for name in kwargs if name not in arguments]:
-        said = [unexpected_keyword(name, function, arguments, _arguments) for name in unknown]
-        lengths = itertools.accumulate(len(line) + 1 for line in said)
-        fit = sum(length < 1800 for length in lengths)
-        more = [f"and {len(said) - fit} more"] if fit < len(said) else []
-        return "\n".join(said[:fit] + more)
+    if said := unknown_keywords(function, arguments, kwargs):
+        return said
     if len(args) > len(positional):
         said = [f"takes {', '.join(positional)} by position, not {len(args)} arguments"]
         if "value_cache" in positional:

@@ -1,6 +1,9 @@
 """What several libraries' arguments mean here."""
 
-from typing import Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from jaxtyping import Float, Integer, Num
 from ejk._describe import describe
 from ejk._errors import UnsupportedError
 from ejk._indices import as_int32
-from ejk._typing import Array, check
+from ejk._typing import Array, check, unknown_keywords
 
 # A masked logit of so much has weight 0 beside any of -9,000 or more, as one that is selected away.
 MASKS = -1e4
@@ -30,6 +33,33 @@ Packed = Annotated[
 Count = Annotated[
     int | np.integer | Integer[Array, ""] | Integer[Array, "1"], "an int or an integer array [1]"
 ]
+
+Window = Annotated[
+    tuple[int | np.integer, int | np.integer], "a pair of ints, (left, right): -1 is no end"
+]
+Scale = Annotated[
+    int | float | np.integer | np.floating | Float[Array, "..."] | None,
+    "a number, a floating-point array of one or [num_kv_heads], or None",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def drop_in(function: F) -> F:
+    """Answer keywords that the function does not take, as those of `ejk` do.
+
+    Raises:
+        TypeError: naming each, and what it is called there, or here.
+    """
+    arguments = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        if said := unknown_keywords(function.__name__, arguments, kwargs):
+            raise TypeError(said)
+        return function(*args, **kwargs)
+
+    return named  # type: ignore[return-value]
 
 
 def check_mask_value(mask_value: Any) -> None:

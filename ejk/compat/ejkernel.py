@@ -18,6 +18,7 @@ from ejk.compat._arguments import (
     Tables,
     check_arrays,
     check_mask_value,
+    drop_in,
     first_sequences,
     refuse,
 )
@@ -28,6 +29,7 @@ _SHARD = "call it inside jax.shard_map, or hand sharded arrays to jit"
 _MESHES: dict[str, str] = dict.fromkeys(("mesh", "in_specs", "out_specs"), _SHARD)
 
 
+@drop_in
 def page_attention(
     query: Array,
     key_cache: Array,
@@ -90,6 +92,7 @@ def page_attention(
     )  # fmt: skip
 
 
+@drop_in
 def ragged_page_attention_v2(
     queries: Array,
     kv_pages: Array,
@@ -171,6 +174,7 @@ def ragged_page_attention_v2(
     )  # fmt: skip
 
 
+@drop_in
 def ragged_page_attention_v3(
     queries: Array,
     keys: Array,

@@ -4,14 +4,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Num
 
 from ejk._errors import UnsupportedError
 from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
-from ejk._typing import Array, Bounds, ScalarInt
+from ejk._typing import Array
 from ejk._write_kv_cache import write_kv_cache
-from ejk.compat._arguments import Lengths, Tables, check_arrays, int32, refuse
+from ejk.compat._arguments import drop_in, int32, refuse
+from ejk.compat._flash_arguments import check_call
 
 # A window so wide that it ends where `positions` say, and not before.
 FAR = 2**30
@@ -26,6 +26,7 @@ _MENDS = {
 }
 
 
+@drop_in
 def flash_attn_with_kvcache(
     q: Array,
     k_cache: Array,
@@ -74,9 +75,12 @@ def flash_attn_with_kvcache(
         qv: refused, and so are the next two.
         rotary_cos: refused.
         rotary_sin: refused.
-        cache_seqlens: tokens in the cache **before** `k`; None: all that there is room for.
+        cache_seqlens: tokens in the cache **before** `k`, with which they must be given; None: all
+            that there is room for. Traced, as under `jit`, they are not checked: of `k`, tokens for
+            which there is no room are not written, and the last of `q` is then the cache's last.
         cache_batch_idx: `[batch]`, the rows of the cache, without a `page_table`.
-        cache_leftpad: `[batch]`, the first token that is seen of each sequence.
+        cache_leftpad: `[batch]`, the first token that is seen of each sequence. Rows of `q` before
+            it see nothing: they are 0.
         page_table: `[batch, blocks]`.
         cu_seqlens_q: `[batch + 1]`.
         cu_seqlens_k_new: `[batch + 1]`.
@@ -102,8 +106,10 @@ def flash_attn_with_kvcache(
         seqlen_q]` or `[num_heads, total_q]`. With `k`, a tuple that ends in both caches.
 
     Raises:
+        TypeError: an argument of the wrong kind, or a keyword that is another function's.
         UnsupportedError: an argument that is refused.
-        ValueError: what `ejk.ragged_page_attention` and `ejk.write_kv_cache` refuse.
+        ValueError: axes that do not fit each other, `k` without `cache_seqlens` or without room for
+            it, and what `ejk.ragged_page_attention` and `ejk.write_kv_cache` refuse.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -120,10 +126,11 @@ def flash_attn_with_kvcache(
         "flash_attn_with_kvcache", _MENDS, qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         rotary_seqlens=rotary_seqlens, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale
     )  # fmt: skip
-    _check_kinds(
+    check_call(
         q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, page_table=page_table,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, window_size=window_size,
+        attention_chunk=attention_chunk, softcap=softcap,
     )  # fmt: skip
     visible = Visible.of(causal, window_size, attention_chunk, cache_leftpad)
     lens, tables = _tables(q, k_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q)
@@ -132,40 +139,15 @@ def flash_attn_with_kvcache(
     rows, bounds = _packed(q, cu_seqlens_q)
     most = q.shape[1] if cu_seqlens_q is None else max_seqlen_q
     positions, window = visible.of_rows(lens, bounds, rows.shape[0])
+    lens, tables, bounds = visible.apart(lens, tables, bounds)
     out, lse = ragged_page_attention(
         rows, k_cache, v_cache, lens, tables, bounds, softmax_scale,
         max_q_len=most, cache_layout="NHD", causal=visible.causal, positions=positions,
         sliding_window=window, attn_logits_soft_cap=softcap or None, return_lse=True,
     )  # fmt: skip
-    if cu_seqlens_q is None:
-        out = out.reshape(*q.shape[:-1], -1)
-        lse = jnp.swapaxes(lse.reshape(q.shape[:-1]), 1, 2)
-    else:
-        lse = lse.T
+    out, lse = _unpacked(out, lse, q)
     more = (*((lse,) if return_softmax_lse else ()), *caches)
     return (out, *more) if more else out
-
-
-def _check_kinds(**given: Any) -> None:
-    """Check rank and dtype kind of arrays; with bounds rows are packed."""
-    in_rows, of_new = (
-        "batch seqlen" if given[cuts] is None else "total_tokens"
-        for cuts in ("cu_seqlens_q", "cu_seqlens_k_new")
-    )
-    new: Any = Float[Array, f"{of_new} num_kv_heads head_dim"]
-    number: Any = ScalarInt
-    lengths: Any = Lengths
-    tables: Any = Tables
-    bounds: Any = Bounds
-    pool = Num[Array, "num_pages page_size num_kv_heads head_dim"]
-    kinds: dict[str, Any] = {
-        "q": Float[Array, f"{in_rows} num_heads head_dim"], "k_cache": pool, "v_cache": pool,
-        "k": new | None, "v": new | None, "cache_seqlens": number | lengths | None,
-        "cache_batch_idx": lengths | None, "cache_leftpad": lengths | None,
-        "page_table": tables | None, "cu_seqlens_q": bounds | None,
-        "cu_seqlens_k_new": bounds | None,
-    }  # fmt: skip
-    check_arrays(**{name: (x, kinds[name]) for name, x in given.items()})
 
 
 class Visible(NamedTuple):
@@ -203,12 +185,29 @@ class Visible(NamedTuple):
             return None, self.window
         row = jnp.arange(total, dtype=jnp.int32)
         seq = jnp.clip(jnp.searchsorted(bounds, row, side="right") - 1, 0, lens.shape[0] - 1)
-        position = lens[seq] - bounds[seq + 1] + row
         if self.chunk:
+            position = lens[seq] - bounds[seq + 1] + row
             return position // self.chunk * self.chunk + self.chunk - 1, self.chunk
+        return self._first()[seq] + FAR - 1, FAR
+
+    def apart(
+        self, lens: jax.Array, tables: Array, bounds: jax.Array
+    ) -> tuple[jax.Array, Array, jax.Array]:
+        """Make the new tokens that lie in padding sequences of their own, which hold nothing.
+
+        Where they shared a sequence with others, each block of rows would read what they see.
+        """
+        if self.first is None:
+            return lens, tables, bounds
+        begins, new = bounds[:-1], jnp.maximum(jnp.diff(bounds), 0)
+        padding = jnp.clip(self._first() - (lens - new), 0, new)
+        cuts = jnp.stack([begins, begins + padding], 1).reshape(-1)
+        lens = jnp.stack([jnp.zeros_like(lens), lens], 1).reshape(-1)
+        return lens, jnp.repeat(tables, 2, axis=0), jnp.append(cuts, bounds[-1])
+
+    def _first(self) -> jax.Array:
         assert self.first is not None
-        first = int32(self.first)[seq]
-        return jnp.where(position >= first, first + FAR - 1, 0), FAR
+        return jnp.clip(int32(self.first), 0, FAR)
 
 
 def _tables(
@@ -246,6 +245,13 @@ def _packed(x: Array, bounds: Array | None) -> tuple[Array, jax.Array]:
     return x.reshape(-1, *x.shape[2:]), each * jnp.arange(batch + 1, dtype=jnp.int32)
 
 
+def _unpacked(out: jax.Array, lse: jax.Array, q: Array) -> tuple[jax.Array, jax.Array]:
+    """Return rows and LSE as `q` was given, by sequence or packed; in the LSE heads come first."""
+    if q.ndim == 3:
+        return out, lse.T
+    return out.reshape(*q.shape[:-1], -1), jnp.swapaxes(lse.reshape(q.shape[:-1]), 1, 2)
+
+
 def _append(
     k: Array | None,
     v: Array | None,
@@ -256,13 +262,8 @@ def _append(
     bounds: Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Write new tokens, if any, behind those in the cache; return lengths, and written caches."""
-    for name, array in {"v": v, "cu_seqlens_k_new": bounds}.items():
-        if k is None and array is not None:
-            raise ValueError(f"{name} must be None with k=None: nothing is appended")
-    if k is None:
+    if k is None or v is None:
         return lens, ()
-    if v is None:
-        raise ValueError("v=None must be an array with k: both are appended")
     (keys, cu), (values, _) = _packed(k, bounds), _packed(v, bounds)
     lens = lens + cu[1:] - cu[:-1]
     num_pages, page_size = k_cache.shape[:2]

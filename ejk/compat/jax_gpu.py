@@ -6,10 +6,19 @@ import jax.numpy as jnp
 from ejk._dtypes import DTYPES
 from ejk._page_attention import page_attention
 from ejk._typing import Array
-from ejk.compat._arguments import Lengths, Pool, Rows, Tables, check_arrays, check_mask_value
+from ejk.compat._arguments import (
+    Lengths,
+    Pool,
+    Rows,
+    Tables,
+    check_arrays,
+    check_mask_value,
+    drop_in,
+)
 from ejk.compat.jax_tpu import DEFAULT_MASK_VALUE
 
 
+@drop_in
 def paged_attention(
     q: Array,
     k_pages: Array,

@@ -19,6 +19,7 @@ from ejk.compat._arguments import (
     check_arrays,
     check_limits,
     check_mask_value,
+    drop_in,
     first_sequences,
 )
 
@@ -26,6 +27,7 @@ DEFAULT_MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
 MAX_INT8 = 127.5  # codes of JAX's `QuantizedTensor` count so manieth parts of its scales
 
 
+@drop_in
 def paged_attention(
     q: Array,
     k_pages: Any,
@@ -87,6 +89,7 @@ def paged_attention(
     )  # fmt: skip
 
 
+@drop_in
 def ragged_paged_attention(
     q: Array,
     kv_pages: Array,

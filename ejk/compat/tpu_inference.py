@@ -9,11 +9,12 @@ from ejk._ragged_page_attention import ragged_page_attention
 from ejk._slot_mapping import ragged_slot_mapping
 from ejk._typing import Array
 from ejk._write_kv_cache import write_kv_cache
-from ejk.compat._arguments import check_limits, check_mask_value, first_sequences
+from ejk.compat._arguments import check_limits, check_mask_value, drop_in, first_sequences
 from ejk.compat._packed_pools import check_kinds, check_sizes
 from ejk.compat.jax_tpu import DEFAULT_MASK_VALUE
 
 
+@drop_in
 def ragged_paged_attention(
     queries: Array,
     keys: Array,
@@ -108,6 +109,7 @@ def ragged_paged_attention(
     )  # fmt: skip
 
 
+@drop_in
 def ragged_paged_attention_hd64(
     queries: Array,
     keys: Array,

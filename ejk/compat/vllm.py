@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Num
 
-from ejk._dtypes import DTYPES
+from ejk._dtypes import DTYPES, check_floats, held_in_float32
 from ejk._typing import Array, Slots
 from ejk._write_kv_cache import write_kv_cache
-from ejk.compat._arguments import check_arrays
+from ejk.compat._arguments import Scale, check_arrays, drop_in
 
 _TYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
+@drop_in
 def reshape_and_cache_flash(
     key: Array,
     value: Array,
@@ -44,8 +45,8 @@ def reshape_and_cache_flash(
         `(key_cache, value_cache)`.
 
     Raises:
-        ValueError: another `kv_cache_dtype`, a cache of another dtype than it says, and what
-            `ejk.write_kv_cache` refuses.
+        ValueError: another `kv_cache_dtype`, a cache of another dtype than it says, caches of two
+            dtypes, scales of another dtype or shape, and what `ejk.write_kv_cache` refuses.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -75,9 +76,15 @@ def reshape_and_cache_flash(
             f"key_cache.dtype={held.name} must be one of {', '.join(fits)} with "
             f"kv_cache_dtype={kv_cache_dtype!r}"
         )
+    if value_cache.dtype != held:
+        raise ValueError(
+            f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={held}: make both alike"
+        )
     key_scale = value_scale = None
     if kv_cache_dtype != "auto":
-        key_scale, value_scale = _scale(k_scale), _scale(v_scale)
+        num_kv_heads = key_cache.shape[2]
+        key_scale = _scale("k_scale", k_scale, num_kv_heads)
+        value_scale = _scale("v_scale", v_scale, num_kv_heads)
         if held == jnp.uint8:
             of = _TYPES[kv_cache_dtype]
             key_cache, value_cache = (
@@ -93,6 +100,17 @@ def reshape_and_cache_flash(
     return keys, values
 
 
-def _scale(scale: Any) -> Any:
-    """Return a number or one a KV head; an array of one is a number."""
-    return scale.reshape(()) if hasattr(scale, "shape") and scale.size == 1 else scale
+def _scale(name: str, scale: Any, num_kv_heads: int) -> Any:
+    """Check a scale, and return a number or one a KV head; an array of one is a number."""
+    check_arrays(**{name: (scale, Scale)})
+    if not isinstance(scale, Array):
+        return scale if scale is None else held_in_float32(name, scale)
+    check_floats(**{name: scale})
+    if scale.size == 1:
+        return scale.reshape(())
+    if scale.shape != (num_kv_heads,):
+        raise ValueError(
+            f"{name}.shape={scale.shape} must be num_kv_heads={(num_kv_heads,)}, or that of one: "
+            "scales per token are ejk.write_kv_cache's"
+        )
+    return scale

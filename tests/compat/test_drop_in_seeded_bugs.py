@@ -23,7 +23,11 @@ BUGS = {
             "self.chunk - 1, self.chunk", "self.chunk - 1, self.chunk + 1", flash, "chunks", True,
         ),
         "one token of the padding is seen": (
-            "first + FAR - 1, 0)", "first + FAR - 2, 0)", flash, "left padding", True,
+            "[seq] + FAR - 1", "[seq] + FAR - 2", flash, "left padding", True,
+        ),
+        "new tokens in the padding see it": (
+            "jnp.clip(self._first() - (lens - new), 0, new)", "0 * new", flash, "left padding",
+            False,
         ),
         "the LSE of another row": (
             "lse.reshape(q.shape[:-1]), 1, 2)", "lse.reshape(q.shape[:-1])[:, ::-1], 1, 2)",
@@ -59,8 +63,7 @@ BUGS = {
     },
     "vllm": {
         "values have the scale of keys": (
-            "_scale(k_scale), _scale(v_scale)", "_scale(k_scale), _scale(k_scale)", vllm,
-            "fp8",
+            '"v_scale", v_scale,', '"v_scale", k_scale,', vllm, "fp8",
         ),
         "padding is written": (
             "value_cache, slot_mapping,\n        cache", "value_cache, abs(slot_mapping),\n"

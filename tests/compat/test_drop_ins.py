@@ -307,7 +307,7 @@ FLASH = {
     "a window with a right end": dict(window_size=(3, 0)),
     "not causal, a window": dict(window_size=(3, -1)),
     "chunks": dict(causal=True, attention_chunk=8),
-    "left padding": dict(causal=True, cache_leftpad=jnp.array([0, 3, 19])),
+    "left padding": dict(causal=True, cache_leftpad=jnp.array([1, 3, 23])),
 }
 
 
@@ -342,11 +342,24 @@ def test_flash_attention(name, paged):
         visible &= j >= options.get("cache_leftpad", np.zeros(3, int))[s]
         expected = attend(q[s], *rows, scale, visible, options.get("softcap"))
         close(out[s], expected[0], 3e-6)
-        close(
-            np.where(visible.any(1)[:, None], lse[s].T, 0),
-            np.where(visible.any(1)[:, None], expected[1], 0),
-            5e-6,
-        )
+        close(lse[s].T, expected[1], 5e-6)
+
+
+@pytest.mark.parametrize("backend", ["Xla", "Triton", "Pallas"])
+def test_left_padding_is_not_read(backend, restored_registry):
+    """New tokens in it see nothing, and what it holds changes no bit of others, packed or not."""
+    if backend != "Xla":
+        ejk.register_backend(getattr(ejk, f"{backend}RaggedPageAttention")(interpret=True))
+    q, caches, first = numbers(3, 4, 4, 64), [numbers(3, 8, 2, 64) for _ in range(2)], [5, 0, 9]
+    junk = [x.at[0, :5].set(np.nan).at[2].set(np.nan) for x in caches]
+    given = dict(causal=True, cache_leftpad=jnp.array(first), return_softmax_lse=True)
+    call = functools.partial(flash_attention.flash_attn_with_kvcache, cache_seqlens=7, **given)
+    out, lse = call(q, *junk)
+    assert not out[0, :2].any() and not out[2].any()  # tokens 3 and 4 of 7, and all
+    np.testing.assert_array_equal(jnp.isneginf(lse[:, 0]), np.arange(3, 7) < np.c_[first])
+    np.testing.assert_array_equal(out, call(q, *caches)[0])
+    packed = call(q.reshape(12, 4, 64), *junk, cu_seqlens_q=4 * jnp.arange(4), max_seqlen_q=4)[0]
+    np.testing.assert_array_equal(packed.reshape(out.shape), out)
 
 
 def test_flash_attention_of_flat_queries():
@@ -385,8 +398,21 @@ def test_a_mask_that_leaves_weight_is_refused():
         )
 
 
+NEW = dict(k=jnp.ones((2, 1, 2, 64)), v=jnp.ones((2, 1, 2, 64)), cache_seqlens=jnp.array([6, 3]))
+FLAT = NEW | {x: jnp.ones((9, 2, 64)) for x in "kv"}
 APPENDED = [
-    (dict(k=jnp.ones((2, 1, 2, 64))), "v=None must be an array with k"),
+    (dict(k=NEW["k"]), "v=None must be an array with k"),
+    (NEW | dict(cache_seqlens=None), "cache_seqlens=None must be an int or .* array .* with k"),
+    (NEW | dict(k=NEW["k"][:1], v=NEW["v"][:1]), r"k.shape\[0\]=1 must be batch=2: pass one for"),
+    (NEW | dict(v=NEW["v"][:1]), r"v.shape=\(1, 1, 2, 64\) must be k.shape=\(2, 1, 2, 64\) but"),
+    (NEW | dict(k=NEW["k"][..., :8]), r"k.shape\[-2:\]=\(2, 8\) must be k_cache.shape.*=\(2, 64\)"),
+    (FLAT | dict(cu_seqlens_k_new=jnp.arange(2)), r"cu_seqlens_k_new.*=2 must be batch \+ 1=3: "),
+    (NEW | dict(cache_seqlens=32), "cache_seqlens=32 must be at most 31, for k to append 1 .* 32"),
+    (NEW | dict(cache_seqlens=np.array([3, 2**40])), r"cache_seqlens\[1\]=.* must be at most 31, "),
+    (
+        FLAT | dict(cache_seqlens=jnp.array([3, 26]), cu_seqlens_k_new=jnp.array([0, 2, 9])),
+        r"cache_seqlens\[1\]=26 must be at most 25, for k to append 7 to a cache with room for 32",
+    ),
     (dict(v=jnp.ones((2, 1, 2, 64))), "v must be None with k=None"),
     (dict(cu_seqlens_k_new=jnp.arange(3)), "cu_seqlens_k_new must be None with k=None"),
     (dict(q=jnp.ones((3, 1, 4, 64))), r"k_cache.shape\[0\]=2 must be at least the batch=3"),
@@ -400,6 +426,34 @@ def test_flash_attention_ignores_no_array(options, message):
         flash_attention.flash_attn_with_kvcache(
             **{"q": q, "k_cache": cache, "v_cache": cache} | options
         )
+
+
+def test_traced_lengths_without_room_write_what_fits():
+    """As the docstring says: the last new token counts as the cache's last."""
+    q, cache, new = numbers(1, 3, 4, 64), numbers(1, 8, 2, 64), numbers(1, 3, 2, 64)
+    call = functools.partial(flash_attention.flash_attn_with_kvcache, q, causal=True)
+    appending = jax.jit(lambda lens: call(cache, cache, new, new, cache_seqlens=lens))
+    out, keys, _ = appending(jnp.array([6]))
+    np.testing.assert_array_equal(keys, cache.at[:, 6:].set(new[:, :2]))
+    close(out, call(keys, keys, cache_seqlens=8))
+    np.testing.assert_array_equal(appending(jnp.array([5]))[1][:, 5:], new)
+
+
+FOREIGN = [
+    (flash_attention.flash_attn_with_kvcache, "block_table", "it is page_table here"),
+    (flash_attention.flash_attn_with_kvcache, "alibi_slopes", "is an argument of ejk.page_attent"),
+    (jax_tpu.paged_attention, "block_tables", "it is page_indices here"),
+    (jax_gpu.paged_attention, "kv_lens", "it is lengths here"),
+    (tpu_inference.ragged_paged_attention, "q", "it is queries here"),
+    (ejkernel.page_attention, "sm_scale", "it is attn_scale here"),
+    (vllm.reshape_and_cache_flash, "key_scale", "it is k_scale here"),
+]
+
+
+@pytest.mark.parametrize("function, name, mend", FOREIGN)
+def test_a_keyword_of_another_library_is_answered(function, name, mend):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': .*{mend}"):
+        function(**{name: None})
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
@@ -466,3 +520,30 @@ def test_vllm(dtype):
         vllm.reshape_and_cache_flash(key, value, other, other, slots, dtype, scale, scale)
     with pytest.raises(ValueError, match="kv_cache_dtype='int8' must be one of"):
         vllm.reshape_and_cache_flash(key, value, pool, pool, slots, "int8", scale, scale)
+
+
+VLLM_SCALES = [
+    (np.ones(1), ValueError, r"k_scale.dtype=float64 must be .* pass k_scale.astype"),
+    (jnp.ones(3), ValueError, r"k_scale.shape=\(3,\) must be num_kv_heads=\(2,\), or that of one"),
+    ("1", TypeError, "k_scale='1' must be a number, a floating-point array of one"),
+    (np.inf, ValueError, "k_scale=inf must be a finite float32"),
+]
+
+
+@pytest.mark.parametrize("scale, error, message", VLLM_SCALES)
+def test_vllm_scales_are_refused_by_name(scale, error, message):
+    rows, pool, slots = numbers(1, 2, 64), jnp.zeros((4, 8, 2, 64), jnp.uint8), jnp.array([5])
+    with pytest.raises(error, match=message):
+        vllm.reshape_and_cache_flash(rows, rows, pool, pool, slots, "fp8", scale, 1.0)
+    given = (rows, rows, pool, pool, slots, "fp8")
+    np.testing.assert_array_equal(
+        *(vllm.reshape_and_cache_flash(*given, kind(0.5), 1.0)[0] for kind in (float, np.float64))
+    )
+
+
+def test_vllm_caches_of_two_dtypes_are_refused():
+    rows, pool, slots = numbers(1, 2, 64), jnp.zeros((4, 8, 2, 64), jnp.uint8), jnp.array([5])
+    for other in (jnp.float32, E4M3):
+        with pytest.raises(ValueError, match=r"value_cache.dtype=.* must be key_cache.dtype=u"):
+            caches = (pool, pool.astype(other))
+            vllm.reshape_and_cache_flash(rows, rows, *caches, slots, "fp8", 1.0, 1.0)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from wrong_calls import zeros
 
 import ejk
+from ejk.compat.flash_attention import flash_attn_with_kvcache as flash
 from ejk.paging import BatchInputs
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "errors.md"
@@ -116,6 +117,8 @@ MISTAKES = {
     "an argument of another operation": decode(cu_q_lens=LENS),
     "a name that is nearly right": decode(block_tabels=TABLES),
     "a name that nothing here has": lambda: ejk.merge_attention_states(base=2),
+    "the same of a drop-in, here FlashAttention 2's": lambda: flash(block_table=TABLES),
+    "an argument that a drop-in does not take": lambda: flash(alibi_slopes=zeros(4)),
     "an argument that is missing": lambda: missing(decode(), "block_tables"),
     "an argument given twice": lambda: ejk.page_attention(zeros(2, 4, 64), **decode().keywords),
     "too many by position": lambda: ejk.merge_attention_states(1, 2, 3),

@@ -22,7 +22,7 @@ SIZES = {
 """What a message may name that no argument is called."""
 
 MEND = re.compile(
-    r"(pass|leave|pad|keep|make|trace|of|for|0 is|None (is|caps)|did you mean|"
+    r"(pass|leave|pad|keep|make|trace|of|for|-?[01] is|None (is|caps)|did you mean|"
     r"it (is|has to be|moves)|"
     r"sliding_window=\d+ sees|the (lengths|new tokens) come|value_cache comes|"
     r"num_kv_heads would be|a number, one per KV head|int4(, held as uint8,)? has two values|"
