@@ -58,6 +58,7 @@ def holds_backward(entry):
     test_gradients.check(case, entry)
     long = config(shape=BY_NAME["two blocks"], fused=True)
     test_gradients.check(build(long, np.array([600, 672])), entry)
+    test_gradients.test_what_a_sink_leaves_no_weight_has_no_gradient(entry, 0.0)
 
 
 def around(function, before):
@@ -225,17 +226,23 @@ def no_slope_gradient(block, problem, operands, *rest):
     return logits(block, problem, operands._replace(alibi_slopes=slopes), *rest)
 
 
+def weight_is_sight(sums, *given):
+    added = add(sums, *given)
+    return added._replace(sees=added.weights > 0)
+
+
 class CaplessBlock(softmax.Block):
     logits = no_cap
 
 
-scatter = shared._scatter
+scatter, add = shared._scatter, shared.Sums.add
 
 BACKWARD = {
     "unread slots are multiplied by zero": (softmax, "_gather", unselected_gather),
     "blocks overwrite each other's gradient": (shared, "_scatter", overwriting_scatter),
     "values' gradient goes to the keys": (shared, "_scatter", scatter_into_keys),
     "shared pages count once": (shared, "_scatter", scatter_of_first_readers),
+    "rows without weight see nothing": (shared.Sums, "add", weight_is_sight),
     "slopes have no gradient": (softmax.Block, "logits", no_slope_gradient),
     "the cap is ignored": (backward, "load_block", lambda *args: CaplessBlock(*load(*args))),
     "the last block is dropped": (forward.Context, "span", last_block_dropped),
