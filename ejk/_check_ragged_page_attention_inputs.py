@@ -82,13 +82,12 @@ def check_ragged_page_attention_inputs(
         is_own = (rows >= begins[:, None]) & (rows < bounds[1:, None])  # [num_seqs, total_tokens]
         is_new = is_own.any(0)
         end = xp.clip(lens, 0, capacity)
-        first = end - q_lens  # the first new token, then the first that any of them sees
+        first = least = end - q_lens  # the first new token, and the least position of one
         if positions is not None:
             yield is_new & (positions < 0), 4, "positions[{i0}]={value} must be at least 0"
-            first = xp.minimum(
-                first, xp.where(is_own, positions[None], capacity).min(1, initial=capacity)
-            )
-        first = xp.maximum(first, -1) + 1 - xp.clip(window, 0, capacity + 1)
+            least = xp.where(is_own, positions[None], capacity).min(1, initial=capacity)
+        sees = xp.maximum(least, -1) + 1 - xp.clip(window, 0, capacity + 1)
+        first = xp.minimum(first, sees)  # of what any of them sees
         # A sequence without new tokens sees nothing.
         end = xp.where(q_lens > 0, end, 0)
         yield page_rule(xp, tables, first, end, num_pages, page_size)

@@ -55,7 +55,7 @@ def merge_attention_states(
     m = jnp.where(m == -jnp.inf, 0.0, m)
     saw = lses != -jnp.inf
     # Where nothing was seen both selects keep the gradient finite.
-    weights = jnp.where(saw, jnp.exp(jnp.where(saw, lses, 0.0) - m[None]), 0.0)
+    weights = jnp.where(saw, jnp.exp(jnp.where(saw, lses - m[None], 0.0)), 0.0)
     total = weights.sum(0)
     empty = total == 0
     safe_total = jnp.where(empty, 1.0, total)

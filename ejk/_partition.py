@@ -28,7 +28,7 @@ from ejk import _jax
 from ejk._backend import Problem
 from ejk._dtypes import DTYPES
 from ejk._errors import Mendable
-from ejk._shards import Axes, Shards, is_split, mesh_axes
+from ejk._shards import Axes, Shards, splitting_axes
 
 POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")  # as far as there are
 
@@ -132,7 +132,8 @@ def shards(
     found = problem.shards(tree, mesh.shape)
     for name, spec, needed in zip(tree._fields, tree, found.operands):
         for had, has in zip(spec or (), needed or spec or ()):
-            if is_split(had, mesh.shape) and mesh_axes(had) != mesh_axes(has):
+            splits = splitting_axes(had, mesh.shape)
+            if splits and splits != splitting_axes(has, mesh.shape):
                 raise ValueError(
                     f"{name}.sharding.spec={spec} must be {needed}, as the others are split: pass "
                     f"jax.sharding.reshard({name}, jax.P{tuple(needed)})"

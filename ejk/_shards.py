@@ -31,9 +31,9 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def is_split(entry: Any, mesh: Mapping[str, int]) -> bool:
-    """Say whether one entry of a `PartitionSpec` splits anything: a mesh axis may have size 1."""
-    return any(mesh[axis] > 1 for axis in mesh_axes(entry))
+def splitting_axes(entry: Any, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """Return those that split anything: a mesh axis may have size 1."""
+    return tuple(axis for axis in mesh_axes(entry) if mesh[axis] > 1)
 
 
 def axes_of_pools(
@@ -53,12 +53,12 @@ def axes_of_pools(
     """
     split = mesh_axes(pools["key_cache"][kv_heads])
     for name, spec in pools.items():
-        if any(is_split(entry, mesh) for axis, entry in enumerate(spec) if axis != kv_heads):
+        if any(splitting_axes(x, mesh) for axis, x in enumerate(spec) if axis != kv_heads):
             raise ValueError(
                 f"{name}.sharding.spec={spec} must split only its KV heads, axis {kv_heads}, or "
                 f"what reads other shards gathers the pool: of pages over devices {mend}"
             )
-        if mesh_axes(spec[kv_heads]) != split:
+        if splitting_axes(spec[kv_heads], mesh) != splitting_axes(split, mesh):
             raise ValueError(
                 f"{name}.sharding.spec={spec} must split its KV heads as key_cache.sharding.spec="
                 f"{pools['key_cache']} does: keep all pools over the same mesh axes"

@@ -231,3 +231,23 @@ def test_bounds_are_the_same_everywhere():
     )  # fmt: skip
     with pytest.raises(ValueError, match="cu_q_lens must be the same on every device"):
         jax.eval_shape(function, given)
+
+
+def test_new_tokens_far_before_their_context_count_no_further():
+    """Positions below all tokens, and a window as wide as integers go: no sum leaves 32 bits."""
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal((5, 2, 8)).astype(np.float32)
+    pool = rng.standard_normal((4, 1, 4, 8)).astype(np.float32)
+
+    def run(query, pool, **axis):
+        return ejk.ragged_page_attention(
+            query, pool, pool, np.array([2]), np.array([[0, 3]]), np.array([0, 5]),
+            sliding_window=INT32_MAX, causal=False, **axis,
+        )  # fmt: skip
+
+    mesh, spec = meshes.mesh(pages=2), jax.sharding.PartitionSpec
+    local = jax.shard_map(
+        functools.partial(run, axis_name="pages"), mesh=mesh,
+        in_specs=(spec(), spec("pages")), out_specs=spec(),
+    )  # fmt: skip
+    np.testing.assert_allclose(local(query, pool), run(query, pool), atol=1e-5)

@@ -349,3 +349,19 @@ def test_tpus_do_not_ask_for_shards():
         jax.jit(meshes.attend("pallas", options)).lower(types)
     program = jax.jit(meshes.attend(None, options)).lower(types).compile().as_text()
     assert all(moved <= 64 for _, moved in meshes.collectives(program)), "but for loop bounds"
+
+
+@each_kind
+def test_a_mesh_axis_of_one_device_splits_nothing(kind):
+    """Whether an array names it or not."""
+    mesh = meshes.mesh(kind, one=1, model=4)
+    given, options = meshes.arrays(meshes.split_case())
+    heads = meshes.specs(given, "HND", kv_heads="model")
+    for name, spec in (
+        ("value_cache", PartitionSpec(None, ("one", "model"))),
+        ("query", PartitionSpec(None, ("one", "model"))),
+        ("key_cache", PartitionSpec("one", "model")),
+    ):
+        split_up = meshes.put(mesh, given, heads | {name: spec})
+        (out, lse), _ = meshes.run(meshes.attend(XLA, options), split_up)
+        assert_close(meshes.split_case(), *map(np.asarray, (out, lse)))

@@ -130,3 +130,11 @@ def test_slots_of_64_bits_are_not_narrowed_first():
     slots = np.array([5, -1, 2**32, 7])
     with pytest.raises(ValueError, match=r"^slot_mapping\[2\]=4294967296 must be in \[0, 128\)"):
         check_write(slots, None)
+
+
+def test_pages_before_the_window_of_a_position_past_the_last_token_may_be_anything():
+    query, pool = np.zeros((1, 1, 8), np.float32), np.zeros((4, 1, 4, 8), np.float32)
+    ejk.check_ragged_page_attention_inputs(
+        query, pool, pool, np.array([9]), np.array([[-1, -1, 3]]), np.array([0, 1]),
+        positions=np.array([13]), sliding_window=2,
+    )  # fmt: skip

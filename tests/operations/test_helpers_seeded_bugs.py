@@ -27,10 +27,12 @@ def plan():
 
 BUGS = {
     "merge": {
-        "parts weigh the same": ("jnp.exp(jnp.where(saw, lses, 0.0) - m[None])", "1.0", merges),
+        "parts weigh the same": (
+            "jnp.exp(jnp.where(saw, lses - m[None], 0.0))", "1.0", merges,
+        ),
         "the last part is lost": ("total = weights.sum(0)", "total = weights[:-1].sum(0)", merges),
         "the maximum is not taken off": (
-            "jnp.where(saw, lses, 0.0) - m[None]", "jnp.where(saw, lses, 0.0)", merges,
+            "jnp.where(saw, lses - m[None], 0.0)", "jnp.where(saw, lses, 0.0)", merges,
         ),
         "what saw nothing is multiplied by zero": (
             "jnp.where(saw[..., None], outs.astype(jnp.float32), 0.0)",

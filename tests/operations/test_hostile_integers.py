@@ -7,6 +7,7 @@ import sys
 
 import hostile
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tally
 
@@ -71,3 +72,15 @@ def test_what_reaches_further_is_found(name, backend):
     with pytest.raises(AssertionError) as info:
         hostile.check(name, backend, 40)
     assert "hostile.check(" in info.value.__notes__[0]
+
+
+def test_a_window_of_nothing_shows_nothing_wherever_positions_lie():
+    rng = np.random.default_rng(0)
+    query, pool = rng.standard_normal((5, 2, 8)), rng.standard_normal((4, 1, 4, 8))
+    for backend in ("xla", ejk.TritonRaggedPageAttention(interpret=True)):
+        out = ejk.ragged_page_attention(
+            query.astype(np.float32), *[pool.astype(np.float32)] * 2, np.array([8, 7]),
+            np.array([[0, 1], [0, 2]]), np.array([0, 3, 5]), positions=np.array([9, 0, 3, 1, 7]),
+            sliding_window=jnp.int32(0), backend=backend,
+        )  # fmt: skip
+        assert not np.asarray(out).any()

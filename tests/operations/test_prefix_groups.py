@@ -224,3 +224,19 @@ def test_traced_mapped_and_exported(operation):
         shapes.append(jax.ShapeDtypeStruct((n + 1,), np.int32))
     exported = jax.export.export(jax.jit(run))(*shapes)
     np.testing.assert_allclose(exported.call(*args, *packed), expected, rtol=0, atol=1e-5)
+
+
+def test_rows_before_the_first_sequence_stay_where_they_are():
+    """Rows are put together group by group, but for those of nobody."""
+    rng = np.random.default_rng(2)
+    query = rng.standard_normal((9, 2, 8)).astype(np.float32)
+    pool = rng.standard_normal((8, 1, 4, 8)).astype(np.float32)
+    call = (query, pool, pool, np.array([10, 11, 9]), np.array([[0, 1, 2], [0, 1, 3], [4, 5, 6]]))
+    bounds, groups = np.array([2, 4, 5, 8]), (np.array([0, 0, -1]), np.array([2]))
+    expected = ejk.ragged_page_attention(*call, bounds, backend="xla")
+    for backend in (ejk.XlaRaggedPageAttention, ejk.TritonRaggedPageAttention):
+        fields = {} if backend is ejk.XlaRaggedPageAttention else {"interpret": True}
+        found = ejk.ragged_page_attention(
+            *call, bounds, prefix_groups=groups, backend=backend(least_saved_bytes=0, **fields)
+        )
+        np.testing.assert_allclose(found, expected, atol=2e-6)

@@ -184,3 +184,16 @@ def test_a_write_of_floats_is_differentiable(dtype, scaled):
     if scaled:
         of_scale = -(expected * rows).sum((0, 2)) / scale
         np.testing.assert_allclose(d_scale, of_scale, atol=20 * most * np.abs(of_scale).max())
+
+
+def test_a_scale_of_nothing_visible_changes_no_gradient_of_a_sink():
+    codes = jnp.zeros((2, 1, 4, 8), jnp.int8)
+
+    def loss(sinks):
+        _, lse = ejk.page_attention(
+            jnp.ones((1, 1, 8)), codes, codes, np.array([3]), np.array([[-1]]), sinks=sinks,
+            key_scale=jnp.ones(1), value_scale=jnp.array([jnp.nan]), return_lse=True,
+        )  # fmt: skip
+        return lse.sum()
+
+    assert jax.grad(loss)(jnp.ones(1)) == 1

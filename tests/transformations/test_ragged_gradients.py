@@ -190,3 +190,15 @@ def test_a_trainer_keeps_the_pools_of_each_layer_once(num_layers):
         gradients.append(compiled(*given))
     assert used[0] < 2.5 * size and used[1] > num_layers * size
     np.testing.assert_allclose(*gradients, rtol=1e-5)
+
+
+def test_rows_of_no_sequence_have_no_sink():
+    query, pool = jnp.ones((5, 2, 8)), jnp.ones((4, 1, 4, 8))
+
+    def loss(sinks):
+        out = ejk.ragged_page_attention(
+            query, pool, pool, np.array([6]), np.array([[0, 1]]), np.array([1, 4]), sinks=sinks
+        )
+        return out.sum()
+
+    assert np.isfinite(jax.grad(loss)(jnp.array([200.0, 1.0]))).all()

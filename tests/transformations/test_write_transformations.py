@@ -199,3 +199,17 @@ def test_vmap_over_donated_pools_is_in_place(layout, axis):
     lowered = mapped.lower(pools, jax.ShapeDtypeStruct((4, 2), jnp.int32))
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes < pools.size * 2 / 16
+
+
+def test_what_is_written_nowhere_changes_no_gradient_of_a_scale():
+    """A row without a slot, and one that a later one replaces, may hold NaN."""
+    rows = jnp.ones((3, 1, 4)).at[:2].set(jnp.nan)
+    pool, slots = jnp.zeros((1, 1, 4, 4)), jnp.array([-1, 2, 2])
+
+    def written(key_scale, value_scale):
+        scales = {"key_scale": key_scale, "value_scale": value_scale}
+        keys, values = ejk.write_kv_cache(rows, 3 * rows, pool, pool, slots, **scales)
+        return keys.sum() + values.sum()
+
+    grads = jax.grad(written, argnums=(0, 1))(jnp.array([2.0]), jnp.array([1.0]))
+    np.testing.assert_array_equal(grads, [[-4 / 2**2], [-4 * 3.0]])

@@ -100,7 +100,8 @@ class Sums(NamedTuple):
         p = jnp.where(visible, jnp.exp(scores - rows.lse[..., None]), 0.0)
         dp = _of_values(rows.g, block)
         sees = self.sees | visible.any(-1)
-        return Sums(sees, self.weights + p.sum(-1), self.weighted + (p * dp).sum(-1))
+        weighted = jnp.where(visible, p * dp, 0.0)  # a scale of nothing visible may be NaN
+        return Sums(sees, self.weights + p.sum(-1), self.weighted + weighted.sum(-1))
 
 
 class Softmax(NamedTuple):

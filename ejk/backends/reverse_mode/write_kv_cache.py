@@ -42,7 +42,10 @@ def _pull_back(
     pools = [scatter(problem, pool, at, jnp.zeros_like(x)) for pool, x in zip(cotangents, rows)]
     if problem.fused:
         rows = [rows[0].take(half, halves_axis(problem)) for half in (0, 1)]
-    given = zip((kept.key, kept.value), (kept.key_scale, kept.value_scale))
+    # What a row that is written nowhere holds changes no gradient of a scale.
+    is_written = (at[:, 0] < problem.num_pages)[:, None, None]
+    news = (x if x is None else jnp.where(is_written, x, 0) for x in (kept.key, kept.value))
+    given = zip(news, (kept.key_scale, kept.value_scale))
     found = [
         _of_rows(problem, new, scale, d) for (new, scale), d in zip(given, rows) if new is not None
     ]
