@@ -30,7 +30,7 @@ from ejk._dtypes import DTYPES
 from ejk._errors import Mendable
 from ejk._shards import Axes, Shards, splitting_axes
 
-POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")  # as far as there are
+POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")
 
 
 def obstacle(ctx: _jax.Context, platform: str) -> str | None:
@@ -64,8 +64,7 @@ def explicit_mesh(types: Iterable[Any]) -> Any:
 
 def on_each_device(*arrays: Any) -> tuple[Any, ...]:
     """Return small arrays whole on each device, where explicit axes split them."""
-    mesh = explicit_mesh(map(jax.typeof, arrays))
-    if mesh is None:
+    if (mesh := explicit_mesh(map(jax.typeof, arrays))) is None:
         return arrays
     whole = (NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)) for x in arrays)
     return tuple(map(jax.sharding.reshard, arrays, whole))
@@ -131,9 +130,9 @@ def shards(
     tree = treedef.unflatten(specs)
     found = problem.shards(tree, mesh.shape)
     for name, spec, needed in zip(tree._fields, tree, found.operands):
-        for had, has in zip(spec or (), needed or spec or ()):
-            splits = splitting_axes(had, mesh.shape)
-            if splits and splits != splitting_axes(has, mesh.shape):
+        for entries in zip(spec or (), needed or spec or ()):
+            had, has = (splitting_axes(entry, mesh.shape) for entry in entries)
+            if had and had != has:
                 raise ValueError(
                     f"{name}.sharding.spec={spec} must be {needed}, as the others are split: pass "
                     f"jax.sharding.reshard({name}, jax.P{tuple(needed)})"
