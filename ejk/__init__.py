@@ -1,6 +1,7 @@
 """Attention over paged key-value caches for JAX: one call, backends that agree."""
 
 import typing
+from importlib import import_module as _load
 
 from ejk import _foreign_names, _public
 from ejk import paging as paging
@@ -88,7 +89,7 @@ if not typing.TYPE_CHECKING:  # which reads the names above
     # A type checker would take every name for an attribute.
     def __getattr__(name: str):
         if name in ("compat", "testing"):  # loaded once they are asked for
-            return _public.load(f"ejk.{name}")
+            return _load(f"ejk.{name}")
         # With a name and no object: Python would suggest a private name behind what is said here.
         raise AttributeError(_foreign_names.missing_attribute(name, globals()), name=name)
 

@@ -1,6 +1,5 @@
 """The names that a package offers are that package's, wherever they are written."""
 
-import importlib
 from collections.abc import Collection
 from typing import Any
 
@@ -27,9 +26,6 @@ def publish(package: dict[str, Any], hidden: Collection[str] = ()) -> list[str]:
         if hasattr(package[name], "__module__"):  # a module has none
             package[name].__module__ = package["__name__"]
     return names
-
-
-load = importlib.import_module
 
 
 def _home(x: Any) -> str:

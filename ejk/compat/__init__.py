@@ -6,12 +6,12 @@ Arguments that change the answer are honoured or refused by name; those that tun
 kernel have no effect here. `docs/migrating.md` lists them all.
 """
 
-from ejk import _public
+from importlib import import_module as _load
 
 _LIBRARIES = ("ejkernel", "flash_attention", "jax_gpu", "jax_tpu", "tpu_inference", "vllm")
 
 
 def __getattr__(name: str):
     if name in _LIBRARIES:  # loaded once it is asked for
-        return _public.load(f"ejk.compat.{name}")
+        return _load(f"ejk.compat.{name}")
     raise AttributeError(f"ejk.compat has no {name!r}; it has {', '.join(_LIBRARIES)}", name=name)
