@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from edges import SMALL, config
 from entries import RAGGED, counted, each_case, each_of
+from gpu_interpreter import ON_GPU
 from hypothesis import strategies as st
 
 import ejk
@@ -234,9 +235,9 @@ def test_rows_before_the_first_sequence_stay_where_they_are():
     call = (query, pool, pool, np.array([10, 11, 9]), np.array([[0, 1, 2], [0, 1, 3], [4, 5, 6]]))
     bounds, groups = np.array([2, 4, 5, 8]), (np.array([0, 0, -1]), np.array([2]))
     expected = ejk.ragged_page_attention(*call, bounds, backend="xla")
-    for backend in (ejk.XlaRaggedPageAttention, ejk.TritonRaggedPageAttention):
-        fields = {} if backend is ejk.XlaRaggedPageAttention else {"interpret": True}
-        found = ejk.ragged_page_attention(
-            *call, bounds, prefix_groups=groups, backend=backend(least_saved_bytes=0, **fields)
-        )
+    for backend in (
+        ejk.XlaRaggedPageAttention(least_saved_bytes=0),
+        ejk.TritonRaggedPageAttention(least_saved_bytes=0, interpret=not ON_GPU),
+    ):
+        found = ejk.ragged_page_attention(*call, bounds, prefix_groups=groups, backend=backend)
         np.testing.assert_allclose(found, expected, atol=2e-6)
