@@ -306,12 +306,13 @@ def main():
         path.write_text(new)
     if args.check:
         return
-    # Of the device on which most contenders ran; one of each map, and one of a model.
+    # Each of the device on which most of what it shows ran; then one of each map, and one of a model.
     named = {workload.name for workload in workloads.NAMED}
     device, lines = max(devices.items(), key=lambda item: sum(w in named for w, _ in item[1]))
     save(plots.decode(pyplot(), device, lines, workloads.NAMED), "performance.svg")
     few = [w for w in workloads.NAMED if w.name in ("W1a", "W3", "W6", "W8")]
     save(plots.decode(pyplot(), device, lines, few), "decode.svg")
+    device, lines = max(devices.items(), key=lambda item: len(ragged_report.dense_batches(item[1])))
     save(plots.prefills(pyplot(), device, lines), "prefills.svg")
     for device, lines in devices.items():
         if map_report.places(lines):
