@@ -306,7 +306,7 @@ def main():
         path.write_text(new)
     if args.check:
         return
-    # Each of the device on which most of what it shows ran; then one of each map, and one of a model.
+    # Of the device on which most of what they show ran; one of each map, and one of a model.
     named = {workload.name for workload in workloads.NAMED}
     device, lines = max(devices.items(), key=lambda item: sum(w in named for w, _ in item[1]))
     save(plots.decode(pyplot(), device, lines, workloads.NAMED), "performance.svg")
