@@ -138,11 +138,12 @@ def choose_blocks(
     if problem.cache_type.is_quantised:
         is_like_one = is_one and pipeline == ONE_CONTEXT
         per_sm = 2 if is_like_one else quantised_per_sm(problem, programs, target)
+        per_sm = min(per_sm, target.shared_memory // shared)
     else:
         per_sm = programs_per_sm(problem, rows, target, load) if is_large else 1
-    if tuning.fixed():  # it may leave no room for as many
-        per_sm = max(1, min(per_sm, target.shared_memory // shared))
-    return DecodeBlocks(rows, *pipeline, shared, per_sm)
+        if tuning.fixed():  # it may leave no room for as many
+            per_sm = min(per_sm, target.shared_memory // shared)
+    return DecodeBlocks(rows, *pipeline, shared, max(1, per_sm))
 
 
 def choose_pack_blocks(

@@ -13,6 +13,7 @@ from ejk.backends.triton._sizes import (
     two_parts,
     value_bytes,
 )
+from ejk.backends.triton.page_attention.pipelines import takes_bf16x3
 
 # From so many tokens of a KV head, a multiprocessor's share of a batch, several programs save more
 # than their parts cost, and of heads that are padded, whose products take as long as memory, from
@@ -83,6 +84,8 @@ def programs_per_sm(problem: PagedProblem, rows: int, target: Target, load: Load
     rows of 64 entries two take 105.2, 107.6 and 111.6, in place of 117 and 132 for equal and
     unequal ones; with 32 and 64 rows of 128 several are no faster than one. 33 contexts of 32,000
     tokens, 71 heads of 64 entries on a KV head, took 165.9 and 124.0 on an H100 with one and two.
+    Queries in float32 on bfloat16, 8 KV heads of 256, 8 contexts of 16,000 tokens, 374.7 and 259.7;
+    of 128, 64 of 4,096, 297.4 and 317.8.
     """
     width = problem.value_head_dim
     if load is None:
@@ -93,6 +96,8 @@ def programs_per_sm(problem: PagedProblem, rows: int, target: Target, load: Load
         return 1
     if rows > 32:
         return 2 if width <= 64 else 1
+    if takes_bf16x3(problem, target):
+        return 2 if sum(two_parts(width)) == 256 and target.is_like_hopper else 1
     is_16_bit = product_dtype(problem).itemsize == value_bytes(problem) == 2
     is_padded = sum(two_parts(width)) != width
     if not (is_16_bit and target.is_like_hopper and load.fills(is_padded)):

@@ -44,19 +44,23 @@ def of_converted(
         int8, scale per head    64, 2, 3: 126.8    64, 4, 3: 134.5    128, 4, 2: 127.7
         int8, scale per token   64, 2, 3: 131.0    64, 4, 3: 211.9    128, 4, 3: 147.1
         int4, scale per token   128, 2, 3: 103.2   128, 4, 3: 118.5   256, 4, 2: 113.5
-        float32 on bfloat16     64, 4, 3: 297.9    32, 4, 3: 307.2    64, 8, 3: 363.6
-        float32 on int8         64, 4, 3: 308.4    32, 4, 3: 295.7    32, 2, 3: 291.6
+        float32 on bfloat16     64, 4, 3: 297.4    128, 8, 2: 297.4   32, 4, 3: 297.2
+        float32 on int8         64, 4, 3: 247.2    32, 4, 3: 274.2    64, 4, 2: 252.1
     With 64 entries:
         int4                    128, 2, 4: 68.3    128, 2, 3: 74.0    64, 1, 3: 75.2
         int8, scale per token   128, 2, 3: 75.0    64, 2, 3: 84.0
-    With 256 entries, e4m3 32, 4, 3: 141.5 and 64, 4, 3: 182.1. Latent e4m3, 16 heads, 64, 8, 3:
-    70.3 and 64, 8, 2: 75.8.
+    With 256 entries, 8 KV heads, 8 contexts of 16,000 tokens, and 100 of 2,000:
+        int8, scale per token   64, 4, 3: 152, 250    32, 2, 3: 166, 222    32, 4, 3: 185, 255
+        int4                    64, 2, 3: 112, 184    64, 4, 3: 156, 219    32, 4, 3: 161, 214
+        float32 on bfloat16     64, 4, 2: 260, 403    64, 4, 3: 301, 514    16, 4, 3: 744, 710
+        float32 on int8         64, 4, 3: 243, 399    64, 4, 2: 280, 397    16, 4, 3: 438, 711
+    and 32 of 4,096, e4m3 with a scale per head, 32, 4, 3: 137.8 and 64, 4, 3: 178.8. Latent e4m3,
+    16 heads, 64, 8, 3: 70.3 and 64, 8, 2: 75.8.
     """
     wide = next_power_of_2(wide)  # as blocks and warps must be: 192 entries are in two parts
     if product_dtype(problem) == jnp.float32:
-        is_bf16x3 = is_decode and takes_bf16x3(problem, target)
-        if wide == 128 and is_bf16x3 and not problem.cache_type.is_quantised:
-            return Pipeline(64, 4, 3)
+        if is_decode and takes_bf16x3(problem, target) and wide <= 256:
+            return Pipeline(64, 4, 2 if wide == 256 and value_bytes(problem) == 2 else 3)
         return Pipeline(max(16, min(64, 4096 // wide)), 4, 3)
     if same_tile(problem) and wide == 512:
         return Pipeline(64 if rows == 16 else 32, 8, 3)
@@ -64,4 +68,9 @@ def of_converted(
         if wide == 64 and is_decode:
             return Pipeline(128, 2, 4)
         return Pipeline(128, 2, 3) if wide == 128 else Pipeline(64, 1, 3)
+    if problem.scales == "token" and rows == 16 and wide == 256 and is_decode:
+        if value_bytes(problem) < 1:
+            return Pipeline(64, 2, 3)
+        is_cut = problem.num_seqs * problem.num_kv_heads <= target.num_sms
+        return Pipeline(64, 4, 3) if is_cut else Pipeline(32, 2, 3)
     return Pipeline(max(16, min(128, 8192 // wide)), max(2, wide // 64) * rows // 16, 3)
