@@ -16,6 +16,7 @@ from ejk._indices import Size, as_int32, exceeds, static_int
 from ejk._merge_attention_states import merge_attention_states
 from ejk._own_pages import OwnPages
 from ejk._rounding import rounded
+from ejk._shards import POOL_NAMES
 from ejk._typing import Array, AxisName, ScalarInt
 from ejk.backends.page_attention import PageAttentionOperands, PageAttentionProblem
 from ejk.backends.paged_problem import NO_GROUPS, PagedProblem
@@ -26,7 +27,6 @@ from ejk.backends.ragged_page_attention import (
     sequences_of_rows,
 )
 
-POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")  # scales of tokens lie with pages
 P = TypeVar("P", bound=PagedProblem)
 
 
@@ -44,7 +44,7 @@ def check_axis(
     _axis_size(axis_name)
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     for name, x in (vars(given) | more | {"page_offset": page_offset}).items():
-        if not isinstance(x, Array) or (name in POOLS and x.ndim > 2):
+        if not isinstance(x, Array) or (name in POOL_NAMES and x.ndim > 2):
             continue
         if split := axes & _jax.varying(x):
             raise ValueError(

@@ -12,6 +12,7 @@ from ejk._dtypes import check_cache_dtype
 from ejk._indices import as_int32
 from ejk._pools import check_pool, check_slots, check_value_cache, holds_both
 from ejk._scales import GivenScales
+from ejk._shards import POOL_NAMES
 from ejk._typing import Array, Cache, Copies, ScaleArgument, typed
 from ejk.backends.copy_kv_cache import CopyKVCacheOperands, CopyKVCacheProblem, Unit
 from ejk.backends.layouts import CacheLayout
@@ -205,7 +206,7 @@ def _copy(
         targets=as_int32(targets, problem.num_units),
         **scales.operands(problem.scales, num_kv_heads),
     )
-    names = ["key_cache", "value_cache", *["key_scale", "value_scale"] * of_tokens]
+    names = POOL_NAMES if of_tokens else POOL_NAMES[:2]
     if 0 in (problem.num_copies, num_pages):
         operands = _dispatch.vary_together(jax.tree.map(jnp.asarray, operands))
         return tuple(getattr(operands, name) for name in names)

@@ -61,7 +61,7 @@ _TREE_MASK = (
     "leave it out, or give tree_mask of ejk.ragged_page_attention, which says of new tokens alone "
     "which see each other"
 )
-_FIELD = "it is a field of a backend object: backend=ejk.{}...)"
+_FIELD = "it is a field of a backend object: backend=ejk.{}({}=...)"
 _QUANTISED = "leave it out: key_cache has a dtype, and key_scale, value_scale are its scales"
 _SIDE_BY_SIDE = "keys of latent attention are the two parts side by side, with no values"
 _NO_DROPOUT = "leave it out: there is no dropout"
@@ -117,29 +117,29 @@ _MENDS = {
     "backend= says with what",
     **dict.fromkeys(("custom_mask", "packed_custom_mask", "attn_mask", "mask"), _TREE_MASK),
 }
-_FIELDS = {  # what tunes another library's kernel, as the field of a backend of each operation
+_FIELDS = {  # what tunes another library's kernel: a field of a backend of each operation
     "page_attention": {
-        "pages_per_compute_block": "PallasPageAttention(pages_per_compute_block=",
-        "num_kv_pages_per_block": "PallasPageAttention(pages_per_compute_block=",
-        "megacore_mode": "PallasPageAttention(megacore_mode=",
-        "vmem_limit_bytes": "PallasPageAttention(vmem_limit_bytes=",
-        "num_warps": "TritonPageAttention(num_warps=",
-        "num_stages": "TritonPageAttention(num_stages=",
-        "interpret": "TritonPageAttention(interpret=",
+        "pages_per_compute_block": "PallasPageAttention.pages_per_compute_block",
+        "num_kv_pages_per_block": "PallasPageAttention.pages_per_compute_block",
+        "megacore_mode": "PallasPageAttention.megacore_mode",
+        "vmem_limit_bytes": "PallasPageAttention.vmem_limit_bytes",
+        "num_warps": "TritonPageAttention.num_warps",
+        "num_stages": "TritonPageAttention.num_stages",
+        "interpret": "TritonPageAttention.interpret",
     },
     "ragged_page_attention": {
-        "pages_per_compute_block": "PallasRaggedPageAttention(pages_per_block=",
-        "num_kv_pages_per_block": "PallasRaggedPageAttention(pages_per_block=",
-        "num_queries_per_block": "PallasRaggedPageAttention(block_q=",
-        "vmem_limit_bytes": "PallasRaggedPageAttention(vmem_limit_bytes=",
-        "num_warps": "TritonRaggedPageAttention(num_warps=",
-        "num_stages": "TritonRaggedPageAttention(num_stages=",
-        "interpret": "TritonRaggedPageAttention(interpret=",
+        "pages_per_compute_block": "PallasRaggedPageAttention.pages_per_block",
+        "num_kv_pages_per_block": "PallasRaggedPageAttention.pages_per_block",
+        "num_queries_per_block": "PallasRaggedPageAttention.block_q",
+        "vmem_limit_bytes": "PallasRaggedPageAttention.vmem_limit_bytes",
+        "num_warps": "TritonRaggedPageAttention.num_warps",
+        "num_stages": "TritonRaggedPageAttention.num_stages",
+        "interpret": "TritonRaggedPageAttention.interpret",
     },
-    "write_kv_cache": {"interpret": "TritonWriteKVCache(interpret="},
-    "copy_kv_slots": {"interpret": "TritonCopyKVCache(interpret="},
-    "copy_kv_pages": {"interpret": "TritonCopyKVCache(interpret="},
-    "plan_page_attention": {"interpret": "TritonPageAttention(interpret="},
+    "write_kv_cache": {"interpret": "TritonWriteKVCache.interpret"},
+    "copy_kv_slots": {"interpret": "TritonCopyKVCache.interpret"},
+    "copy_kv_pages": {"interpret": "TritonCopyKVCache.interpret"},
+    "plan_page_attention": {"interpret": "TritonPageAttention.interpret"},
 }
 
 _OPERATIONS = {  # each with what it is called elsewhere
@@ -197,7 +197,7 @@ def unexpected_keyword(
     if own in arguments:
         mend = f"it is {own} here"
     elif name in _FIELDS.get(function, {}):
-        mend = _FIELD.format(_FIELDS[function][name])
+        mend = _FIELD.format(*_FIELDS[function][name].split("."))
     elif name in _MENDS:
         mend = _MENDS[name]
     elif any(name in fields for fields in _FIELDS.values()):

@@ -28,9 +28,7 @@ from ejk import _jax
 from ejk._backend import Problem
 from ejk._dtypes import DTYPES
 from ejk._errors import Mendable
-from ejk._shards import Axes, Shards, splitting_axes
-
-POOLS = ("key_cache", "value_cache", "key_scale", "value_scale")
+from ejk._shards import POOL_NAMES, Axes, Shards, splitting_axes
 
 
 def obstacle(ctx: _jax.Context, platform: str) -> str | None:
@@ -76,7 +74,7 @@ def check_placed(problem: Problem, operands: Any) -> None:
     Raises:
         ValueError: an array would have to move that is too large for it.
     """
-    if any(isinstance(getattr(operands, name, None), Tracer) for name in POOLS):
+    if any(isinstance(getattr(operands, name, None), Tracer) for name in POOL_NAMES):
         return  # XLA alone knows where tracers lie, and pools have to lie alike
     leaves, treedef = jax.tree.flatten(operands)
     # NumPy's constants lie nowhere.

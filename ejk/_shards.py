@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 from jax.sharding import PartitionSpec
 
+POOL_NAMES = ("key_cache", "value_cache", "key_scale", "value_scale")
+"""The operands that are pools; the scales, where each token has its own, which lies as it does."""
+
 
 class Axes(NamedTuple):
     """The axes of a problem's arrays, each a name, or a pair of names for one that holds two.

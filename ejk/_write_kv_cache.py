@@ -14,6 +14,7 @@ from ejk._dtypes import check_cache_dtype, check_rows, check_width
 from ejk._indices import as_int32
 from ejk._pools import both_in, check_pool, check_slots, check_value_cache, holds_both
 from ejk._scales import GivenScales
+from ejk._shards import POOL_NAMES
 from ejk._typing import Array, Cache, ScaleArgument, Slots, StaticFloat, TokenRows, typed
 from ejk.backends.layouts import CacheLayout
 from ejk.backends.pallas.write_kv_cache.backend import PallasWriteKVCache
@@ -146,13 +147,12 @@ def write_kv_cache(
     )
     if cache_layout == "INTERLEAVED":
         operands = _side_by_side(problem, operands)
-    names = ["key_cache", "value_cache"]
-    names += ["key_scale", "value_scale"] * (problem.scales == "token")
+    names = POOL_NAMES if problem.scales == "token" else POOL_NAMES[:2]
     if 0 in (problem.num_tokens, problem.num_slots):
         operands = _dispatch.vary_together(jax.tree.map(jnp.asarray, operands))
         return tuple(getattr(operands, name) for name in names)
-    results = iter(differentiable(problem, choice, operands))
-    return tuple(None if getattr(operands, name) is None else next(results) for name in names)
+    results = dict(zip(problem.pool_names, differentiable(problem, choice, operands)))
+    return tuple(results.get(name) for name in names)
 
 
 def _side_by_side(

@@ -1,6 +1,7 @@
 """The GPU that a kernel is compiled for: what its launch may count on, in whatever language."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -66,9 +67,14 @@ class Target:
         if platform == "rocm":
             return cls(None, num_sms, SHARED_MEMORY_ROCM, is_amd=True)
         if compute_capability is None:
-            major, minor = str(device.compute_capability).split(".")
-            compute_capability = int(major) * 10 + int(minor)
+            compute_capability = capability_of(device)
         return cls(compute_capability, num_sms, _shared_memory(compute_capability))
+
+
+def capability_of(device: Any) -> int:
+    """Return the compute capability of an NVIDIA GPU: 90 of JAX's "9.0"."""
+    major, minor = str(device.compute_capability).split(".")
+    return 10 * int(major) + int(minor)
 
 
 def cannot_compile(target: Target | None, platform: str, example: str) -> str:

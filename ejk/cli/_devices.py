@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target
+from ejk.backends.gpu import SHARED_MEMORY, SHARED_MEMORY_ROCM, Target, capability_of
 
 
 class Device(NamedTuple):
@@ -55,7 +55,7 @@ def device_of(here: Any, platform: str) -> Device | None:
     known = next((d for d in DEVICES.values() if here.device_kind in d.kinds), None)
     if platform == "tpu":
         return known or Device(platform, "", 1, None, None, ())
-    target = "gfx942" if platform == "rocm" else f"sm_{here.compute_capability.replace('.', '')}"
+    target = "gfx942" if platform == "rocm" else f"sm_{capability_of(here)}"
     found = known or Device(platform, target, 0, None, None, ())
     return found._replace(units=here.core_count)
 

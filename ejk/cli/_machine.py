@@ -13,6 +13,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ejk._backend_report import default_platform
+from ejk.backends.gpu import capability_of
+from ejk.backends.triton._installed import version
+
 PACKAGES = (
     "ejk", "jax", "jaxlib", "numpy", "triton", "jax-triton", "jax-cuda12-plugin",
     "jax-cuda13-plugin", "jax-rocm7-plugin", "libtpu",
@@ -84,7 +88,7 @@ def this_machine() -> Machine:
     return Machine(
         system=platform.system(),
         python=sys.version_info[:3],
-        packages={name: found for name in PACKAGES if (found := _version(name)) is not None},
+        packages={name: found for name in PACKAGES if (found := version(name)) is not None},
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
         nvidia_gpus=gpus,
         amd_gpus=_amd_gpus(),
@@ -94,13 +98,6 @@ def this_machine() -> Machine:
         unwritable=_unwritable(),
         **_jax(),
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _nvidia() -> tuple[tuple[str, ...], str | None]:
@@ -156,19 +153,11 @@ def _jax() -> dict[str, Any]:
     from ejk import _jax
 
     try:
-        devices = jax.local_devices()
-        client = devices[0].client
-        kind = client.platform
-        if kind == "gpu":
-            kind = "rocm" if "rocm" in client.platform_version else "cuda"
-        capability = None
-        if kind == "cuda":
-            major, minor = str(devices[0].compute_capability).split(".")
-            capability = 10 * int(major) + int(minor)
+        devices, kind = jax.local_devices(), default_platform()
         return {
             "platform": kind,
             "devices": tuple(device.device_kind for device in devices),
-            "capability": capability,
+            "capability": capability_of(devices[0]) if kind == "cuda" else None,
             "cuda": _jax.cuda_version(),
             "cuda_error": _cuda_error() if kind == "cpu" else None,
         }

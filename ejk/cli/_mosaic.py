@@ -22,6 +22,8 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
+from ejk.cli._offline import number_in
+
 DRIVER = """
 #include <elf.h>
 #include <stdio.h>
@@ -156,19 +158,13 @@ def compile_call(
         attributes = source.with_name("attributes").read_text()
         cubin = source.with_name("kernel.cubin").read_bytes()
     return Assembled(
-        registers=_number(r"Used (\d+) registers", said),
-        spilled=_number(r"(\d+) bytes spill stores", said),
-        shared_memory=_number(r"(?m)^8=(\d+)$", attributes),
+        registers=number_in(said, r"Used (\d+) registers"),
+        spilled=number_in(said, r"(\d+) bytes spill stores"),
+        shared_memory=number_in(attributes, r"(?m)^8=(\d+)$"),
         serialised=re.findall(r"^.*\(C751[0-8]\).*$", said, re.MULTILINE),
         ptx=said[said.index(".version") : said.rindex("}")],
         cubin=cubin,
     )
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    assert found is not None, f"{pattern!r} is not in {text[-2000:]!r}"
-    return int(found[1])
 
 
 def main() -> None:

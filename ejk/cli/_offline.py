@@ -124,9 +124,9 @@ def read_cuda(compiled: Any, target: str) -> CudaProgram:
     for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^\]]*\][^\]]*\], (\w+)", ptx):
         copies[int(width, 0)] = copies.get(int(width, 0), 0) + 1
     return CudaProgram(
-        registers=_number(r"Used (\d+) registers", usage),
-        spill_store_bytes=_number(r"(\d+) bytes spill stores", usage),
-        spill_load_bytes=_number(r"(\d+) bytes spill loads", usage),
+        registers=number_in(usage, r"Used (\d+) registers"),
+        spill_store_bytes=number_in(usage, r"(\d+) bytes spill stores"),
+        spill_load_bytes=number_in(usage, r"(\d+) bytes spill loads"),
         shared_bytes=compiled.metadata.shared,
         async_copies=copies,
         matrix_products=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
@@ -139,9 +139,9 @@ def read_amd(compiled: Any) -> AmdProgram:
     """Return what the compiler made of a kernel for an AMD GPU."""
     assembly = compiled.asm["amdgcn"]
     return AmdProgram(
-        vgprs=_number(r"\.vgpr_count:\s+(\d+)", assembly),
-        vgpr_spills=_number(r"\.vgpr_spill_count:\s+(\d+)", assembly),
-        sgpr_spills=_number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
+        vgprs=number_in(assembly, r"\.vgpr_count:\s+(\d+)"),
+        vgpr_spills=number_in(assembly, r"\.vgpr_spill_count:\s+(\d+)"),
+        sgpr_spills=number_in(assembly, r"\.sgpr_spill_count:\s+(\d+)"),
         lds_bytes=compiled.metadata.shared,
         matrix_products=len(re.findall(r"\bv_(?:mfma|wmma)_", assembly)),
         assembly=assembly,
@@ -166,7 +166,8 @@ def _resource_usage(ptx: str, capability: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def _number(pattern: str, text: str) -> int:
+def number_in(text: str, pattern: str) -> int:
+    """Return the number that a pattern finds in what a compiler says."""
     found = re.search(pattern, text)
     assert found is not None, f"{pattern!r} is not in {text[-2000:]!r}"
     return int(found[1])

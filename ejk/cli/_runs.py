@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ejk._backend import Backend
 from ejk._backend_report import backend_report
+from ejk._shards import POOL_NAMES
 from ejk.cli import _peers, _timing
 from ejk.cli._batch import Batch
 
@@ -54,9 +55,8 @@ def own(batch: Batch, backend: str | Backend | None) -> Run:
 
 def _write(batch: Batch, backend: Any, arrays: dict[str, Any], static: dict[str, Any]) -> Run:
     """Write again and again to the same pools, which are donated."""
-    names = ("key_cache", "value_cache", "key_scale", "value_scale")
-    pools = {name: jnp.copy(arrays.pop(name)) for name in names if name in arrays}
-    returned = names if batch.has_scales else names[:2]
+    pools = {name: jnp.copy(arrays.pop(name)) for name in POOL_NAMES if name in arrays}
+    returned = POOL_NAMES if batch.has_scales else POOL_NAMES[:2]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def program(pools: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -89,11 +89,8 @@ def build(ledger: Ledger, rows: Rows, q_lens: Int64s, number: int, least: "Least
     s, size = ledger.seqs, ledger.page_size
     begin = s.computed[rows]
     end = begin + q_lens
-    total, max_q_len, longest = (
-        int(q_lens.sum()),
-        int(q_lens.max(initial=0)),
-        int(end.max(initial=0)),
-    )
+    total, max_q_len = int(q_lens.sum()), int(q_lens.max(initial=0))
+    longest = int(end.max(initial=0))
     num_rows, num_tokens = bucket(max(rows.size, least.seqs)), bucket(max(total, least.tokens))
     if max_q_len <= 1:  # for `ejk.page_attention`: a token is a sequence
         num_rows = num_tokens = max(num_rows, num_tokens)

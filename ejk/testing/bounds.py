@@ -157,10 +157,8 @@ class Rows:
         positions, distances = seen.T
         if (r, kv_head) not in self.gathered and len(seen):
             where, js = (self.tables[s], kv_head), positions.tolist()
-            keys, values = (
-                self._tokens(self.keys, *where, js),
-                self._tokens(self.values, *where, js),
-            )
+            keys = self._tokens(self.keys, *where, js)
+            values = self._tokens(self.values, *where, js)
             is_code = self.multiplied is not self.keys
             multiplied = self._tokens(self.multiplied, *where, js) if is_code else keys
             self.gathered[r, kv_head] = keys, multiplied, values.astype(self.case.dtype)

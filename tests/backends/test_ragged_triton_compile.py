@@ -80,7 +80,7 @@ def compile_for(target: str, options: dict, which: int):
     """Compile one launch of the attention kernel as the adapter would make it on `target`."""
     problem = dataclasses.replace(MIXED, **options)
     sizes = sizes_for(target, problem)
-    rows, dtype = sizes.kinds[which], problem.query_dtype.name
+    blocks, dtype = sizes.blocks[which], problem.query_dtype.name
     cache_dtype = problem.cache_dtype.name
     pointers = {
         "query_ptr": dtype,
@@ -104,16 +104,16 @@ def compile_for(target: str, options: dict, which: int):
     }
     compile_kernel = offline.compile_amd
     if target.startswith("sm_"):
-        compile_kernel = functools.partial(offline.compile_cuda, max_registers=rows.max_registers)
+        compile_kernel = functools.partial(offline.compile_cuda, max_registers=blocks.max_registers)
     program = compile_kernel(
         ragged_page_attention_kernel,
         pointers,
         sizes.constants(problem, which, gpu_of(target)),
         target,
-        num_warps=rows.num_warps,
-        num_stages=rows.num_stages,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
     )
-    return problem, rows, program
+    return problem, blocks, program
 
 
 @each_launch
@@ -127,15 +127,17 @@ def compile_for(target: str, options: dict, which: int):
     ]
 )
 def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, variant, which):
-    problem, rows, program = compile_for(target, (VARIANTS | MORE_VARIANTS)[variant], which)
-    few = 64 if rows.max_registers else 0  # measured to be worth it
+    problem, blocks, program = compile_for(target, (VARIANTS | MORE_VARIANTS)[variant], which)
+    few = 64 if blocks.max_registers else 0  # measured to be worth it
     assert max(program.spill_store_bytes, program.spill_load_bytes) <= few
-    assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
+    assert program.shared_bytes <= blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
     # Keys and values, each thread 16 bytes at a time, in the prologue of each loop, one block less
     # than there are stages, and in the loop. Blackwell's products peel off more of the prologue.
-    tokens = rows.num_stages * (rows.block_kv + rows.edge_kv if rows.peel else rows.block_kv)
+    tokens = blocks.num_stages * (
+        blocks.block_kv + blocks.edge_kv if blocks.peel else blocks.block_kv
+    )
     token_bytes = (problem.head_dim + problem.value_head_dim) * 2
-    loads = tokens * token_bytes // (rows.num_warps * 32 * 16)
+    loads = tokens * token_bytes // (blocks.num_warps * 32 * 16)
     assert set(program.async_copies) <= {16, 4}, "4: table entries and positions"
     if target == "sm_100" and which == WIDE:
         assert program.wide_async_copies >= loads
@@ -161,8 +163,8 @@ def test_16_bit_variants_neither_spill_nor_overrun_nor_load_narrowly(target, var
     ],
 )
 def test_unusual_variants_fit(target, variant, which):
-    _, rows, program = compile_for(target, UNUSUAL[variant], which)
-    assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
+    _, blocks, program = compile_for(target, UNUSUAL[variant], which)
+    assert program.shared_bytes <= blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
 
 
 @each_launch
@@ -170,13 +172,14 @@ def test_unusual_variants_fit(target, variant, which):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_quantised_variants_fit_and_load_words(target, variant, which):
     """Products take tensor cores, and every copy of codes is as wide as a thread's share."""
-    problem, rows, program = compile_for(target, QUANTISED[variant], which)
-    few = 352 if rows.max_registers else 0  # measured to be worth it
+    problem, blocks, program = compile_for(target, QUANTISED[variant], which)
+    few = 352 if blocks.max_registers else 0  # measured to be worth it
     assert max(program.spill_store_bytes, program.spill_load_bytes) <= few
-    assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
+    assert program.shared_bytes <= blocks.shared_memory <= offline.SHARED_MEMORY_BYTES[target]
     token_bytes = 128 // problem.cache_type.per_element
     widths = {
-        min(16, n * token_bytes // (32 * rows.num_warps)) for n in (rows.block_kv, rows.edge_kv)
+        min(16, n * token_bytes // (32 * blocks.num_warps))
+        for n in (blocks.block_kv, blocks.edge_kv)
     }
     assert widths <= set(program.async_copies) <= widths | {4}  # 4: table entries and scales
     expected = "wgmma" if target == "sm_90" and which == WIDE else "mma.sync"
@@ -197,8 +200,8 @@ def test_quantised_variants_fit_and_load_words(target, variant, which):
 )
 def test_amd_variants_fit_and_16_bits_spill_no_vector_registers(variant, which):
     options = (VARIANTS | MORE_VARIANTS | UNUSUAL)[variant]
-    _, rows, program = compile_for("gfx942", options, which)
-    assert program.lds_bytes <= rows.shared_memory <= SHARED_MEMORY_ROCM
+    _, blocks, program = compile_for("gfx942", options, which)
+    assert program.lds_bytes <= blocks.shared_memory <= SHARED_MEMORY_ROCM
     if variant not in UNUSUAL:
         assert program.vgpr_spills == 0
 
@@ -206,14 +209,14 @@ def test_amd_variants_fit_and_16_bits_spill_no_vector_registers(variant, which):
 def test_tuned_blocks_of_an_h100_fit():
     """What `benchmarks/tune_ragged.py` tries fits by the bound, or is refused before it runs."""
     long = dataclasses.replace(MIXED, **LONG)
-    assert sizes_for("sm_90", MIXED).kinds[WIDE].rows == HOPPER_SHORT[0]
-    assert sizes_for("sm_90", long).kinds[WIDE].rows == HOPPER_LONG[0]
+    assert sizes_for("sm_90", MIXED).blocks[WIDE].rows == HOPPER_SHORT[0]
+    assert sizes_for("sm_90", long).blocks[WIDE].rows == HOPPER_LONG[0]
     few = dataclasses.replace(long, total_tokens=512)
-    assert sizes_for("sm_90", few).kinds[WIDE].max_registers is None, "too few"
+    assert sizes_for("sm_90", few).blocks[WIDE].max_registers is None, "too few"
     wide = {"block_rows": 128, "block_kv": 128, "num_warps": 8, "num_stages": 3}
-    rows = sizes_for("sm_90", MIXED, **wide).kinds[WIDE]
-    assert (rows.rows, rows.block_kv, rows.num_stages) == (128, 128, 3)
-    assert 229_376 <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES["sm_90"]
+    blocks = sizes_for("sm_90", MIXED, **wide).blocks[WIDE]
+    assert (blocks.rows, blocks.block_kv, blocks.num_stages) == (128, 128, 3)
+    assert 229_376 <= blocks.shared_memory <= offline.SHARED_MEMORY_BYTES["sm_90"]
 
 
 @pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_120", marks=pytest.mark.thorough)])

@@ -65,13 +65,13 @@ def test_few_tokens_have_one_launch_and_single_ones_decodes_blocks():
         q_len = max(2, 64 // heads + 1)
         for most, launches in ((q_len, 1), (FEW_TOKENS, 1), (FEW_TOKENS + 1, 2)):
             sizes = sizes_for("sm_90", problem_of(heads, [most] * 4, [4096] * 4))
-            assert len(sizes.kinds) == launches
-            assert (sizes.kinds[0].rows == 64 and sizes.kinds[0].peel) or launches == 2
-    assert not sizes_for("sm_90", problem_of(64, [1] * 4, [4096] * 4)).kinds[0].peel
+            assert len(sizes.blocks) == launches
+            assert (sizes.blocks[0].rows == 64 and sizes.blocks[0].peel) or launches == 2
+    assert not sizes_for("sm_90", problem_of(64, [1] * 4, [4096] * 4)).blocks[0].peel
     problem = problem_of(128, [4] * 4, [4096] * 4)
     for target in ("sm_80", "sm_100", "gfx942"):  # not measured
         sizes = sizes_for(target, problem)
-        assert len(sizes.kinds) == 2
+        assert len(sizes.blocks) == 2
         assert not sizes.constants(problem, 1, gpu_of(target))["COPY_FIRST"]
 
 
@@ -134,12 +134,12 @@ def test_blocks_of_drafts_are_peeled_on_hopper():
         "in a mixed batch": {"q_len_bound": 512},
     }
     problem = dataclasses.replace(MIXED, **drafts)
-    assert sizes_for("sm_90", problem).kinds[0].peel
+    assert sizes_for("sm_90", problem).blocks[0].peel
     for target in ("sm_89", "gfx942"):
-        assert not sizes_for(target, problem).kinds[0].peel
+        assert not sizes_for(target, problem).blocks[0].peel
     for name, fields in others.items():
         other = dataclasses.replace(problem, **fields)
-        assert not sizes_for("sm_90", other).kinds[0].peel, name
+        assert not sizes_for("sm_90", other).blocks[0].peel, name
     assert not sizes_for("sm_90", problem).plan.resident
     few = dataclasses.replace(problem, num_seqs=33, total_tokens=33 * 8)
     assert sizes_for("sm_90", few).plan.resident == SLOTS
@@ -149,9 +149,9 @@ def test_blocks_of_drafts_are_peeled_on_hopper():
 def test_latent_blocks_are_copied_before_the_softmax_of_those_before_them(page_size, spilled):
     """Their spills were measured to be worth it."""
     few = {"page_size": page_size, "total_tokens": 256, "q_len_bound": 4}
-    _, rows, program = compile_for("sm_90", LATENT | few, 0)
+    _, blocks, program = compile_for("sm_90", LATENT | few, 0)
     assert program.spill_store_bytes <= spilled
-    assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES["sm_90"]
+    assert program.shared_bytes <= blocks.shared_memory <= offline.SHARED_MEMORY_BYTES["sm_90"]
     loop = program.ptx[program.ptx.index("m64n32k16") :]  # logits of 64 tokens on two warpgroups
     assert "m64n16k16" not in loop, "the loop of masked blocks comes before"
     assert loop.index("cp.async.cg") < loop.index("m64n256k16")
@@ -160,6 +160,6 @@ def test_latent_blocks_are_copied_before_the_softmax_of_those_before_them(page_s
 @pytest.mark.parametrize("q_len", [8, 16])
 def test_blocks_of_drafts_do_not_spill(q_len):
     drafts = {"total_tokens": 64 * q_len, "q_len_bound": q_len, "visible_bound": 8192}
-    _, rows, program = compile_for("sm_90", drafts | {"max_blocks": 512}, 0)
-    assert rows.peel and program.spill_store_bytes == 0
-    assert program.shared_bytes <= rows.shared_memory <= offline.SHARED_MEMORY_BYTES["sm_90"]
+    _, blocks, program = compile_for("sm_90", drafts | {"max_blocks": 512}, 0)
+    assert blocks.peel and program.spill_store_bytes == 0
+    assert program.shared_bytes <= blocks.shared_memory <= offline.SHARED_MEMORY_BYTES["sm_90"]

@@ -64,7 +64,7 @@ def test_blocks_and_warps_are_powers_of_two_whatever_is_converted(cache, query):
         decode = dataclasses.replace(LLAMA, **facts, **types)
         ragged = dataclasses.replace(MIXED, **facts, **types)
         blocks = [Sizes.of(decode, Tuning(), target).blocks]
-        for taken in (*blocks, *RaggedSizes.of(ragged, RaggedTuning(), target).kinds):
+        for taken in (*blocks, *RaggedSizes.of(ragged, RaggedTuning(), target).blocks):
             for number in (taken.block_kv, taken.num_warps):
                 assert number & (number - 1) == 0, (head_dim, taken)
 

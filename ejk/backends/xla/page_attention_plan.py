@@ -1,6 +1,8 @@
-"""`ejk.plan_page_attention` as an XLA program: the same plan, for platforms without Triton.
+"""`ejk.plan_page_attention` as an XLA program: the plan of Triton's kernel where that does not run.
 
-`ejk/backends/triton/page_attention/plan_kernel.py` says what is computed here.
+`ejk/backends/triton/page_attention/plan_kernel.py` says what is computed here. Contexts are cut for
+Triton's attention on ROCm, which can be asked for by name; the kernel that plans cannot. Elsewhere
+nobody reads this plan: it is as the one for CUDA, as one program may be lowered for both.
 """
 
 import dataclasses

@@ -26,10 +26,8 @@ def write(
     def held(rows: jax.Array | None, scale: jax.Array | None) -> Held:
         return (None, None) if rows is None else stored(problem, rows[order], scale)
 
-    key, value = (
-        held(operands.key, operands.key_scale),
-        held(operands.value, operands.value_scale),
-    )
+    key = held(operands.key, operands.key_scale)
+    value = held(operands.value, operands.value_scale)
     return put(sizes, operands, slots, key, value, vmem_limit_bytes, interpret)
 
 

@@ -63,15 +63,17 @@ class CopySizes(NamedTuple):
         warps = copies * block * itemsize // (16 * target.warp_size)
         num_warps = min(4, max(1, warps))
         at_once = (AMD_COMPARISONS if target.is_amd else COMPARISONS) * num_warps // comparing
-        others = min(at_once, max(32, next_power_of_2(problem.num_copies)))
-        ids, marking_warps = (
-            next_power_of_2(problem.num_copies),
-            MARKING_THREADS // target.warp_size,
-        )
+        all_copies = next_power_of_2(problem.num_copies)
         return cls(
-            copies, block, comparing, others, num_warps,
-            MARKING_PROGRAMS, min(ids, MAX_BLOCK_IDS), marking_warps,
-        )  # fmt: skip
+            copies=copies,
+            block=block,
+            comparing=comparing,
+            others=min(at_once, max(32, all_copies)),
+            num_warps=num_warps,
+            marking_programs=MARKING_PROGRAMS,
+            ids=min(all_copies, MAX_BLOCK_IDS),
+            marking_warps=MARKING_THREADS // target.warp_size,
+        )
 
     def grid(self, problem: CopyKVCacheProblem) -> int:
         return -(-problem.num_copies // self.copies) * -(-unit_of(problem) // self.block)

@@ -1,7 +1,7 @@
 """Run Triton kernels on the CPU, inside `jax.jit`, with Triton's own interpreter.
 
-`memory` checks every access, `builder` computes, and
-`patches` makes Triton interpret for the length of a launch.
+`memory` checks every access, `builder` computes, and `patches` makes Triton interpret for the
+length of a launch.
 """
 
 import dataclasses

@@ -79,12 +79,12 @@ class TritonRaggedPageAttention(RaggedTuning, TritonBackend, RaggedPageAttention
         sizes = RaggedSizes.of(problem, self, target)
         reasons = ragged_size_refusals(problem)
         grids = [sizes.plan_grid(problem)]
-        for kind, rows in enumerate(sizes.kinds):
+        for kind, blocks in enumerate(sizes.blocks):
             grids += [sizes.grid(problem, kind), sizes.combine_grid(problem, kind)]
-            if rows.shared_memory > target.shared_memory:
+            if blocks.shared_memory > target.shared_memory:
                 reasons.append(
-                    f"blocks of {rows.rows} query rows and {rows.block_kv} tokens with "
-                    f"head_dim={problem.head_dim} take {rows.shared_memory} bytes of shared "
+                    f"blocks of {blocks.rows} query rows and {blocks.block_kv} tokens with "
+                    f"head_dim={problem.head_dim} take {blocks.shared_memory} bytes of shared "
                     f"memory; the target has {target.shared_memory}"
                 )
         if max(grids) > MAX_GRID:
@@ -140,7 +140,7 @@ def _attend(
 
     work, memory = list_work(problem, operands, sizes, call), {}
     inputs = kernel_inputs(operands, INPUTS, work)
-    for kind, rows in enumerate(sizes.kinds):  # the first one makes the memory
+    for kind, blocks in enumerate(sizes.blocks):  # the first one makes the memory
         absent = {name: None for name, x in memory.items() if x is None}
         outputs = {} if memory else sizes.types(problem)
         in_place = {name: x for name, x in memory.items() if x is not None}
@@ -151,9 +151,9 @@ def _attend(
             sizes.constants(problem, kind, target),
             in_place=in_place,
             grid=sizes.grid(problem, kind),
-            num_warps=rows.num_warps,
-            num_stages=rows.num_stages,
-            max_registers=rows.max_registers,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            max_registers=blocks.max_registers,
         )
         memory = absent | dict(zip(outputs or in_place, written))
         memory = combine(

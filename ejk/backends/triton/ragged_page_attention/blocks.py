@@ -96,7 +96,7 @@ class RaggedBlocks:
         return max(self.block_kv // 2, 16) if self.peel else self.block_kv
 
 
-def rows_of_few_tokens(
+def blocks_of_few_tokens(
     problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target
 ) -> RaggedBlocks | None:
     """Return the blocks of all rows where `FEW_TOKENS` makes one launch, else None.
@@ -109,10 +109,10 @@ def rows_of_few_tokens(
     if not is_alike or not 1 < problem.q_len_bound <= FEW_TOKENS:
         return None
     few = (tuning.few_block_kv, tuning.few_num_warps, tuning.few_num_stages)
-    return wide_rows(problem, RaggedTuning(rows, *few), target)
+    return wide_blocks(problem, RaggedTuning(rows, *few), target)
 
 
-def narrow_rows(
+def narrow_blocks(
     problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target, rows: int
 ) -> RaggedBlocks:
     """Return decode's blocks for a group of as many heads as there are rows, in any batch.
@@ -124,7 +124,7 @@ def narrow_rows(
     return RaggedBlocks(*blocks, max_registers=None, peel=_pays_to_peel(problem, target, rows))
 
 
-def wide_rows(
+def wide_blocks(
     problem: RaggedPageAttentionProblem, tuning: RaggedTuning, target: Target
 ) -> RaggedBlocks:
     """Choose the largest blocks that fit the target's shared memory and registers."""
@@ -187,20 +187,20 @@ def _is_hopper(target: Target) -> bool:
 
 
 def _fits_registers(
-    problem: RaggedPageAttentionProblem, target: Target, rows: RaggedBlocks
+    problem: RaggedPageAttentionProblem, target: Target, blocks: RaggedBlocks
 ) -> bool:
     d, dv = widths(problem)
     if product_dtype(problem) == jnp.float32:  # on the ordinary cores, operands from registers
-        return rows.rows <= 32 and rows.block_kv <= 32
+        return blocks.rows <= 32 and blocks.block_kv <= 32
     limit = HELD_AMD if target.is_amd else HELD_MMA
-    logits = rows.block_kv * 3 // 2  # and the weights, in 16 bits
+    logits = blocks.block_kv * 3 // 2  # and the weights, in 16 bits
     if problem.tree_width:
-        logits += 2 * rows.block_kv  # pointers to the mask
+        logits += 2 * blocks.block_kv  # pointers to the mask
     if _is_hopper(target):
         limit = HELD_WGMMA if target.compute_capability == 90 else HELD_TCGEN05
     else:
         logits += d // 2
-    return rows.rows * (dv + logits) <= limit * target.warp_size * rows.num_warps
+    return blocks.rows * (dv + logits) <= limit * target.warp_size * blocks.num_warps
 
 
 def _wide_shared_memory(

@@ -26,9 +26,9 @@ from ejk.backends.triton.ragged_page_attention.blocks import (
     MOST_NARROW_ROWS,
     RaggedBlocks,
     RaggedTuning,
-    narrow_rows,
-    rows_of_few_tokens,
-    wide_rows,
+    blocks_of_few_tokens,
+    narrow_blocks,
+    wide_blocks,
 )
 
 # The next three say how ragged batches are cut. They were measured for decode on an H100.
@@ -140,9 +140,9 @@ class RaggedCut:
 
 @dataclasses.dataclass(frozen=True)
 class RaggedSizes(RaggedCut):
-    """How one problem is cut and run: `kinds` has the blocks of each kind of the plan."""
+    """How one problem is cut and run: with blocks of each kind of the plan."""
 
-    kinds: tuple[RaggedBlocks, ...]
+    blocks: tuple[RaggedBlocks, ...]
 
     @classmethod
     def of(
@@ -151,13 +151,13 @@ class RaggedSizes(RaggedCut):
         wanted = min(problem.q_len_bound * problem.group, 2**30)
         most_narrow = min(MOST_NARROW_ROWS, tuning.block_rows or MOST_NARROW_ROWS)
         cuts = cuts_of(problem, target)
-        if few := rows_of_few_tokens(problem, tuning, target):
+        if few := blocks_of_few_tokens(problem, tuning, target):
             plan = RaggedPlan.of(problem, few.rows, None, cuts, GRANULE, target.num_sms)
             return cls(plan, (few,))
         has_wide = wanted > most_narrow
         at_once = min(problem.group if has_wide else wanted, most_narrow)
-        narrow = narrow_rows(problem, tuning, target, at_once)
-        wide = wide_rows(problem, tuning, target) if has_wide else None
+        narrow = narrow_blocks(problem, tuning, target, at_once)
+        wide = wide_blocks(problem, tuning, target) if has_wide else None
         # Drafts of up to two programs a multiprocessor are dealt out to all multiprocessors. On an
         # H200, without and with that, 8 new tokens on 4 contexts of 32,768 took 163.0 and 137.2 us,
         # on 32 of 8,192 265.3 and 262.5, but on 64 of 200 to 32,000 326.1 and 329.8. The plan, once
@@ -174,7 +174,7 @@ class RaggedSizes(RaggedCut):
     def constants(
         self, problem: RaggedPageAttentionProblem, kind: int, target: Target
     ) -> dict[str, Any]:
-        rows, items = self.kinds[kind], self.plan.kinds[kind]
+        blocks, items = self.blocks[kind], self.plan.kinds[kind]
         return {
             "ITEM": ITEM,
             "NUM_SEQS": problem.num_seqs,
@@ -191,15 +191,15 @@ class RaggedSizes(RaggedCut):
             "TREE_WIDTH": problem.tree_width,
             "CAUSAL": problem.causal,
             **type_constants(problem, target),
-            "PEEL": rows.peel,
+            "PEEL": blocks.peel,
             "GRANULE": self.plan.granule,
-            "BLOCK_ROWS": rows.rows,
-            "BLOCK_KV": rows.block_kv,
-            "EDGE_KV": rows.edge_kv,
-            **width_constants(problem, rows.rows),
-            "COPY_FIRST": _copies_first(problem, rows.rows, target),
-            "PAGES": pages_of_block(problem, rows.block_kv),
-            "EDGE_PAGES": pages_of_block(problem, rows.edge_kv),
+            "BLOCK_ROWS": blocks.rows,
+            "BLOCK_KV": blocks.block_kv,
+            "EDGE_KV": blocks.edge_kv,
+            **width_constants(problem, blocks.rows),
+            "COPY_FIRST": _copies_first(problem, blocks.rows, target),
+            "PAGES": pages_of_block(problem, blocks.block_kv),
+            "EDGE_PAGES": pages_of_block(problem, blocks.edge_kv),
             "BLOCK_BOUNDS": _block_others(problem),
             "BLOCK_TOKENS": BLOCK_TOKENS,
         }

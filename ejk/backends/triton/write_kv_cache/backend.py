@@ -20,7 +20,6 @@ from ejk.backends.write_kv_cache import (
 INPUTS = ("key", "value", "slot_mapping")
 # Of each token and head scales are written, too. An absent one counts as an input.
 IN_PLACE = ("value_scale", "key_scale", "key_cache", "value_cache")
-RESULTS = ("key_cache", "value_cache", "key_scale", "value_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,4 +69,4 @@ class TritonWriteKVCache(TritonBackend, WriteKVCacheBackend):
             num_stages=1,
         )
         found = dict(zip((*outputs, *in_place), results))
-        return tuple(found[f"{name}_ptr"] for name in RESULTS if f"{name}_ptr" in in_place)
+        return tuple(found[f"{name}_ptr"] for name in problem.pool_names)
