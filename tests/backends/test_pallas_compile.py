@@ -246,6 +246,7 @@ REFUSED = {
     "a block of 1 page ": dict(sizes=(64, 64, 256, 256), dtype="float32"),
     "a block of 9 pages ": dict(sizes=(64, 64, 256, 256), pages_per_compute_block=9),
     "above vmem_limit_bytes=500000": dict(sizes=(8, 2, 128, 16), vmem_limit_bytes=500_000),
+    "num_kv_heads=1 must be even": dict(sizes=(8, 1, 128, 16), megacore_mode="kv_head"),
     "num_kv_heads=3 must be even": dict(sizes=(9, 3, 64, 16), megacore_mode="kv_head"),
     'cache_layout="NHD" keeps': dict(sizes=(8, 2, 128, 16), layout="NHD", megacore_mode="kv_head"),
 }

@@ -67,7 +67,7 @@ class PagedSizes[P: (PageAttentionProblem, RaggedPageAttentionProblem)](abc.ABC)
     def kv_heads(self) -> int:
         """KV heads of a core."""
         heads = self.problem.num_kv_heads
-        return heads // self.cores if self.shared == "kv_head" else heads
+        return -(-heads // self.cores) if self.shared == "kv_head" else heads
 
     @property
     def rows(self) -> int:
