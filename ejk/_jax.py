@@ -52,7 +52,7 @@ def primitive(
     """
     made = Primitive(name)
     made.multiple_results = multiple_results
-    made.def_impl(impl or functools.partial(_run, made))
+    made.def_impl(impl or functools.partial(dispatch.apply_primitive, made))
     made.def_effectful_abstract_eval(result_types)
     for platform, rule in lowerings.items():
         mlir.register_lowering(made, rule, platform=platform)
@@ -67,16 +67,6 @@ def primitive(
     if transpose:
         ad.deflinear2(made, transpose)
     return made
-
-
-def _run(primitive: Primitive, *operands: Any, **parameters: Any) -> Any:
-    with jax.disable_jit(False):  # it is evaluated, not traced, where that is true
-        return _bind(primitive, tuple(parameters.items()), *operands)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _bind(primitive: Primitive, parameters: tuple[tuple[str, Any], ...], *operands: Any) -> Any:
-    return primitive.bind(*operands, **dict(parameters))
 
 
 def varying(x: Any) -> frozenset[str]:

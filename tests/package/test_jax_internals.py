@@ -96,6 +96,8 @@ def primitive():
     )
     with jax.disable_jit():
         assert many.bind(1.0, 2.0, number=3) == [4, 5]
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="in many"):
+        many.bind(np.nan, 2.0, number=3)
     np.testing.assert_array_equal(jax.vmap(lambda x: many.bind(x, number=3)[0])(X), X + 4)
 
 
