@@ -75,9 +75,11 @@ def check_value_cache(key_cache: Array, value_cache: Array | None, cache_layout:
             "holds keys and values"
         )
     if value_cache.dtype != key_cache.dtype:
+        is_code = 1 in (value_cache.dtype.itemsize, key_cache.dtype.itemsize)
+        mend = "write both with ejk.write_kv_cache: a cast leaves scales out"
         raise ValueError(
             f"value_cache.dtype={value_cache.dtype} must be key_cache.dtype={key_cache.dtype}: "
-            "pass value_cache.astype(key_cache.dtype)"
+            + (mend if is_code else "pass value_cache.astype(key_cache.dtype)")
         )
     if value_cache.shape[:-1] != key_cache.shape[:-1]:
         raise ValueError(

@@ -48,9 +48,10 @@ def ragged_paged_attention(
     """Write new tokens to the cache and attend to it, as `kernels.ragged_paged_attention.v3` does.
 
     The cache holds the heads `k0, v0, k1, v1, ...` in words of 32 bits, each row as wide as whole
-    lanes. It is viewed as an interleaved pool: on GPUs and CPUs that moves nothing; on a TPU XLA
-    may have to copy it, which was not measured. Queries get zeros for the entries that pad a row,
-    which must be finite: tpu-inference writes zeros, and so does this.
+    lanes. It is viewed as an interleaved pool: compiled for a GPU that moves nothing. On a CPU XLA
+    copies the whole pool to return it where its third or fourth axis is 1; on a TPU it may have to,
+    which was not measured. Queries get zeros for the entries that pad a row, which must be finite:
+    tpu-inference writes zeros, and so does this.
 
     Donate `kv_cache` to your `jit`, so that it is written in place. Arguments from
     `chunk_prefill_size` on have no effect, and neither has `skip_kv_mask`.

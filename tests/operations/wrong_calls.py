@@ -193,7 +193,7 @@ DECODE_VALUES = {
     "keys of integers": ({"pool": zeros(8, 2, 16, 64, dtype=np.int16)}, "key_cache.dtype=int16"),
     "values of another dtype": (
         {"value_cache": zeros(8, 2, 16, 64, dtype=np.float16)},
-        "value_cache.dtype=float16 must be key_cache.dtype=float32",
+        "value_cache.dtype=float16 must be key_cache.dtype=float32: pass value_cache.astype(",
     ),
     "values of fewer pages": (
         {"value_cache": zeros(7, 2, 16, 64)},
@@ -391,7 +391,7 @@ WRITE_VALUES = {
     ),
     "a quantised pool of values": (
         {"value_cache": zeros(8, 2, 16, 64, dtype=np.int8)},
-        "value_cache.dtype=int8 must be key_cache.dtype=float32",
+        "value_cache.dtype=int8 must be key_cache.dtype=float32: write both with ejk.write",
     ),
     "values of another dtype": (
         {"value": zeros(3, 2, 64, dtype=np.float16)},
@@ -481,7 +481,7 @@ COPY_VALUES = {
     ),
     "values of another type": (
         {"value_cache": INT8_POOL},
-        "value_cache.dtype=int8 must be key_cache.dtype=float32",
+        "value_cache.dtype=int8 must be key_cache.dtype=float32: write both with ejk.write",
     ),
     "values of fewer pages": (
         {"value_cache": zeros(7, 2, 16, 64)},
@@ -590,7 +590,7 @@ CACHES = {
     ),
     "values of another type": (
         dict(cache=E4M3, value_cache=zeros(*SHAPE, dtype=ml_dtypes.float8_e5m2)),
-        "value_cache.dtype=float8_e5m2 must be key_cache.dtype=float8_e4m3fn",
+        "value_cache.dtype=float8_e5m2 must be key_cache.dtype=float8_e4m3fn: write both with",
     ),
     "scales of both in fused pools": (
         dict(
