@@ -174,6 +174,10 @@ def test_several_programs_a_multiprocessor_are_for_hopper_and_fit():
         assert Sizes.of(large, Tuning(**asked), H100).blocks.per_sm == 1
     codes = problem(num_seqs=16, cache_dtype="int8", scales="head")
     assert Sizes.of(codes, Tuning(), H100).blocks.per_sm == 4
+    for num_seqs, count in ((16, 2), (32, 4)):  # of large blocks and of small ones
+        wide = problem(256, num_seqs=num_seqs, cache_dtype="int8", scales="token")
+        blocks = Sizes.of(wide, Tuning(), H100).blocks
+        assert blocks.per_sm == count and count * blocks.shared_memory <= H100.shared_memory
     fixed = Sizes.of(codes, Tuning(block_kv=256, num_stages=4), H100)
     assert fixed.blocks.per_sm == 1 and fixed.plan is not None
     assert fixed.plan.resident == H100.num_sms
@@ -219,15 +223,30 @@ def test_measured_blocks_fit_and_are_taken(cell):
 
 
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning(split_tokens=512)])
-def test_blocks_do_not_follow_from_the_batch_where_bits_must_not(tuning):
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"dtype": "float32"},
+        {"dtype": "float32", "cache_dtype": "bfloat16"},
+        {"cache_dtype": "int8", "scales": "head"},
+        {"cache_dtype": "int8", "scales": "token"},
+        {"cache_dtype": "uint8", "scales": "token"},
+    ],
+    ids=str,
+)
+def test_blocks_do_not_follow_from_the_batch_where_bits_must_not(facts, head_dim, tuning):
+    """How many of their programs run at a time changes no bit."""
     splits = 0 if tuning.split_tokens else 4
     taken = set()
     for num_seqs in (1, 7, 512):
         for max_blocks, bound in ((4, 64), (64, 1024), (4096, 65536)):
             asked = problem(
-                num_seqs=num_seqs, max_blocks=max_blocks, visible_bound=bound, num_splits=splits
-            )
-            taken.add(Sizes.of(asked, tuning, H100).blocks)
+                head_dim, num_seqs=num_seqs, max_blocks=max_blocks, visible_bound=bound,
+                num_splits=splits, **facts,
+            )  # fmt: skip
+            taken.add(Sizes.of(asked, tuning, H100).blocks._replace(per_sm=1))
     assert len(taken) == 1
 
 

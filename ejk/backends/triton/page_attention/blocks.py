@@ -24,8 +24,9 @@ from ejk.backends.triton.page_attention.occupancy import (
     least_rows,
     programs_per_sm,
     quantised_per_sm,
+    takes_bf16x3,
 )
-from ejk.backends.triton.page_attention.pipelines import of_converted, of_few_rows, takes_bf16x3
+from ejk.backends.triton.page_attention.pipelines import of_converted, of_few_rows
 from ejk.backends.triton.page_attention.tuned import TUNED, Cell, Pipeline
 
 # Tokens and pipeline stages, best first. The first is taken that leaves no room for a second
@@ -213,7 +214,7 @@ def _heuristic(
     # Taken on the ordinary cores, from registers.
     is_float32 = product_dtype(problem) == jnp.float32
     if problem.cache_type.is_quantised or (is_float32 and value_bytes(problem) < 4):
-        return of_converted(problem, wide, rows, target, is_decode=load is not None)
+        return of_converted(problem, wide, rows, target, load)
     if is_large and programs_per_sm(problem, rows, target, load) > 1:
         for block_kv, num_stages in TOGETHER:
             pipeline = Pipeline(block_kv, 8 if is_float32 else 4, num_stages)

@@ -8,7 +8,7 @@ from ejk.backends.gpu import Target
 from ejk.backends.page_attention import PageAttentionProblem
 from ejk.backends.triton._sizes import product_dtype, same_tile, type_constants
 from ejk.backends.triton.page_attention.blocks import DecodeBlocks
-from ejk.backends.triton.page_attention.pipelines import takes_bf16x3
+from ejk.backends.triton.page_attention.occupancy import takes_bf16x3
 
 # What the kernel calls codes of integers that it takes as subnormal float16.
 SUBNORMAL = {"int8": "int8 + 128", "int4": "int4 + 8"}

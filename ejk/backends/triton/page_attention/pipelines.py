@@ -5,18 +5,8 @@ import jax.numpy as jnp
 from ejk.backends.gpu import Target
 from ejk.backends.paged_problem import PagedProblem
 from ejk.backends.triton._sizes import next_power_of_2, product_dtype, same_tile, value_bytes
+from ejk.backends.triton.page_attention.occupancy import Load, takes_bf16x3
 from ejk.backends.triton.page_attention.tuned import Pipeline
-
-
-def takes_bf16x3(problem: PagedProblem, target: Target) -> bool:
-    """Say whether decode takes products of float32 as three of bfloat16, which holds the cache.
-
-    Float32 has 24 bits, bfloat16 8. Tensor cores have no products of float32, and the ordinary ones
-    are slow: on an H200, 64 contexts of 4,096 tokens, 32 heads and 8 KV heads of 128 entries,
-    queries in float32 on bfloat16 took 2,849 us and take 298, on int8 2,751 and 296.
-    """
-    is_mixed = product_dtype(problem) == jnp.float32 and problem.cache_dtype != jnp.float32
-    return is_mixed and problem.cache_dtype != jnp.float16 and not target.is_amd
 
 
 def of_few_rows(wide: int, rows: int) -> Pipeline:
@@ -34,7 +24,7 @@ def of_few_rows(wide: int, rows: int) -> Pipeline:
 
 
 def of_converted(
-    problem: PagedProblem, wide: int, rows: int, target: Target, is_decode: bool
+    problem: PagedProblem, wide: int, rows: int, target: Target, load: Load | None
 ) -> Pipeline:
     """Return the pipeline for a cache whose elements are converted.
 
@@ -59,18 +49,17 @@ def of_converted(
     """
     wide = next_power_of_2(wide)  # as blocks and warps must be: 192 entries are in two parts
     if product_dtype(problem) == jnp.float32:
-        if is_decode and takes_bf16x3(problem, target) and wide <= 256:
+        if load is not None and takes_bf16x3(problem, target) and wide <= 256:
             return Pipeline(64, 4, 2 if wide == 256 and value_bytes(problem) == 2 else 3)
         return Pipeline(max(16, min(64, 4096 // wide)), 4, 3)
     if same_tile(problem) and wide == 512:
         return Pipeline(64 if rows == 16 else 32, 8, 3)
     if value_bytes(problem) < 1 and rows == 16 and wide <= 128:
-        if wide == 64 and is_decode:
+        if wide == 64 and load is not None:
             return Pipeline(128, 2, 4)
         return Pipeline(128, 2, 3) if wide == 128 else Pipeline(64, 1, 3)
-    if problem.scales == "token" and rows == 16 and wide == 256 and is_decode:
+    if problem.scales == "token" and rows == 16 and wide == 256 and load is not None:
         if value_bytes(problem) < 1:
             return Pipeline(64, 2, 3)
-        is_cut = problem.num_seqs * problem.num_kv_heads <= target.num_sms
-        return Pipeline(64, 4, 3) if is_cut else Pipeline(32, 2, 3)
+        return Pipeline(64, 4, 3) if load.are_few else Pipeline(32, 2, 3)
     return Pipeline(max(16, min(128, 8192 // wide)), max(2, wide // 64) * rows // 16, 3)
