@@ -54,7 +54,7 @@ def load_tuning(path: Path) -> None:
         path: a file that `python -m ejk tune` has written.
 
     Raises:
-        TypeError: `path` is none.
+        TypeError: `path` is no path.
         OSError: the file cannot be read.
         TuningError: it holds something else than tuning; the file, the entry and the rule are
             named, and nothing of it is used.
@@ -78,7 +78,7 @@ def tuning(path: Path) -> Generator[None]:
         path: a file that `python -m ejk tune` has written.
 
     Raises:
-        TypeError: `path` is none.
+        TypeError: `path` is no path.
         OSError: the file cannot be read.
         TuningError: it holds something else than tuning.
 

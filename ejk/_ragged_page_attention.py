@@ -183,9 +183,9 @@ def ragged_page_attention(
         out = sum over visible j of exp(l_j - lse) * v_j
 
     where `pos_j = j`, but for new tokens with `positions` given: `pos_t = max(positions[row], 0)`.
-    With a `tree_mask`, `t` sees all tokens before the new ones, and of these not those up to
-    itself but token `j` exactly where `tree_mask[row, j - (n - q_len)]`. A row with `t < 0`, of
-    more new tokens than tokens, sees nothing, whatever its mask says.
+    With a `tree_mask`, `t` sees all tokens before the new ones. It sees a new token `j`, a later
+    one too, exactly where `tree_mask[row, j - (n - q_len)]`. A row with `t < 0`, of more new tokens
+    than tokens, sees nothing, whatever its mask says.
 
     With `causal=False`, each new token sees all tokens `0 <= j < n` that its window leaves, also
     those after itself, and with `t < 0`, too: as the queries of an encoder, or of another sequence
@@ -233,8 +233,8 @@ def ragged_page_attention(
         positions: of the new tokens, as queries and as keys, for window and slopes alone: depths
             in a tree. Negative ones act as 0. Any integer dtype.
         tree_mask: which new tokens of its own sequence a new token sees; column `j` is the
-            sequence's `j`-th, and those past the last column are not seen. A new token before the
-            first token sees nothing, whatever the mask says. Usually `positions` are given, too.
+            sequence's `j`-th, and those past the last column are not seen. Usually `positions` are
+            given, too.
         prefix_groups: as in `ejk.page_attention`. New tokens never lie in what is shared. Left
             out of account with `axis_name`.
         axis_name: as in `ejk.page_attention`.

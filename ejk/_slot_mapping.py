@@ -68,9 +68,9 @@ def ragged_slot_mapping(
 
         slot = block_tables[s, p // page_size] * page_size + p % page_size
 
-    So it is in `ejk.ragged_page_attention`, but for a length past the table: there it counts as the
-    table's, and all new tokens are taken for earlier ones. `ejk.check_ragged_page_attention_inputs`
-    finds such lengths.
+    `ejk.ragged_page_attention` takes its new tokens to be there, but for a length past the table:
+    it counts as the table's capacity in attention, which then takes all new tokens for earlier
+    ones. `ejk.check_ragged_page_attention_inputs` finds such lengths.
 
     The slot is -1, which writes nothing, for rows of no sequence, at negative positions, past the
     table, and where the entry is outside `[0, num_pages)`.

@@ -80,8 +80,8 @@ def write_kv_cache(
     is computed here and written to the same slot of `key_scale` or `value_scale`. NaN stays NaN: as
     a code of float8, else as a scale computed here; with given scales an integer is 0 instead.
 
-    So of two tokens with one slot the later one stays, and a slot of -1 writes nothing: slots
-    neither wrap nor clamp. All that is not written keeps its bits. Where the caches are donated,
+    Of two tokens with one slot the later one stays. A slot of -1 writes nothing: slots neither wrap
+    nor clamp. All that is not written keeps its bits. Where the caches are donated,
     under `jit`, the write is in place; else JAX copies them first. Under `vmap` it is in place
     where the caches' batched axis comes right before that of the pages: `in_axes` and `out_axes` of
     0, or of 1 for "KV_HEADS_FIRST". Another axis is moved there and back, which copies the caches.

@@ -41,6 +41,10 @@ except ImportError as error:
 
 PERCENTILES = 50, 90, 99
 SAMPLED_STEPS, REPEATS = 8, 10  # of `--parts`
+OPTIONS = (
+    *(option for option in serve.OPTIONS if option[0] not in ("max-new-tokens", "seed")),
+    ("seed", 0, 0, 2**31, "of the trace, and of the numbers that draw tokens"),
+)
 
 
 class Arrival(NamedTuple):
@@ -252,14 +256,20 @@ def timed(function: Callable[[Any], Any], x: Any) -> tuple[Any, float]:
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Serve a drawn trace of requests, and time it.")
     add = parser.add_argument
-    add("--requests", type=number(1, 10**6), default=200, metavar="N", help="default: 200")
-    add("--rate", type=float, default=4.0, metavar="X", help="arrivals a second; 0: all at once")
-    add("--shared", type=float, default=0.5, metavar="X", help="share with the system prompt")
-    add("--length", type=number(8, 8192), default=768, metavar="N", help="most tokens of a request")
+    for flag, kind, default, metavar, help_text in (
+        ("requests", number(1, 10**6), 200, "N", "how many arrive"),
+        ("rate", float, 4.0, "X", "arrivals a second; 0: all at once"),
+        ("shared", float, 0.5, "X", "share of the requests that begin with the system prompt"),
+        ("length", number(8, 8192), 768, "N", "most tokens of a request"),
+    ):
+        help_text = f"{help_text}; default: %(default)s"
+        add(f"--{flag}", type=kind, default=default, metavar=metavar, help=help_text)
     add("--parts", action="store_true", help="say what the time goes into")
     add("--json", type=pathlib.Path, metavar="FILE", help="write all figures there")
     serve.add_sampling(parser)
-    args = arguments(argv, parser, serve.OPTIONS)
+    # The trace says what each request reads, and how many tokens it writes.
+    parser.set_defaults(max_new_tokens=Sampling.max_tokens)
+    args = arguments(argv, parser, OPTIONS, takes_texts=False)
     if not (0 <= args.rate < 1e9 and 0 <= args.shared <= 1):
         parser.error(f"--rate {args.rate} must be at least 0, --shared {args.shared} in [0, 1]")
     serve.check_sampling(args)

@@ -172,12 +172,7 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:39]}\N{HORIZONTAL ELLIPSIS}")
 
 
-def arguments(
-    argv: Sequence[str] | None, parser: Parser | None = None, numbers: Sequence[Number] = NUMBERS
-) -> argparse.Namespace:
-    """Read the options that `parser` has, and those of all demos; refuse what cannot run."""
-    if parser is None:
-        parser = Parser(description="Let a real language model write text through a paged cache.")
+def add_texts(parser: Parser) -> None:
     add = parser.add_argument
     add("chat", nargs="*", type=some_text, metavar="TEXT", help="same as --chat TEXT")
     for flag, help_text in (("chat", "answer this message"), ("prompt", "continue this text")):
@@ -190,6 +185,20 @@ def arguments(
             metavar="TEXT",
             help=f"{help_text} (may be repeated)",
         )
+
+
+def arguments(
+    argv: Sequence[str] | None,
+    parser: Parser | None = None,
+    numbers: Sequence[Number] = NUMBERS,
+    takes_texts: bool = True,
+) -> argparse.Namespace:
+    """Read the options that `parser` has, and those of all demos; refuse what cannot run."""
+    if parser is None:
+        parser = Parser(description="Let a real language model write text through a paged cache.")
+    add = parser.add_argument
+    if takes_texts:
+        add_texts(parser)
     for flag, default, least, most, help_text in numbers:
         add(
             f"--{flag}",
@@ -204,9 +213,10 @@ def arguments(
     add("--cache", choices=QUANTISED, help="hold keys and values in 8 or 4 bits")
     add("--cache-layout", choices=("HND", "NHD", "KV_HEADS_FIRST"), default="HND")
     args = parser.parse_args(argv)
-    args.chats = [*args.chat, *args.chats]
-    if not args.chats and not args.prompts:
-        args.chats = list(DEFAULT_CHATS)
+    if takes_texts:
+        args.chats = [*args.chat, *args.chats]
+        if not args.chats and not args.prompts:
+            args.chats = list(DEFAULT_CHATS)
     if args.interpret and args.backend not in ("triton", "pallas"):
         parser.error("--interpret needs --backend triton or --backend pallas")
     try:

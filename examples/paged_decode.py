@@ -45,6 +45,11 @@ class CacheSpec:
     layout: CacheLayout = "HND"
     cache: str | None = None  # a name in `QUANTISED`; None: the model's own type
 
+    def __post_init__(self) -> None:
+        if self.cache is not None and self.cache not in QUANTISED:
+            names = ", ".join(map(repr, QUANTISED))
+            raise ValueError(f"cache={self.cache!r} must be one of {names}; None: the model's type")
+
     def empty_pools(self, config: smollm2.Config, dtype: DTypeLike) -> ejk.KVCache:
         """Make the pools of all layers; `dtype` is the model's."""
         return ejk.empty_kv_cache(

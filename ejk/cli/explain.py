@@ -157,7 +157,8 @@ def text(answer: Answer, device: Device | None) -> str:
     lines = [f"{answer.batch} on {answer.device}: {answer.chosen} runs it"]
     lines += [f"  not {name}: {why[0]}" for name, why in answer.refusals.items()]
     if answer.pieces:
-        heads = list(dict.fromkeys(head for piece in answer.pieces for head in piece))
+        found = dict.fromkeys(head for piece in answer.pieces for head in piece)
+        heads = [head for head in found if any(piece.get(head) for piece in answer.pieces)]
         rows = [[_spell(piece.get(head)) for head in heads] for piece in answer.pieces]
         lines += ["", show(Table(heads, rows))]
     gflop = answer.flops / 1e9

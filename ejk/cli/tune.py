@@ -75,7 +75,7 @@ def tune(
             continue
         write_entry(output, entry)
         took = entry["measured"]
-        print(f"{batch.name}: {best}: {took['us']:,} us for {took['default_us']:,}")
+        print(f"{batch.name}: {best}: {took['us']:,} us instead of {took['default_us']:,}")
 
 
 def read_entries(path: pathlib.Path) -> list[dict[str, Any]]:

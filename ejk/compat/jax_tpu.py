@@ -24,7 +24,7 @@ from ejk.compat._arguments import (
 )
 
 DEFAULT_MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
-MAX_INT8 = 127.5  # codes of JAX's `QuantizedTensor` count so manieth parts of its scales
+MAX_INT8 = 127.5  # a code of JAX's `QuantizedTensor` counts 1 / 127.5 of its scale
 
 
 @drop_in

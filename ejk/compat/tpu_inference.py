@@ -54,7 +54,7 @@ def ragged_paged_attention(
     tpu-inference writes zeros, and so does this.
 
     Donate `kv_cache` to your `jit`, so that it is written in place. Arguments from
-    `chunk_prefill_size` on have no effect, and neither has `skip_kv_mask`.
+    `chunk_prefill_size` on have no effect.
 
     Args:
         queries: `[total_tokens, num_heads, head_dim]`.
@@ -69,7 +69,8 @@ def ragged_paged_attention(
         distribution: `[3]`, of which the last is the number of sequences.
         use_causal_mask: False: new tokens see later ones.
         update_kv_cache: False: keys and values lie in the cache already, and are not used.
-        skip_kv_mask: no effect: a promise about lengths.
+        skip_kv_mask: a promise about lengths. It has no effect with `use_causal_mask=False`, and
+            is refused without.
         sm_scale: multiplies the logits: 1 unless given.
         sliding_window: as of `ejk.ragged_page_attention`.
         soft_cap: likewise.

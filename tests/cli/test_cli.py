@@ -131,6 +131,10 @@ def test_explain_of_an_h100():
     assert pieces["page_attention_kernel"]["programs"] >= 132
     assert answer["moved_bytes"] == 64 * 4096 * 2 * 8 * 128 * 2 + 2 * 64 * 32 * 128 * 2
     assert answer["floor_us"] == round(answer["moved_bytes"] / 3350e3, 2)
+    said = explain.text(explain.Answer(**answer), _devices.DEVICES["h100"])
+    [heads] = [line.split() for line in said.splitlines() if line.startswith("kernel ")]
+    # No splits, as a plan cuts the contexts, and no pages, which the blocks' lines do not count.
+    assert heads == ["kernel", "programs", "waves", "warps", "stages", "block_group", "block_kv"]
 
 
 def test_explain_of_hoppers_own_kernel_and_of_a_prefill():
@@ -309,7 +313,7 @@ def test_tune_searches_goes_on_and_writes_what_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(tune.Trials, "_measure", lambda self, fields: us(fields))
     monkeypatch.setattr(_runs.Run, "us", lambda self: next(turns))
     turns = iter([10.0, 5.0] * 5)
-    assert "{'block_kv': 64}: 5.0 us for 10.0" in run(f"tune {path} {SMALL}")
+    assert "{'block_kv': 64}: 5.0 us instead of 10.0" in run(f"tune {path} {SMALL}")
     assert len(tried) == 7  # the default and six values, none of them twice
     turns = iter([10.0, 5.0] * 5)
     run(f"tune {path} {SMALL}")  # nothing is tried again, and the entry is replaced

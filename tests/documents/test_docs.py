@@ -34,6 +34,13 @@ def test_code_of_a_page_runs(page, monkeypatch, restored_registry):
         exec(compile("\n" * line + match.group(1), str(page), "exec"), namespace)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_drawn_calls_of_a_page_have_no_deadline(page):
+    """Hypothesis gives a call 200 ms, unless it is told, as these tests do: too few to compile."""
+    for settings in re.findall(r"@(?:hypothesis\.)?settings\((.*)\)", page.read_text()):
+        assert "deadline=None" in settings
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_docstrings(name, restored_registry):
     result = doctest.testmod(

@@ -353,6 +353,11 @@ def test_an_engine_that_could_not_go_on_is_not_made(wrong):
         Engine(MODEL, **SIZES | wrong)
 
 
+def test_a_cache_that_the_example_does_not_know_is_told_the_names():
+    with pytest.raises(ValueError, match=r"^cache='float8_e4m3fn' must be one of 'int8', 'fp8', "):
+        Engine(MODEL, **SIZES, cache="float8_e4m3fn")
+
+
 def test_a_step_that_fails_is_made_again(monkeypatch):
     made = Poisoned(MODEL, **SIZES, num_drafts=DRAFTS)
     taken = [made.submit(*request) for request in REQUESTS]
@@ -545,6 +550,13 @@ def test_a_trace_is_served_and_timed(monkeypatch, capsys, tmp_path):
     of = figures["milliseconds_of_a_step"]
     assert of["step"] >= of["program"] > 0 and min(of["rest_of_the_model"], of["sampling"]) > 0
     assert '"tokens_per_second"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["Why?"], ["--chat", "Why?"], ["--max-new-tokens", "5"]])
+def test_a_trace_refuses_what_it_would_not_heed(argv, capsys):
+    with pytest.raises(SystemExit):
+        engine_trace.options(argv)
+    assert "unrecognized arguments" in capsys.readouterr().err
 
 
 @pytest.mark.demo
