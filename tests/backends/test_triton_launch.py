@@ -178,6 +178,9 @@ def test_several_programs_a_multiprocessor_are_for_hopper_and_fit():
         wide = problem(256, num_seqs=num_seqs, cache_dtype="int8", scales="token")
         blocks = Sizes.of(wide, Tuning(), H100).blocks
         assert blocks.per_sm == count and count * blocks.shared_memory <= H100.shared_memory
+    for group, count in ((2, 2), (32, 1)):  # of 16 rows and of 32
+        exact = problem(256, group, "float32", cache_dtype="bfloat16", num_seqs=16)
+        assert Sizes.of(exact, Tuning(), H100).blocks.per_sm == count
     fixed = Sizes.of(codes, Tuning(block_kv=256, num_stages=4), H100)
     assert fixed.blocks.per_sm == 1 and fixed.plan is not None
     assert fixed.plan.resident == H100.num_sms

@@ -34,11 +34,11 @@ def test_code_of_a_page_runs(page, monkeypatch, restored_registry):
         exec(compile("\n" * line + match.group(1), str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_drawn_calls_of_a_page_have_no_deadline(page):
+def test_drawn_calls_of_the_pages_have_no_deadline():
     """Hypothesis gives a call 200 ms, unless it is told, as these tests do: too few to compile."""
-    for settings in re.findall(r"@(?:hypothesis\.)?settings\((.*)\)", page.read_text()):
-        assert "deadline=None" in settings
+    text = "".join(page.read_text() for page in PAGES)
+    settings = re.findall(r"@(?:hypothesis\.)?settings\((.*)\)", text)
+    assert settings and all("deadline=None" in given for given in settings)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -132,19 +132,18 @@ def choose_blocks(
     if is_one and is_large and _is_like_one_context(problem, rows):
         pipeline = ONE_CONTEXT
     pipeline = pipeline._replace(**tuning.fixed())
-    memory = functools.partial(
-        _shared_memory, is_bf16x3=load is not None and takes_bf16x3(problem, target)
-    )
+    is_bf16x3 = load is not None and takes_bf16x3(problem, target)
+    memory = functools.partial(_shared_memory, is_bf16x3=is_bf16x3)
     pipeline, shared = _that_fits(problem, rows, pipeline, tuning, target, memory)
-    if problem.cache_type.is_quantised:
+    is_quantised = problem.cache_type.is_quantised
+    if is_quantised:
         is_like_one = is_one and pipeline == ONE_CONTEXT
         per_sm = 2 if is_like_one else quantised_per_sm(problem, programs, target)
-        per_sm = min(per_sm, target.shared_memory // shared)
     else:
         per_sm = programs_per_sm(problem, rows, target, load) if is_large else 1
-        if tuning.fixed():  # it may leave no room for as many
-            per_sm = min(per_sm, target.shared_memory // shared)
-    return DecodeBlocks(rows, *pipeline, shared, max(1, per_sm))
+    if is_quantised or is_bf16x3 or tuning.fixed():  # there may be no room for as many
+        per_sm = max(1, min(per_sm, target.shared_memory // shared))
+    return DecodeBlocks(rows, *pipeline, shared, per_sm)
 
 
 def choose_pack_blocks(
